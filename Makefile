@@ -1,0 +1,47 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# DeepSpeed compiles its communication op on first use: once per checkout, not into the user's home.
+export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/.cache/torch_extensions
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.PHONY: help venv pretrain baseline compare test lint pytest clean
+
+help:
+	@echo "make pretrain   pre-train the tiny model in W8A8 (sets everything up first)"
+	@echo "make test       lint, types, import layers and the whole test suite"
+	@echo "make baseline   the same run in full precision, into runs/tiny-baseline"
+	@echo "make compare    both runs and their curves in one picture"
+	@echo "make clean      remove the environment and the build caches (not runs/)"
+
+venv: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@echo "Installing the pinned packages into $(VENV) (once, some minutes)"
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[plot,dev]'
+	@touch $@
+
+pretrain: venv
+	deepspeed launchers/pretrain.py --deepspeed ds_configs/w8a8.json
+
+baseline: venv
+	deepspeed launchers/pretrain.py --deepspeed ds_configs/baseline.json --output_dir runs/tiny-baseline
+
+compare: pretrain baseline
+	python launchers/pretraining/compare.py runs/tiny-baseline runs/tiny --output runs/compare.png
+
+test: lint pytest
+
+lint: venv
+	ruff check .
+	ruff format --check .
+	mypy
+	lint-imports
+
+pytest: venv
+	DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 python -m pytest
+
+clean:
+	rm -rf $(VENV) .cache build *.egg-info

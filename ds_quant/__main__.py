@@ -1,0 +1,64 @@
+"""Run an unchanged script with ds_quant enabled.
+
+    python -m ds_quant train.py ARGS              deepspeed --module ds_quant train.py ARGS
+    python -m ds_quant -m package.train ARGS      accelerate launch -m ds_quant train.py ARGS
+
+Launchers put options of their own, such as DeepSpeed's --local_rank=N, before the script's name: those are handed on to
+the script, in front of its own.
+"""
+
+import os
+import runpy
+import sys
+
+USAGE = "usage: python -m ds_quant [launcher options] SCRIPT [ARGS ...]\n       python -m ds_quant -m MODULE [ARGS ...]"
+
+
+def split_arguments(arguments: list[str]) -> tuple[list[str], str | None, bool, list[str]]:
+    """(options of the launcher, script or module or None, whether it is a module, its arguments)."""
+    leading: list[str] = []
+    for index, argument in enumerate(arguments):
+        if argument == "-m":
+            module = arguments[index + 1] if index + 1 < len(arguments) else None
+            return leading, module, True, arguments[index + 2 :]
+        if not argument.startswith("-"):
+            return leading, argument, False, arguments[index + 1 :]
+        leading.append(argument)
+    return leading, None, False, []
+
+
+def main() -> int:
+    leading, target, is_module, rest = split_arguments(sys.argv[1:])
+    if {"-h", "--help"} & set(leading):
+        print(f"{__doc__}\n{USAGE}")
+        return 0
+    if target is None:
+        print(f"ds_quant: got no script; allowed: a script or -m MODULE; remedy:\n{USAGE}", file=sys.stderr)
+        return 2
+    if not is_module and not os.path.isfile(target):
+        print(
+            f"ds_quant: got the script {target!r}, which is no file (working directory {os.getcwd()}); allowed: a "
+            "Python file; remedy: correct the path, or use -m for a module",
+            file=sys.stderr,
+        )
+        return 2
+
+    import ds_quant
+
+    try:
+        ds_quant.enable()
+    except ds_quant.ConfigError as error:
+        print(f"ds_quant: {error}", file=sys.stderr)
+        return 2
+    sys.argv = [target, *leading, *rest]
+    if is_module:
+        # As `python -m`: the working directory, where this process found it, stays first on the path.
+        runpy.run_module(target, run_name="__main__", alter_sys=True)
+    else:
+        sys.path[0] = os.path.dirname(os.path.abspath(target))
+        runpy.run_path(target, run_name="__main__")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,34 @@
+"""What a user is told when a setting cannot be followed: where, what was got, what is allowed, the remedy."""
+
+import difflib
+import json
+from collections.abc import Iterable
+from typing import Any
+
+
+class ConfigError(ValueError):
+    """A setting that ds_quant cannot follow. One line a problem: where, what was got, what is allowed, the remedy."""
+
+
+def problem(where: str, got: Any, allowed: str, remedy: str) -> str:
+    """One line of a `ConfigError`."""
+    try:
+        shown = json.dumps(got)
+    except (TypeError, ValueError):
+        shown = repr(got)
+    if len(shown) > 80:
+        shown = f"{shown[:77]}..."
+    return f"{where}: got {shown}; allowed: {allowed}; remedy: {remedy}"
+
+
+def fail(where: str, got: Any, allowed: str, remedy: str) -> ConfigError:
+    return ConfigError(problem(where, got, allowed, remedy))
+
+
+def closest(name: object, names: Iterable[str], cutoff: float = 0.6) -> str | None:
+    """The one of `names` that `name` is most likely a slip of."""
+    if not isinstance(name, str):
+        return None
+    lowered = {candidate.lower(): candidate for candidate in names}
+    found = difflib.get_close_matches(name.lower(), list(lowered), n=1, cutoff=cutoff)
+    return lowered[found[0]] if found else None

@@ -1,0 +1,197 @@
+"""What of DeepSpeed's JSON cannot be combined with the section, and why.
+
+Each row names a setting by its path; its value is looked up in the raw JSON, before DeepSpeed reads it. Model classes
+that are refused (PipelineModule) are not the JSON's business: the engine checks those.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from ds_quant.config import QuantConfig
+from ds_quant.errors import ConfigError, problem
+
+ALL = ("linear", "optimizer", "communication")
+
+
+def _is_on(value: Any) -> bool:
+    return bool(value) and value != "auto"  # DeepSpeed takes its default, off, for "auto"
+
+
+def _is_enabled(value: Any) -> bool:
+    return isinstance(value, dict) and _is_on(value.get("enabled"))
+
+
+def _is_given(value: Any) -> bool:
+    return value is not None and value is not False
+
+
+def _is_nvme(value: Any) -> bool:
+    return isinstance(value, str) and value.lower() == "nvme"
+
+
+def _is_above_one(value: Any) -> bool:
+    return isinstance(value, int | float) and value > 1
+
+
+def _is_no_stage(value: Any) -> bool:
+    return value is not None and not (type(value) is int and 0 <= value <= 3)
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A setting that some parts of the section refuse."""
+
+    path: str
+    """Dotted path in the DeepSpeed JSON."""
+    refused: Callable[[Any], bool]
+    """Whether its value is refused; None stands for absent."""
+    parts: tuple[str, ...]
+    """The parts of the section it collides with, as dotted paths inside `ds_quant`."""
+    allowed: str
+    reason: str
+    remedy: str = "remove it, or that part of the section"
+
+
+REFUSALS = (
+    Refusal(
+        "zero_optimization.stage",
+        _is_no_stage,
+        ALL,
+        "0, 1, 2 or 3, written out",
+        "DeepSpeed has no other stage, and takes anything unresolved for stage 0",
+        "write the stage; 1 is recommended",
+    ),
+    Refusal(
+        "tensor_parallel.autotp_size",
+        _is_above_one,
+        ALL,
+        "0 or 1",
+        "AutoTP replaces the quantized linears by full-precision ones of its own",
+    ),
+    Refusal(
+        "expert_parallel",
+        _is_enabled,
+        ALL,
+        '"enabled": false',
+        "AutoEP replaces the expert layers after the conversion",
+    ),
+    Refusal(
+        "hybrid_engine",
+        _is_enabled,
+        ALL,
+        '"enabled": false',
+        "its inference kernels bypass the quantized modules",
+    ),
+    Refusal(
+        "compile.deepcompile",
+        _is_on,
+        ALL,
+        "false",
+        "DeepCompile bypasses the engine's hooks and its gradient reduction",
+    ),
+    Refusal(
+        "weight_quantization",
+        _is_given,
+        ALL,
+        "absent",
+        "DeepSpeed's own weight quantization is for inference; it stores the parameters as integers",
+    ),
+    Refusal(
+        "zero_optimization.zenflow",
+        _is_given,
+        ALL,
+        "absent",
+        "ZenFlow's optimizer bypasses the hooks",
+    ),
+    Refusal(
+        "zero_optimization.offload_optimizer.super_offload",
+        _is_on,
+        ALL,
+        "false",
+        "SuperOffload's optimizer bypasses the hooks",
+    ),
+    Refusal(
+        "zero_optimization.offload_optimizer.device",
+        _is_nvme,
+        ALL,
+        '"none" or "cpu"',
+        "swapping to NVMe is not tested, and reads the raw storage of the optimizer's state",
+        'offload to "cpu"',
+    ),
+    Refusal(
+        "zero_optimization.offload_param.device",
+        _is_nvme,
+        ALL,
+        '"none" or "cpu"',
+        "swapping parameters to NVMe is not tested with quantized modules",
+        'offload to "cpu"',
+    ),
+    Refusal(
+        "zero_optimization.zero_quantized_weights",
+        _is_on,
+        ("linear.weight",),
+        "false",
+        "ZeRO++'s qwZ quantizes the gathered weights: they would be quantized twice",
+    ),
+    Refusal(
+        "zero_optimization.zero_quantized_nontrainable_weights",
+        _is_on,
+        ("linear.weight",),
+        "false",
+        "ZeRO++ stores frozen weights quantized: they would be quantized twice",
+    ),
+    Refusal(
+        "zero_optimization.zero_quantized_gradients",
+        _is_on,
+        ALL,
+        "false",
+        "ZeRO++'s qgZ needs CUDA and is silently ignored below stage 3",
+        "remove it; ds_quant.communication.gradient is what replaces it",
+    ),
+    Refusal(
+        "bf16.bf16_optimizer_states",
+        _is_on,
+        ("optimizer",),
+        "false",
+        "DeepSpeed would keep the moments in bf16, in silence",
+    ),
+    Refusal(
+        "bfloat16.bf16_optimizer_states",  # the old name of the section, which DeepSpeed reads where bf16 is absent
+        _is_on,
+        ("optimizer",),
+        "false",
+        "DeepSpeed would keep the moments in bf16, in silence",
+    ),
+)
+
+
+def _look_up(node: Any, path: str) -> Any:
+    for key in path.split("."):
+        node = node.get(key) if isinstance(node, dict) else None
+    return node
+
+
+def _parts_in_use(quant: QuantConfig, parts: tuple[str, ...]) -> list[str]:
+    def is_used(part: str) -> bool:
+        node: Any = quant
+        for key in part.split("."):
+            node = getattr(node, key, None)
+        return node is not None
+
+    return [part for part in parts if is_used(part)]
+
+
+def check_refusals(raw: dict[str, Any], quant: QuantConfig) -> None:
+    """Raise `ConfigError` for each setting in `raw`, the whole DeepSpeed config, that `quant` cannot work with."""
+    if not quant.enabled:
+        return
+    lines = []
+    for row in REFUSALS:
+        value = _look_up(raw, row.path)
+        parts = _parts_in_use(quant, row.parts)
+        if parts and row.refused(value):
+            allowed = f"{row.allowed} with {', '.join(f'ds_quant.{part}' for part in parts)} ({row.reason})"
+            lines.append(problem(row.path, value, allowed, row.remedy))
+    if lines:
+        raise ConfigError("\n".join(lines))

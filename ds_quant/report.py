@@ -1,0 +1,121 @@
+"""`ds_quant_report [CONFIG.json]`: what is installed here, and what a config will do."""
+
+import argparse
+import importlib.metadata
+import json
+import platform
+import sys
+from typing import Any
+
+from ds_quant.config import ConfigError, QuantConfig, has_tripwire, json_schema, near_miss_keys, read_deepspeed_config
+from ds_quant.config import unresolved_auto as find_auto
+from ds_quant.linear import describe
+from ds_quant.refusals import check_refusals
+
+PACKAGES = ("ds_quant", "torch", "deepspeed", "transformers", "accelerate", "datasets", "bitsandbytes")
+
+
+def versions() -> dict[str, str | None]:
+    """Package name to installed version, None where it is missing; Python's own under "python"."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def environment() -> tuple[list[tuple[str, str]], list[str]]:
+    """Rows of (what, state) on DeepSpeed, the accelerator and the seams; and what is wrong."""
+    import torch
+
+    rows: list[tuple[str, str]] = []
+    problems: list[str] = []
+    try:
+        from ds_quant import zero
+        from ds_quant.extension_locks import check_extension_locks
+    except (ConfigError, ImportError) as error:
+        return [("deepspeed", "cannot be used")], [str(error)]
+    name, devices = zero.accelerator()
+    rows.append(("accelerator", f"{name}, {devices} device(s)"))
+    rows.append(("CPU instructions", torch.backends.cpu.get_cpu_capability()))
+    for seam, there in zero.find_seams().items():
+        rows.append((f"seam {seam}", "found" if there else "MISSING"))
+    try:
+        check_extension_locks(zero.op_names())
+        rows.append(("extension locks", "none"))
+    except ConfigError as error:
+        problems.append(str(error))
+    return rows, problems
+
+
+def explain(source: Any) -> tuple[list[tuple[str, str]], list[str]]:
+    """Rows of (what, meaning) for a DeepSpeed config, and what would stop it."""
+    rows: list[tuple[str, str]] = []
+    problems: list[str] = []
+    raw = read_deepspeed_config(source)
+    quant = QuantConfig.load(raw)
+    stage = (raw.get("zero_optimization") or {}).get("stage", 0)
+    rows.append(("ZeRO stage", str(stage)))
+    rows += [("warning", warning) for warning in near_miss_keys(raw)]
+    if not quant.enabled:
+        why = "switched off" if "ds_quant" in raw else "absent"
+        return [*rows, ("ds_quant section", f"{why}: a plain DeepSpeed run in full precision")], problems
+    rows.append(
+        ("tripwire", "set" if has_tripwire(raw) else "missing: a script that forgets ds_quant trains without it")
+    )
+    if quant.linear:
+        exclude = quant.linear.exclude
+        rows.append(("linear layers", describe(quant.linear)))
+        rows.append(("  include", ", ".join(quant.linear.include)))
+        left_out = "the model's output embedding" if exclude is None else ", ".join(exclude) or "nothing"
+        rows.append(("  exclude", left_out))
+    else:
+        rows.append(("linear layers", "full precision"))
+    from ds_quant import engine
+
+    for check in (lambda: engine.refuse_unavailable(quant), lambda: check_refusals(raw, quant)):
+        try:
+            check()
+        except ConfigError as error:
+            problems += str(error).splitlines()
+    auto = find_auto(raw)
+    if auto:
+        rows.append(('"auto"', f"{', '.join(auto)}: filled by Hugging Face's Trainer, or by ds_quant.resolve_auto"))
+    return rows, problems
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="ds_quant_report", description=__doc__)
+    parser.add_argument("config", nargs="?", help="a DeepSpeed JSON; the report then says what it will do")
+    parser.add_argument("--schema", action="store_true", help="print the JSON schema of the ds_quant section and stop")
+    options = parser.parse_args(arguments)
+    if options.schema:
+        print(json.dumps(json_schema(), indent=2))
+        return 0
+    _print("installed", [(name, found or "not installed") for name, found in versions().items()])
+    rows, problems = environment()
+    _print("this machine", rows)
+    if options.config:
+        try:
+            rows, refused = explain(options.config)
+            _print(options.config, rows)
+            problems += refused
+        except ConfigError as error:
+            problems += str(error).splitlines()
+    for problem in problems:
+        print(f"REFUSED {problem}")
+    return 1 if problems else 0
+
+
+def _print(title: str, rows: list[tuple[str, str]]) -> None:
+    width = max(len(name) for name, _ in rows)
+    print(f"{title}:")
+    for name, text in rows:
+        print(f"  {name:<{width}}  {text}")
+    print()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

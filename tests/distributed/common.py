@@ -1,0 +1,37 @@
+"""What the distributed programs share: a tiny model, fixed data, and a report as JSON."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+VOCABULARY = 96
+LENGTH = 16
+
+
+def tiny_llama_config(**overrides):
+    from transformers import LlamaConfig
+
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return LlamaConfig(**{**sizes, "num_key_value_heads": 2, "vocab_size": VOCABULARY, **overrides})
+
+
+def batch(index, rows):
+    """int64 [rows, LENGTH], the same on every machine."""
+    generator = torch.Generator().manual_seed(index)
+    return torch.randint(0, VOCABULARY, (rows, LENGTH), generator=generator)
+
+
+def write_report(path, report):
+    """One file, from rank 0, complete or not there at all."""
+    if int(os.environ.get("RANK", "0")) == 0:
+        target = Path(path)
+        part = target.with_suffix(".part")
+        part.write_text(json.dumps(report))
+        part.replace(target)
+
+
+def say(*what):
+    print(*what, file=sys.stderr, flush=True)

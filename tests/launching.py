@@ -1,0 +1,47 @@
+"""Starts programs the way users do, with a time-out that leaves nothing running."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+from conftest import ROOT, free_port
+
+PROGRAMS = ROOT / "tests" / "distributed"
+
+
+def launch(command, *, timeout, env=None, cwd=ROOT, check=True):
+    """Run a command in a process group of its own; (exit status, output). Kills all of it after `timeout` seconds."""
+    environment = {
+        **os.environ,
+        "DS_ACCELERATOR": "cpu",
+        "OMP_NUM_THREADS": "1",
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "PYTHONPATH": str(PROGRAMS),
+        **(env or {}),
+    }
+    process = subprocess.Popen(
+        [str(part) for part in command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        stdin=subprocess.DEVNULL,
+        text=True,
+        env=environment,
+        cwd=cwd,
+        start_new_session=True,
+    )
+    try:
+        output, _ = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        output, _ = process.communicate()
+        raise AssertionError(f"{command} did not end within {timeout} s:\n{output}") from None
+    if check:
+        assert process.returncode == 0, f"{command} ended with {process.returncode}:\n{output}"
+    return process.returncode, output
+
+
+def deepspeed(*arguments, ranks=2):
+    """The command of DeepSpeed's launcher."""
+    return ["deepspeed", "--num_gpus", ranks, "--master_port", free_port(), *arguments]

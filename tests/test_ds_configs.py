@@ -1,0 +1,247 @@
+"""The shipped configs: the matrix is complete, they differ in the section only, stock DeepSpeed refuses each of them
+unless it is full precision, and each trains."""
+
+import json
+import math
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ds_quant.config import TRIPWIRE, QuantConfig, has_tripwire, resolve_auto, unresolved_auto
+from ds_quant.refusals import check_refusals
+
+ROOT = Path(__file__).parent.parent
+FILES = sorted((ROOT / "ds_configs").glob("*.json"))
+NAMES = [file.stem for file in FILES]
+QUANTIZED = [name for name in NAMES if name != "baseline"]
+
+# Rows of the experiment matrix, as (bits, granularity, rest) by operand.
+ROWS = {
+    "w8_tensor": {"weight": (8, "tensor")},
+    "w8_channel": {"weight": (8, "channel")},
+    "w4_tensor": {"weight": (4, "tensor")},
+    "w4_channel": {"weight": (4, "channel")},
+    "a8_tensor": {"activation": (8, "tensor")},
+    "a8_token": {"activation": (8, "token")},
+    "a4_tensor": {"activation": (4, "tensor")},
+    "a4_token": {"activation": (4, "token")},
+    "a4_channel": {"activation": (4, "channel")},
+    "a4_token_asymmetric": {"activation": (4, "token")},
+    "g8_tensor": {"gradient": (8, "tensor")},
+    "g8_token": {"gradient": (8, "token")},
+    "g8_token_input": {"gradient": (8, "token")},
+    "g4_tensor": {"gradient": (4, "tensor")},
+    "g4_token": {"gradient": (4, "token")},
+    "w8a8": {"weight": (8, "channel"), "activation": (8, "token")},
+    "w8a8g8": {"weight": (8, "channel"), "activation": (8, "token"), "gradient": (8, "outer")},
+}
+PAPER_ROWS = {f"paper_{name}": row for name, row in ROWS.items()} | {
+    "paper_w8a8g8": {**ROWS["w8a8"], "gradient": (8, "token")}
+}
+
+VALUES = {
+    "train_micro_batch_size_per_gpu": 2,
+    "gradient_accumulation_steps": 1,
+    "gradient_clipping": 1.0,
+    "bf16": True,
+    "lr": 1e-2,
+    "betas": (0.9, 0.999),
+    "eps": 1e-8,
+    "weight_decay": 0.1,
+    "warmup_num_steps": 2,
+    "total_num_steps": 10,
+}
+
+
+def read(name):
+    return json.loads((ROOT / "ds_configs" / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def test_the_matrix_is_complete():
+    assert set(NAMES) == {"baseline", *ROWS, *PAPER_ROWS}
+
+
+@pytest.mark.parametrize("name", [*ROWS, *PAPER_ROWS])
+def test_each_says_what_its_name_says(name):
+    quant = QuantConfig.load(ROOT / "ds_configs" / f"{name}.json")
+    paper = name.startswith("paper_")
+    linear = quant.linear
+    assert quant.optimizer is None
+    assert quant.communication is None
+    found = {
+        operand: (getattr(linear, operand).bits, getattr(linear, operand).granularity)
+        for operand in ("weight", "activation", "gradient")
+        if getattr(linear, operand)
+    }
+    assert found == (PAPER_ROWS if paper else ROWS)[name]
+    assert linear.backend == "simulated"
+    assert linear.backward_operands == ("original" if paper else "quantized")
+    assert linear.include == ("*",)
+    assert linear.exclude == (() if paper else None)
+    for operand in found:
+        assert getattr(linear, operand).symmetric is not name.endswith("asymmetric")
+        stochastic = name == "w8a8g8" and operand == "gradient"
+        assert getattr(linear, operand).rounding == ("stochastic" if stochastic else "nearest")
+    if linear.gradient:
+        products = ("weight",) if paper else ("weight", "input")
+        assert linear.gradient.used_for == (("input",) if name.endswith("_input") else products)
+
+
+def test_the_baseline_is_full_precision():
+    assert "ds_quant" not in read("baseline")
+    assert not QuantConfig.load(ROOT / "ds_configs" / "baseline.json").enabled
+
+
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_they_differ_from_the_baseline_in_the_section_and_the_tripwire_only(name):
+    config = read(name)
+    del config["ds_quant"]
+    assert config["zero_optimization"].pop(TRIPWIRE) is True
+    assert config == read("baseline")
+    assert list(config) == list(read("baseline"))
+
+
+@pytest.mark.parametrize("world_size", [1, 8])
+@pytest.mark.parametrize("name", NAMES)
+def test_each_resolves_at_any_world_size(name, world_size):
+    resolved = resolve_auto(ROOT / "ds_configs" / f"{name}.json", world_size=world_size, **VALUES)
+    assert unresolved_auto(resolved) == []
+    assert resolved["train_batch_size"] == 2 * world_size
+    assert has_tripwire(resolved) is (name != "baseline")
+    check_refusals(resolved, QuantConfig.load(resolved))
+
+
+def test_their_autos_are_those_that_trainer_fills():
+    assert unresolved_auto(read("w8a8")) == [
+        "train_batch_size",
+        "train_micro_batch_size_per_gpu",
+        "gradient_accumulation_steps",
+        "gradient_clipping",
+        "bf16.enabled",
+        "optimizer.params.lr",
+        "optimizer.params.betas",
+        "optimizer.params.eps",
+        "optimizer.params.weight_decay",
+        "scheduler.params.total_num_steps",
+        "scheduler.params.warmup_num_steps",
+    ]
+
+
+# ---- with DeepSpeed, all configs in one process
+
+
+def run_with_deepspeed(script: str, configs: dict[str, dict], tmp_path: Path) -> dict:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    env = {
+        # Where DeepSpeed builds its communication op, once: about a minute.
+        "TORCH_EXTENSIONS_DIR": str(ROOT / ".cache" / "torch_extensions"),
+        **os.environ,
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),  # ninja
+        "DS_ACCELERATOR": "cpu",
+        "OMP_NUM_THREADS": "1",
+        "RANK": "0",
+        "WORLD_SIZE": "1",
+        "LOCAL_RANK": "0",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    (tmp_path / "script.py").write_text(script, encoding="utf-8")
+    (tmp_path / "configs.json").write_text(json.dumps(configs), encoding="utf-8")
+    command = [sys.executable, str(tmp_path / "script.py"), str(tmp_path / "configs.json"), str(tmp_path / "out.json")]
+    env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    run = subprocess.run(command, env=env, capture_output=True, text=True, timeout=400)
+    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-6000:]
+    return json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))
+
+
+def resolved_configs() -> dict[str, dict]:
+    return {name: resolve_auto(ROOT / "ds_configs" / f"{name}.json", **VALUES) for name in NAMES}
+
+
+STOCK = """
+import json, sys
+import deepspeed
+import torch
+
+results = {}
+for name, config in json.load(open(sys.argv[1])).items():
+    model = torch.nn.Linear(4, 4)
+    try:
+        deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)
+        results[name] = "accepted"
+    except Exception as error:
+        results[name] = f"{type(error).__name__}: {error}"
+json.dump(results, open(sys.argv[2], "w"))
+deepspeed.comm.destroy_process_group()
+"""
+
+
+@pytest.mark.timeout(500)
+def test_stock_deepspeed_refuses_each_but_the_baseline(tmp_path):
+    configs = resolved_configs()
+    # The control: without the tripwire, stock DeepSpeed takes the section and would train in full precision.
+    untripped = json.loads(json.dumps(configs["w8a8"]))
+    del untripped["zero_optimization"][TRIPWIRE]
+    results = run_with_deepspeed(STOCK, {**configs, "untripped": untripped}, tmp_path)
+    assert results.pop("baseline") == "accepted"
+    assert results.pop("untripped") == "accepted"
+    assert set(results) == set(QUANTIZED)
+    for name, result in results.items():
+        assert result.startswith("ValidationError"), (name, result)
+        assert TRIPWIRE in result
+
+
+TRAIN = """
+import json, sys
+import deepspeed
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import ds_quant
+
+results = {}
+for name, config in json.load(open(sys.argv[1])).items():
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(
+        vocab_size=128, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=4, max_position_embeddings=32,
+    ))
+    before = model.lm_head.weight.detach().clone()
+    engine, *_ = ds_quant.initialize(model=model, model_parameters=model.parameters(), config=config)
+    tokens = torch.randint(128, (2, 16))
+    losses = []
+    for _ in range(4):  # the first steps of the warm-up have a learning rate of 0
+        loss = engine(input_ids=tokens, labels=tokens).loss
+        engine.backward(loss)
+        engine.step()
+        losses.append(loss.item())
+    results[name] = {
+        "losses": losses,
+        "moved": not torch.equal(before.to(engine.module.lm_head.weight.dtype), engine.module.lm_head.weight),
+        "quantized": [n for n, m in engine.module.named_modules() if isinstance(m, ds_quant.QuantLinear)],
+    }
+json.dump(results, open(sys.argv[2], "w"))
+deepspeed.comm.destroy_process_group()
+"""
+
+
+@pytest.mark.timeout(500)
+def test_every_config_trains_a_step(tmp_path):
+    results = run_with_deepspeed(TRAIN, resolved_configs(), tmp_path)
+    assert set(results) == set(NAMES)
+    for name, result in results.items():
+        assert all(math.isfinite(loss) for loss in result["losses"]), (name, result)
+        assert result["moved"], name
+        # two layers of seven linears; the paper quantized lm_head too
+        expected = 0 if name == "baseline" else 14 + name.startswith("paper_")
+        assert len(result["quantized"]) == expected, (name, result["quantized"])
+        assert ("lm_head" in result["quantized"]) is name.startswith("paper_")
+    baseline = results.pop("baseline")["losses"]
+    for name, result in results.items():
+        assert result["losses"] != baseline, f"{name} trained in full precision"

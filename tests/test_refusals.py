@@ -1,0 +1,143 @@
+"""What of DeepSpeed's JSON is refused: every row, for the parts it concerns and for no others."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from ds_quant.config import ConfigError, QuantConfig
+from ds_quant.refusals import REFUSALS, check_refusals
+
+PARTS = {
+    "linear": {"linear": {"activation": {"bits": 8}}},
+    "linear.weight": {"linear": {"weight": {"bits": 8}}},
+    "optimizer": {"optimizer": {"exp_avg": {"bits": 8}}},
+    "communication": {"communication": {"gradient": {"bits": 8}}},
+}
+ALL = set(PARTS)
+
+# path, a value that is refused, values that pass, the parts of the section it is refused with
+CASES = [
+    ("zero_optimization.stage", 4, [0, 1, 2, 3, None], ALL),
+    ("zero_optimization.stage", -1, [0], ALL),
+    ("zero_optimization.stage", "auto", [0], ALL),
+    ("zero_optimization.stage", "3", [0], ALL),
+    ("zero_optimization.stage", True, [0], ALL),
+    ("tensor_parallel.autotp_size", 2, [0, 1, "auto", None], ALL),
+    ("expert_parallel", {"enabled": True, "autoep_size": 2}, [{}, {"enabled": False}, None], ALL),
+    ("hybrid_engine", {"enabled": True}, [{}, {"enabled": False}, None], ALL),
+    ("compile.deepcompile", True, [False, "auto", None], ALL),
+    ("weight_quantization", {"quantized_initialization": {"num_bits": 8}}, [None], ALL),
+    ("zero_optimization.zenflow", {}, [None], ALL),
+    ("zero_optimization.zenflow", {"topk_ratio": 0.1}, [None], ALL),
+    ("zero_optimization.offload_optimizer.super_offload", True, [False, None], ALL),
+    ("zero_optimization.offload_optimizer.device", "nvme", ["cpu", "none", None], ALL),
+    ("zero_optimization.offload_param.device", "nvme", ["cpu", "none", None], ALL),
+    ("zero_optimization.zero_quantized_weights", True, [False, None], {"linear.weight"}),
+    ("zero_optimization.zero_quantized_nontrainable_weights", True, [False, None], {"linear.weight"}),
+    ("zero_optimization.zero_quantized_gradients", True, [False, None], ALL),
+    ("bf16.bf16_optimizer_states", True, [False, None], {"optimizer"}),
+    ("bfloat16.bf16_optimizer_states", True, [False, None], {"optimizer"}),
+]
+
+
+def config(path, value, section):
+    node = value
+    for key in reversed(path.split(".")):
+        node = {key: node}
+    return {"train_batch_size": 1, **node, "ds_quant": section}
+
+
+def check(path, value, section):
+    raw = config(path, value, section)
+    check_refusals(raw, QuantConfig.load(raw))
+
+
+def test_every_row_has_a_case():
+    assert {row.path for row in REFUSALS} == {path for path, *_ in CASES}
+    assert len({row.path for row in REFUSALS}) == len(REFUSALS)
+
+
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize(("path", "value", "passing", "refused_with"), CASES)
+def test_rows(path, value, passing, refused_with, part):
+    for harmless in passing:
+        check(path, harmless, PARTS[part])
+    if part not in refused_with:
+        check(path, value, PARTS[part])
+        return
+    with pytest.raises(ConfigError) as caught:
+        check(path, value, PARTS[part])
+    (line,) = str(caught.value).splitlines()
+    (row,) = [row for row in REFUSALS if row.path == path]
+    assert line.startswith(f"{path}: got ")
+    named = part if part in row.parts else part.split(".")[0]
+    assert f"; allowed: {row.allowed} with ds_quant.{named} ({row.reason}); remedy: {row.remedy}" in line
+
+
+def test_all_hits_are_listed():
+    raw = {
+        "hybrid_engine": {"enabled": True},
+        "zero_optimization": {"stage": 7, "zenflow": {}, "zero_quantized_weights": True},
+        "ds_quant": PARTS["linear.weight"] | PARTS["optimizer"],
+    }
+    with pytest.raises(ConfigError) as caught:
+        check_refusals(raw, QuantConfig.load(raw))
+    lines = str(caught.value).splitlines()
+    assert [line.split(":")[0] for line in lines] == [
+        "zero_optimization.stage",
+        "hybrid_engine",
+        "zero_optimization.zenflow",
+        "zero_optimization.zero_quantized_weights",
+    ]
+    assert "with ds_quant.linear, ds_quant.optimizer (" in lines[0]
+    assert "with ds_quant.linear.weight (" in lines[3]
+
+
+def test_a_disabled_section_refuses_nothing():
+    raw = {"hybrid_engine": {"enabled": True}, "ds_quant": {"enabled": False, **PARTS["linear"]}}
+    check_refusals(raw, QuantConfig.load(raw))
+    check_refusals(raw, QuantConfig.parse(raw["ds_quant"]))
+    check_refusals({"hybrid_engine": {"enabled": True}}, QuantConfig(enabled=False))
+
+
+def test_odd_shapes_do_not_crash():
+    raw = {"zero_optimization": True, "tensor_parallel": [1], "compile": None, "ds_quant": PARTS["linear"]}
+    check_refusals(raw, QuantConfig.load(raw))
+
+
+KNOWN_PATHS = """
+import sys
+from deepspeed.compile.config import CompileConfig
+from deepspeed.module_inject.auto_ep_config import AutoEPConfig
+from deepspeed.runtime.config import HybridEngineConfig
+from deepspeed.runtime.precision_config import DeepSpeedBF16Config
+from deepspeed.runtime.tensor_parallel.config import TPTrainingConfig
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+from deepspeed.runtime.zero.offload_config import (
+    DeepSpeedZeroOffloadOptimizerConfig, DeepSpeedZeroOffloadParamConfig
+)
+owners = {
+    "zero_optimization": DeepSpeedZeroConfig,
+    "zero_optimization.offload_optimizer": DeepSpeedZeroOffloadOptimizerConfig,
+    "zero_optimization.offload_param": DeepSpeedZeroOffloadParamConfig,
+    "tensor_parallel": TPTrainingConfig,
+    "compile": CompileConfig,
+    "bf16": DeepSpeedBF16Config,
+    "bfloat16": DeepSpeedBF16Config,
+}
+for path in sys.argv[1:]:
+    owner, _, key = path.rpartition(".")
+    if owner:
+        assert key in owners[owner].model_fields, path
+assert "enabled" in HybridEngineConfig.model_fields
+assert hasattr(AutoEPConfig(), "enabled")
+"""
+
+
+def test_every_path_is_one_that_deepspeed_has():
+    env = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", KNOWN_PATHS, *(row.path for row in REFUSALS)]
+    run = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
