@@ -12,12 +12,13 @@ logger = logging.getLogger("ds_quant")
 
 
 def _set_up() -> None:
+    if logger.level == logging.NOTSET:
+        logger.setLevel(logging.INFO)
     if logger.handlers or logging.getLogger().handlers:
-        return  # the program has arranged its own logging
+        return  # the program has arranged where its messages go
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("[%(name)s] %(message)s"))
     logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
     logger.propagate = False
 
 

@@ -22,7 +22,8 @@ At the edges:
 - A group of zeros has scale 0 (and zero_point 0), and comes back as zeros. A scale of 0 also folds well: it adds
   nothing to the range of what it is multiplied into.
 - Asymmetric groups of one value c != 0 take scale |c| and come back exactly.
-- No absolute floor. A denormal scale is rounded up, so that the range still fits and the error stays half a scale.
+- No absolute floor. A denormal scale with scale * n < range grows by 2^-149, so that the range fits and the error
+  stays half a scale. Where the processor flushes denormals, such groups come back as zeros.
 - max x - min x may pass the largest fp32 number; the scale is then taken from halves and doubled.
 - A group with an Inf or a NaN has scale NaN and codes 0 (asymmetric: zero_point 0): the whole group comes back as
   NaN, in every product too, and no other group is touched.
@@ -76,8 +77,8 @@ def quantize(
 
     `block_size` counts for granularity "block" only. rounding "stochastic" needs a `key` (see `fold_key`): with
     v = x / scale, round(v) becomes floor(v) + (u < v - floor(v)), where u is `uniform(key, x.shape)`, by row-major
-    index. Integers never move. It is unbiased up to 2^-24 of a scale, save where the clamp cuts (asymmetric, within
-    half a scale of a group's minimum and maximum).
+    index. A v that is an integer never moves. It is unbiased up to 2^-24 of a scale, save where the clamp cuts
+    (asymmetric: within half a scale of a group's minimum and maximum, as the zero point is rounded).
 
     Gradients do not flow. The bits are the same under torch.compile(fullgraph=True), which is not called again for
     new values of `key`. Note that Inductor may hand over a bf16 `x` that it computed itself without rounding it
@@ -223,8 +224,8 @@ def _expand(per_group: Tensor, x: Tensor, granularity: str, block_size: int) -> 
     num_features = x.shape[-1]
     if num_features % block_size == 0:
         return per_group.unsqueeze(-1).expand(*per_group.shape, block_size).flatten(-2)
-    # A gather, and a shift for its index, because Inductor (torch 2.13, CPU) leaves out the tail where it sees a loop
-    # index divided by a number that does not divide the length of the loop. It does not see through a shift.
+    # A gather, because Inductor (torch 2.13, CPU, try_loop_split) leaves out the tail of a loop whose index it sees
+    # divided by what does not divide the length of the loop. The shift keeps it from turning this into that division.
     block = torch.arange(num_features, device=x.device) >> (block_size.bit_length() - 1)
     return per_group[..., block]
 

@@ -1,0 +1,123 @@
+"""`ds_quant_report` and `python -m ds_quant`, as a user calls them."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+from ds_quant.__main__ import main as run_module
+from ds_quant.__main__ import split_arguments
+from ds_quant.extension_locks import STALE_SECONDS
+from ds_quant.report import explain, main
+
+
+def test_versions_and_seams(capsys):
+    assert main([]) == 0
+    printed = capsys.readouterr().out
+    assert "deepspeed     0.19.8" in printed
+    assert "MISSING" not in printed
+    assert "DeepSpeedEngine.forward" in printed
+    assert "accelerator" in printed
+
+
+def test_what_a_config_does(root, capsys):
+    assert main([str(root / "ds_configs" / "w8a8g8.json")]) == 0
+    printed = capsys.readouterr().out
+    assert "W8 channel, A8 token, G8 outer stochastic for dW+dX (simulated)" in printed
+    assert "the model's output embedding" in printed
+    assert "optimizer.params.lr" in printed
+    rows, problems = explain(str(root / "ds_configs" / "baseline.json"))
+    assert ("ds_quant section", "absent: a plain DeepSpeed run in full precision") in rows
+    assert problems == []
+
+
+def test_every_problem_of_a_config(root, tmp_path, capsys):
+    config = json.loads((root / "ds_configs" / "w8a8.json").read_text())
+    config["ds_quant"]["optimizer"] = {"exp_avg": {"bits": 8}}
+    config["hybrid_engine"] = {"enabled": True}
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps(config))
+    assert main([str(path)]) == 1
+    printed = capsys.readouterr().out
+    assert "REFUSED ds_quant.optimizer: " in printed
+    assert "REFUSED hybrid_engine: " in printed
+    config["ds_quant"]["linear"]["weight"]["bits"] = 9
+    path.write_text(json.dumps(config))
+    assert main([str(path)]) == 1
+    assert "REFUSED ds_quant.linear.weight.bits: got 9" in capsys.readouterr().out
+    assert main([str(tmp_path / "missing.json")]) == 1
+    assert "missing.json: no such file" in capsys.readouterr().out
+
+
+def test_a_stale_lock_is_reported(tmp_path, monkeypatch, capsys):
+    lock = tmp_path / "deepspeed_shm_comm" / "lock"
+    lock.parent.mkdir()
+    lock.touch()
+    old = time.time() - STALE_SECONDS - 5
+    for path in (lock, lock.parent):
+        os.utime(path, (old, old))
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    assert main([]) == 1
+    assert f"REFUSED {lock}" in capsys.readouterr().out
+
+
+def test_schema(capsys):
+    assert main(["--schema"]) == 0
+    schema = json.loads(capsys.readouterr().out)
+    assert {"enabled", "linear", "optimizer", "communication"} <= set(schema["properties"])
+
+
+@pytest.mark.parametrize(
+    ("given", "want"),
+    [
+        (["train.py", "--lr", "1"], ([], "train.py", False, ["--lr", "1"])),
+        (["--local_rank=1", "train.py", "a"], (["--local_rank=1"], "train.py", False, ["a"])),
+        (["-m", "pkg.train", "--x"], ([], "pkg.train", True, ["--x"])),
+        (["--local_rank=0", "-m", "pkg"], (["--local_rank=0"], "pkg", True, [])),
+        (["--local_rank=0"], (["--local_rank=0"], None, False, [])),
+        ([], ([], None, False, [])),
+        (["-m"], ([], None, True, [])),
+    ],
+)
+def test_arguments_of_the_module(given, want):
+    assert split_arguments(given) == want
+
+
+def test_a_script_that_is_not_there(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["ds_quant", "no_such.py"])
+    assert run_module() == 2
+    assert "got the script 'no_such.py', which is no file" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", ["ds_quant", "--local_rank=0"])
+    assert run_module() == 2
+    assert "got no script" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", ["ds_quant", "--help"])
+    assert run_module() == 0
+    assert "usage: python -m ds_quant" in capsys.readouterr().out
+
+
+SCRIPT = """
+import sys
+import neighbour
+import deepspeed
+print(__name__, sys.argv[1:], deepspeed.initialize.__module__, deepspeed.initialize.__closure__ is not None, __file__)
+sys.exit(neighbour.STATUS)
+"""
+
+
+def test_an_unchanged_script_runs_with_ds_quant_enabled(tmp_path):
+    (tmp_path / "train.py").write_text(SCRIPT)
+    (tmp_path / "neighbour.py").write_text("STATUS = 7\n")
+    for arguments in (["--local_rank=0", str(tmp_path / "train.py"), "--x"], ["--local_rank=0", "-m", "train", "--x"]):
+        done = subprocess.run(
+            [sys.executable, "-m", "ds_quant", *arguments],
+            capture_output=True,
+            text=True,
+            timeout=120,
+            cwd=tmp_path,
+            env={**os.environ, "DS_ACCELERATOR": "cpu"},
+        )
+        assert done.returncode == 7, done.stderr
+        assert f"__main__ ['--local_rank=0', '--x'] deepspeed True {tmp_path}/train.py" in done.stdout
