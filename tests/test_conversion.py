@@ -273,3 +273,12 @@ def test_layers_draw_different_bits():
     convert(model, {"weight": {"bits": 4, "rounding": "stochastic"}})
     x = torch.eye(8)
     assert not torch.equal(model[0](x), model[1](x))
+
+
+def test_a_shared_weight_counts_once():
+    model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False), nn.Linear(4, 2))
+    model[1].weight = model[0].weight
+    convert(model, {**W8A8, "exclude": ["2"]})
+    found = coverage(model)
+    assert (found.covered_numel, found.matmul_numel) == (16, 24)
+    assert model[1].weight is model[0].weight

@@ -372,6 +372,17 @@ def test_the_largest_numbers_do_not_overflow(dtype, rng):
             assert_close(x.float(), q, rounding)
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+def test_narrow_ranges_next_to_the_largest_number_do_not_overflow(sign, rng):
+    # Here the few ulp that a far offset costs exceed a scale.
+    for exponent, bits, _ in itertools.product(range(14, 25), BITS, range(10)):
+        x = torch.from_numpy(sign * FLOAT32_MAX * (1 - 2.0**-exponent * rng.uniform(size=50))).float()
+        x[0] = sign * FLOAT32_MAX
+        q = quantize(x, bits, symmetric=False)
+        assert dequantize(q).isfinite().all()
+        assert_close(x, q, "nearest")
+
+
 def test_dequantize_overflows_like_a_cast_beyond_rounding():
     q = quantize(torch.tensor([1e6, -1e6, 100.0]), 8)
     assert dequantize(q, torch.float16).tolist() == [math.inf, -math.inf, 0]
@@ -413,8 +424,18 @@ def test_stochastic_rounding_never_moves_integers(symmetric):
         top = 2 ** (bits - 1) - 1 if symmetric else 2**bits - 1
         x = torch.arange(-top if symmetric else 0, top + 1).float() * 0.125
         for step in range(100):
-            q = quantize(x, bits, symmetric=symmetric, rounding="stochastic", key=fold_key(2, step))
+            # Key (0, 0) gives element 0 the least number there is, 0.
+            key = fold_key(2, step) if step else torch.tensor([0, 0])
+            q = quantize(x, bits, symmetric=symmetric, rounding="stochastic", key=key)
             assert torch.equal(integer_values(q) * 0.125, x)
+
+
+def test_stochastic_rounding_stays_within_the_codes():
+    # A float32 whose quotient by its own scale is 127 + 2^-17: one draw in 131072 rounds past the last code.
+    x = torch.full((2**20,), -1.0000038146972656)
+    assert x[0] / quantize(x, 8).scale < -127
+    assert quantize(x, 8, rounding="stochastic", key=fold_key(3)).codes.unique().tolist() == [-127]
+    assert quantize(-x, 8, rounding="stochastic", key=fold_key(3)).codes.unique().tolist() == [127]
 
 
 def test_stochastic_rounding_repeats_with_its_key_and_differs_with_another():
