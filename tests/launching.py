@@ -18,7 +18,7 @@ def launch(command, *, timeout, env=None, cwd=ROOT, check=True):
         "DS_ACCELERATOR": "cpu",
         "OMP_NUM_THREADS": "1",
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-        "PYTHONPATH": str(PROGRAMS),
+        "PYTHONPATH": os.pathsep.join([str(PROGRAMS), os.environ.get("PYTHONPATH", "")]),
         **(env or {}),
     }
     process = subprocess.Popen(

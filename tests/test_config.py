@@ -967,3 +967,10 @@ def test_importing_the_config_imports_no_framework():
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert run.stdout.strip() == "set()"
+
+
+def test_the_documentation_names_every_key(root):
+    text = (root / "docs" / "config.md").read_text()
+    for definition in (json_schema(), *json_schema()["$defs"].values()):
+        for key in definition["properties"]:
+            assert f"`{key}`" in text or f".{key}`" in text, key

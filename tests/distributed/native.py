@@ -44,6 +44,7 @@ def build(path, stage, dtype, world_size):
         # Partition a model whose weights are those of the other stages, in the dtype that DeepSpeed then keeps.
         model = model.bfloat16() if dtype == "bf16" else model
         deepspeed.zero.Init(module=model, config_dict_or_path=config)
+    torch.manual_seed(100 + dist.get_rank())  # as many scripts do, for dropout
     engine, *_ = ds_quant.initialize(model=model, model_parameters=model.parameters(), config=config)
     return engine
 
@@ -78,6 +79,8 @@ def main(output, path, *cases):
         undisturbed = train(engine, STEPS, STEPS + 2, rank, world_size)
         found = coverage(engine.module)
         key = step_key_of(engine.module)
+        keys = [None] * world_size
+        torch.distributed.all_gather_object(keys, key and [key.seed, key.rank])
         resumed_engine = build(path, int(stage), dtype, world_size)
         resumed_engine.load_checkpoint(folders[0])
         resumed = train(resumed_engine, STEPS, STEPS + 2, rank, world_size)
@@ -89,7 +92,7 @@ def main(output, path, *cases):
             "share": found.share,
             "optimizer": type(engine.optimizer).__name__,
             "key": key and [key.step, key.micro_step],
-            "lr": engine.get_lr(),
+            "keys": keys,
         }
         del engine, resumed_engine
         gc.collect()

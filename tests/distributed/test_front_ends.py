@@ -57,6 +57,7 @@ def test_native_loop(native, stage, dtype):
     got = native[f"{stage}:{dtype}"]
     assert len(got["converted"]) == NUM_LINEARS
     assert got["key"] == [STEPS + 1, ACCUMULATION - 1]
+    assert got["keys"] == [[100, 0], [100, 1]], "one seed for all ranks, and each rank's own number"
     section = ds_quant.QuantConfig.load(CONFIG).linear
     want = reference_losses(section, STEPS)
     plain = reference_losses(None, STEPS)

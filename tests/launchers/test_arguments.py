@@ -1,0 +1,226 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pretraining import arguments, batches
+from pretraining.deepspeed_json import DeepSpeedJson, fill_gaps
+from pretraining.errors import LaunchError
+
+DS = "--deepspeed"
+
+
+@pytest.fixture
+def plain_json(tmp_path: Path) -> Path:
+    """A DeepSpeed JSON without quantization."""
+    path = tmp_path / "plain.json"
+    path.write_text('{"zero_optimization": {"stage": 1}}')
+    return path
+
+
+def parse(*argv: str, world_size: int = 1) -> arguments.Arguments:
+    return arguments.parse(list(argv), world_size=world_size)[0]
+
+
+def test_the_preset_fills_only_what_the_user_left_open(plain_json: Path) -> None:
+    args = parse(DS, str(plain_json), "--learning_rate", "0.5", "--max_steps=7")
+    assert args.model.preset == "tiny"
+    assert (args.training["learning_rate"], args.training["max_steps"]) == (0.5, 7)
+    assert args.training["output_dir"] == "runs/tiny"
+    assert args.data.dataset_name == "python-source"
+    # Its own default value, given by the user, still beats the preset.
+    assert parse(DS, str(plain_json), "--adam_beta2", "0.999").training["adam_beta2"] == 0.999
+    assert args.training["adam_beta2"] == 0.95
+
+
+def test_the_paper_recipe(plain_json: Path) -> None:
+    args = parse(DS, str(plain_json), "--preset", "paper", world_size=4)
+    training = args.training
+    assert training["max_steps"] == 300_000
+    assert training["per_device_train_batch_size"] * training["gradient_accumulation_steps"] * 4 == 512
+    expected = {
+        "learning_rate": 6e-4,
+        "warmup_steps": 1000,
+        "lr_scheduler_type": "cosine",
+        "weight_decay": 0.1,
+        "max_grad_norm": 1.0,
+        "adam_beta1": 0.9,
+        "adam_beta2": 0.999,
+        "adam_epsilon": 1e-8,
+        "bf16": True,
+    }
+    assert {key: training[key] for key in expected} == expected
+    assert (args.data.dataset_name, args.model.tokenizer_name) == ("Skylion007/openwebtext", "gpt2")
+    assert args.data.context_length == 1024
+
+
+def test_files_replace_the_data_of_a_preset_and_a_model_its_tokenizer(plain_json: Path) -> None:
+    args = parse(DS, str(plain_json), "--preset", "paper", "--train_file", "a.txt", "b.txt", "--block_size", "64")
+    assert (args.data.train_file, args.data.dataset_name) == (["a.txt", "b.txt"], None)
+    assert args.data.context_length == 64
+    args = parse(DS, str(plain_json), "--preset", "paper", "--model_name_or_path", "some/model")
+    assert args.model.tokenizer_name is None
+
+
+def test_a_model_without_a_preset_takes_none(plain_json: Path) -> None:
+    args = parse(DS, str(plain_json), "--config_name", "some/model", "--train_file", "a.txt")
+    assert args.model.preset is None
+    with pytest.raises(LaunchError, match="no text to train on"):
+        parse(DS, str(plain_json), "--config_name", "some/model")
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--learning_rat", "1"], "Unknown flag --learning_rat. Did you mean --learning_rate"),
+        (["--preset", "papr"], "Did you mean 'paper'"),
+        (["--max_steps", "many"], "--max_steps.*many"),
+        (["--global_batch_size", "3", "--per_device_train_batch_size", "2"], "does not make"),
+        (["--validation_fraction", "1.5"], "between 0 and 1"),
+        (["--model_name_or_path", "a", "--config_name", "b", "--train_file", "c.txt"], "one of them"),
+        (["--train_file", "a.txt", "--streaming"], "--streaming needs"),
+        (["--context_length", "1"], "at least 2"),
+        (["stray"], "'stray' belongs to no flag"),
+    ],
+)
+def test_bad_flags_are_named(plain_json: Path, argv: list[str], words: str) -> None:
+    with pytest.raises(LaunchError, match=words):
+        parse(DS, str(plain_json), *argv)
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--deepspeed", "X"],
+        ["--deepspeed=X"],
+        ["--deepspeed", "--deepspeed_config", "X"],
+        ["--deepspeed_config", "X", "--deepspeed"],
+        ["--deepspeed_config=X"],
+        ["--deepspeed", "X", "--deepspeed_config", "X"],
+    ],
+)
+def test_both_ways_to_name_the_json(argv: list[str]) -> None:
+    assert arguments.join_deepspeed_flags(["--local_rank=1", *argv, "--bf16"]) == [
+        "--local_rank=1",
+        "--bf16",
+        "--deepspeed",
+        "X",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--deepspeed"], "needs the path"),
+        (["--deepspeed_config"], "needs the path"),
+        (["--deepspeed", "X", "--deepspeed_config", "Y"], "Two DeepSpeed configurations"),
+    ],
+)
+def test_half_given_json_flags(argv: list[str], words: str) -> None:
+    with pytest.raises(LaunchError, match=words):
+        arguments.join_deepspeed_flags(argv)
+
+
+def test_the_launcher_own_local_rank_is_taken(plain_json: Path) -> None:
+    assert parse("--local_rank=1", DS, str(plain_json)).training["local_rank"] == 1
+
+
+@pytest.mark.parametrize(("section", "flag"), [("scheduler", "--lr_scheduler_type"), ("optimizer", "--optim")])
+def test_flags_that_the_trainer_would_drop_are_refused(tmp_path: Path, section: str, flag: str) -> None:
+    config = tmp_path / "c.json"
+    config.write_text(json.dumps({section: {"type": "AdamW", "params": {}}}))
+    value = {"--lr_scheduler_type": "linear", "--optim": "adamw_torch"}[flag]
+    with pytest.raises(LaunchError, match=f"{flag} would be ignored.*{section}"):
+        parse(DS, str(config), flag, value)
+    parse(DS, str(config))  # the preset's own scheduler gives way without a word
+    config.write_text("{}")
+    parse(DS, str(config), flag, value)
+
+
+def test_no_json_is_refused_unless_accelerate_has_one(monkeypatch: pytest.MonkeyPatch, plain_json: Path) -> None:
+    monkeypatch.delenv("ACCELERATE_USE_DEEPSPEED", raising=False)
+    with pytest.raises(LaunchError, match=r"Add --deepspeed ds_configs/w8a8\.json"):
+        parse()
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", str(plain_json))
+    config = arguments.parse([], world_size=1)[1]
+    assert config.from_accelerate
+    assert config.zero_stage == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [(None, "cannot be read"), ('{"a": 1,}', "line 1, column"), ("[]", "must be a JSON object"), ("", "no valid JSON")],
+)
+def test_broken_json_says_where(tmp_path: Path, content: str | None, words: str) -> None:
+    path = tmp_path / "x.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(LaunchError, match=words):
+        DeepSpeedJson.find(str(path))
+
+
+def test_a_number_in_the_json_beats_the_preset_but_not_in_silence_the_user(tmp_path: Path) -> None:
+    config = tmp_path / "c.json"
+    config.write_text(
+        json.dumps(
+            {
+                "train_micro_batch_size_per_gpu": 4,
+                "optimizer": {"type": "AdamW", "params": {"lr": 0.25, "betas": [0.5, 0.6], "eps": "auto"}},
+            }
+        )
+    )
+    training = parse(DS, str(config)).training
+    assert (training["learning_rate"], training["adam_beta1"], training["adam_beta2"]) == (0.25, 0.5, 0.6)
+    assert (training["per_device_train_batch_size"], training["gradient_accumulation_steps"]) == (4, 8)
+    args, found = arguments.parse([DS, str(config), "--learning_rate", "0.1", "--use_cpu"], world_size=1)
+    with pytest.raises(LaunchError, match=r"differ:\n.*lr=0\.25 vs hf learning_rate=0\.1"):
+        args.build_training_arguments(found)
+
+
+def test_gaps_of_the_json_are_filled() -> None:
+    content: dict[str, Any] = {"zero_optimization": {"stage": 3}, "gradient_clipping": 0.5}
+    fill_gaps(content)
+    assert content["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] is True
+    assert content["gradient_clipping"] == 0.5
+    assert content["gradient_accumulation_steps"] == "auto"
+    empty: dict[str, Any] = {}
+    fill_gaps(empty)
+    assert empty["zero_optimization"] == {"stage": 0}
+
+
+@pytest.mark.parametrize(
+    ("values", "explicit", "world", "size", "steps"),
+    [
+        ({"global_batch_size": 512, "per_device_train_batch_size": 16}, set(), 4, 16, 8),
+        ({"global_batch_size": 32, "per_device_train_batch_size": 32}, set(), 2, 16, 1),
+        ({"global_batch_size": 48, "per_device_train_batch_size": 32}, set(), 1, 24, 2),
+        ({"global_batch_size": 32, "per_device_train_batch_size": 2}, {"per_device_train_batch_size"}, 2, 2, 8),
+        (
+            {"global_batch_size": 32, "per_device_train_batch_size": 32, "gradient_accumulation_steps": 4},
+            {"gradient_accumulation_steps"},
+            2,
+            4,
+            4,
+        ),
+        (
+            {"global_batch_size": 32, "per_device_train_batch_size": 3, "gradient_accumulation_steps": 5},
+            {"per_device_train_batch_size", "gradient_accumulation_steps"},
+            2,
+            3,
+            5,
+        ),
+    ],
+)
+def test_how_the_global_batch_is_cut(
+    values: dict[str, Any], explicit: set[str], world: int, size: int, steps: int
+) -> None:
+    batches.resolve(values, explicit=frozenset(explicit), world_size=world)
+    assert (values["per_device_train_batch_size"], values["gradient_accumulation_steps"]) == (size, steps)
+
+
+def test_a_global_batch_that_the_processes_cannot_share() -> None:
+    with pytest.raises(LaunchError, match="cannot be divided among 3 processes"):
+        batches.resolve({"global_batch_size": 512}, explicit=frozenset(), world_size=3)

@@ -1,0 +1,61 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from pretraining.arguments import ModelArguments
+from pretraining.errors import LaunchError
+from pretraining.model import resolve_config
+from pretraining.presets import PRESETS
+from pretraining.trainer import decay_groups
+from transformers import AutoModelForCausalLM, Trainer
+
+
+def test_the_paper_model_without_a_network() -> None:
+    config = resolve_config(ModelArguments(preset="paper"), vocab_size=50257, context_length=1024)
+    assert (config.model_type, config.n_layer, config.n_head, config.n_embd) == ("gpt2", 12, 12, 768)
+    assert (config.n_positions, config.vocab_size) == (1024, 50264)
+    assert (config.embd_pdrop, config.resid_pdrop, config.attn_pdrop) == (0.1, 0.1, 0.1)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    assert model.num_parameters() == pytest.approx(124.4e6, rel=1e-3)  # tied, as in GPT-2
+
+
+def test_the_llama_of_the_paper() -> None:
+    config = resolve_config(ModelArguments(preset="paper-llama"), vocab_size=32000, context_length=1024)
+    assert (config.hidden_size, config.num_hidden_layers, config.vocab_size) == (640, 24, 32000)
+    assert config.attention_dropout == 0.1
+
+
+def test_overrides_and_what_does_not_fit() -> None:
+    tiny = ModelArguments(preset="tiny", config_overrides="num_hidden_layers=2,hidden_size=32")
+    assert resolve_config(tiny, vocab_size=300, context_length=64).num_hidden_layers == 2
+    with pytest.raises(LaunchError, match="config_overrides"):
+        resolve_config(ModelArguments(preset="tiny", config_overrides="layers=2"), vocab_size=300, context_length=64)
+    with pytest.raises(LaunchError, match="300 ids"):
+        small = ModelArguments(preset="tiny", config_overrides="vocab_size=200")
+        resolve_config(small, vocab_size=300, context_length=64)
+    with pytest.raises(LaunchError, match="longer than the 32 positions"):
+        short = ModelArguments(preset="tiny", config_overrides="max_position_embeddings=32")
+        resolve_config(short, vocab_size=300, context_length=64)
+
+
+def test_a_model_that_is_not_there(monkeypatch: pytest.MonkeyPatch, tmp_path: object) -> None:
+    args = ModelArguments(config_name=f"{tmp_path}/nowhere")
+    with pytest.raises(LaunchError, match="No model configuration could be loaded"):
+        resolve_config(args, vocab_size=300, context_length=64)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_decay_falls_on_matrices_and_on_nothing_else(preset: str) -> None:
+    overrides = "n_layer=2,n_embd=48" if "n_layer" in PRESETS[preset].model else "num_hidden_layers=2"
+    config = resolve_config(
+        ModelArguments(preset=preset, config_overrides=overrides), vocab_size=512, context_length=64
+    )
+    model = AutoModelForCausalLM.from_config(config)
+    names = Trainer.get_decay_parameter_names(None, model)  # type: ignore[arg-type]
+    decayed, free = decay_groups(model, set(names))
+    assert {p.ndim for p in decayed["params"]} == {2}
+    assert {p.ndim for p in free["params"]} == {1}
+    assert free["weight_decay"] == 0.0
+    assert "weight_decay" not in decayed, "the value of the JSON counts"
+    assert len(decayed["params"]) + len(free["params"]) == len(list(model.parameters()))

@@ -1,0 +1,207 @@
+"""The launcher as users start it: in processes of its own, on one rank and on two."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ROOT, free_port
+from launching import deepspeed, launch
+from PIL import Image
+from pretraining import checkpoints, metrics
+from samples import write_corpus
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+SCRIPT = ROOT / "launchers" / "pretrain.py"
+ENV = {"PYTHONPATH": str(ROOT), "OMP_WAIT_POLICY": "PASSIVE"}
+SMALL = [
+    *("--config_overrides", "num_hidden_layers=2,hidden_size=32,intermediate_size=64"),
+    *("--vocab_size", "320", "--context_length", "32", "--global_batch_size", "4", "--max_eval_sequences", "8"),
+    *("--logging_steps", "1", "--disable_tqdm", "true", "--overwrite_output_dir", "false"),
+]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_corpus(tmp_path_factory.mktemp("corpus") / "documents.jsonl")
+
+
+def arguments(config: Path, corpus: Path, output_dir: Path, *, steps: int, every: int) -> list[Any]:
+    counts = ["--max_steps", steps, "--warmup_steps", 1, "--eval_steps", every, "--save_steps", every]
+    files = ["--train_file", corpus, "--validation_fraction", "0.2", "--output_dir", output_dir]
+    return [SCRIPT, "--deepspeed", config, *SMALL, *counts, *files]
+
+
+def quantized(name: str, path: Path, stage: int) -> Path:
+    """A shipped recipe at another ZeRO stage."""
+    config = json.loads((ROOT / "ds_configs" / name).read_text())
+    config["zero_optimization"]["stage"] = stage
+    path.write_text(json.dumps(config))
+    return path
+
+
+def test_plain_python_leaves_everything_behind(corpus: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    command = arguments(ROOT / "ds_configs/w8a8.json", corpus, out, steps=6, every=3)
+    # Without WORLD_SIZE and its like, from another folder, as a user would.
+    _, printed = launch([sys.executable, *command], timeout=200, env=ENV, cwd=tmp_path)
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["tokens"] == 6 * 4 * 32
+    assert (summary["steps"], summary["world_size"], summary["zero_stage"]) == (6, 1, 1)
+    assert (summary["dtype"], summary["seed"], summary["preset"]) == ("bfloat16", 42, "tiny")
+    assert summary["vocab_size"] == 320
+    assert summary["final_eval_loss"] < summary["first_eval_loss"] < 6.5
+    assert summary["seconds"] > summary["seconds_evaluating"] > 0
+    assert summary["tokens_per_second"] > 0
+    assert len(summary["converted_modules"]) == 14
+    assert 0 < summary["share"] < 1
+    assert list(summary["left_out"]) == ["lm_head.weight"]
+    assert summary["config"] == json.loads((ROOT / "ds_configs/w8a8.json").read_text())
+    assert summary["versions"]["torch"] == torch.__version__.split("+")[0] or summary["versions"]["torch"]
+    assert {"commit", "versions", "model", "device"} <= summary.keys()
+
+    rows = metrics.read(out / "metrics.csv")
+    assert (out / "metrics.csv").read_text().startswith("step,tokens,train_loss,eval_loss,grad_norm,lr\n")
+    assert [row["step"] for row in rows] == list(range(7))
+    assert [row["step"] for row in rows if row["eval_loss"] is not None] == [0, 3, 6]
+    assert rows[-1]["eval_loss"] == summary["final_eval_loss"]
+    assert all(row["tokens"] == row["step"] * 4 * 32 and row["train_loss"] for row in rows[1:])
+    assert all(row["grad_norm"] and row["lr"] is not None for row in rows[1:])
+    with Image.open(out / "curves.png") as picture:
+        assert min(picture.size) > 300
+    assert not list(out.glob(".*"))
+
+    model = AutoModelForCausalLM.from_pretrained(out / "model", dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(out / "model")
+    text = json.loads(corpus.read_text().splitlines()[0])["text"]
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+    assert model.config.eos_token_id == tokenizer.eos_token_id
+    ids = tokenizer(text, return_tensors="pt")["input_ids"][:, :32]
+    assert model(input_ids=ids, labels=ids).loss.item() == pytest.approx(summary["final_eval_loss"], abs=1.0)
+    assert model(input_ids=ids, labels=ids).loss.item() < summary["first_eval_loss"]
+
+    assert "validation loss" in printed
+    assert "14 x" in printed or "2 x model.layers.*.mlp.up_proj" in printed
+    assert "[INFO]" not in printed
+
+    # The same command again would mix two runs.
+    status, printed = launch([sys.executable, *command], timeout=100, env=ENV, check=False)
+    assert status == 2
+    assert "--resume_from_checkpoint last" in printed
+
+
+def test_a_killed_run_resumes_to_the_same_losses(corpus: Path, tmp_path: Path) -> None:
+    config = quantized("w8a8g8.json", tmp_path / "w8a8g8.json", stage=1)
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    launch(deepspeed(*arguments(config, corpus, whole, steps=8, every=4)), timeout=200, env=ENV)
+
+    command = [str(x) for x in deepspeed(*arguments(config, corpus, killed, steps=8, every=4))]
+    kill_when(command, lambda: checkpoints.newest_whole(killed) is not None)
+    assert not (killed / "summary.json").exists(), "killed in the middle"
+    resume = ["--resume_from_checkpoint", "last"]
+    launch(deepspeed(*arguments(config, corpus, killed, steps=8, every=4), *resume), timeout=200, env=ENV)
+
+    assert (killed / "metrics.csv").read_text() == (whole / "metrics.csv").read_text()
+    first, second = (json.loads((run / "summary.json").read_text()) for run in (whole, killed))
+    assert first["final_eval_loss"] == second["final_eval_loss"]
+    assert (first["first_eval_loss"], first["tokens"]) == (second["first_eval_loss"], second["tokens"])
+    assert (first["resumed_from_step"], second["resumed_from_step"]) == (None, 4)
+    assert first["world_size"] == 2
+
+
+def test_torchrun_at_stage_3(corpus: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    config = quantized("w8a8.json", tmp_path / "stage3.json", stage=3)
+    torchrun = ["torchrun", "--nproc_per_node", 2, "--master_port", free_port()]
+    command = arguments(config, corpus, out, steps=3, every=3)
+    launch(
+        [*torchrun, *command, "--preset", "tiny-gpt2", "--config_overrides", "n_layer=2,n_embd=32"],
+        timeout=200,
+        env=ENV,
+    )
+    summary = json.loads((out / "summary.json").read_text())
+    assert (summary["world_size"], summary["zero_stage"], summary["preset"]) == (2, 3, "tiny-gpt2")
+    assert summary["first_eval_loss"] == pytest.approx(5.77, abs=0.4), "ln(320): initialised rightly in parts"
+    assert len(summary["converted_modules"]) == 8
+    model = AutoModelForCausalLM.from_pretrained(out / "model")
+    assert model.transformer.h[0].attn.c_attn.weight.shape == (32, 96), "gathered"
+    assert sum(p.numel() for p in model.parameters()) == summary["model"]["num_parameters"]
+
+
+def test_a_mistake_ends_all_ranks_with_one_line(tmp_path: Path) -> None:
+    short = tmp_path / "short.txt"
+    short.write_text("too short\n")
+    command = arguments(ROOT / "ds_configs/baseline.json", short, tmp_path / "run", steps=2, every=2)
+    status, printed = launch(deepspeed(*command), timeout=150, env=ENV, check=False)
+    assert status != 0
+    assert printed.count("error: ") == 1
+    assert "--vocab_size" in printed or "shorter than one sequence" in printed
+    assert "Traceback" not in printed
+    assert not (tmp_path / "run" / "model").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (["--deepspeed", "nowhere.json"], "nowhere.json cannot be read"),
+        (["--train_file", "nowhere.txt"], "nowhere.txt: there is no such file"),
+        (["--resume_from_checkpoint", "last"], "holds no whole checkpoint"),
+        (["--resume_from_checkpoint", "nowhere/checkpoint-7"], "Cannot resume from nowhere/checkpoint-7"),
+        (["--deepspeed", "SECTION"], "bitz"),
+    ],
+)
+def test_mistakes_before_anything_is_started(
+    change: list[str],
+    words: str,
+    corpus: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    import pretrain
+
+    import ds_quant
+
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    section = tmp_path / "section.json"
+    section.write_text('{"ds_quant": {"linear": {"weight": {"bitz": 8}}}}')
+    command = arguments(ROOT / "ds_configs/w8a8.json", corpus, tmp_path / "run", steps=2, every=2)
+    if change[0] == "--deepspeed":
+        command = [x for x in command if x not in ("--deepspeed", ROOT / "ds_configs/w8a8.json")]
+    change = [str(section) if word == "SECTION" else word for word in change]
+    try:
+        assert pretrain.main([str(x) for x in [*command[1:], *change]]) == 2
+    finally:
+        ds_quant.disable()
+    printed = capsys.readouterr()
+    assert printed.err.count("error: ") == 1
+    assert words in printed.err
+    assert not (tmp_path / "run").exists()
+
+
+def kill_when(command: list[str], done: Any, timeout: float = 150) -> None:
+    """Start a command and kill its whole process group at the first moment that `done()` holds."""
+    env = {**os.environ, **ENV, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"
+    process = subprocess.Popen(
+        command, env=env, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT
+    )
+    try:
+        deadline = time.monotonic() + timeout
+        while not done():
+            assert process.poll() is None, "it ended before it could be killed"
+            assert time.monotonic() < deadline, "no checkpoint appeared"
+            time.sleep(0.02)
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()

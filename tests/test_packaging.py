@@ -1,0 +1,57 @@
+"""What an installed package holds, away from the checkout."""
+
+import os
+import subprocess
+import sys
+import tomllib
+from importlib.metadata import requires
+
+from packaging.requirements import Requirement
+
+
+def test_installed_package_runs_outside_the_checkout(root, tmp_path):
+    site = tmp_path / "site"
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation"]
+    # A copy: setuptools leaves its build folder beside the sources.
+    copy = tmp_path / "source"
+    subprocess.run(["git", "clone", "--quiet", root, copy], check=True, timeout=60)
+    done = subprocess.run([*command, "--target", site, copy], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert (site / "ds_quant" / "py.typed").is_file()
+    modules = {str(path.relative_to(root)) for path in (root / "ds_quant").rglob("*.py")}
+    assert {str(path.relative_to(site)) for path in (site / "ds_quant").rglob("*.py")} == modules
+    assert not (site / "tests").exists()
+    program = "import ds_quant, ds_quant.report as r; print(ds_quant.__file__); r.main([])"
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(site), "DS_ACCELERATOR": "cpu"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(str(site))
+    assert "MISSING" not in done.stdout
+
+
+def test_constraints_satisfy_the_ranges(root):
+    """Every requirement of every extra that is pinned lies in its range, and every core one is pinned."""
+    lines = (root / "constraints.txt").read_text().splitlines()
+    pins = dict(line.split("==") for line in lines if line and not line.startswith("#"))
+    pins = {name.lower().replace("_", "-"): version for name, version in pins.items()}
+    for line in requires("ds_quant"):
+        requirement = Requirement(line)
+        name = requirement.name.lower().replace("_", "-")
+        if name in pins:
+            assert pins[name] in requirement.specifier, line
+        else:
+            assert "extra ==" in line and '"eval"' in line, f"{line} has no pin"
+
+
+def test_version_is_said_once(root):
+    import ds_quant
+
+    project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
+    assert project["version"] == ds_quant.__version__
+    assert f"## {ds_quant.__version__}" in (root / "CHANGELOG.md").read_text()
