@@ -2,7 +2,7 @@
 
     deepspeed native.py OUTPUT CONFIG STAGE:DTYPE ...
 
-For each: train STEPS steps of two micro batches, save, train on; then load what was saved into a fresh engine and train
+DTYPE is fp32, bf16, autocast (fp32 parameters, bf16 products) or offload (fp32, moments on the CPU). For each: train STEPS steps of two micro batches, save, train on; then load what was saved into a fresh engine and train
 those last steps again.
 """
 
@@ -38,6 +38,10 @@ def build(path, stage, dtype, world_size):
         total_num_steps=100,
     )
     config["zero_optimization"]["stage"] = stage
+    if dtype == "autocast":
+        config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
+    if dtype == "offload":
+        config["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
     torch.manual_seed(0)
     model = LlamaForCausalLM(tiny_llama_config())
     if stage == 3:
