@@ -2,8 +2,9 @@
 
     deepspeed native.py OUTPUT CONFIG STAGE:DTYPE ...
 
-DTYPE is fp32, bf16, autocast (fp32 parameters, bf16 products) or offload (fp32, moments on the CPU). For each: train STEPS steps of two micro batches, save, train on; then load what was saved into a fresh engine and train
-those last steps again.
+DTYPE is fp32, bf16, autocast (fp32 parameters, bf16 products) or offload (fp32, moments on the CPU). For each: train
+STEPS steps of two micro batches, save, train on; then load what was saved into a fresh engine and train those last
+steps again.
 """
 
 import gc

@@ -13,7 +13,8 @@ def write_corpus(path: Path) -> Path:
     lines = []
     for number in range(40):
         code = "".join(
-            f"{' ' * 4 * (line % 3)}{WORDS[(number + line) % 13]} {WORDS[(number * line) % 13]}_{line % 7}:\n\t# {number}\n"
+            f"{' ' * 4 * (line % 3)}{WORDS[(number + line) % 13]} {WORDS[(number * line) % 13]}_{line % 7}:\n"
+            f"\t# {number}\n"
             for line in range(40)
         )
         lines.append(json.dumps({"text": code, "number": number}))

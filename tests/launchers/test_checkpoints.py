@@ -90,7 +90,7 @@ def test_another_number_of_processes(tmp_path: Path) -> None:
 def test_two_runs_are_not_mixed(tmp_path: Path) -> None:
     checkpoints.refuse_mixing(tmp_path, resume=False, overwrite=False)
     make(tmp_path, 5)
-    with pytest.raises(LaunchError, match="--resume_from_checkpoint last.*--overwrite_output_dir"):
+    with pytest.raises(LaunchError, match=r"--resume_from_checkpoint last.*--overwrite_output_dir"):
         checkpoints.refuse_mixing(tmp_path, resume=False, overwrite=False)
     checkpoints.refuse_mixing(tmp_path, resume=True, overwrite=False)
     checkpoints.refuse_mixing(tmp_path, resume=False, overwrite=True)

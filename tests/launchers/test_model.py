@@ -31,11 +31,11 @@ def test_overrides_and_what_does_not_fit() -> None:
     assert resolve_config(tiny, vocab_size=300, context_length=64).num_hidden_layers == 2
     with pytest.raises(LaunchError, match="config_overrides"):
         resolve_config(ModelArguments(preset="tiny", config_overrides="layers=2"), vocab_size=300, context_length=64)
+    small = ModelArguments(preset="tiny", config_overrides="vocab_size=200")
     with pytest.raises(LaunchError, match="300 ids"):
-        small = ModelArguments(preset="tiny", config_overrides="vocab_size=200")
         resolve_config(small, vocab_size=300, context_length=64)
+    short = ModelArguments(preset="tiny", config_overrides="max_position_embeddings=32")
     with pytest.raises(LaunchError, match="longer than the 32 positions"):
-        short = ModelArguments(preset="tiny", config_overrides="max_position_embeddings=32")
         resolve_config(short, vocab_size=300, context_length=64)
 
 
