@@ -75,14 +75,14 @@ def read_deepspeed_config(source: Any) -> dict[str, Any]:
                 text = file.read()
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"{path}: cannot be read as text ({error}); remedy: name a JSON file") from error
-        return _parse(text, str(path))
+        return parse_deepspeed_config(text, str(path))
     decoded = _decode_base64(path)
     if decoded is None:
         raise ConfigError(
             f"{_shorten(path)}: no such file (working directory {os.getcwd()}); "
             "allowed: the path of a JSON file, a dict, or the JSON in URL-safe base64; remedy: correct the path"
         )
-    return _parse(decoded, "base64 config")
+    return parse_deepspeed_config(decoded, "base64 config")
 
 
 def _shorten(text: object) -> str:
@@ -99,7 +99,9 @@ def _decode_base64(text: str) -> str | None:
     return decoded if decoded.lstrip().startswith(("{", "#", "/")) else None
 
 
-def _parse(text: str, name: str) -> dict[str, Any]:
+def parse_deepspeed_config(text: str, name: str) -> dict[str, Any]:
+    """The text of a DeepSpeed config (JSON or Hjson) as a dict; `name` is what errors call it."""
+
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         repeated = [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]
         if repeated:

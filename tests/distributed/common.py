@@ -1,5 +1,6 @@
 """What the distributed programs share: a tiny model, fixed data, and a report as JSON."""
 
+import gc
 import json
 import os
 import sys
@@ -35,3 +36,23 @@ def write_report(path, report):
 
 def say(*what):
     print(*what, file=sys.stderr, flush=True)
+
+
+def run_cases(run, arguments):
+    """Call run(config, stage, dtype) for each STAGE:DTYPE of `OUTPUT CONFIG STAGE:DTYPE ...`; report what it returns.
+
+    All in one process, to import everything once; the state that accelerate keeps is reset in between.
+    """
+    from accelerate.state import AcceleratorState
+
+    output, path, *cases = (argument for argument in arguments if not argument.startswith("--local_rank"))
+    report = {}
+    for case in cases:
+        stage, dtype = case.split(":")
+        say(f"rank {os.environ['RANK']}: {case}")
+        report[case] = run(path, int(stage), dtype)
+        AcceleratorState._reset_state(reset_partial_state=False)
+        gc.collect()
+    write_report(output, report)
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()

@@ -7,16 +7,13 @@ Several cases in one process, to import everything once; the state of accelerate
 launch the config comes through the environment variable that its YAML sets, else through the Trainer's own argument.
 """
 
-import gc
 import json
 import os
 import sys
 import tempfile
 
-import deepspeed
 import torch
-from accelerate.state import AcceleratorState
-from common import batch, say, tiny_llama_config, write_report
+from common import batch, run_cases, tiny_llama_config
 from torch.utils.data import Dataset
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
@@ -76,18 +73,5 @@ def run(path, stage, dtype):
     }
 
 
-def main(output, path, *cases):
-    report = {}
-    for case in cases:
-        stage, dtype = case.split(":")
-        say(f"rank {os.environ['RANK']}: {case}")
-        report[case] = run(path, int(stage), dtype)
-        AcceleratorState._reset_state(reset_partial_state=False)
-        gc.collect()
-    write_report(output, report)
-    deepspeed.comm.barrier()
-    deepspeed.comm.destroy_process_group()
-
-
 if __name__ == "__main__":
-    main(*(argument for argument in sys.argv[1:] if not argument.startswith("--local_rank")))
+    run_cases(run, sys.argv[1:])

@@ -3,15 +3,12 @@
 accelerate launch --config_file YAML raw_accelerate.py OUTPUT CONFIG STAGE:DTYPE ...
 """
 
-import gc
-import os
 import sys
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from accelerate.utils import DeepSpeedPlugin, DummyOptim, DummyScheduler, InitProcessGroupKwargs
-from common import batch, say, tiny_llama_config, write_report
+from common import batch, run_cases, tiny_llama_config
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
 
@@ -53,18 +50,5 @@ def run(path, stage, dtype):
     }
 
 
-def main(output, path, *cases):
-    report = {}
-    for case in cases:
-        stage, dtype = case.split(":")
-        say(f"rank {os.environ['RANK']}: {case}")
-        report[case] = run(path, int(stage), dtype)
-        AcceleratorState._reset_state(reset_partial_state=False)
-        gc.collect()
-    write_report(output, report)
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
-
-
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    run_cases(run, sys.argv[1:])

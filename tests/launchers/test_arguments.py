@@ -9,6 +9,8 @@ from pretraining import arguments, batches
 from pretraining.deepspeed_json import DeepSpeedJson, fill_gaps
 from pretraining.errors import LaunchError
 
+from ds_quant import ConfigError
+
 DS = "--deepspeed"
 
 
@@ -147,18 +149,18 @@ def test_no_json_is_refused_unless_accelerate_has_one(monkeypatch: pytest.Monkey
     monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", str(plain_json))
     config = arguments.parse([], world_size=1)[1]
     assert config.from_accelerate
-    assert config.zero_stage == 1
+    assert config.content == {"zero_optimization": {"stage": 1}}
 
 
 @pytest.mark.parametrize(
     ("content", "words"),
-    [(None, "cannot be read"), ('{"a": 1,}', "line 1, column"), ("[]", "must be a JSON object"), ("", "no valid JSON")],
+    [(None, "no such file"), ('{"a": [1, }', "line 1, column"), ("[]", "a JSON object"), ("", "an empty file")],
 )
 def test_broken_json_says_where(tmp_path: Path, content: str | None, words: str) -> None:
     path = tmp_path / "x.json"
     if content is not None:
         path.write_text(content)
-    with pytest.raises(LaunchError, match=words):
+    with pytest.raises(ConfigError, match=words):
         DeepSpeedJson.find(str(path))
 
 

@@ -189,14 +189,18 @@ def small_tokenizer(corpus: Path) -> PreTrainedTokenizerFast:
     return tokenizer.train(texts, vocab_size=320)
 
 
-def test_tokens_are_cached_for_the_next_rank_and_run(corpus: Path, small_tokenizer: PreTrainedTokenizerFast) -> None:
+def test_tokens_are_cached_for_the_next_rank_and_run(
+    corpus: Path, small_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
     read = documents.read_files([str(corpus)], "text", "--train_file")
     first = packing.tokenize(read, small_tokenizer, what="training")
-    small_tokenizer("a use of the tokenizer changes its state")
-    second = packing.tokenize(read, small_tokenizer, what="training")
+    # The same tokenizer in another process: another object, in another state.
+    small_tokenizer.save_pretrained(tmp_path)
+    other = tokenizer.load(str(tmp_path))
+    other(["one", "another text"], padding=True, truncation=True, max_length=3)
+    second = packing.tokenize(read, other, what="training")
     assert first.cache_files == second.cache_files != []
-    text = read[0]["text"]
-    assert small_tokenizer.decode(first[0]["input_ids"][:-1]) == text
+    assert small_tokenizer.decode(first[0]["input_ids"][:-1]) == read[0]["text"]
     assert first[0]["input_ids"][-1] == small_tokenizer.eos_token_id
     assert EOS not in np.concatenate([row["input_ids"][:-1] for row in first])
 

@@ -2,11 +2,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from accelerate.utils import DummyOptim
 from pretraining.arguments import ModelArguments
 from pretraining.errors import LaunchError
 from pretraining.model import resolve_config
 from pretraining.presets import PRESETS
-from pretraining.trainer import decay_groups
+from pretraining.trainer import PretrainTrainer, decay_groups
 from transformers import AutoModelForCausalLM, Trainer
 
 
@@ -59,3 +60,14 @@ def test_decay_falls_on_matrices_and_on_nothing_else(preset: str) -> None:
     assert free["weight_decay"] == 0.0
     assert "weight_decay" not in decayed, "the value of the JSON counts"
     assert len(decayed["params"]) + len(free["params"]) == len(list(model.parameters()))
+
+
+def test_the_optimizer_of_the_json_gets_both_groups() -> None:
+    config = resolve_config(ModelArguments(preset="tiny"), vocab_size=64, context_length=16)
+    trainer = PretrainTrainer.__new__(PretrainTrainer)
+    trainer.model = AutoModelForCausalLM.from_config(config)
+    # What the Trainer's DeepSpeed integration has put there by then.
+    trainer.optimizer = DummyOptim(params=list(trainer.model.parameters()))
+    groups = trainer.create_optimizer().params
+    assert [len(group["params"]) for group in groups] == [30, 9]
+    assert [group.get("weight_decay") for group in groups] == [None, 0.0]

@@ -1,0 +1,1 @@
+"""The parts of `launchers/pretrain.py`, one idea a file."""

@@ -1,0 +1,216 @@
+"""The command line: Hugging Face's TrainingArguments, flags for model and data, and presets underneath."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+from transformers import HfArgumentParser, TrainingArguments
+
+from pretraining import batches
+from pretraining.deepspeed_json import DeepSpeedJson
+from pretraining.errors import LaunchError
+from pretraining.presets import PRESETS
+
+
+def _flag(help_text: str, default: Any = None, **metadata: Any) -> Any:
+    return field(default=default, metadata={"help": help_text, **metadata})
+
+
+@dataclass
+class ModelArguments:
+    """Which model, with which tokenizer."""
+
+    preset: str | None = _flag(
+        f"Recipe to start from: {', '.join(PRESETS)}. Default: tiny, unless a model is named. Other flags override it."
+    )
+    model_name_or_path: str | None = _flag("Trained weights to go on from: a folder or a hub name.")
+    config_name: str | None = _flag("Configuration of a model to train from scratch: a folder, file or hub name.")
+    config_overrides: str | None = _flag("Changes to the configuration, such as `n_embd=256,n_layer=4`.")
+    tokenizer_name: str | None = _flag("Tokenizer: a folder or a hub name. Default: the model's own.")
+    vocab_size: int | None = _flag("Train a SentencePiece BPE tokenizer of this size on the training documents.")
+
+
+@dataclass
+class DataArguments:
+    """Which text, and how it is cut."""
+
+    dataset_name: str | None = _flag("A data set of the hub, a folder that `datasets` reads, or `python-source`.")
+    dataset_config_name: str | None = _flag("Configuration of that data set.")
+    streaming: bool = _flag("Read the data set while training instead of tokenizing it first.", default=False)
+    train_file: list[str] | None = field(
+        default=None, metadata={"help": "Files or patterns: .txt (a document each), .jsonl, .json or .parquet."}
+    )
+    validation_file: list[str] | None = field(
+        default=None, metadata={"help": "Files to validate on, likewise. Default: a part of the documents."}
+    )
+    text_column: str = _flag("Column that holds the text of a document.", default="text")
+    validation_fraction: float = _flag("Share of the documents kept for validation.", default=0.05)
+    validation_documents: int = _flag("With --streaming: how many documents from the start are kept.", default=1000)
+    context_length: int = _flag("Tokens in a training sequence.", default=1024, aliases=["--block_size"])
+    max_eval_sequences: int | None = _flag("Validate on so many sequences, spread evenly. Default: all.")
+    global_batch_size: int | None = _flag("Sequences per step over all ranks; sets the accumulation steps.")
+    overwrite_output_dir: bool = _flag("Start over where an earlier run left checkpoints.", default=False)
+
+
+@dataclass
+class Arguments:
+    """What one run was asked to do."""
+
+    model: ModelArguments
+    data: DataArguments
+    training: dict[str, Any]
+    """Arguments of TrainingArguments, which initialises devices when it is built."""
+    explicit: frozenset[str]
+    """Names of the flags that were given by the user."""
+
+    def build_training_arguments(self, config: DeepSpeedJson) -> TrainingArguments:
+        """Build TrainingArguments; from here on the process group exists."""
+        values = dict(self.training)
+        values["deepspeed"] = None if config.from_accelerate else config.filled()
+        try:
+            training = TrainingArguments(**values)
+        except (ValueError, TypeError, OSError) as error:
+            raise LaunchError(f"The training arguments do not fit together: {error}") from error
+        hf_config = getattr(training, "hf_deepspeed_config", None)
+        if hf_config is not None and hf_config.mismatches:
+            raise LaunchError(
+                "The DeepSpeed JSON and the command line differ:\n"
+                + "\n".join(hf_config.mismatches)
+                + '\nDrop the flags, or set these values to "auto" in the JSON.'
+            )
+        return training
+
+
+class _Parser(HfArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        # argparse would print the usage of some two hundred flags in front of the one line that matters.
+        raise LaunchError(f"{message} (--help lists every flag)")
+
+
+def parse(argv: list[str], *, world_size: int) -> tuple[Arguments, DeepSpeedJson]:
+    """Read the command line; raises LaunchError. Touches no device and no network."""
+    parser = _Parser((ModelArguments, DataArguments, TrainingArguments), allow_abbrev=False, prog="pretrain.py")
+    for action in parser._actions:
+        # What is absent from the namespace was not given: this is how a preset knows what it may fill.
+        if action.dest != "help":
+            action.default = argparse.SUPPRESS
+    namespace, unknown = parser.parse_known_args(join_deepspeed_flags(argv))
+    if unknown:
+        raise LaunchError(_unknown_flag(unknown[0], parser))
+    given = vars(namespace)
+    explicit = frozenset(given)
+    config = DeepSpeedJson.find(given.get("deepspeed"))
+    config.refuse_ignored_flags(explicit)
+
+    filled = _preset_flags(given)
+    # A number in the JSON is a decision, a number in a preset is a default.
+    filled.update({name: value for name, value in config.fixed_flags().items() if name not in explicit})
+    values = {**_LAUNCHER_DEFAULTS, **filled, **given}
+    values["preset"] = _preset_name(given)
+    batches.resolve(values, explicit=explicit | config.fixed_flags().keys(), world_size=world_size)
+    if values.get("data_seed") is None:
+        values["data_seed"] = values.get("seed", 42)
+
+    model = ModelArguments(**_fields_of(ModelArguments, values))
+    data = DataArguments(**_fields_of(DataArguments, values))
+    _check(model, data)
+    training = _fields_of(TrainingArguments, values)
+    return Arguments(model, data, training, explicit), config
+
+
+_LAUNCHER_DEFAULTS: dict[str, Any] = {
+    "report_to": "none",
+    # A loss of nan is news; the Trainer's filter would show the average of the steps before.
+    "logging_nan_inf_filter": False,
+    # Every step has the same number of tokens.
+    "dataloader_drop_last": True,
+    # The summary tells where the run began.
+    "eval_on_start": True,
+    "output_dir": "runs/pretrain",
+}
+
+
+def join_deepspeed_flags(argv: list[str]) -> list[str]:
+    """Turn DeepSpeed's `--deepspeed --deepspeed_config FILE` into Hugging Face's `--deepspeed FILE`."""
+    rest: list[str] = []
+    files: list[str] = []
+    words = iter([word for arg in argv for word in _split_equals(arg)])
+    pending = next(words, None)
+    while pending is not None:
+        word, pending = pending, next(words, None)
+        if word not in ("--deepspeed", "--deepspeed_config", "--deepspeed-config"):
+            rest.append(word)
+        elif pending is not None and not pending.startswith("--"):
+            files.append(pending)
+            pending = next(words, None)
+        elif word != "--deepspeed":
+            raise LaunchError("--deepspeed_config needs the path of a JSON file.")
+        else:
+            files.append("")
+    named = {file for file in files if file}
+    if len(named) > 1:
+        raise LaunchError(f"Two DeepSpeed configurations were given: {' and '.join(sorted(named))}. Give one.")
+    if files and not named:
+        raise LaunchError("--deepspeed needs the path of a JSON file, such as --deepspeed ds_configs/w8a8.json.")
+    return [*rest, "--deepspeed", *named] if named else rest
+
+
+def _split_equals(arg: str) -> list[str]:
+    return (
+        arg.split("=", 1) if arg.startswith(("--deepspeed=", "--deepspeed_config=", "--deepspeed-config=")) else [arg]
+    )
+
+
+def _preset_name(given: dict[str, Any]) -> str | None:
+    name = given.get("preset")
+    if name is None:
+        return None if {"model_name_or_path", "config_name"} & given.keys() else "tiny"
+    if name not in PRESETS:
+        close = difflib.get_close_matches(name, PRESETS, n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise LaunchError(f"--preset {name!r} is unknown.{hint} Presets: {', '.join(PRESETS)}.")
+    return str(name)
+
+
+def _preset_flags(given: dict[str, Any]) -> dict[str, Any]:
+    name = _preset_name(given)
+    if name is None:
+        return {}
+    flags = dict(PRESETS[name].flags)
+    replaced: set[str] = set()
+    if "train_file" in given or "dataset_name" in given:
+        replaced |= {"dataset_name", "dataset_config_name", "streaming"}
+    if {"model_name_or_path", "tokenizer_name", "vocab_size"} & given.keys():
+        replaced |= {"tokenizer_name", "vocab_size"}
+    return {key: value for key, value in flags.items() if key not in replaced}
+
+
+def _fields_of(cls: type, values: dict[str, Any]) -> dict[str, Any]:
+    return {f.name: values[f.name] for f in dataclasses.fields(cls) if f.init and f.name in values}
+
+
+def _check(model: ModelArguments, data: DataArguments) -> None:
+    if model.model_name_or_path and model.config_name:
+        raise LaunchError(
+            "--model_name_or_path goes on from trained weights and --config_name starts from scratch: give one of them."
+        )
+    if data.train_file is None and data.dataset_name is None:
+        raise LaunchError("There is no text to train on: give --train_file, --dataset_name or --preset.")
+    if data.context_length < 2:
+        raise LaunchError(f"--context_length {data.context_length} is too short: at least 2 tokens.")
+    if data.validation_file is None and not 0 < data.validation_fraction < 1:
+        raise LaunchError(f"--validation_fraction {data.validation_fraction} must lie between 0 and 1.")
+    if data.streaming and data.dataset_name is None:
+        raise LaunchError("--streaming needs --dataset_name; files are read as they are.")
+
+
+def _unknown_flag(word: str, parser: argparse.ArgumentParser) -> str:
+    if not word.startswith("-"):
+        return f"{word!r} belongs to no flag. (--help lists every flag)"
+    name = word.split("=", 1)[0]
+    close = difflib.get_close_matches(name, parser._option_string_actions, n=1)
+    return f"Unknown flag {name}." + (f" Did you mean {close[0]}?" if close else "") + " (--help lists every flag)"

@@ -1,0 +1,96 @@
+"""What a run leaves behind: the model folder, summary.json, curves.png, and a table on the terminal."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from pretraining import metrics, plots
+from pretraining.environment import say
+from pretraining.trainer import PretrainTrainer
+
+
+def save_model(trainer: PretrainTrainer, folder: Path) -> None:
+    """Write weights and tokenizer to `folder`, replacing it at once. All ranks take part: stage 3 gathers."""
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    trainer.save_model(str(temporary))
+    trainer.accelerator.wait_for_everyone()
+    if trainer.is_world_process_zero():
+        # The pickled training arguments are no part of a model.
+        (temporary / "training_args.bin").unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(temporary, folder)
+
+
+def write_summary(path: Path, summary: dict[str, Any]) -> None:
+    """Write summary.json."""
+    metrics.write_atomically(path, (json.dumps(summary, indent=2) + "\n").encode())
+
+
+def write_curves(output_dir: Path, title: str) -> None:
+    """Draw curves.png from metrics.csv, or say in one line why there is none."""
+    if not plots.draw_curves(metrics.read(output_dir / "metrics.csv"), output_dir / "curves.png", title):
+        say("curves.png was not drawn: matplotlib is missing (pip install 'ds_quant[plot]').")
+
+
+def commit() -> str | None:
+    """The commit of the checkout that this file lies in, `-dirty` with changes; None outside of one."""
+    here = Path(__file__).parent
+    try:
+        done = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+            cwd=here,
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip() or None
+
+
+def print_table(summary: dict[str, Any], output_dir: Path) -> None:
+    """The summary for the eye."""
+    table = Table(title=f"Pre-training: {output_dir}", show_header=False, title_justify="left")
+    table.add_column(style="bold")
+    table.add_column()
+    size = summary["model"]["num_parameters"]
+    table.add_row("model", f"{summary['model']['class']}, {size / 1e6:.1f}M parameters, {summary['dtype']}")
+    table.add_row("ranks, ZeRO stage", f"{summary['world_size']}, {summary['zero_stage']}")
+    table.add_row("tokens", f"{summary['tokens']:,}")
+    table.add_row("time", f"{summary['seconds']:.0f} s, {summary['seconds_evaluating']:.0f} s of it evaluating")
+    table.add_row("tokens/s", f"{summary['tokens_per_second']:,.0f}")
+    table.add_row("validation loss", f"{_number(summary['first_eval_loss'])} -> {_number(summary['final_eval_loss'])}")
+    converted = summary["converted_modules"]
+    if converted:
+        table.add_row("quantized", "\n".join(_grouped(converted)))
+        table.add_row("matmul parameters", f"{summary['share']:.1%} quantized")
+        left_out = summary["left_out"]
+        table.add_row("left out", ", ".join(f"{name} {tuple(shape)}" for name, shape in left_out.items()) or "none")
+    else:
+        table.add_row("quantized", "nothing: full precision")
+    Console().print(table)
+
+
+def _grouped(converted: dict[str, str]) -> list[str]:
+    # model.layers.0.mlp.up_proj and its likes in the other layers are one line.
+    counts: dict[tuple[str, str], int] = {}
+    for name, description in converted.items():
+        pattern = ".".join("*" if part.isdigit() else part for part in name.split("."))
+        counts[pattern, description] = counts.get((pattern, description), 0) + 1
+    descriptions: dict[str, list[str]] = {}
+    for (pattern, description), count in counts.items():
+        descriptions.setdefault(description, []).append(f"  {count} x {pattern}")
+    return [line for description, lines in descriptions.items() for line in (description, *lines)]
+
+
+def _number(value: float | None) -> str:
+    return "not measured" if value is None else f"{value:.4f}"

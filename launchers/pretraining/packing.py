@@ -1,0 +1,161 @@
+"""Documents to sequences: each document, then EOS, all laid end to end and cut to the context.
+
+Nothing is lost or repeated but the last incomplete sequence. Labels are the inputs themselves: the models shift them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from datasets.fingerprint import Hasher
+from torch.utils.data import Dataset, IterableDataset, get_worker_info
+from transformers import PreTrainedTokenizerBase
+
+Encode = Callable[[list[str]], list[list[int]]]
+
+
+def encoder(tokenizer: PreTrainedTokenizerBase) -> Encode:
+    """Texts to token ids, each document closed by EOS."""
+    eos = tokenizer.eos_token_id
+
+    def encode(texts: list[str]) -> list[list[int]]:
+        # verbose: a document longer than the model's context is what packing is for.
+        batch = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
+        return [[*ids, eos] for ids in batch["input_ids"]]
+
+    return encode
+
+
+def tokenize(documents: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, *, what: str) -> datasets.Dataset:
+    """The documents as token ids, in Arrow, cached by `datasets`."""
+    encode = encoder(tokenizer)
+    return documents.map(
+        lambda batch: {"input_ids": encode(batch["text"])},
+        # A pickled tokenizer changes when it is used: its hash would miss the cache on the next run and the next rank.
+        new_fingerprint=_fingerprint(documents, tokenizer),
+        batched=True,
+        remove_columns=documents.column_names,
+        features=datasets.Features({"input_ids": datasets.Sequence(datasets.Value("int32"))}),
+        desc=f"Tokenizing the {what} documents",
+    )
+
+
+def _fingerprint(documents: datasets.Dataset, tokenizer: PreTrainedTokenizerBase) -> str | None:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return None
+    # The last call's padding and truncation are in there too.
+    rules = {key: value for key, value in json.loads(backend.to_str()).items() if key not in ("padding", "truncation")}
+    special = (tokenizer.eos_token_id, getattr(tokenizer, "split_special_tokens", False))
+    return Hasher.hash(("tokens", documents._fingerprint, json.dumps(rules, sort_keys=True), special))
+
+
+def example(tokens: np.ndarray) -> dict[str, torch.Tensor]:
+    """One training sequence as the model takes it."""
+    ids = torch.from_numpy(tokens.astype(np.int64))
+    return {"input_ids": ids, "labels": ids.clone()}
+
+
+class PackedDataset(Dataset[dict[str, torch.Tensor]]):
+    """Sequence i is tokens i*context to (i+1)*context of all documents end to end.
+
+    The tokens stay in the memory-mapped Arrow file; only the sequence asked for is copied.
+    """
+
+    def __init__(self, tokenized: datasets.Dataset, context_length: int) -> None:
+        if getattr(tokenized, "_indices", None) is not None:
+            # A shuffled or selected data set is a list of row numbers on top of Arrow; the flat view needs the rows.
+            tokenized = tokenized.flatten_indices()
+        self._tokenized = tokenized  # keeps the memory map alive
+        chunks = tokenized.data.column("input_ids").chunks
+        self._flat = [chunk.flatten().to_numpy(zero_copy_only=True) for chunk in chunks if len(chunk)]
+        self._starts = np.cumsum([0, *(len(flat) for flat in self._flat)])
+        self.context_length = context_length
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all documents, the incomplete tail included."""
+        return int(self._starts[-1])
+
+    def __len__(self) -> int:
+        return self.num_tokens // self.context_length
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        begin = index * self.context_length
+        end = begin + self.context_length
+        chunk = int(np.searchsorted(self._starts, begin, side="right")) - 1
+        parts = []
+        while begin < end:
+            offset = begin - int(self._starts[chunk])
+            part = self._flat[chunk][offset : offset + end - begin]
+            parts.append(part)
+            begin += len(part)
+            chunk += 1
+        return example(np.concatenate(parts))
+
+
+class EvenSubset(Dataset[dict[str, torch.Tensor]]):
+    """`count` sequences spread evenly over `packed`: the same ones at every evaluation."""
+
+    def __init__(self, packed: PackedDataset, count: int) -> None:
+        self._packed = packed
+        self.indices = np.linspace(0, len(packed) - 1, num=min(count, len(packed)), dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return self._packed[int(self.indices[index])]
+
+
+class PackedStream(IterableDataset[dict[str, torch.Tensor]]):
+    """The same sequences from a stream of documents, whose end is carried over into the next sequence.
+
+    With `repeat` the stream starts again at its end, in the next epoch's order, so that a run of any length is one
+    reproducible sequence: resuming skips what was seen.
+    """
+
+    def __init__(self, documents: Any, encode: Encode, context_length: int, *, repeat: bool = True) -> None:
+        super().__init__()
+        self._documents = documents
+        self._encode = encode
+        self.context_length = context_length
+        self._repeat = repeat
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        worker = get_worker_info()
+        for number, tokens in enumerate(pack(self._tokens(), self.context_length)):
+            # Every worker reads the whole stream; each hands out its share, or sequences would come several times.
+            if worker is None or number % worker.num_workers == worker.id:
+                yield example(tokens)
+
+    def _tokens(self) -> Iterator[list[int]]:
+        epoch = 0
+        while True:
+            if hasattr(self._documents, "set_epoch"):
+                self._documents.set_epoch(epoch)
+            seen = False
+            for document in self._documents:
+                seen = True
+                yield self._encode([document["text"]])[0]
+            if not (self._repeat and seen):
+                return
+            epoch += 1
+
+
+def pack(documents: Iterable[list[int]], context_length: int) -> Iterator[np.ndarray]:
+    """Cut documents laid end to end into sequences of `context_length`."""
+    carry: list[int] = []
+    for ids in documents:
+        carry.extend(ids)
+        whole = len(carry) - len(carry) % context_length
+        for begin in range(0, whole, context_length):
+            yield np.array(carry[begin : begin + context_length], dtype=np.int32)
+        del carry[:whole]
