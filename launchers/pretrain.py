@@ -22,8 +22,8 @@ def main(argv: list[str] | None = None) -> int:
 
     import ds_quant
 
-    ds_quant.enable()
     try:
+        ds_quant.enable()
         job.run(sys.argv[1:] if argv is None else argv, use_cpu=use_cpu)
     except (LaunchError, ds_quant.ConfigError) as error:
         environment.complain(str(error))

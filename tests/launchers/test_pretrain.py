@@ -189,6 +189,28 @@ def test_mistakes_before_anything_is_started(
     assert not (tmp_path / "run").exists()
 
 
+def test_a_stale_lock_is_one_error(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without the check, the first collective would wait for the dead build for ever."""
+    import pretrain
+
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    lock = tmp_path / "deepspeed_shm_comm" / "lock"
+    lock.parent.mkdir()
+    lock.touch()
+    for path in (lock, lock.parent):
+        os.utime(path, (0, 0))
+    command = arguments(ROOT / "ds_configs/w8a8.json", corpus, tmp_path / "run", steps=2, every=2)
+    assert pretrain.main([str(x) for x in command[1:]]) == 2
+    printed = capsys.readouterr()
+    assert printed.err.count("error: ") == 1
+    assert f"remedy: rm {lock}" in printed.err
+
+
 def kill_when(command: list[str], done: Any, timeout: float = 150) -> None:
     """Start a command and kill its whole process group at the first moment that `done()` holds."""
     env = {**os.environ, **ENV, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
