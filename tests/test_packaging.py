@@ -12,13 +12,13 @@ from packaging.requirements import Requirement
 def test_installed_package_runs_outside_the_checkout(root, tmp_path):
     site = tmp_path / "site"
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation"]
-    # A copy: setuptools leaves its build folder beside the sources.
+    # A clone of what is committed: setuptools leaves its build folder beside the sources.
     copy = tmp_path / "source"
     subprocess.run(["git", "clone", "--quiet", root, copy], check=True, timeout=60)
     done = subprocess.run([*command, "--target", site, copy], capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     assert (site / "ds_quant" / "py.typed").is_file()
-    modules = {str(path.relative_to(root)) for path in (root / "ds_quant").rglob("*.py")}
+    modules = {str(path.relative_to(copy)) for path in (copy / "ds_quant").rglob("*.py")}
     assert {str(path.relative_to(site)) for path in (site / "ds_quant").rglob("*.py")} == modules
     assert not (site / "tests").exists()
     program = "import ds_quant, ds_quant.report as r; print(ds_quant.__file__); r.main([])"
