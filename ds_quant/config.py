@@ -240,8 +240,8 @@ class MomentConfig(BlockSection):
     bits: WireBits
     """Bits of a code, 4 or 8. Required."""
     map: Literal["power", "linear", "dynamic"] = "power"
-    """What a code means: a power of it (first moment: signed square, second: fourth power, at 8 bits), the code
-    itself, or the dynamic map of bitsandbytes."""
+    """What a code means: a power of it (8 bits: exp_avg its signed fourth power, exp_avg_sq its eighth; 4 bits: exp_avg
+    its signed square, exp_avg_sq the eighth power of (c + 3) / 18), the code itself, or bitsandbytes' dynamic map."""
     granularity: Literal["block", "tensor", "channel"] = "block"
     """What shares a scale. `tensor` and `channel` are the paper's: map `linear`, and whole parameters only."""
     block_size: FlatBlock = Field(default_factory=_moment_block_size)

@@ -1,17 +1,35 @@
 """Pure functions of the quantizers: tensors in, tensors out. They know no model and no DeepSpeed."""
 
+from ds_quant.numerics.blockwise import (
+    QuantizedBlocks,
+    dequantize_blockwise,
+    from_bitsandbytes,
+    group_size,
+    quantize_blockwise,
+    to_bitsandbytes,
+)
+from ds_quant.numerics.codes import CodeMap, code_map, code_values
 from ds_quant.numerics.integer import Quantized, dequantize, expand_scale, fake_quantize, integer_values, quantize
 from ds_quant.numerics.random import derive_key, fold_key, random_bits, uniform
 
 __all__ = [
+    "CodeMap",
     "Quantized",
+    "QuantizedBlocks",
+    "code_map",
+    "code_values",
     "dequantize",
+    "dequantize_blockwise",
     "derive_key",
     "expand_scale",
     "fake_quantize",
     "fold_key",
+    "from_bitsandbytes",
+    "group_size",
     "integer_values",
     "quantize",
+    "quantize_blockwise",
     "random_bits",
+    "to_bitsandbytes",
     "uniform",
 ]

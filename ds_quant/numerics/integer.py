@@ -91,7 +91,7 @@ def quantize(
     if symmetric:
         levels = (1 << (bits - 1)) - 1
         scale = _symmetric_scale(_reduce(x.abs(), torch.amax, granularity, block_size), levels)
-        steps = _round(_steps(x, _expand(scale, x, granularity, block_size)), rounding, key)
+        steps = _round(_steps(x, expand_groups(scale, x, granularity, block_size)), rounding, key)
         return Quantized(steps.clamp(-levels, levels).to(torch.int8), scale, None, granularity, block_size)
     levels = (1 << bits) - 1
     low = _reduce(x, torch.amin, granularity, block_size)
@@ -99,8 +99,8 @@ def quantize(
     scale = _asymmetric_scale(low, high, levels)
     # Subtracted from zero rather than negated: no -0.0.
     zero_point = 0.0 - torch.round(_steps(low, scale))
-    steps = _round(_steps(x, _expand(scale, x, granularity, block_size)), rounding, key)
-    codes = (steps + _expand(zero_point, x, granularity, block_size)).clamp(0, levels)
+    steps = _round(_steps(x, expand_groups(scale, x, granularity, block_size)), rounding, key)
+    codes = (steps + expand_groups(zero_point, x, granularity, block_size)).clamp(0, levels)
     return Quantized(codes.to(torch.uint8), scale, zero_point, granularity, block_size)
 
 
@@ -109,12 +109,12 @@ def integer_values(q: Quantized) -> Tensor:
     values = q.codes.float()
     if q.zero_point is None:
         return values
-    return values - _expand(q.zero_point, q.codes, q.granularity, q.block_size)
+    return values - expand_groups(q.zero_point, q.codes, q.granularity, q.block_size)
 
 
 def expand_scale(q: Quantized) -> Tensor:
     """The scale in a shape that broadcasts against the codes."""
-    return _expand(q.scale, q.codes, q.granularity, q.block_size)
+    return expand_groups(q.scale, q.codes, q.granularity, q.block_size)
 
 
 def dequantize(q: Quantized, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -148,7 +148,7 @@ def fake_quantize(
     return dequantize(q, x.dtype)
 
 
-def _divide(a: Tensor, b: Tensor | float) -> Tensor:
+def divide(a: Tensor, b: Tensor | float) -> Tensor:
     """a / b rounded to nearest, in eager mode and compiled, on every device.
 
     Not written `/`: for CUDA, Inductor lowers that to an approximate division, and a constant divisor to a product
@@ -160,7 +160,7 @@ def _divide(a: Tensor, b: Tensor | float) -> Tensor:
 
 def _divide_to_fit(extent: Tensor, levels: int) -> Tensor:
     """extent / levels; where that is denormal, at least so large that `levels` scales cover the extent."""
-    scale = _divide(extent, levels)
+    scale = divide(extent, levels)
     short = (scale < SMALLEST_NORMAL) & (scale * levels < extent)
     return torch.where(short, scale + SMALLEST_DENORMAL, scale)
 
@@ -171,7 +171,7 @@ def _symmetric_scale(absmax: Tensor, levels: int) -> Tensor:
 
 def _asymmetric_scale(low: Tensor, high: Tensor, levels: int) -> Tensor:
     extent = high - low
-    doubled_halves = _divide(high * 0.5 - low * 0.5, levels) * 2.0
+    doubled_halves = divide(high * 0.5 - low * 0.5, levels) * 2.0
     scale = torch.where(extent.isinf(), doubled_halves, _divide_to_fit(extent, levels))
     scale = torch.where(extent > 0, scale, high.abs())
     return torch.where(low.isfinite() & high.isfinite(), scale, torch.nan)
@@ -179,7 +179,7 @@ def _asymmetric_scale(low: Tensor, high: Tensor, levels: int) -> Tensor:
 
 def _steps(x: Tensor, scale: Tensor) -> Tensor:
     """x / scale, and 0 where the scale is 0 or NaN: casting a NaN or an Inf to an integer is undefined."""
-    return torch.where(scale > 0, _divide(x, scale), 0.0)
+    return torch.where(scale > 0, divide(x, scale), 0.0)
 
 
 def _round(steps: Tensor, rounding: str, key: Tensor | None) -> Tensor:
@@ -192,7 +192,7 @@ def _round(steps: Tensor, rounding: str, key: Tensor | None) -> Tensor:
 def _reduce(x: Tensor, extremum: Callable[..., Tensor], granularity: str, block_size: int) -> Tensor:
     """torch.amin or torch.amax of each group, in the shape of the scale; 0 for a group without elements."""
     if granularity == "block":
-        return _reduce_blocks(x.reshape(1) if x.dim() == 0 else x, extremum, block_size)
+        return reduce_blocks(x.reshape(1) if x.dim() == 0 else x, extremum, block_size)
     if granularity == "tensor":
         return extremum(x) if x.numel() else x.new_zeros(())
     if granularity == "row":
@@ -204,7 +204,7 @@ def _reduce(x: Tensor, extremum: Callable[..., Tensor], granularity: str, block_
     return extremum(x, dim=tuple(range(x.dim() - 1))) if x.numel() else x.new_zeros(x.shape[-1:])
 
 
-def _reduce_blocks(x: Tensor, extremum: Callable[..., Tensor], block_size: int) -> Tensor:
+def reduce_blocks(x: Tensor, extremum: Callable[..., Tensor], block_size: int) -> Tensor:
     num_full = x.shape[-1] // block_size
     covered = num_full * block_size
     parts = []
@@ -215,7 +215,7 @@ def _reduce_blocks(x: Tensor, extremum: Callable[..., Tensor], block_size: int) 
     return torch.cat(parts, dim=-1) if parts else x.new_zeros((*x.shape[:-1], 0))
 
 
-def _expand(per_group: Tensor, x: Tensor, granularity: str, block_size: int) -> Tensor:
+def expand_groups(per_group: Tensor, x: Tensor, granularity: str, block_size: int) -> Tensor:
     """A scale or zero point in a shape that broadcasts against `x`."""
     if granularity != "block":
         return per_group

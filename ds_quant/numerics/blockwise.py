@@ -1,0 +1,220 @@
+"""Blockwise quantization of flat tensors with the code maps of `codes`: how Adam's moments are stored.
+
+Each run of `block_size` consecutive elements is a block, the last one may be shorter. In fp32:
+
+    scale = max|x| of the block         code = encode(x / scale)         value = decode(code) * scale
+
+`/` is rounded to nearest. At the edges:
+- A block of zeros has scale 0 and the codes of 0, and comes back as exact zeros under every map. Codes of zero bytes
+  with scale 0 (a fresh state) come back as zeros too, negative ones under the signed dynamic map.
+- In other blocks, maps without zero (unsigned, 4 bits) bring zeros back as their lowest value.
+- A block with an Inf or a NaN has scale NaN and the codes of 0: all of it comes back as NaN, and no other block does.
+- Denormal scales work; a denormal product is rounded as usual. Values never exceed the scale, so nothing overflows.
+- Negative elements under an unsigned map come back as its lowest value.
+
+8-bit codes are one to an element. 4-bit codes are uint8, two to a byte, planar within the block: with n elements and
+h = ceil(n / 2), byte j holds element j in its low half and element j + h in its high half, for j = 0 to h - 1. Where n
+is odd the last high half is 0. A block starts at a whole byte, and a half holds the code modulo 16.
+
+With an even block_size, numel elements take ceil(numel / 2) bytes.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ds_quant.numerics.codes import CodeMap, code_map, code_values, decode, encode
+from ds_quant.numerics.integer import DTYPES, ROUNDINGS, divide, expand_groups, reduce_blocks
+from ds_quant.numerics.random import check_key, uniform
+
+BITSANDBYTES_BLOCK_SIZE = 256
+
+
+class QuantizedBlocks(NamedTuple):
+    """A flat tensor in blocks. The module docstring has the layout of `codes`."""
+
+    codes: Tensor
+    """8 bits: int8 (signed power and linear) or uint8, of shape [numel]. 4 bits: packed uint8."""
+    scale: Tensor
+    """fp32 of shape [num_blocks], not negative; NaN for a block with an Inf or a NaN."""
+    numel: int
+    block_size: int
+    code_map: CodeMap
+
+
+def quantize_blockwise(
+    x: Tensor,
+    code_map: CodeMap,
+    *,
+    block_size: int,
+    rounding: str = "nearest",
+    key: Tensor | None = None,
+    offset: int = 0,
+) -> QuantizedBlocks:
+    """Codes and scales of the 1-D tensor `x` (fp32, bf16 or fp16, any length), as the module docstring defines them.
+
+    rounding "stochastic" needs a `key` (see `fold_key`); element i draws number `offset` + i of it, so that a partition
+    that starts at element `offset`, a multiple of block_size, gets the bits that it would get within the whole.
+
+    Gradients do not flow. The bits are the same under torch.compile(fullgraph=True), which is not called again for new
+    values of `key`; a new `offset` may compile once more.
+
+    Raises ValueError for arguments out of range. block_size is a power of two, or any divisor of the length (for the
+    granularities "tensor" and "channel": see `group_size`).
+    """
+    _check_arguments(x, block_size, rounding, key)
+    x = x.detach().float()
+    absmax = reduce_blocks(x.abs(), torch.amax, block_size)
+    scale = torch.where(absmax.isfinite(), absmax, torch.nan)
+    per_element = expand_groups(scale, x, "block", block_size)
+    steps = torch.where(per_element > 0, divide(x, per_element), 0.0)
+    draws = None if key is None else uniform(key, x.shape, x.device, offset=offset)
+    codes = encode(steps, code_map, draws)
+    if code_map.bits == 4:
+        codes = pack(codes, block_size)
+    return QuantizedBlocks(codes, scale, x.numel(), block_size, code_map)
+
+
+def dequantize_blockwise(q: QuantizedBlocks) -> Tensor:
+    """decode(code) * scale, fp32 of shape [numel]."""
+    codes = q.codes
+    if q.code_map.bits == 4:
+        codes = unpack(codes, q.numel, q.block_size, signed=q.code_map.dtype == torch.int8)
+    values = decode(codes, q.code_map)
+    return values * expand_groups(q.scale, values, "block", q.block_size)
+
+
+def pack(codes: Tensor, block_size: int) -> Tensor:
+    """4-bit codes, one to an element of a 1-D tensor, packed as the module docstring defines it."""
+    halves = codes.to(torch.int32) & 15
+    covered = codes.numel() // block_size * block_size
+    parts = [_pack_rows(halves[:covered].reshape(-1, block_size))] if covered else []
+    if covered < codes.numel() or not parts:
+        parts.append(_pack_rows(halves[covered:].reshape(1, -1)))
+    return torch.cat(parts)
+
+
+def unpack(packed: Tensor, numel: int, block_size: int, *, signed: bool) -> Tensor:
+    """The codes that `pack` was given: int8 from -8 to 7 if signed, else uint8 from 0 to 15."""
+    num_full = numel // block_size
+    split = num_full * ((block_size + 1) // 2)
+    parts = [_unpack_rows(packed[:split].reshape(num_full, -1), block_size)] if num_full else []
+    if num_full * block_size < numel or not parts:
+        parts.append(_unpack_rows(packed[split:].reshape(1, -1), numel - num_full * block_size))
+    halves = torch.cat(parts)
+    return ((halves ^ 8) - 8).to(torch.int8) if signed else halves.to(torch.uint8)
+
+
+def group_size(shape: Sequence[int], granularity: str, block_size: int) -> int:
+    """The block size, on the flattened tensor, that gives `granularity` "block", "tensor" or "channel".
+
+    "channel" is the paper's: a scale for each index of the first dimension, the output features of a linear layer.
+    0-D and 1-D tensors have one channel.
+    """
+    numel = math.prod(shape)
+    if granularity == "block":
+        return block_size
+    if granularity == "tensor":
+        return max(1, numel)
+    if granularity == "channel":
+        return max(1, numel // max(1, shape[0])) if len(shape) > 1 else max(1, numel)
+    raise ValueError(f"group_size(granularity): got {granularity!r}; allowed: block, tensor, channel; set one of them")
+
+
+def to_bitsandbytes(exp_avg: QuantizedBlocks, exp_avg_sq: QuantizedBlocks, shape: Sequence[int]) -> dict[str, Tensor]:
+    """The tensors of a bitsandbytes.optim.AdamW8bit state of a parameter of `shape`, without `step`. Codes are shared.
+
+    Raises ValueError unless both moments have the 8-bit dynamic map and blocks of 256.
+    """
+    state = {}
+    for number, moment in ((1, exp_avg), (2, exp_avg_sq)):
+        expected = code_map("dynamic", 8, signed=number == 1)
+        if moment.code_map != expected or moment.block_size != BITSANDBYTES_BLOCK_SIZE:
+            name = "exp_avg" if number == 1 else "exp_avg_sq"
+            raise ValueError(
+                f"to_bitsandbytes({name}): got {moment.code_map} in blocks of {moment.block_size}; allowed: {expected} "
+                f"in blocks of {BITSANDBYTES_BLOCK_SIZE}; dequantize it and quantize it so"
+            )
+        state[f"state{number}"] = moment.codes.reshape(tuple(shape))
+        state[f"absmax{number}"] = moment.scale
+        state[f"qmap{number}"] = code_values(expected, moment.codes.device)
+    return state
+
+
+def from_bitsandbytes(state: Mapping[str, Any]) -> tuple[QuantizedBlocks, QuantizedBlocks]:
+    """(exp_avg, exp_avg_sq) of a bitsandbytes.optim.AdamW8bit state. Codes and scales are shared.
+
+    Raises ValueError where the state is not 8-bit in blocks of 256 with the dynamic map. bitsandbytes keeps parameters
+    below its min_8bit_size (4096 elements) in 32 bits: such a state holds plain fp32 moments.
+    """
+    moments = []
+    for number in (1, 2):
+        codes = state[f"state{number}"]
+        if codes.dtype != torch.uint8:
+            raise ValueError(
+                f"from_bitsandbytes(state{number}): got {codes.dtype}; allowed: torch.uint8; a 32-bit state needs no "
+                "conversion, take its tensors as they are"
+            )
+        expected = code_map("dynamic", 8, signed=number == 1)
+        qmap, values = state[f"qmap{number}"], code_values(expected, codes.device)
+        if qmap.shape != values.shape or not torch.allclose(qmap.to(values), values, rtol=1e-5, atol=0):
+            raise ValueError(
+                f"from_bitsandbytes(qmap{number}): got another map than the dynamic one; allowed: that of "
+                "create_dynamic_map(); dequantize the state with bitsandbytes instead"
+            )
+        scale = state[f"absmax{number}"]
+        num_blocks = -(-codes.numel() // BITSANDBYTES_BLOCK_SIZE)
+        if scale.shape != (num_blocks,):
+            raise ValueError(
+                f"from_bitsandbytes(absmax{number}): got shape {tuple(scale.shape)}; allowed: ({num_blocks},) for "
+                f"{codes.numel()} codes; use a state of blockwise AdamW8bit in blocks of {BITSANDBYTES_BLOCK_SIZE}"
+            )
+        moments.append(
+            QuantizedBlocks(codes.reshape(-1), scale.float(), codes.numel(), BITSANDBYTES_BLOCK_SIZE, expected)
+        )
+    return moments[0], moments[1]
+
+
+def _pack_rows(halves: Tensor) -> Tensor:
+    """int32 codes 0 to 15 of shape [rows, n] -> uint8 of shape [rows * ceil(n / 2)]."""
+    width = (halves.shape[1] + 1) // 2
+    low, high = halves[:, :width], halves[:, width:]
+    if high.shape[1] < width:
+        high = torch.nn.functional.pad(high, (0, width - high.shape[1]))
+    return (low | high << 4).to(torch.uint8).reshape(-1)
+
+
+def _unpack_rows(packed: Tensor, length: int) -> Tensor:
+    """uint8 of shape [rows, ceil(length / 2)] -> int32 codes 0 to 15 of shape [rows * length]."""
+    packed = packed.to(torch.int32)
+    return torch.cat((packed & 15, packed >> 4), dim=1)[:, :length].reshape(-1)
+
+
+def _check_arguments(x: Tensor, block_size: int, rounding: str, key: Tensor | None) -> None:
+    where = "quantize_blockwise"
+    if x.dtype not in DTYPES:
+        raise ValueError(f"{where}(x): got {x.dtype}; allowed: float32, bfloat16, float16; cast it first")
+    if x.dim() != 1:
+        raise ValueError(f"{where}(x): got {x.dim()} dimensions; allowed: 1; pass x.reshape(-1)")
+    whole = isinstance(block_size, int) and not isinstance(block_size, bool) and block_size >= 1
+    if not whole or (block_size & (block_size - 1) and x.numel() % block_size):
+        raise ValueError(
+            f"{where}(block_size): got {block_size!r} for {x.numel()} elements; allowed: powers of two, and divisors "
+            "of the number of elements; set one of them"
+        )
+    if rounding not in ROUNDINGS:
+        raise ValueError(f"{where}(rounding): got {rounding!r}; allowed: {', '.join(ROUNDINGS)}; set one of them")
+    if rounding == "nearest" and key is not None:
+        raise ValueError(
+            f"{where}(key): got a key; allowed: none with rounding 'nearest', which draws no bits; leave it out or set "
+            "rounding to 'stochastic'"
+        )
+    if rounding == "stochastic":
+        if key is None:
+            raise ValueError(
+                f"{where}(key): got None; allowed: a key with rounding 'stochastic'; make it with fold_key()"
+            )
+        check_key(f"{where}(key)", key)

@@ -1,0 +1,170 @@
+"""Code maps of Adam's moments: which values 8 or 4 bits stand for, in units of a block's scale.
+
+A map is an increasing list of values in [-1, 1] (signed, for exp_avg) or [0, 1] (unsigned, for exp_avg_sq):
+
+    power, linear   value(c) = sign(c) * ((|c| + offset) / levels)^exponent          value(0) = 0 where signed
+                                  codes         levels  offset  exponent of power    (of linear: 1)
+                    signed, 8     -127 to 127   127     0       4
+                    unsigned, 8   0 to 255      255     0       8
+                    signed, 4     -7 to 7       7       0       2
+                    unsigned, 4   0 to 15       18      3       8                    (linear: levels 16, offset 1)
+    dynamic         code c is value number c, from 0, of bitsandbytes' dynamic map (arXiv 1511.04561, 2110.02861):
+                    decades that end at 10^-6 to 10^0 (4 bits: 10^-2 to 10^0), each cut into equal parts, twice as
+                    many as the decade below, of which the middles are taken; and 0 and 1. Unsigned 4-bit codes leave
+                    0 out (as in arXiv 2309.01507) and are 0 to 14; code 15 is another 1.
+
+4-bit unsigned maps have no zero: a second moment that falls to zero beside a first moment that does not makes an update
+of m / eps. The exponents and the offset are measured on trajectories (docs/moments.md).
+
+All arithmetic is fp32, each operation rounded to nearest, which fixes every bit:
+
+    value(c):  t = (|c| + offset) * fl(1 / levels);  t is squared log2(exponent) times;  the top is exactly 1
+    encode(x): with |x| for x, and the sign put back at the end, in signed power and linear maps:
+               low is the last code with value(low) <= x, but at least the lowest and at most the last but one;
+               high = low + 1; gap = value(high) - value(low); rest = x - value(low)
+        nearest     high where rest > value(high) - x, else low: ties go to low
+        stochastic  high where u * gap < rest, else low, with u from [0, 1): unbiased in *value*, and a value that a
+                    code stands for never moves
+
+Roots only guess low; comparisons with value() correct them. A kernel may use approximate roots and get the same codes.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+MAPS = ("power", "linear", "dynamic")
+BITS = (8, 4)
+
+CLOSED_FORMS = {
+    ("power", 8, True): (127, 0, 4),
+    ("power", 8, False): (255, 0, 8),
+    ("power", 4, True): (7, 0, 2),
+    ("power", 4, False): (18, 3, 8),
+    ("linear", 8, True): (127, 0, 1),
+    ("linear", 8, False): (255, 0, 1),
+    ("linear", 4, True): (7, 0, 1),
+    ("linear", 4, False): (16, 1, 1),
+}
+"""(levels, offset, exponent) of (map, bits, signed)."""
+
+
+def _dynamic_values(bits: int, signed: bool) -> tuple[float, ...]:
+    """Values of the dynamic map in increasing order; fp32 rounds them once."""
+    decades = 7 if bits == 8 else 3
+    values = [1.0] if bits == 4 and not signed else [0.0, 1.0]
+    for decade in range(decades):
+        parts = 2**decade if signed else 2 ** (decade + 1)
+        for part in range(parts):
+            middle = 10.0 ** (decade - decades + 1) * (0.1 + 0.9 * (part + 0.5) / parts)
+            values += [-middle, middle] if signed else [middle]
+    return tuple(sorted(values))
+
+
+DYNAMIC_VALUES = {(bits, signed): _dynamic_values(bits, signed) for bits in BITS for signed in (True, False)}
+"""Values of the dynamic maps by (bits, signed). Not a cached function: those make torch.compile warn."""
+
+
+class CodeMap(NamedTuple):
+    """A map, as `code_map` makes it; other exponents (1, 2, 4, 8) and offsets serve experiments."""
+
+    name: str
+    bits: int
+    signed: bool
+    levels: int = 0
+    """Divisor of power and linear codes; 0 for dynamic."""
+    offset: int = 0
+    exponent: int = 1
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the codes before packing: int8 for signed power and linear maps, else uint8."""
+        return torch.int8 if self.signed and self.levels else torch.uint8
+
+    @property
+    def lowest(self) -> int:
+        return -self.levels if self.signed and self.levels else 0
+
+    @property
+    def highest(self) -> int:
+        return self.levels - self.offset if self.levels else len(DYNAMIC_VALUES[self.bits, self.signed]) - 1
+
+
+def code_map(name: str, bits: int, *, signed: bool) -> CodeMap:
+    """The map of this name with its measured exponent and offset. Raises ValueError for arguments out of range."""
+    if name not in MAPS:
+        raise ValueError(f"code_map(name): got {name!r}; allowed: {', '.join(MAPS)}; set one of them")
+    if isinstance(bits, bool) or bits not in BITS:
+        raise ValueError(f"code_map(bits): got {bits!r}; allowed: 8, 4; set one of them")
+    if name == "dynamic":
+        return CodeMap(name, bits, signed)
+    return CodeMap(name, bits, signed, *CLOSED_FORMS[name, bits, signed])
+
+
+def code_values(code_map: CodeMap, device: torch.device | str | None = None) -> Tensor:
+    """fp32 values of all codes, from the lowest code to the highest."""
+    return decode(torch.arange(code_map.lowest, code_map.highest + 1, device=device), code_map)
+
+
+def decode(codes: Tensor, code_map: CodeMap) -> Tensor:
+    """fp32 values of integer codes (any integer dtype and shape), in units of the scale."""
+    if code_map.levels:
+        count = codes.to(torch.float32)
+        return (
+            _signed_like(count, _magnitude(count.abs(), code_map)) if code_map.signed else _magnitude(count, code_map)
+        )
+    values = DYNAMIC_VALUES[code_map.bits, code_map.signed]
+    values += values[-1:] * (2**code_map.bits - len(values))
+    return torch.tensor(values, dtype=torch.float32, device=codes.device)[codes.to(torch.int64)]
+
+
+def encode(x: Tensor, code_map: CodeMap, draws: Tensor | None = None) -> Tensor:
+    """Codes of fp32 values in units of the scale, to nearest or, with `draws` from [0, 1), stochastically.
+
+    What lies outside the map is brought to its end. NaN is not allowed.
+    """
+    if not code_map.levels:
+        return _encode_by_table(x, code_map, draws).to(code_map.dtype)
+    magnitude = x.abs() if code_map.signed else x.clamp(min=0.0)
+    low = _power_code_below(magnitude, code_map)
+    codes = low + _goes_up(magnitude, _magnitude(low, code_map), _magnitude(low + 1, code_map), draws)
+    return (_signed_like(x, codes) if code_map.signed else codes).to(code_map.dtype)
+
+
+def _magnitude(count: Tensor, code_map: CodeMap) -> Tensor:
+    """((count + offset) / levels)^exponent of fp32 counts."""
+    value = (count + code_map.offset) * (1.0 / code_map.levels)
+    for _ in range(code_map.exponent.bit_length() - 1):
+        # Not value * value: Inductor evaluates both operands anew, which is exponential in the exponent.
+        value = value.square()
+    return value
+
+
+def _signed_like(x: Tensor, magnitude: Tensor) -> Tensor:
+    """`magnitude` with the sign of `x`, which is +0 where `x` is a zero: `magnitude` is a zero too."""
+    return torch.where(x < 0, -magnitude, magnitude)
+
+
+def _power_code_below(magnitude: Tensor, code_map: CodeMap) -> Tensor:
+    root = magnitude
+    for _ in range(code_map.exponent.bit_length() - 1):
+        root = root.sqrt()
+    highest = float(code_map.levels - code_map.offset - 1)
+    guess = (torch.floor(root * code_map.levels) - code_map.offset).clamp(0.0, highest)
+    guess = guess - (_magnitude(guess, code_map) > magnitude).float()
+    guess = guess + (_magnitude(guess + 1, code_map) <= magnitude).float()
+    return guess.clamp(0.0, highest)
+
+
+def _encode_by_table(x: Tensor, code_map: CodeMap, draws: Tensor | None) -> Tensor:
+    values = DYNAMIC_VALUES[code_map.bits, code_map.signed]
+    table = torch.tensor(values, dtype=torch.float32, device=x.device)
+    low = (torch.searchsorted(table, x.contiguous(), right=True) - 1).clamp(0, len(values) - 2)
+    return low + _goes_up(x, table[low], table[low + 1], draws)
+
+
+def _goes_up(x: Tensor, low: Tensor, high: Tensor, draws: Tensor | None) -> Tensor:
+    """Whether `x` is rounded to `high` rather than `low`, two neighbouring values."""
+    rest = x - low
+    return rest > high - x if draws is None else draws * (high - low) < rest
