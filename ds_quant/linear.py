@@ -119,9 +119,8 @@ class _Operand(NamedTuple):
     def scale_is_contracted(self) -> bool:
         if not isinstance(self.value, Quantized) or not self.scaled:
             return False
-        granularity = self.value.granularity
         # Blocks run along the features, so their scale varies along both dimensions.
-        return granularity == "block" or granularity == ("column", "row")[1 - self.contracted]
+        return self.value.granularity in ("block", "column" if self.contracted == 1 else "row")
 
     def _contracted_last(self, tensor: Tensor) -> Tensor:
         return tensor if self.contracted == 1 else tensor.t()
