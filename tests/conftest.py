@@ -1,9 +1,11 @@
 """What all tests share: where DeepSpeed's op is built, and a process group of one rank for tests within pytest."""
 
 import os
+import random
 import socket
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -32,3 +34,11 @@ def single_rank(monkeypatch):
     environment = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
     for name, value in {**environment, "MASTER_PORT": str(free_port())}.items():
         monkeypatch.setenv(name, value)
+
+
+@pytest.fixture
+def rng():
+    """Fresh at every run; a failure prints the seed, and DS_QUANT_TEST_SEED repeats it."""
+    seed = int(os.environ.get("DS_QUANT_TEST_SEED", random.SystemRandom().randrange(2**32)))
+    print(f"DS_QUANT_TEST_SEED={seed}")
+    return np.random.default_rng(seed)

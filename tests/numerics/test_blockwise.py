@@ -1,7 +1,5 @@
 import itertools
 import math
-import os
-import random
 
 import numpy as np
 import pytest
@@ -32,14 +30,6 @@ LENGTHS = (0, 1, 2, 31, 32, 33, 63, 65, 97, 128)
 BLOCK_SIZE = 32
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FLOAT32_MAX = torch.finfo(torch.float32).max
-
-
-@pytest.fixture
-def rng():
-    """Fresh at every run; a failure prints the seed, and DS_QUANT_TEST_SEED repeats it."""
-    seed = int(os.environ.get("DS_QUANT_TEST_SEED", random.SystemRandom().randrange(2**32)))
-    print(f"DS_QUANT_TEST_SEED={seed}")
-    return np.random.default_rng(seed)
 
 
 def normal(rng, length):

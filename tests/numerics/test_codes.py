@@ -1,6 +1,4 @@
 import itertools
-import os
-import random
 
 import numpy as np
 import pytest
@@ -13,14 +11,6 @@ from ds_quant.numerics import CodeMap, code_map, code_values, fold_key, uniform
 from ds_quant.numerics.codes import BITS, MAPS, decode, encode
 
 ALL = list(itertools.product(MAPS, BITS, (True, False)))
-
-
-@pytest.fixture
-def rng():
-    """Fresh at every run; a failure prints the seed, and DS_QUANT_TEST_SEED repeats it."""
-    seed = int(os.environ.get("DS_QUANT_TEST_SEED", random.SystemRandom().randrange(2**32)))
-    print(f"DS_QUANT_TEST_SEED={seed}")
-    return np.random.default_rng(seed)
 
 
 def oracle_values(name, bits, signed):

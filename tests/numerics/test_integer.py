@@ -1,7 +1,5 @@
 import itertools
 import math
-import os
-import random
 import subprocess
 import sys
 from pathlib import Path
@@ -33,14 +31,6 @@ SHAPES = ((), (0,), (3, 0), (0, 5), (1,), (16,), (7, 13), (2, 3, 17), (2, 0, 4),
 BLOCK_SIZE = 16
 TINY = 2.0**-149
 FLOAT32_MAX = torch.finfo(torch.float32).max
-
-
-@pytest.fixture
-def rng():
-    """Fresh at every run; a failure prints the seed, and DS_QUANT_TEST_SEED repeats it."""
-    seed = int(os.environ.get("DS_QUANT_TEST_SEED", random.SystemRandom().randrange(2**32)))
-    print(f"DS_QUANT_TEST_SEED={seed}")
-    return np.random.default_rng(seed)
 
 
 def normal(rng, shape):
