@@ -27,8 +27,8 @@ import torch
 from torch import Tensor
 
 from ds_quant.numerics.codes import CodeMap, code_map, code_values, decode, encode
-from ds_quant.numerics.integer import DTYPES, ROUNDINGS, divide, expand_groups, reduce_blocks
-from ds_quant.numerics.random import check_key, uniform
+from ds_quant.numerics.integer import DTYPES, check_rounding, divide, expand_groups, reduce_blocks
+from ds_quant.numerics.random import uniform
 
 BITSANDBYTES_BLOCK_SIZE = 256
 
@@ -205,16 +205,4 @@ def _check_arguments(x: Tensor, block_size: int, rounding: str, key: Tensor | No
             f"{where}(block_size): got {block_size!r} for {x.numel()} elements; allowed: powers of two, and divisors "
             "of the number of elements; set one of them"
         )
-    if rounding not in ROUNDINGS:
-        raise ValueError(f"{where}(rounding): got {rounding!r}; allowed: {', '.join(ROUNDINGS)}; set one of them")
-    if rounding == "nearest" and key is not None:
-        raise ValueError(
-            f"{where}(key): got a key; allowed: none with rounding 'nearest', which draws no bits; leave it out or set "
-            "rounding to 'stochastic'"
-        )
-    if rounding == "stochastic":
-        if key is None:
-            raise ValueError(
-                f"{where}(key): got None; allowed: a key with rounding 'stochastic'; make it with fold_key()"
-            )
-        check_key(f"{where}(key)", key)
+    check_rounding(where, rounding, key)

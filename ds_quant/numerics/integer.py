@@ -205,6 +205,7 @@ def _reduce(x: Tensor, extremum: Callable[..., Tensor], granularity: str, block_
 
 
 def reduce_blocks(x: Tensor, extremum: Callable[..., Tensor], block_size: int) -> Tensor:
+    """torch.amin or torch.amax of each block of the last dimension, [..., num_blocks]; the last may be shorter."""
     num_full = x.shape[-1] // block_size
     covered = num_full * block_size
     parts = []
@@ -248,16 +249,21 @@ def _check_arguments(
         raise ValueError(
             f"quantize(block_size): got {block_size!r}; allowed: powers of two from 16 to 4096; set one of them"
         )
+    check_rounding("quantize", rounding, key)
+
+
+def check_rounding(where: str, rounding: str, key: Tensor | None) -> None:
+    """Raise ValueError unless `rounding` is known and there is a `key` for "stochastic", and none for "nearest"."""
     if rounding not in ROUNDINGS:
-        raise ValueError(f"quantize(rounding): got {rounding!r}; allowed: {', '.join(ROUNDINGS)}; set one of them")
+        raise ValueError(f"{where}(rounding): got {rounding!r}; allowed: {', '.join(ROUNDINGS)}; set one of them")
     if rounding == "nearest" and key is not None:
         raise ValueError(
-            "quantize(key): got a key; allowed: none with rounding 'nearest', which draws no bits; leave it out or set "
+            f"{where}(key): got a key; allowed: none with rounding 'nearest', which draws no bits; leave it out or set "
             "rounding to 'stochastic'"
         )
     if rounding == "stochastic":
         if key is None:
             raise ValueError(
-                "quantize(key): got None; allowed: a key with rounding 'stochastic'; make it with fold_key()"
+                f"{where}(key): got None; allowed: a key with rounding 'stochastic'; make it with fold_key()"
             )
-        check_key("quantize(key)", key)
+        check_key(f"{where}(key)", key)
