@@ -10,7 +10,7 @@ from ds_quant.numerics.blockwise import (
 )
 from ds_quant.numerics.codes import CodeMap, code_map, code_values
 from ds_quant.numerics.integer import Quantized, dequantize, expand_scale, fake_quantize, integer_values, quantize
-from ds_quant.numerics.random import derive_key, fold_key, random_bits, uniform
+from ds_quant.numerics.random import derive_key, fold_key, random_bits, uniform, uniform16
 
 __all__ = [
     "CodeMap",
@@ -32,4 +32,5 @@ __all__ = [
     "random_bits",
     "to_bitsandbytes",
     "uniform",
+    "uniform16",
 ]

@@ -2,19 +2,22 @@
 
 Each run of `block_size` consecutive elements is a block, the last one may be shorter. In fp32:
 
-    scale = max|x| of the block         code = encode(x / scale)         value = decode(code) * scale
+    scale = max|x| of the block         code = encode(x * (1 / scale))         value = decode(code) * scale
 
-`/` is rounded to nearest. At the edges:
+The reciprocal is rounded to nearest, once a block, and so is the product. What was dequantized and is quantized again
+to nearest gets its codes and scales back. At the edges:
 - A block of zeros has scale 0 and the codes of 0, and comes back as exact zeros under every map. Codes of zero bytes
   with scale 0 (a fresh state) come back as zeros too, negative ones under the signed dynamic map.
 - In other blocks, maps without zero (unsigned, 4 bits) bring zeros back as their lowest value.
 - A block with an Inf or a NaN has scale NaN and the codes of 0: all of it comes back as NaN, and no other block does.
-- Denormal scales work; a denormal product is rounded as usual. Values never exceed the scale, so nothing overflows.
+- A block whose largest value is denormal, below 2^-126, counts as zeros: its reciprocal would overflow. A denormal
+  product is rounded as usual. Values never exceed the scale, so nothing overflows.
 - Negative elements under an unsigned map come back as its lowest value.
 
-8-bit codes are one to an element. 4-bit codes are uint8, two to a byte, planar within the block: with n elements and
-h = ceil(n / 2), byte j holds element j in its low half and element j + h in its high half, for j = 0 to h - 1. Where n
-is odd the last high half is 0. A block starts at a whole byte, and a half holds the code modulo 16.
+8-bit codes are one to an element: int8 for signed power and linear maps, uint8 for all others. 4-bit codes are uint8,
+two to a byte, planar within the block: with n elements and h = ceil(n / 2), byte j holds element j in its low half and
+element j + h in its high half, for j = 0 to h - 1. Where n is odd the last high half is 0. A block starts at a whole
+byte, and a half holds the code modulo 16.
 
 With an even block_size, numel elements take ceil(numel / 2) bytes.
 """
@@ -27,8 +30,15 @@ import torch
 from torch import Tensor
 
 from ds_quant.numerics.codes import CodeMap, code_map, code_values, decode, encode
-from ds_quant.numerics.integer import DTYPES, check_rounding, divide, expand_groups, reduce_blocks
-from ds_quant.numerics.random import uniform
+from ds_quant.numerics.integer import (
+    DTYPES,
+    SMALLEST_NORMAL,
+    check_rounding,
+    divide,
+    expand_groups,
+    reduce_blocks,
+)
+from ds_quant.numerics.random import uniform16
 
 BITSANDBYTES_BLOCK_SIZE = 256
 
@@ -37,7 +47,7 @@ class QuantizedBlocks(NamedTuple):
     """A flat tensor in blocks. The module docstring has the layout of `codes`."""
 
     codes: Tensor
-    """8 bits: int8 (signed power and linear) or uint8, of shape [numel]. 4 bits: packed uint8."""
+    """8 bits: int8 (signed power and linear maps) or uint8, of shape [numel]. 4 bits: packed uint8."""
     scale: Tensor
     """fp32 of shape [num_blocks], not negative; NaN for a block with an Inf or a NaN."""
     numel: int
@@ -56,8 +66,9 @@ def quantize_blockwise(
 ) -> QuantizedBlocks:
     """Codes and scales of the 1-D tensor `x` (fp32, bf16 or fp16, any length), as the module docstring defines them.
 
-    rounding "stochastic" needs a `key` (see `fold_key`); element i draws number `offset` + i of it, so that a partition
-    that starts at element `offset`, a multiple of block_size, gets the bits that it would get within the whole.
+    rounding "stochastic" needs a `key` (see `fold_key`); element i draws number `offset` + i of it (`uniform16`), so
+    that a partition that starts at element `offset`, a multiple of block_size, gets the bits that it would get within
+    the whole. A value that a code stands for moves at most once in 2^16 times, which is what the reciprocal costs.
 
     Gradients do not flow. The bits are the same under torch.compile(fullgraph=True), which is not called again for new
     values of `key`; a new `offset` may compile once more.
@@ -68,10 +79,13 @@ def quantize_blockwise(
     _check_arguments(x, block_size, rounding, key)
     x = x.detach().float()
     absmax = reduce_blocks(x.abs(), torch.amax, block_size)
-    scale = torch.where(absmax.isfinite(), absmax, torch.nan)
-    per_element = expand_groups(scale, x, "block", block_size)
-    steps = torch.where(per_element > 0, divide(x, per_element), 0.0)
-    draws = None if key is None else uniform(key, x.shape, x.device, offset=offset)
+    scale = torch.where(absmax >= SMALLEST_NORMAL, absmax, 0.0)
+    scale = torch.where(absmax.isfinite(), scale, torch.nan)
+    inverse = torch.where(scale > 0, divide(torch.ones_like(scale), scale), 0.0)
+    per_element = expand_groups(inverse, x, "block", block_size)
+    # An Inf times 0 is a NaN, which is not for encode.
+    steps = torch.where(per_element > 0, x * per_element, 0.0)
+    draws = None if key is None else uniform16(key, x.shape, x.device, offset=offset)
     codes = encode(steps, code_map, draws)
     if code_map.bits == 4:
         codes = pack(codes, block_size)

@@ -1,7 +1,13 @@
 """Code maps of Adam's moments: which values 8 or 4 bits stand for, in units of a block's scale.
 
-A map is an increasing list of values in [-1, 1] (signed, for exp_avg) or [0, 1] (unsigned, for exp_avg_sq):
+A map is a set of values in [-1, 1] (signed, for exp_avg) or [0, 1] (unsigned, for exp_avg_sq):
 
+    float           8 bits: those of an fp32 number cut down to exponent and three bits of mantissa, eight values to
+                    each factor of two, so that a code is a shift away from its value. With ONE = 0x3F800000, the
+                    bits of 1.0:
+                    unsigned    code c, 0 to 255, is the number with the bits ONE - (255 - c) * 2^20, from 1.125 * 2^-32
+                    signed      bit 7 is the sign; the lower seven bits c stand for 0 where c is 0, else for the bits
+                                ONE - (127 - c) * 2^20, from 1.25 * 2^-16
     power, linear   value(c) = sign(c) * ((|c| + offset) / levels)^exponent          value(0) = 0 where signed
                                   codes         levels  offset  exponent of power    (of linear: 1)
                     signed, 8     -127 to 127   127     0       4
@@ -13,18 +19,22 @@ A map is an increasing list of values in [-1, 1] (signed, for exp_avg) or [0, 1]
                     many as the decade below, of which the middles are taken; and 0 and 1. Unsigned 4-bit codes leave
                     0 out (as in arXiv 2309.01507) and are 0 to 14; code 15 is another 1.
 
-4-bit unsigned maps have no zero: a second moment that falls to zero beside a first moment that does not makes an update
-of m / eps. The exponents and the offset are measured on trajectories (docs/moments.md).
+Unsigned float and 4-bit maps have no zero: a second moment that falls to zero beside a first moment that does not makes
+an update of m / eps. Exponents, offsets and mantissas are measured on trajectories (docs/moments.md).
 
 All arithmetic is fp32, each operation rounded to nearest, which fixes every bit:
 
-    value(c):  t = (|c| + offset) * fl(1 / levels);  t is squared log2(exponent) times;  the top is exactly 1
-    encode(x): with |x| for x, and the sign put back at the end, in signed power and linear maps:
+    value(c):  power, linear: t = (|c| + offset) * fl(1 / levels), squared log2(exponent) times; the top is exactly 1
+    encode(x): with |x| for x, at most 1, and the sign put back at the end, in signed float, power and linear maps:
                low is the last code with value(low) <= x, but at least the lowest and at most the last but one;
                high = low + 1; gap = value(high) - value(low); rest = x - value(low)
         nearest     high where rest > value(high) - x, else low: ties go to low
         stochastic  high where u * gap < rest, else low, with u from [0, 1): unbiased in *value*, and a value that a
                     code stands for never moves
+
+Float codes are rounded by integer sums on the bits of x above the lowest value: half a code's bits less one, or u times
+a code's bits, are added, and what is below the code is cut off. Rounded stochastically they go up where
+u >= 1 - rest / gap. Between 0 and the lowest value of the signed map the rules above hold.
 
 Roots only guess low; comparisons with value() correct them. A kernel may use approximate roots and get the same codes.
 """
@@ -34,7 +44,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-MAPS = ("power", "linear", "dynamic")
+MAPS = ("float", "power", "linear", "dynamic")
 BITS = (8, 4)
 
 CLOSED_FORMS = {
@@ -66,6 +76,18 @@ DYNAMIC_VALUES = {(bits, signed): _dynamic_values(bits, signed) for bits in BITS
 """Values of the dynamic maps by (bits, signed). Not a cached function: those make torch.compile warn."""
 
 
+FLOAT_MANTISSA = 3
+"""Bits of mantissa in a float code."""
+
+FLOAT_SHIFT = 23 - FLOAT_MANTISSA
+
+ONE = 0x3F800000
+"""The bits of 1.0."""
+
+LOWEST_FLOAT = {True: 1.25 * 2.0**-16, False: 1.125 * 2.0**-32}
+"""The lowest value above zero, by signed."""
+
+
 class CodeMap(NamedTuple):
     """A map, as `code_map` makes it; other exponents (1, 2, 4, 8) and offsets serve experiments."""
 
@@ -73,21 +95,23 @@ class CodeMap(NamedTuple):
     bits: int
     signed: bool
     levels: int = 0
-    """Divisor of power and linear codes; 0 for dynamic."""
+    """Divisor of power and linear codes; the largest magnitude of float codes; 0 for dynamic."""
     offset: int = 0
     exponent: int = 1
 
     @property
     def dtype(self) -> torch.dtype:
         """Of the codes before packing: int8 for signed power and linear maps, else uint8."""
-        return torch.int8 if self.signed and self.levels else torch.uint8
+        return torch.int8 if self.signed and self.name in ("power", "linear") else torch.uint8
 
     @property
     def lowest(self) -> int:
-        return -self.levels if self.signed and self.levels else 0
+        return -self.levels if self.dtype == torch.int8 else 0
 
     @property
     def highest(self) -> int:
+        if self.name == "float":
+            return 255
         return self.levels - self.offset if self.levels else len(DYNAMIC_VALUES[self.bits, self.signed]) - 1
 
 
@@ -99,16 +123,22 @@ def code_map(name: str, bits: int, *, signed: bool) -> CodeMap:
         raise ValueError(f"code_map(bits): got {bits!r}; allowed: 8, 4; set one of them")
     if name == "dynamic":
         return CodeMap(name, bits, signed)
+    if name == "float":
+        if bits != 8:
+            raise ValueError("code_map(bits): got 4 with map float; allowed: 8; set name to power")
+        return CodeMap(name, bits, signed, 2 ** (bits - signed) - 1)
     return CodeMap(name, bits, signed, *CLOSED_FORMS[name, bits, signed])
 
 
 def code_values(code_map: CodeMap, device: torch.device | str | None = None) -> Tensor:
-    """fp32 values of all codes, from the lowest code to the highest."""
+    """fp32 values of all codes, from the lowest code to the highest; increasing but for signed float codes."""
     return decode(torch.arange(code_map.lowest, code_map.highest + 1, device=device), code_map)
 
 
 def decode(codes: Tensor, code_map: CodeMap) -> Tensor:
     """fp32 values of integer codes (any integer dtype and shape), in units of the scale."""
+    if code_map.name == "float":
+        return _decode_float(codes, code_map)
     if code_map.levels:
         count = codes.to(torch.float32)
         return (
@@ -122,14 +152,44 @@ def decode(codes: Tensor, code_map: CodeMap) -> Tensor:
 def encode(x: Tensor, code_map: CodeMap, draws: Tensor | None = None) -> Tensor:
     """Codes of fp32 values in units of the scale, to nearest or, with `draws` from [0, 1), stochastically.
 
+    Float codes take draws that are multiples of 2^-16 (`uniform16`); lower bits of others are dropped.
+
     What lies outside the map is brought to its end. NaN is not allowed.
     """
+    if code_map.name == "float":
+        return _encode_float(x, code_map, draws)
     if not code_map.levels:
         return _encode_by_table(x, code_map, draws).to(code_map.dtype)
     magnitude = x.abs() if code_map.signed else x.clamp(min=0.0)
     low = _power_code_below(magnitude, code_map)
     codes = low + _goes_up(magnitude, _magnitude(low, code_map), _magnitude(low + 1, code_map), draws)
     return (_signed_like(x, codes) if code_map.signed else codes).to(code_map.dtype)
+
+
+def _decode_float(codes: Tensor, code_map: CodeMap) -> Tensor:
+    codes = codes.to(torch.int32)
+    magnitude = codes & code_map.levels
+    value = (ONE - ((code_map.levels - magnitude) << FLOAT_SHIFT)).view(torch.float32)
+    if code_map.signed:
+        value = torch.where(magnitude > 0, value, 0.0)
+        value = torch.where(codes > code_map.levels, -value, value)
+    return value
+
+
+def _encode_float(x: Tensor, code_map: CodeMap, draws: Tensor | None) -> Tensor:
+    lowest = LOWEST_FLOAT[code_map.signed]
+    magnitude = (x.abs() if code_map.signed else x).clamp(0.0, 1.0)
+    if draws is None:
+        carry: Tensor | int = (1 << (FLOAT_SHIFT - 1)) - 1
+    else:
+        carry = (draws * 65536).to(torch.int32) << (FLOAT_SHIFT - 16)
+    bits = magnitude.clamp(min=lowest).view(torch.int32)
+    codes = ((bits + carry) >> FLOAT_SHIFT) - (ONE >> FLOAT_SHIFT) + code_map.levels
+    if code_map.signed:
+        goes_up = magnitude > lowest * 0.5 if draws is None else draws * lowest < magnitude
+        codes = torch.where(magnitude < lowest, goes_up.to(torch.int32), codes)
+        codes = codes | (torch.signbit(x).to(torch.int32) << 7)
+    return codes.to(torch.uint8)
 
 
 def _magnitude(count: Tensor, code_map: CodeMap) -> Tensor:

@@ -58,9 +58,9 @@ def power(bits: int, signed: bool, exponent: int | None = None, offset: int | No
     return default if exponent is None else default._replace(exponent=exponent)
 
 
-M8 = Moment(code_map("power", 8, signed=True), 256)
-V8 = Moment(code_map("power", 8, signed=False), 256, "stochastic")
-M4 = Moment(code_map("power", 4, signed=True), 128)
+M8 = Moment(code_map("float", 8, signed=True), 256)
+V8 = Moment(code_map("float", 8, signed=False), 256, "stochastic")
+M4 = Moment(code_map("power", 4, signed=True), 128, "stochastic")
 V4 = Moment(code_map("power", 4, signed=False), 128, "stochastic")
 
 RECOMMENDED = {
@@ -69,19 +69,21 @@ RECOMMENDED = {
     "4 bits": (M4, V4),
 }
 
+POWER = (Moment(code_map("power", 8, signed=True), 256), Moment(code_map("power", 8, signed=False), 256, "stochastic"))
+
 
 def variants() -> dict[str, tuple[Moment | None, Moment | None]]:
     """Everything that was tried, one moment at a time; the other one stays exact."""
-    schemes: dict[str, tuple[Moment | None, Moment | None]] = {**RECOMMENDED}
+    schemes: dict[str, tuple[Moment | None, Moment | None]] = {**RECOMMENDED, "8 bits, power": POWER}
     for rounding in ("nearest", "stochastic"):
         for exponent in (2, 4, 8):
             schemes[f"v8 power {exponent}, {rounding}"] = (None, Moment(power(8, False, exponent), 256, rounding))
-        for name in ("linear", "dynamic"):
+        for name in ("float", "linear", "dynamic"):
             schemes[f"v8 {name}, {rounding}"] = (None, Moment(code_map(name, 8, signed=False), 256, rounding))
     for rounding in ("nearest", "stochastic"):
         for exponent in (2, 4):
             schemes[f"m8 power {exponent}, {rounding}"] = (Moment(power(8, True, exponent), 256, rounding), None)
-        for name in ("linear", "dynamic"):
+        for name in ("float", "linear", "dynamic"):
             schemes[f"m8 {name}, {rounding}"] = (Moment(code_map(name, 8, signed=True), 256, rounding), None)
     for rounding in ("nearest", "stochastic"):
         for exponent, offset in ((1, 1), (2, 1), (4, 1), (8, 1), (8, 3), (8, 4), (8, 6)):

@@ -3,6 +3,8 @@
 Shares no code with the implementation.
 """
 
+from fractions import Fraction
+
 import numpy as np
 from numerics import oracle
 
@@ -43,6 +45,23 @@ def dynamic(bits, signed):
     return [F(value) for value in sorted(values)]
 
 
+def floats(signed):
+    """Magnitudes of the float map, smallest first: numbers of three bits of mantissa, up to 1."""
+    numbers = [*sorted((1 + k / 8) * 2.0**-exponent for exponent in range(1, 34) for k in range(8)), 1.0]
+    return [F(0), *(F(number) for number in numbers[-127:])] if signed else [F(number) for number in numbers[-256:]]
+
+
+def encode_float(x, values, draw):
+    """As encode_one; a draw, a multiple of 2^-16, is added to the fraction of the gap, and what is below it cut off."""
+    if draw is None or x < values[0] or (values[0] == 0 and x < values[1]):
+        return encode_one(x, values, draw)
+    low = max(index for index, value in enumerate(values) if value <= x)
+    if low == len(values) - 1:
+        return low
+    fraction = Fraction(float(x - values[low])) / Fraction(float(values[low + 1] - values[low]))
+    return low + int(Fraction(int(draw * 65536), 65536) + fraction >= 1)
+
+
 def encode_one(x, values, draw):
     """Index of the value that `x` is rounded to."""
     below = [index for index, value in enumerate(values) if value <= x]
@@ -64,6 +83,14 @@ def encode(x, name, bits, signed, draws=None):
             codes.append(code)
             decoded.append(values[code])
             continue
+        if name == "float":
+            values = floats(signed)
+            magnitude = min(abs(value) if signed else max(value, F(0)), F(1))
+            code = encode_float(magnitude, values, draw)
+            negative = signed and np.signbit(value)
+            codes.append(code + 128 * int(negative))
+            decoded.append(-values[code] if negative else values[code])
+            continue
         values = magnitudes(name, bits, signed)
         negative = signed and value < 0
         magnitude = min(abs(value) if signed else max(value, F(0)), F(1))
@@ -71,6 +98,12 @@ def encode(x, name, bits, signed, draws=None):
         codes.append(-code if negative else code)
         decoded.append(-values[code] if negative and code else values[code])
     return codes, decoded
+
+
+def draw16(key, index):
+    run, place = divmod(index, 32)
+    word = oracle.bits(key, 16 * run + place % 16)
+    return F(word % 2**16 if place < 16 else word // 2**16) / F(2**16)
 
 
 def quantize(x, name, bits, signed, block_size, key=None, offset=0):
@@ -81,11 +114,12 @@ def quantize(x, name, bits, signed, block_size, key=None, offset=0):
             block = x[start : start + block_size]
             finite = bool(np.all(np.isfinite(block)))
             scale = np.max(np.abs(block)) if finite else F("nan")
-            steps = block / scale if scale > 0 else np.zeros_like(block)
+            if scale < F(2.0**-126):
+                scale = F(0)
+            steps = block * (F(1) / scale) if scale > 0 else np.zeros_like(block)
             draws = None
             if key is not None:
-                numbers = [oracle.bits(key, offset + start + i) >> 8 for i in range(len(block))]
-                draws = [F(number) / F(2**24) for number in numbers]
+                draws = [draw16(key, offset + start + i) for i in range(len(block))]
             block_codes, decoded = encode(steps, name, bits, signed, draws)
             codes += block_codes
             values += [value * scale for value in decoded]

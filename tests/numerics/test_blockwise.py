@@ -25,7 +25,7 @@ from ds_quant.numerics import (
 from ds_quant.numerics.blockwise import pack, unpack
 from ds_quant.numerics.codes import BITS, MAPS
 
-ALL = list(itertools.product(MAPS, BITS, (True, False)))
+ALL = [case for case in itertools.product(MAPS, BITS, (True, False)) if case[:2] != ("float", 4)]
 LENGTHS = (0, 1, 2, 31, 32, 33, 63, 65, 97, 128)
 BLOCK_SIZE = 32
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -238,7 +238,7 @@ def test_a_partition_draws_what_the_whole_would(bits, rng):
 @pytest.mark.parametrize(("name", "bits", "signed"), ALL)
 def test_stochastic_rounding_is_unbiased_in_value(name, bits, signed, rng):
     m = code_map(name, bits, signed=signed)
-    table = code_values(m).double()
+    table = code_values(m).double().unique()  # sorted
     # Within the map: what lies outside is brought to its end.
     x = torch.from_numpy(rng.uniform(table[0], 1, 100) * 3e-5).float()
     x[0] = 3e-5
@@ -306,11 +306,18 @@ def test_granularities_of_whole_parameters(rng):
 
 
 COMPILED = {
-    "whole blocks, nearest": (256, "nearest", [("power", 8, True), ("power", 4, False)]),
+    "whole blocks, nearest": (256, "nearest", [("power", 8, True), ("float", 8, True), ("power", 4, False)]),
     "a tail block, stochastic": (
         301,
         "stochastic",
-        [("power", 8, False), ("power", 4, True), ("power", 4, False), ("dynamic", 8, True), ("dynamic", 4, False)],
+        [
+            ("float", 8, True),
+            ("float", 8, False),
+            ("power", 4, True),
+            ("power", 4, False),
+            ("dynamic", 8, True),
+            ("dynamic", 4, False),
+        ],
     ),
 }
 

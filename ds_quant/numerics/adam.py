@@ -1,0 +1,84 @@
+"""One AdamW step of one parameter whose moments are stored in 32, 8 or 4 bits: the definition that kernels repeat.
+
+In fp32, each operation rounded to nearest and nothing fused, with scalars computed in double and rounded once:
+
+    exp_avg     = beta1 * exp_avg    + (1 - beta1) * grad
+    exp_avg_sq  = beta2 * exp_avg_sq + (1 - beta2) * (grad * grad)
+    denominator = sqrt(exp_avg_sq) * correction + eps          correction = 1 / sqrt(1 - beta2^step)
+    param       = param * decay - step_size * (exp_avg / denominator)
+                                                               decay = 1 - lr * weight_decay
+                                                               step_size = lr / (1 - beta1^step)
+
+This is AdamW (arXiv 1711.05101, algorithm 2) as torch computes it. The update uses the new moments before they are
+quantized; what is stored is quantized after it (`blockwise`). A bf16 or fp16 parameter is rounded once, at the end.
+"""
+
+import math
+from typing import NamedTuple
+
+from torch import Tensor
+
+from ds_quant.numerics.blockwise import QuantizedBlocks, dequantize_blockwise, quantize_blockwise
+
+Moment = Tensor | QuantizedBlocks
+"""A moment as it is stored: an fp32 tensor [numel], or codes and scales."""
+
+
+class AdamWScalars(NamedTuple):
+    """What a step needs beside tensors, as Python floats; rounded to fp32 where they meet a tensor."""
+
+    beta1: float
+    beta2: float
+    eps: float
+    decay: float
+    step_size: float
+    correction: float
+
+
+def adamw_scalars(lr: float, betas: tuple[float, float], eps: float, weight_decay: float, step: int) -> AdamWScalars:
+    """The scalars of step number `step`, from 1."""
+    beta1, beta2 = betas
+    step_size = lr / (1 - beta1**step)
+    return AdamWScalars(beta1, beta2, eps, 1 - lr * weight_decay, step_size, 1 / math.sqrt(1 - beta2**step))
+
+
+def adamw_step(
+    param: Tensor,
+    grad: Tensor,
+    exp_avg: Moment,
+    exp_avg_sq: Moment,
+    scalars: AdamWScalars,
+    exp_avg_key: Tensor | None = None,
+    exp_avg_sq_key: Tensor | None = None,
+) -> tuple[Tensor, Moment, Moment]:
+    """(param, exp_avg, exp_avg_sq) after the step, new tensors in the dtypes and layouts of the arguments.
+
+    `param` and `grad` are fp32, bf16 or fp16 of shape [numel]. A key (see `fold_key`) has that moment stored with
+    stochastic rounding; without one it is rounded to nearest.
+    """
+    grad = grad.float()
+    first = _load(exp_avg) * scalars.beta1 + grad * (1 - scalars.beta1)
+    second = _load(exp_avg_sq) * scalars.beta2 + grad.square() * (1 - scalars.beta2)
+    denominator = _sqrt(second) * scalars.correction + scalars.eps
+    updated = param.float() * scalars.decay - (first / denominator) * scalars.step_size
+    return (
+        updated.to(param.dtype),
+        _store(first, exp_avg, exp_avg_key),
+        _store(second, exp_avg_sq, exp_avg_sq_key),
+    )
+
+
+def _sqrt(x: Tensor) -> Tensor:
+    # torch's fp32 root on a CPU is an ulp off now and then; the fp64 root, rounded, is the nearest fp32 number.
+    return x.double().sqrt().float() if x.device.type == "cpu" else x.sqrt()
+
+
+def _load(moment: Moment) -> Tensor:
+    return moment if isinstance(moment, Tensor) else dequantize_blockwise(moment)
+
+
+def _store(value: Tensor, like: Moment, key: Tensor | None) -> Moment:
+    if isinstance(like, Tensor):
+        return value
+    rounding = "nearest" if key is None else "stochastic"
+    return quantize_blockwise(value, like.code_map, block_size=like.block_size, rounding=rounding, key=key)
