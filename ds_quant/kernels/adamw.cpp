@@ -1,0 +1,439 @@
+// One AdamW step of many parameters, bit for bit that of numerics/adam.py. Called by cpu.py through ctypes.
+//
+// A tensor whose blocks are short goes in units of whole blocks: decode, step, maxima, encode, all in buffers in L1,
+// one pass over memory. One with long blocks (granularity "tensor" or "channel") goes in two: the first computes new
+// moments only for their maxima, the second computes them again and stores them.
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <new>
+#include <vector>
+
+#include "adamw.h"
+#include "random.h"
+
+namespace {
+
+constexpr int64_t TILE = 4096;     // elements of a buffer, and the longest block that goes in one pass
+constexpr int64_t MIN_FUSED = 64;  // blocks of the fused front are multiples of this
+constexpr int64_t UNIT = 512;      // elements of a unit of shorter blocks
+constexpr int64_t CHUNK = 1 << 15; // elements that a thread takes at a time
+
+// GOMP_parallel of the OpenMP runtime that torch has loaded, so that the process has one pool of threads.
+using Parallel = void (*)(void (*body)(void*), void* data, unsigned num_threads, unsigned flags);
+
+struct Threads {
+    Parallel parallel;  // null: one thread
+    int count;
+
+    // Calls body(i) for i = 0 to count - 1, each once, in no order.
+    template <class Body>
+    void for_each(int64_t num_items, const Body& body) const {
+        struct Shared {
+            const Body& body;
+            int64_t num_items;
+            std::atomic<int64_t> next;
+        } shared{body, num_items, {0}};
+        auto run = [](void* data) {
+            auto& s = *static_cast<Shared*>(data);
+            for (int64_t i; (i = s.next.fetch_add(1, std::memory_order_relaxed)) < s.num_items;) s.body(i);
+        };
+        auto num_threads = static_cast<unsigned>(std::min<int64_t>(count, num_items));
+        if (parallel && num_threads > 1)
+            parallel(run, &shared, num_threads, 0);
+        else
+            run(&shared);
+    }
+};
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+int64_t itemsize(int32_t dtype) { return dtype == FLOAT32 ? 4 : 2; }
+
+// Of the bits of max |x|: denormal maxima count as zeros, Inf and NaN make the scale a NaN.
+constexpr uint32_t SMALLEST_NORMAL = 0x00800000, INFINITE = 0x7f800000;
+
+bool is_scale(uint32_t absmax) { return absmax >= SMALLEST_NORMAL && absmax < INFINITE; }
+
+// Where in memory elements of a moment lie that follow each other, `length` of them at most.
+struct Place {
+    int64_t block;
+    uint8_t* codes;
+    int shift;  // of 4-bit codes
+    int64_t length;
+    bool last_is_single;  // the last byte of this run has no element in its high half
+};
+
+struct Moment {
+    const MomentFormat& format;
+    uint8_t* codes;
+    float* scale;
+    int64_t numel;
+    int64_t block_size;  // 1 for fp32
+    uint32_t key[2];
+    bool stochastic;
+
+    Moment(const MomentFormat& f, const Entry& e, int which)
+        : format(f),
+          codes(static_cast<uint8_t*>(e.codes[which])),
+          scale(e.scale[which]),
+          numel(e.numel),
+          block_size(f.bits == 32 ? 1 : e.block_size[which]),
+          key{e.key[2 * which], e.key[2 * which + 1]},
+          stochastic(e.stochastic >> which & 1) {
+        if (stochastic) derive_key(key, e.stream + which);
+    }
+
+    bool is_fp32() const { return format.bits == 32; }
+    float* fp32(int64_t element) const { return reinterpret_cast<float*>(codes) + element; }
+    int64_t run() const { return format.bits == 4 ? ceil_div(block_size, 2) : block_size; }
+    int64_t num_blocks() const { return is_fp32() ? 0 : ceil_div(numel, block_size); }
+
+    Place place(int64_t element) const {
+        int64_t block = element / block_size, begin = block * block_size, in_block = element - begin;
+        int64_t length = std::min(block_size, numel - begin);
+        if (format.bits == 8) return {block, codes + element, 0, length - in_block, false};
+        uint8_t* bytes = codes + block * ceil_div(block_size, 2);
+        int64_t half = ceil_div(length, 2);
+        if (in_block < half) return {block, bytes + in_block, 0, half - in_block, length % 2 != 0};
+        return {block, bytes + in_block - half, 4, length - in_block, false};
+    }
+
+    // Writes codes of n elements of one block from `element` on, one to a byte. `absmax` are the bits of its max |x|.
+    void encode(const Stages& stages, int64_t element, float* x, int64_t n, uint32_t absmax, uint8_t* to) const {
+        Draws draws{{key[0], key[1]}, static_cast<uint64_t>(element)};
+        float inverse = 0.0f;
+        if (is_scale(absmax))
+            inverse = 1.0f / Scalar::bits_to_float(absmax);
+        else
+            std::fill(x, x + n, 0.0f);  // Inf times 0 would be NaN, and a negative number a negative zero
+        stages.encode(format, x, inverse, stochastic ? &draws : nullptr, to, n);
+    }
+
+    // The same into memory; n <= TILE elements in one place.
+    void store_run(const Stages& stages, const Place& at, int64_t element, float* x, int64_t n, uint32_t absmax) const {
+        if (format.bits == 8) return encode(stages, element, x, n, absmax, at.codes);
+        alignas(64) uint8_t unpacked[TILE];
+        encode(stages, element, x, n, absmax, unpacked);
+        stages.pack_half(unpacked, at.shift, at.codes, n);
+        if (at.last_is_single && n == at.length) at.codes[n - 1] &= 0x0f;
+    }
+
+    void set_scale(int64_t block, uint32_t absmax) const {
+        float special = absmax < INFINITE ? 0.0f : std::numeric_limits<float>::quiet_NaN();
+        scale[block] = is_scale(absmax) ? Scalar::bits_to_float(absmax) : special;
+    }
+
+    // fp32 values of n elements; a pointer to them, in memory or in `buffer`.
+    float* load(const Stages& stages, int64_t element, int64_t n, float* buffer) const {
+        if (is_fp32()) return fp32(element);
+        for (int64_t i = 0; i < n;) {
+            Place at = place(element + i);
+            int64_t length = std::min(at.length, n - i);
+            stages.decode(format, at.codes, at.shift, scale[at.block], buffer + i, length);
+            i += length;
+        }
+        return buffer;
+    }
+
+    // Stores n elements in whole blocks, with their scales. `maxima` are the bits of the blocks' max |x| if not null.
+    void store_blocks(const Stages& stages, int64_t element, int64_t n, float* x, const uint32_t* maxima) const {
+        if (is_fp32()) return;
+        alignas(64) uint8_t unpacked[TILE];
+        int64_t block = element / block_size;
+        uint8_t* packed = place(element).codes;
+        uint8_t* codes_to = format.bits == 8 ? packed : unpacked;
+        for (int64_t i = 0; i < n; i += block_size, ++block) {
+            int64_t length = std::min(block_size, n - i);
+            uint32_t absmax = maxima ? *maxima++ : stages.absmax(x + i, length);
+            set_scale(block, absmax);
+            encode(stages, element + i, x + i, length, absmax, codes_to + i);
+        }
+        // Not block by block: a processor waits where it reads at once, in wider pieces, what has just been written.
+        if (format.bits == 4)
+            for (int64_t i = 0; i < n; i += block_size)
+                packed += stages.pack(unpacked + i, packed, std::min(block_size, n - i));
+    }
+};
+
+// One parameter of the call.
+struct Job {
+    Dtype param_dtype, grad_dtype;
+    char* param;
+    const char* grad;
+    int64_t numel;
+    Moment moments[2];
+    Scalars scalars;
+
+    Job(const Entry& e, const Format& f)
+        : param_dtype(static_cast<Dtype>(f.param_dtype)),
+          grad_dtype(static_cast<Dtype>(f.grad_dtype)),
+          param(static_cast<char*>(e.param)),
+          grad(static_cast<const char*>(e.grad)),
+          numel(e.numel),
+          moments{{f.exp_avg, e, 0}, {f.exp_avg_sq, e, 1}},
+          scalars{static_cast<float>(e.beta1),     static_cast<float>(1.0 - e.beta1), static_cast<float>(e.beta2),
+                  static_cast<float>(1.0 - e.beta2), static_cast<float>(e.eps),       static_cast<float>(e.decay),
+                  static_cast<float>(e.step_size), static_cast<float>(e.correction)} {}
+
+    // Elements of a unit, a multiple of both block sizes; 0: two passes are needed.
+    int64_t unit() const {
+        int64_t low = std::min(moments[0].block_size, moments[1].block_size);
+        int64_t high = std::max(moments[0].block_size, moments[1].block_size);
+        if (high > TILE || high % low) return 0;
+        return std::max<int64_t>(1, UNIT / high) * high;
+    }
+
+    char* param_at(int64_t element) const { return param + element * itemsize(param_dtype); }
+
+    const float* load_grad(const Stages& stages, int64_t element, int64_t n, float* buffer) const {
+        const char* from = grad + element * itemsize(grad_dtype);
+        if (grad_dtype == FLOAT32) return reinterpret_cast<const float*>(from);
+        stages.load(grad_dtype, from, buffer, n);
+        return buffer;
+    }
+
+    // Steps the parameter; the new moments are left where `load` said.
+    void update(const Stages& stages, int64_t element, int64_t n, float* const moment[2]) const {
+        alignas(64) float param_buffer[TILE], grad_buffer[TILE];
+        const float* g = load_grad(stages, element, n, grad_buffer);
+        char* at = param_at(element);
+        if (param_dtype == FLOAT32)
+            return stages.update(reinterpret_cast<float*>(at), g, moment[0], moment[1], n, scalars);
+        stages.load(param_dtype, at, param_buffer, n);
+        stages.update(param_buffer, g, moment[0], moment[1], n, scalars);
+        stages.store(param_dtype, param_buffer, at, n);
+    }
+
+    void step_unit(const Stages& stages, int64_t begin, int64_t n) const {
+        alignas(64) float buffers[2][TILE];
+        uint32_t absmax[2][TILE / MIN_FUSED];
+        if (step_fused(stages, begin, n, buffers, absmax)) {
+            for (int w = 0; w < 2; ++w) moments[w].store_blocks(stages, begin, n, buffers[w], absmax[w]);
+            return;
+        }
+        float* moment[2];
+        for (int w = 0; w < 2; ++w) moment[w] = moments[w].load(stages, begin, n, buffers[w]);
+        update(stages, begin, n, moment);
+        for (int w = 0; w < 2; ++w) moments[w].store_blocks(stages, begin, n, moment[w], nullptr);
+    }
+
+    // Decodes, steps and finds the maxima at once; false where formats or blocks are not made for that.
+    bool step_fused(
+        const Stages& stages, int64_t begin, int64_t n, float (&buffers)[2][TILE],
+        uint32_t (&absmax)[2][TILE / MIN_FUSED]) const {
+        if (param_dtype != FLOAT32) return false;
+        FrontStage* stage = nullptr;
+        for (const Moment& m : moments)
+            if (m.is_fp32() || m.block_size % MIN_FUSED || n % m.block_size) return false;
+        int64_t runs[2] = {moments[0].run(), moments[1].run()};
+        if (std::max(runs[0], runs[1]) % std::min(runs[0], runs[1])) return false;
+        if (!(stage = stages.front(moments[0].format, moments[1].format))) return false;
+        alignas(64) float grad_buffer[TILE];
+        const float* g = load_grad(stages, begin, n, grad_buffer);
+        Front front{reinterpret_cast<float*>(param_at(begin)), g, n, {}, scalars};
+        for (int w = 0; w < 2; ++w) {
+            const Moment& m = moments[w];
+            const float* scale = m.scale + begin / m.block_size;
+            front.moments[w] = {&m.format, m.block_size, m.place(begin).codes, scale, buffers[w], absmax[w]};
+        }
+        stage(front);
+        return true;
+    }
+};
+
+// ---- one pass ------------------------------------------------------------------------------------------------------
+
+struct Start {
+    int64_t entry, element;
+};
+
+void step_in_units(
+    const Stages& stages, const Threads& threads, const Entry* entries, const Format* formats,
+    const std::vector<int64_t>& chosen) {
+    // Chunk i reaches from starts[i] to starts[i + 1]: a part of a tensor, or many small ones.
+    std::vector<Start> starts;
+    int64_t filled = CHUNK;
+    for (size_t k = 0; k < chosen.size(); ++k) {
+        const Entry& e = entries[chosen[k]];
+        int64_t unit = Job(e, formats[e.format]).unit();
+        int64_t step = std::max<int64_t>(1, CHUNK / unit) * unit;
+        for (int64_t element = 0; element < e.numel; element += step) {
+            if (filled >= CHUNK) {
+                starts.push_back({static_cast<int64_t>(k), element});
+                filled = 0;
+            }
+            filled += std::min(step, e.numel - element);
+        }
+    }
+    auto num_chunks = static_cast<int64_t>(starts.size());
+    starts.push_back({static_cast<int64_t>(chosen.size()), 0});
+    threads.for_each(num_chunks, [&](int64_t i) {
+        Start at = starts[i], end = starts[i + 1];
+        for (; at.entry < end.entry || (at.entry == end.entry && at.element < end.element); ++at.entry) {
+            const Entry& e = entries[chosen[at.entry]];
+            Job job(e, formats[e.format]);
+            int64_t unit = job.unit(), stop = at.entry == end.entry ? end.element : e.numel;
+            for (int64_t element = at.element; element < stop; element += unit)
+                job.step_unit(stages, element, std::min(unit, stop - element));
+            at.element = 0;
+        }
+    });
+}
+
+// ---- two passes ----------------------------------------------------------------------------------------------------
+
+// Part of a tensor for one thread: two ranges of elements that share the bytes of 4-bit codes with each other only.
+struct Piece {
+    int64_t entry;
+    int64_t begin[2], end[2];
+    int64_t first_absmax;  // index of the tensor's first block in the array of maxima, exp_avg before exp_avg_sq
+};
+
+void add_pieces(std::vector<Piece>& pieces, const Job& job, int64_t entry, int64_t first_absmax) {
+    int64_t sizes[2] = {job.moments[0].block_size, job.moments[1].block_size};
+    int64_t block_size = std::max(sizes[0], sizes[1]);
+    if (sizes[0] != sizes[1] && std::min(sizes[0], sizes[1]) > 1) {
+        pieces.push_back({entry, {0, 0}, {job.numel, 0}, first_absmax});  // nobody has this; halves may overlap
+        return;
+    }
+    for (int64_t begin = 0; begin < job.numel; begin += block_size) {
+        int64_t length = std::min(block_size, job.numel - begin), half = ceil_div(length, 2);
+        for (int64_t a = 0; a < half; a += CHUNK / 2) {
+            int64_t b = std::min(half, a + CHUNK / 2);
+            int64_t high_end = std::min(half + b, length);
+            pieces.push_back({entry, {begin + a, begin + half + a}, {begin + b, begin + high_end}, first_absmax});
+        }
+    }
+}
+
+void raise_to(uint32_t& most, uint32_t value) {
+    uint32_t seen = __atomic_load_n(&most, __ATOMIC_RELAXED);
+    while (seen < value &&
+           !__atomic_compare_exchange_n(&most, &seen, value, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {}
+}
+
+// n elements, within one block and one half of each moment. The first pass collects maxima, the second stores.
+void step_run(
+    const Stages& stages, const Job& job, int64_t element, int64_t n, const Place at[2], uint32_t* const absmax[2],
+    bool store) {
+    alignas(64) float buffers[2][TILE], grad_buffer[TILE];
+    float* moment[2];
+    for (int w = 0; w < 2; ++w) {
+        moment[w] = job.moments[w].load(stages, element, n, buffers[w]);
+        if (!store && job.moments[w].is_fp32()) {
+            std::memcpy(buffers[w], moment[w], sizeof(float) * n);
+            moment[w] = buffers[w];
+        }
+    }
+    if (store)
+        job.update(stages, element, n, moment);
+    else
+        stages.moments(job.load_grad(stages, element, n, grad_buffer), moment[0], moment[1], n, job.scalars);
+    for (int w = 0; w < 2; ++w) {
+        if (job.moments[w].is_fp32()) continue;
+        uint32_t& most = absmax[w][at[w].block];
+        if (store)
+            job.moments[w].store_run(stages, at[w], element, moment[w], n, most);
+        else
+            raise_to(most, stages.absmax(moment[w], n));
+    }
+}
+
+void step_in_two_passes(
+    const Stages& stages, const Threads& threads, const Entry* entries, const Format* formats,
+    const std::vector<int64_t>& chosen) {
+    std::vector<Piece> pieces;
+    int64_t num_blocks = 0;
+    for (int64_t entry : chosen) {
+        Job job(entries[entry], formats[entries[entry].format]);
+        add_pieces(pieces, job, entry, num_blocks);
+        num_blocks += job.moments[0].num_blocks() + job.moments[1].num_blocks();
+    }
+    std::vector<uint32_t> absmax(num_blocks, 0);
+    for (bool store : {false, true}) {
+        threads.for_each(static_cast<int64_t>(pieces.size()), [&](int64_t i) {
+            const Piece& piece = pieces[i];
+            Job job(entries[piece.entry], formats[entries[piece.entry].format]);
+            uint32_t* first = absmax.data() + piece.first_absmax;
+            uint32_t* const maxima[2] = {first, first + job.moments[0].num_blocks()};
+            for (int range = 0; range < 2; ++range) {
+                for (int64_t element = piece.begin[range]; element < piece.end[range];) {
+                    Place at[2] = {};
+                    int64_t n = std::min(TILE, piece.end[range] - element);
+                    for (int w = 0; w < 2; ++w) {
+                        if (job.moments[w].is_fp32()) continue;
+                        at[w] = job.moments[w].place(element);
+                        n = std::min(n, at[w].length);
+                    }
+                    step_run(stages, job, element, n, at, maxima, store);
+                    element += n;
+                }
+            }
+        });
+    }
+    int64_t done = 0;
+    for (int64_t entry : chosen) {
+        Job job(entries[entry], formats[entries[entry].format]);
+        for (const Moment& moment : job.moments)
+            for (int64_t block = 0; block < moment.num_blocks(); ++block) moment.set_scale(block, absmax[done++]);
+    }
+}
+
+const Stages* stages_of(int isa) {
+#ifdef DS_QUANT_X86
+    if (isa == 2) return ds_quant_stages_avx512();
+    if (isa == 1) return ds_quant_stages_avx2();
+#endif
+    return isa == 0 ? ds_quant_stages_plain() : nullptr;
+}
+
+}  // namespace
+
+#pragma GCC visibility push(default)
+extern "C" {
+
+// The widest instruction set that this processor and system have: 0 plain, 1 avx2, 2 avx512.
+int ds_quant_widest_isa() {
+#ifdef DS_QUANT_X86
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512vl"))
+        return 2;
+    if (__builtin_cpu_supports("avx2")) return 1;
+#endif
+    return 0;
+}
+
+// Sizes of the structures, for cpu.py to compare with what it packs.
+int64_t ds_quant_entry_size() { return sizeof(Entry); }
+int64_t ds_quant_format_size() { return sizeof(Format); }
+
+// 0, or 1 where memory ran out.
+int ds_quant_adamw(
+    const Entry* entries, int64_t num_entries, const Format* formats, int isa, Parallel parallel, int num_threads) try {
+    const Stages& stages = *stages_of(isa);
+    Threads threads{parallel, num_threads};
+    std::vector<int64_t> in_units, in_two_passes;
+    for (int64_t i = 0; i < num_entries; ++i) {
+        if (entries[i].numel == 0) continue;
+        bool fits = Job(entries[i], formats[entries[i].format]).unit() > 0;
+        (fits ? in_units : in_two_passes).push_back(i);
+    }
+    step_in_two_passes(stages, threads, entries, formats, in_two_passes);
+    step_in_units(stages, threads, entries, formats, in_units);
+    return 0;
+} catch (const std::bad_alloc&) {
+    return 1;
+}
+
+// For tests: random numbers of n elements from `index` on, and a subkey in place of a key.
+void ds_quant_uniform16(int isa, const uint32_t* key, uint64_t index, uint32_t* to, int64_t n) {
+    stages_of(isa)->uniform16(Draws{{key[0], key[1]}, index}, to, n);
+}
+
+void ds_quant_derive_key(uint32_t* key, uint64_t stream) { derive_key(key, stream); }
+}
+#pragma GCC visibility pop

@@ -1,0 +1,122 @@
+// What the driver (adamw.cpp), the stages (stages.cpp) and Python (cpu.py, build.py) agree on.
+#pragma once
+
+#include <cstdint>
+
+enum Dtype : int32_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
+
+enum Map : int32_t { TABLE = 0, POWER = 1, FLOAT = 2 };  // linear is a power; with an offset it is a table
+
+// Where the numbers from 0 to 1 are cut into cells at 2^-15 to 2^0 and midway between these, and none has two bounds: a
+// cell's bound, and the code below it. Ordered by the lowest five bits of the cell's number, bits >> 22.
+constexpr int CELL_SHIFT = 22;
+constexpr uint32_t FIRST_CELL = 223;
+
+struct Cells {
+    int32_t exist;
+    float bounds[32];
+    int32_t codes[32];
+};
+
+// How a moment is stored. cpu.py packs it; the definition is numerics/codes.py.
+struct MomentFormat {
+    int32_t bits;       // 32 (fp32), 8 or 4
+    int32_t is_signed;
+    int32_t map;        // of 8 bits: see Map
+    int32_t levels;     // of power and linear maps
+    int32_t exponent;
+    int32_t count;      // of the values of an 8-bit table
+    float values[256];  // 4 bits: the value of each half byte; 8-bit table: increasing, filled up with the last
+    // Of 4 bits, by code; of signed power and linear maps, by code from 0 up. Filled up with Inf.
+    int32_t mirrored;      // 4-bit codes are in two's complement, with the same values on both sides of 0
+    float bounds[16];      // values, without the last
+    float gaps[16];        // from each value to the next
+    float thresholds[16];  // the least x that is rounded to this code rather than to the one below
+    Cells bound_cells, threshold_cells;
+};
+
+struct Format {
+    int32_t param_dtype;
+    int32_t grad_dtype;
+    MomentFormat exp_avg;
+    MomentFormat exp_avg_sq;
+};
+
+struct Entry {
+    void* param;
+    const void* grad;
+    void* codes[2];  // exp_avg, exp_avg_sq; fp32 moments themselves where bits is 32
+    float* scale[2];
+    int64_t numel;
+    int64_t block_size[2];
+    uint64_t stream;  // of exp_avg; exp_avg_sq has the next
+    double beta1, beta2, eps, decay, step_size, correction;
+    uint32_t key[4];  // exp_avg's two words, exp_avg_sq's two words
+    int32_t format;   // index into the formats of the call
+    int32_t stochastic;  // bit 0: exp_avg, bit 1: exp_avg_sq
+};
+
+// Scalars of a step, rounded to fp32 once.
+struct Scalars {
+    float beta1, one_minus_beta1, beta2, one_minus_beta2, eps, decay, step_size, correction;
+};
+
+// Random numbers of consecutive elements, the first of which has number `index`.
+struct Draws {
+    uint32_t key[2];
+    uint64_t index;
+};
+
+// What a fused front part of the step is given: whole blocks of quantized moments, whose halves (of 4-bit codes) are
+// multiples of 32 elements, and fp32 param and grad.
+struct FrontMoment {
+    const MomentFormat* format;
+    int64_t block_size;
+    const uint8_t* codes;
+    const float* scale;
+    float* to;         // the new moments, n of them
+    uint32_t* absmax;  // bits of max |x| of each block
+};
+
+struct Front {
+    float* param;
+    const float* grad;
+    int64_t n;
+    FrontMoment moments[2];
+    Scalars scalars;
+};
+
+using FrontStage = void(const Front&);
+
+// The loops over elements, compiled once for each instruction set. n is any length; pointers need no alignment.
+struct Stages {
+    void (*load)(Dtype dtype, const void* from, float* to, int64_t n);
+    void (*store)(Dtype dtype, const float* from, void* to, int64_t n);
+    // The new moments, in place; `update` also steps the parameter.
+    void (*moments)(const float* grad, float* exp_avg, float* exp_avg_sq, int64_t n, const Scalars& scalars);
+    void (*update)(float* param, const float* grad, float* exp_avg, float* exp_avg_sq, int64_t n, const Scalars&);
+    // Bits of max |x|: as integers, NaN is above Inf and Inf above every number.
+    uint32_t (*absmax)(const float* x, int64_t n);
+    // The loop for two formats, null for those that go through `decode`, `update` and `absmax` one after the other.
+    FrontStage* (*front)(const MomentFormat& exp_avg, const MomentFormat& exp_avg_sq);
+    // Of 4-bit codes, `shift` (0 or 4) picks the half of each byte.
+    void (*decode)(const MomentFormat&, const uint8_t* codes, int shift, float scale, float* to, int64_t n);
+    // Codes of x * inverse, one to a byte; draws null: to nearest.
+    void (*encode)(const MomentFormat&, const float* x, float inverse, const Draws* draws, uint8_t* codes, int64_t n);
+    // Packs the n 4-bit codes of a block, which come one to a byte. Returns the number of bytes.
+    int64_t (*pack)(const uint8_t* codes, uint8_t* packed, int64_t n);
+    // Puts 4-bit codes into the half `shift` of n bytes.
+    void (*pack_half)(const uint8_t* codes, int shift, uint8_t* packed, int64_t n);
+    void (*uniform16)(const Draws& draws, uint32_t* to, int64_t n);
+};
+
+#define DS_QUANT_JOIN_(a, b) a##b
+#define DS_QUANT_JOIN(a, b) DS_QUANT_JOIN_(a, b)
+
+extern "C" {
+const Stages* ds_quant_stages_plain();
+#ifdef DS_QUANT_X86
+const Stages* ds_quant_stages_avx2();
+const Stages* ds_quant_stages_avx512();
+#endif
+}

@@ -1,0 +1,147 @@
+"""Builds the C++ kernels on first use, with the compiler of the machine, and keeps the library in a cache.
+
+The cache is the folder `kernels` in $DS_QUANT_CACHE, or else in ds_quant in $XDG_CACHE_HOME or ~/.cache. A library's
+name holds a hash of all that it was made from, and its last bytes are a hash of the file: what a full disk or a crash
+left of one is built anew. Ranks that build at once each build for themselves and the last one wins: there is no lock
+that a killed process could leave behind.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+FOLDER = Path(__file__).parent
+SOURCES = ("adamw.h", "simd.h", "random.h", "convert.h", "decode.h", "encode.h", "stages.cpp", "adamw.cpp")
+FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno", "-w")
+"""No contraction to fused multiply-add and nothing of -ffast-math: results are the reference's, bit for bit."""
+ISA_FLAGS = {
+    "plain": (),
+    "avx2": ("-mavx2",),
+    "avx512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"),
+}
+COMPILERS = ("c++", "g++", "clang++")
+DIGEST_BYTES = 32
+TIMEOUT_SECONDS = 300
+
+
+class BuildError(Exception):
+    """Why there is no library: no compiler, or what the compiler said."""
+
+
+class Loaded(NamedTuple):
+    library: ctypes.CDLL | None
+    reason: str
+    """Why `library` is None; else empty."""
+
+
+@functools.cache
+def load() -> Loaded:
+    """The library, from the cache or built now (some seconds, once for each version of sources and compiler)."""
+    try:
+        compiler = find_compiler()
+        name = f"{cache_key(compiler)}.so"
+        try:
+            return Loaded(_load_cached(cache_folder() / name, compiler), "")
+        except OSError:
+            # The folder cannot be written to, or libraries cannot be loaded from it (mounted noexec).
+            with tempfile.TemporaryDirectory(prefix="ds_quant_kernels_") as folder:
+                return Loaded(_load_cached(Path(folder) / name, compiler), "")
+    except (BuildError, OSError, subprocess.SubprocessError) as error:
+        return Loaded(None, str(error))
+
+
+def cache_folder() -> Path:
+    chosen = os.environ.get("DS_QUANT_CACHE")
+    root = Path(chosen) if chosen else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ds_quant"
+    return root / "kernels"
+
+
+def find_compiler() -> list[str]:
+    """The command of the C++ compiler, $CXX if that is set. Raises BuildError where there is none."""
+    chosen = shlex.split(os.environ.get("CXX", ""))
+    for name in (chosen[0],) if chosen else COMPILERS:
+        path = shutil.which(name)
+        if path:
+            return [path, *chosen[1:]]
+    raise BuildError(f"CXX={chosen[0]!r} is no program" if chosen else f"none of {', '.join(COMPILERS)} is installed")
+
+
+def cache_key(compiler: list[str]) -> str:
+    """Hash of the sources, the compiler, the flags and the platform."""
+    version = subprocess.run([*compiler, "--version"], capture_output=True, timeout=TIMEOUT_SECONDS).stdout
+    digest = hashlib.sha256()
+    described = (compiler, os.path.realpath(compiler[0]), FLAGS, _isa_flags(), platform.machine(), platform.libc_ver())
+    for part in (repr(described).encode(), version, *((FOLDER / name).read_bytes() for name in SOURCES)):
+        digest.update(len(part).to_bytes(8, "little") + part)
+    return digest.hexdigest()[:32]
+
+
+def _isa_flags() -> dict[str, tuple[str, ...]]:
+    on_x86 = platform.machine() in ("x86_64", "AMD64")
+    return ISA_FLAGS if on_x86 else {"plain": ()}
+
+
+def _load_cached(path: Path, compiler: list[str]) -> ctypes.CDLL:
+    """Raises OSError where the folder is of no use, BuildError where the compiler fails."""
+    if _is_whole(path):
+        try:
+            return ctypes.CDLL(str(path))
+        except OSError:
+            pass  # of another libc, say: built anew, once
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    _build(path, compiler)
+    return ctypes.CDLL(str(path))
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether the file ends in its own hash. Loading a file that was cut off can kill the process."""
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return False
+    return hashlib.sha256(content[:-DIGEST_BYTES]).digest() == content[-DIGEST_BYTES:]
+
+
+def _build(path: Path, compiler: list[str]) -> None:
+    """Compile into a file of this process's own beside `path`, then put it there in one step."""
+    isa_flags = _isa_flags()
+    common = [*compiler, *FLAGS, *(["-DDS_QUANT_X86"] if len(isa_flags) > 1 else [])]
+    descriptor, unfinished = tempfile.mkstemp(prefix=f"{path.stem}.", suffix=".tmp", dir=path.parent)
+    os.close(descriptor)
+    try:
+        with tempfile.TemporaryDirectory(prefix="ds_quant_build_") as folder:
+            commands = {"adamw": [*common, "-c", str(FOLDER / "adamw.cpp")]}
+            for isa, flags in isa_flags.items():
+                commands[isa] = [*common, *flags, f"-DDS_QUANT_ISA={isa}", "-c", str(FOLDER / "stages.cpp")]
+            objects = [f"{folder}/{name}.o" for name in commands]
+            _run([[*command, "-o", into] for command, into in zip(commands.values(), objects, strict=True)])
+            _run([[*compiler, "-shared", *objects, "-o", unfinished]])
+        content = Path(unfinished).read_bytes()
+        # Loaders take no notice of what follows the last section.
+        Path(unfinished).write_bytes(content + hashlib.sha256(content).digest())
+        os.replace(unfinished, path)
+    finally:
+        Path(unfinished).unlink(missing_ok=True)
+
+
+def _run(commands: list[list[str]]) -> None:
+    """Run commands side by side. Raises BuildError with what the first that fails said."""
+    running = [subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) for command in commands]
+    try:
+        for command, process in zip(commands, running, strict=True):
+            errors = process.communicate(timeout=TIMEOUT_SECONDS)[1].decode(errors="replace").strip()
+            if process.returncode:
+                raise BuildError(f"{shlex.join(command)} failed with {process.returncode}:\n{errors}")
+    finally:
+        for process in running:
+            if process.poll() is None:
+                process.kill()
+                process.communicate()

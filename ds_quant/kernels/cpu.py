@@ -1,0 +1,213 @@
+"""Fused AdamW on the CPU: hands the works of a step to the C++ kernel, which has the reference's result bit for bit."""
+
+import ctypes
+import functools
+import struct
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ds_quant.kernels.build import load
+from ds_quant.kernels.work import AdamWWork
+from ds_quant.numerics.adam import Moment
+from ds_quant.numerics.codes import CodeMap, code_values, decode, encode
+
+ISAS = ("plain", "avx2", "avx512")
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+MAX_LEVELS = 512
+"""The rough roots of the kernel are exact enough up to here."""
+
+# The structures Entry, and MomentFormat twice after two dtypes in Format, of adamw.h.
+_ENTRY = struct.Struct("@6Q3qQ6d4I2i")
+_MOMENT_FORMAT = struct.Struct("@6i256fi48f" + 2 * "i32f32i")
+_TABLE, _POWER, _FLOAT = range(3)
+_FIRST_CELL = 223
+_NO_KEY = (0, 0)
+
+
+class _Library(NamedTuple):
+    handle: ctypes.CDLL
+    widest: int
+    parallel: int | None
+    """Address of the GOMP_parallel that torch calls itself; None: one thread."""
+
+
+@functools.cache
+def _library() -> _Library:
+    handle, reason = load()
+    if handle is None:
+        raise RuntimeError(f"ds_quant.kernels.cpu: got no library ({reason}); remedy: call dispatch.adamw_ instead")
+    handle.ds_quant_adamw.argtypes = [
+        *(ctypes.c_char_p, ctypes.c_int64, ctypes.c_char_p),
+        *(ctypes.c_int, ctypes.c_void_p, ctypes.c_int),
+    ]
+    sizes = []
+    for function in (handle.ds_quant_entry_size, handle.ds_quant_format_size):
+        function.restype = ctypes.c_int64
+        sizes.append(function())
+    assert sizes == [_ENTRY.size, 8 + 2 * _MOMENT_FORMAT.size]
+    # Looked up among the libraries that torch depends on: a second OpenMP runtime would spin beside the first.
+    parallel = getattr(ctypes.CDLL(torch._C.__file__), "GOMP_parallel", None)
+    address = None if parallel is None else ctypes.cast(parallel, ctypes.c_void_p).value
+    return _Library(handle, handle.ds_quant_widest_isa(), address)
+
+
+def isa() -> str:
+    """The instruction set in use: "avx512", "avx2" or "plain"."""
+    return ISAS[_library().widest]
+
+
+def adamw_(works: Sequence[AdamWWork], *, isa: str | None = None) -> None:
+    """Do the works in place, with torch.get_num_threads() threads; the result does not depend on their number.
+
+    Nothing is allocated beside some bytes a tensor, and four bytes a block where blocks exceed 4096 elements.
+    `isa` asks for a narrower instruction set.
+
+    Raises ValueError, before anything is changed, where a tensor is not as `AdamWWork` and `QuantizedBlocks` have it.
+    """
+    library = _library()
+    formats: dict[tuple, int] = {}
+    pack = _ENTRY.pack
+    rows = []
+    try:
+        for number, work in enumerate(works):
+            param, grad, exp_avg, exp_avg_sq, scalars, key, sq_key, stream = work
+            numel = param.numel()
+            _check("param", number, param, numel, DTYPES)
+            _check("grad", number, grad, numel, DTYPES)
+            first_map, codes, scale, block_size = _moment("exp_avg", number, exp_avg, numel)
+            second_map, sq_codes, sq_scale, sq_block_size = _moment("exp_avg_sq", number, exp_avg_sq, numel)
+            kind = (param.dtype, grad.dtype, first_map, second_map)
+            rows.append(
+                pack(
+                    *(param.data_ptr(), grad.data_ptr(), codes, sq_codes, scale, sq_scale),
+                    *(numel, block_size, sq_block_size, 2 * stream),
+                    *scalars,
+                    *(key or _NO_KEY),
+                    *(sq_key or _NO_KEY),
+                    formats.setdefault(kind, len(formats)),
+                    (key is not None) | (sq_key is not None) << 1,
+                )
+            )
+    except struct.error as error:
+        raise ValueError(
+            f"adamw_(works[{number}]): got keys {key}, {sq_key} and stream {stream} ({error}); allowed: keys of two "
+            "words below 2^32, a stream below 2^63; make them with fold_key()"
+        ) from None
+    chosen = library.widest if isa is None else _isa_number(isa, library.widest)
+    packed = b"".join(_format(*kind) for kind in formats)
+    threads = torch.get_num_threads()
+    if library.handle.ds_quant_adamw(b"".join(rows), len(rows), packed, chosen, library.parallel, threads):
+        raise MemoryError("adamw_: no memory for the maxima of the blocks")
+
+
+def _isa_number(name: str, widest: int) -> int:
+    if name not in ISAS[: widest + 1]:
+        raise ValueError(f"adamw_(isa): got {name!r}; allowed: {', '.join(ISAS[: widest + 1])}; leave it out")
+    return ISAS.index(name)
+
+
+def _check(name: str, number: int, tensor: Tensor, numel: int, dtypes: dict[torch.dtype, int]) -> None:
+    if tensor.dtype in dtypes and tensor.numel() == numel and tensor.is_cpu and tensor.is_contiguous():
+        return
+    layout = "contiguous" if tensor.is_contiguous() else "not contiguous"
+    raise ValueError(
+        f"adamw_(works[{number}].{name}): got {tensor.numel()} elements, {tensor.dtype}, {tensor.device}, {layout}; "
+        f"allowed: {numel} elements, {' or '.join(map(str, dtypes))}, cpu, contiguous; make it so"
+    )
+
+
+_FP32 = {torch.float32: 0}
+_UINT8 = {torch.uint8: 0}
+
+
+def _moment(name: str, number: int, moment: Moment, numel: int) -> tuple[CodeMap | None, int, int, int]:
+    """(code map or None for fp32, address of the codes or the fp32 moment, address of the scales, block size)."""
+    if isinstance(moment, Tensor):
+        _check(name, number, moment, numel, _FP32)
+        return None, moment.data_ptr(), 0, 1
+    codes, scale, count, block_size, code_map = moment
+    if count != numel or block_size < 1 or (block_size & (block_size - 1) and numel % block_size):
+        raise ValueError(
+            f"adamw_(works[{number}].{name}): got {count} elements in blocks of {block_size}; allowed: {numel}, "
+            "in blocks of a power of two or a divisor of that; quantize it so"
+        )
+    num_full, rest = divmod(numel, block_size)
+    if code_map.bits == 4:
+        num_codes = num_full * ((block_size + 1) // 2) + (rest + 1) // 2
+        _check(f"{name}.codes", number, codes, num_codes, _UINT8)
+    else:
+        _check(f"{name}.codes", number, codes, numel, {code_map.dtype: 0})
+    _check(f"{name}.scale", number, scale, num_full + (rest > 0), _FP32)
+    return code_map, codes.data_ptr(), scale.data_ptr(), block_size
+
+
+@functools.lru_cache(maxsize=256)
+def _format(param: torch.dtype, grad: torch.dtype, exp_avg: CodeMap | None, exp_avg_sq: CodeMap | None) -> bytes:
+    dtypes = struct.pack("@2i", DTYPES[param], DTYPES[grad])
+    return dtypes + _moment_format(exp_avg, "exp_avg") + _moment_format(exp_avg_sq, "exp_avg_sq")
+
+
+def _moment_format(code_map: CodeMap | None, where: str) -> bytes:
+    """MomentFormat of adamw.h: bits, is_signed, map, levels, exponent, count, values[256] and what searches 4 bits."""
+    pack, rest = _MOMENT_FORMAT.pack, (0, *[0.0] * 48, *[0] * 130)
+    if code_map is None:
+        return pack(32, 0, _TABLE, 0, 1, 0, *[0.0] * 256, *rest)
+    name, bits, signed, levels, offset, exponent = code_map
+    is_int8 = code_map.dtype == torch.int8
+    known = bits in (8, 4) and exponent in (1, 2, 4, 8) and 0 <= levels <= MAX_LEVELS and offset >= 0
+    if not known or not 1 <= code_map.highest <= 2 ** (bits - is_int8) - 1 or (bits == 8 and is_int8 and offset):
+        raise ValueError(
+            f"adamw_({where}): got {code_map}; allowed: 8 or 4 bits, exponents 1, 2, 4, 8, at most {MAX_LEVELS} "
+            "levels, codes that fit the bits, no offset in signed 8-bit maps; set DS_QUANT_KERNELS=reference for others"
+        )
+    if where == "exp_avg" and not signed:
+        raise ValueError(f"adamw_(exp_avg): got {code_map}; allowed: signed maps; make it with signed=True")
+    if bits == 4:
+        halves = torch.arange(16)
+        values = decode((halves ^ 8) - 8 if is_int8 else halves, code_map).tolist()
+        return pack(4, signed, _TABLE, 0, 1, 0, *values, *[0.0] * 240, is_int8, *_search_tables(code_map))
+    if name == "float":
+        return pack(8, signed, _FLOAT, levels, 1, 0, *[0.0] * 256, *rest)
+    if levels and not offset:
+        return pack(8, signed, _POWER, levels, exponent, 0, *[0.0] * 256, *rest)
+    values = code_values(code_map).tolist()
+    return pack(8, signed, _TABLE, 0, 1, len(values), *values, *[values[-1]] * (256 - len(values)), *rest)
+
+
+def _search_tables(code_map: CodeMap) -> list[float]:
+    """bounds, gaps, thresholds, bound_cells and threshold_cells of a MomentFormat."""
+    values = decode(torch.arange(code_map.highest + 1), code_map)
+    bounds, gaps, thresholds = (torch.full((16,), torch.inf) for _ in range(3))
+    bounds[: len(values) - 1] = values[:-1]
+    gaps[: len(values) - 1] = values[1:] - values[:-1]
+    # The least x that `encode` gives each code, found by halving intervals of integers that are ordered as fp32 is.
+    codes = torch.arange(1, code_map.highest + 1)
+    below, reached = torch.full_like(codes, -0x3F800001), torch.full_like(codes, 0x3F800000)
+    if code_map.levels:
+        below.fill_(-1)
+    while (reached - below > 1).any():
+        middle = (below + reached).div(2, rounding_mode="floor")
+        size = middle.abs().to(torch.int32).view(torch.float32)
+        is_reached = encode(torch.where(middle < 0, -size, size), code_map) >= codes
+        below, reached = torch.where(is_reached, below, middle), torch.where(is_reached, middle, reached)
+    size = reached.abs().to(torch.int32).view(torch.float32)
+    thresholds[1 : len(values)] = torch.where(reached < 0, -size, size)
+    return [*torch.cat((bounds, gaps, thresholds)).tolist(), *_cells(bounds), *_cells(thresholds)]
+
+
+def _cells(bounds: Tensor) -> list[float]:
+    """Cells of adamw.h: exist, bounds, codes."""
+    numbers = torch.arange(_FIRST_CELL, _FIRST_CELL + 32)
+    starts = (numbers << 22).to(torch.int32).view(torch.float32)
+    starts[0] = 0.0
+    ends = torch.cat((starts[1:], torch.tensor([torch.inf])))
+    is_within = (bounds[1:] > starts[:, None]) & (bounds[1:] < ends[:, None])
+    if (bounds < 0).any() or (is_within.sum(dim=1) > 1).any():
+        return [0] * 65
+    cell_bounds = torch.where(is_within, bounds[1:], torch.inf).amin(dim=1)
+    codes = (bounds[1:] <= starts[:, None]).sum(dim=1)
+    order = (numbers % 32).argsort()
+    return [1, *cell_bounds[order].tolist(), *codes[order].tolist()]

@@ -1,0 +1,60 @@
+"""Chooses who does a fused step: C++ on the CPU, `ds_quant.kernels.cuda` on CUDA devices, else the reference.
+
+DS_QUANT_KERNELS=reference in the environment has the reference do all of them.
+"""
+
+import functools
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable, Sequence
+
+import torch
+
+from ds_quant.kernels import build, reference
+from ds_quant.kernels.work import AdamWWork
+from ds_quant.log import warn
+
+Step = Callable[[Sequence[AdamWWork]], None]
+
+
+def adamw_(works: Sequence[AdamWWork]) -> None:
+    """Do the works, all on one type of device, in place. Raises ValueError for two types, and as the kernels do."""
+    if not works:
+        return
+    kinds = {work.param.device.type for work in works}
+    if len(kinds) > 1:
+        raise ValueError(
+            f"adamw_(works): got parameters on {' and '.join(sorted(kinds))}; allowed: one type of device; call it "
+            "once for each"
+        )
+    _serving(kinds.pop())[0](works)
+
+
+def implementation(device: torch.device | str) -> str:
+    """Who does the steps of a device, for reports. Builds the C++ kernels if that has not been done."""
+    return _serving(torch.device(device).type)[1]
+
+
+def _serving(kind: str) -> tuple[Step, str]:
+    if os.environ.get("DS_QUANT_KERNELS") == "reference":
+        return reference.adamw_, "reference"
+    return _kernel(kind)
+
+
+@functools.cache
+def _kernel(kind: str) -> tuple[Step, str]:
+    if kind == "cpu":
+        reason = build.load().reason
+        if not reason:
+            from ds_quant.kernels import cpu
+
+            return cpu.adamw_, f"cpu: C++ {cpu.isa()}"
+        warn(
+            "the C++ kernels could not be built; optimizer steps on the CPU take the reference instead, which is about "
+            "200 times slower and allocates several fp32 tensors of each parameter's size; install g++ or clang++, or "
+            f"set CXX to a C++17 compiler. The reason: {reason}"
+        )
+    if kind == "cuda" and importlib.util.find_spec("ds_quant.kernels.cuda"):
+        return importlib.import_module("ds_quant.kernels.cuda").adamw_, "cuda: ds_quant.kernels.cuda"
+    return reference.adamw_, "reference"

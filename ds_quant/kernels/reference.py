@@ -1,0 +1,45 @@
+"""The definition of the fused step as it stands, for machines and devices without a kernel: slow, many temporaries."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ds_quant.kernels.work import AdamWWork
+from ds_quant.numerics.adam import Moment, adamw_step
+from ds_quant.numerics.random import derive_key
+
+
+@torch.no_grad()
+def adamw_(works: Sequence[AdamWWork]) -> None:
+    """Do the works in place, one after the other. Raises ValueError as `quantize_blockwise` does."""
+    for work in works:
+        results = adamw_step(
+            work.param.reshape(-1),
+            work.grad.reshape(-1),
+            _flat(work.exp_avg),
+            _flat(work.exp_avg_sq),
+            work.scalars,
+            _subkey(work.exp_avg_key, 2 * work.stream, work.param.device),
+            _subkey(work.exp_avg_sq_key, 2 * work.stream + 1, work.param.device),
+        )
+        for old, new in zip((work.param, work.exp_avg, work.exp_avg_sq), results, strict=True):
+            _overwrite(old, new)
+
+
+def _subkey(key: tuple[int, int] | None, stream: int, device: torch.device) -> Tensor | None:
+    return None if key is None else derive_key(torch.tensor(key, dtype=torch.int64, device=device), stream)
+
+
+def _flat(moment: Moment) -> Moment:
+    if isinstance(moment, Tensor):
+        return moment.reshape(-1)
+    return moment._replace(codes=moment.codes.reshape(-1), scale=moment.scale.reshape(-1))
+
+
+def _overwrite(old: Moment, new: Moment) -> None:
+    if isinstance(old, Tensor) and isinstance(new, Tensor):
+        old.copy_(new.view(old.shape))
+    elif not isinstance(old, Tensor) and not isinstance(new, Tensor):
+        _overwrite(old.codes, new.codes)
+        _overwrite(old.scale, new.scale)

@@ -1,0 +1,176 @@
+// The loops over elements. Compiled once for each instruction set, with DS_QUANT_ISA its name and -ffp-contract=off.
+//
+// A loop takes whole vectors and leaves the rest to itself with shorter ones, so the rest has the same bits.
+#include "adamw.h"
+#include "convert.h"
+#include "decode.h"
+#include "encode.h"
+#include "random.h"
+#include "simd.h"
+
+namespace {
+
+// ---- the step (numerics/adam.py) -----------------------------------------------------------------------------------
+
+template <class V>
+struct Step {
+    typename V::F beta1, rest1, beta2, rest2, eps, decay, step_size, correction;
+
+    explicit Step(const Scalars& s)
+        : beta1(V::set(s.beta1)), rest1(V::set(s.one_minus_beta1)),
+          beta2(V::set(s.beta2)), rest2(V::set(s.one_minus_beta2)),
+          eps(V::set(s.eps)), decay(V::set(s.decay)),
+          step_size(V::set(s.step_size)), correction(V::set(s.correction)) {}
+
+    ALWAYS_INLINE void moments(typename V::F grad, typename V::F& first, typename V::F& second) const {
+        first = V::add(V::mul(first, beta1), V::mul(grad, rest1));
+        second = V::add(V::mul(second, beta2), V::mul(V::mul(grad, grad), rest2));
+    }
+
+    ALWAYS_INLINE typename V::F param(typename V::F old, typename V::F first, typename V::F second) const {
+        auto denominator = V::add(V::mul(V::sqrt(second), correction), eps);
+        return V::sub(V::mul(old, decay), V::mul(V::div(first, denominator), step_size));
+    }
+};
+
+template <class V, bool with_param>
+void step(float* param, const float* grad, float* exp_avg, float* exp_avg_sq, int64_t n, const Scalars& s) {
+    Step<V> step_of(s);
+    int64_t i = 0;
+    for (; i + V::width <= n; i += V::width) {
+        auto first = V::load(exp_avg + i), second = V::load(exp_avg_sq + i);
+        step_of.moments(V::load(grad + i), first, second);
+        V::store(exp_avg + i, first);
+        V::store(exp_avg_sq + i, second);
+        if constexpr (with_param) V::store(param + i, step_of.param(V::load(param + i), first, second));
+    }
+    if (with_param) param += i;
+    if constexpr (V::width > 1)
+        step<typename V::Rest, with_param>(param, grad + i, exp_avg + i, exp_avg_sq + i, n - i, s);
+}
+
+void moments(const float* grad, float* exp_avg, float* exp_avg_sq, int64_t n, const Scalars& s) {
+    step<Widest, false>(nullptr, grad, exp_avg, exp_avg_sq, n, s);
+}
+
+template <class V>
+uint32_t absmax_of(const float* x, int64_t n) {
+    auto mask = V::set_int(0x7fffffff);
+    typename V::I most[2] = {V::set_int(0), V::set_int(0)};
+    int64_t i = 0;
+    for (; i + 2 * V::width <= n; i += 2 * V::width)
+        for (int k = 0; k < 2; ++k)
+            most[k] = V::max_int(most[k], V::bit_and(V::float_to_bits(V::load(x + i + k * V::width)), mask));
+    uint32_t result = V::reduce_max(V::max_int(most[0], most[1]));
+    for (; i < n; ++i) result = Scalar::max_int(result, Scalar::float_to_bits(x[i]) & 0x7fffffff);
+    return result;
+}
+
+// Where codes of a moment lie of which `run` follow each other, and the blocks' maxima go.
+struct Runs {
+    int64_t block_size, run;
+    const uint8_t* codes;
+    const float* scale;
+    uint32_t* absmax;
+    bool halves;
+
+    explicit Runs(const FrontMoment& m)
+        : block_size(m.block_size), run(m.format->bits == 4 ? m.block_size / 2 : m.block_size), codes(m.codes),
+          scale(m.scale), absmax(m.absmax), halves(m.format->bits == 4) {}
+
+    template <class Reader>
+    ALWAYS_INLINE Reader reader(const MomentFormat& f, int64_t element) const {
+        int64_t block = element / block_size, within = element % block_size;
+        if (!halves) return Reader(f, codes + element, 0, scale[block]);
+        return Reader(f, codes + block * run + within % run, within < run ? 0 : 4, scale[block]);
+    }
+};
+
+// Decoding, the step and the maxima in one loop: the step waits for its root and division most of the time.
+template <class V, class First, class Second>
+void front_as(const Front& f) {
+    Step<V> step_of(f.scalars);
+    Runs firsts(f.moments[0]), seconds(f.moments[1]);
+    int64_t run = firsts.run < seconds.run ? firsts.run : seconds.run;
+    auto mask = V::set_int(0x7fffffff);
+    auto first_most = V::set_int(0), second_most = first_most;
+    for (int64_t begin = 0; begin < f.n; begin += run) {
+        auto read_first = firsts.template reader<typename First::template Reader<V>>(*f.moments[0].format, begin);
+        auto read_second = seconds.template reader<typename Second::template Reader<V>>(*f.moments[1].format, begin);
+        for (int64_t i = 0; i < run; i += V::width) {
+            auto first = read_first(i), second = read_second(i);
+            step_of.moments(V::load(f.grad + begin + i), first, second);
+            V::store(f.moments[0].to + begin + i, first);
+            V::store(f.moments[1].to + begin + i, second);
+            float* param = f.param + begin + i;
+            V::store(param, step_of.param(V::load(param), first, second));
+            first_most = V::max_int(first_most, V::bit_and(V::float_to_bits(first), mask));
+            second_most = V::max_int(second_most, V::bit_and(V::float_to_bits(second), mask));
+        }
+        int64_t end = begin + run;
+        if (end % firsts.block_size == 0) {
+            firsts.absmax[end / firsts.block_size - 1] = V::reduce_max(first_most);
+            first_most = V::set_int(0);
+        }
+        if (end % seconds.block_size == 0) {
+            seconds.absmax[end / seconds.block_size - 1] = V::reduce_max(second_most);
+            second_most = V::set_int(0);
+        }
+    }
+}
+
+template <class First>
+FrontStage* front_with(const MomentFormat& second) {
+    if (second.bits == 4) return front_as<Wide, First, Halves>;
+    if (second.map == FLOAT && !second.is_signed) return front_as<Wide, First, Float<false>>;
+    if (second.map == POWER && !second.is_signed && second.exponent == 8) return front_as<Wide, First, Power<8, false>>;
+    return nullptr;
+}
+
+FrontStage* front(const MomentFormat& first, const MomentFormat& second) {
+    if (first.bits == 4) return front_with<Halves>(second);
+    if (first.map == FLOAT && first.is_signed) return front_with<Float<true>>(second);
+    if (first.map == POWER && first.is_signed && first.exponent == 4) return front_with<Power<4, true>>(second);
+    return nullptr;
+}
+
+// ---- packing, and numbers for tests --------------------------------------------------------------------------------
+
+int64_t pack(const uint8_t* codes, uint8_t* packed, int64_t n) {
+    int64_t half = (n + 1) / 2;
+    for (int64_t i = 0; i < n / 2; ++i) packed[i] = static_cast<uint8_t>((codes[i] & 0x0f) | (codes[i + half] << 4));
+    if (n % 2) packed[half - 1] = codes[half - 1] & 0x0f;
+    return half;
+}
+
+void pack_half(const uint8_t* codes, int shift, uint8_t* packed, int64_t n) {
+    if (shift == 0)
+        for (int64_t i = 0; i < n; ++i) packed[i] = static_cast<uint8_t>((packed[i] & 0xf0) | (codes[i] & 0x0f));
+    else
+        for (int64_t i = 0; i < n; ++i) packed[i] = static_cast<uint8_t>((packed[i] & 0x0f) | (codes[i] << 4));
+}
+
+template <class V>
+void uniform16_of(const Source<V>& s, uint32_t* to, int64_t n) {
+    auto uniform16 = s.uniform16();
+    int64_t i = 0;
+    for (; i + V::width <= n; i += V::width) V::store_int(to + i, uniform16(s.draws.index + i));
+    if constexpr (V::width > 1) uniform16_of<typename V::Rest>(s.from(i), to + i, n - i);
+}
+
+void uniform16(const Draws& draws, uint32_t* to, int64_t n) {
+    for_each_stretch(draws, n, [&](const Draws& part, int64_t begin, int64_t length, bool is_aligned) {
+        if (is_aligned)
+            uniform16_of<Wide>({nullptr, 0.0f, part}, to + begin, length);
+        else
+            uniform16_of<Scalar>({nullptr, 0.0f, part}, to + begin, length);
+    });
+}
+
+const Stages STAGES = {
+    load, store, moments, step<Widest, true>, absmax_of<Widest>, front, decode, encode, pack, pack_half, uniform16,
+};
+
+}  // namespace
+
+extern "C" const Stages* DS_QUANT_JOIN(ds_quant_stages_, DS_QUANT_ISA)() { return &STAGES; }

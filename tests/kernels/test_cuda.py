@@ -1,0 +1,343 @@
+"""The CUDA step: which way a work goes; each way on the CPU as far as it goes there, and on a GPU if there is one."""
+
+import functools
+import itertools
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounter
+
+from ds_quant.kernels import cuda
+from ds_quant.kernels.work import AdamWWork
+from ds_quant.numerics import code_map, dequantize_blockwise, derive_key, fold_key, quantize_blockwise, to_bitsandbytes
+from ds_quant.numerics.adam import adamw_scalars, adamw_step
+from ds_quant.numerics.blockwise import QuantizedBlocks
+
+DYNAMIC = (("dynamic", 8, 256), ("dynamic", 8, 256))
+FORMATS = {
+    "8/8": (("power", 8, 256), ("power", 8, 256)),
+    "float": (("float", 8, 256), ("float", 8, 256)),
+    "4/4": (("power", 4, 128), ("power", 4, 128)),
+    "m4v8": (("power", 4, 128), ("power", 8, 256)),
+    "m32v8": (None, ("power", 8, 64)),
+    "32/32": (None, None),
+    "linear by channel": (("linear", 4, 75), ("linear", 8, 75)),
+    "linear by tensor": (("linear", 8, 1500), ("linear", 8, 1500)),
+    "dynamic": DYNAMIC,
+    "dynamic 4 bits": (("dynamic", 4, 128), ("dynamic", 4, 128)),
+    "another block size": (("power", 8, 1024), ("power", 8, 1024)),
+}
+KEY = tuple(fold_key(11, step=3).tolist())
+
+
+def values(rng, length):
+    return torch.from_numpy((rng.normal(size=length) * np.exp(rng.normal(size=length))).astype(np.float32))
+
+
+def make_work(rng, length, layouts, *, dtype=torch.float32, grad_dtype=None, keys=(None, None), step=3, device="cpu"):
+    moments = [values(rng, length), values(rng, length).square()]
+    for number, layout in enumerate(layouts):
+        if layout:
+            kind = code_map(layout[0], layout[1], signed=number == 0)
+            moments[number] = quantize_blockwise(moments[number].to(device), kind, block_size=layout[2])
+    return AdamWWork(
+        values(rng, length).to(device, dtype),
+        values(rng, length).to(device, grad_dtype or dtype),
+        *(m if isinstance(m, QuantizedBlocks) else m.to(device) for m in moments),
+        adamw_scalars(10.0 ** rng.uniform(-4, -1), (0.9, 0.99), 1e-8, 0.1, step),
+        *keys,
+        7,
+    )
+
+
+def clone(work):
+    def copy(item):
+        if isinstance(item, QuantizedBlocks):
+            return item._replace(codes=item.codes.clone(), scale=item.scale.clone())
+        return item.clone() if isinstance(item, torch.Tensor) else item
+
+    return AdamWWork(*map(copy, work))
+
+
+def reference(work):
+    keys = [
+        None if key is None else derive_key(torch.tensor(key, device=work.param.device), 2 * work.stream + number)
+        for number, key in enumerate((work.exp_avg_key, work.exp_avg_sq_key))
+    ]
+    return adamw_step(*work[:5], *keys)
+
+
+def assert_same(work, expected):
+    torch.testing.assert_close(work.param, expected[0], rtol=0, atol=0)
+    for got, moment in ((work.exp_avg, expected[1]), (work.exp_avg_sq, expected[2])):
+        pairs = zip(got[:2], moment[:2], strict=True) if isinstance(got, QuantizedBlocks) else [(got, moment)]
+        for a, b in pairs:
+            torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+def assert_close(work, expected, same=0.999):
+    """Parameters and scales within some ulp, codes the same but for a few that lie between two."""
+    rtol = 1e-5 if work.param.dtype == torch.float32 else 2.0**-7
+    torch.testing.assert_close(work.param, expected[0], rtol=rtol, atol=1e-5)
+    for got, moment in ((work.exp_avg, expected[1]), (work.exp_avg_sq, expected[2])):
+        if isinstance(got, QuantizedBlocks):
+            torch.testing.assert_close(got.scale, moment.scale, rtol=1e-5, atol=0)
+            assert (got.codes == moment.codes).double().mean() >= same
+        else:
+            torch.testing.assert_close(got, moment, rtol=1e-5, atol=1e-12)
+
+
+@pytest.fixture
+def warnings(monkeypatch):
+    cuda._warn_once.cache_clear()
+    said = []
+    monkeypatch.setattr(cuda, "warn", said.append)
+    yield said
+    cuda._warn_once.cache_clear()
+
+
+@pytest.fixture
+def installed(monkeypatch):
+    """The packages that are found: a set to change."""
+    packages = {"triton", "bitsandbytes"}
+    monkeypatch.setattr(cuda, "_is_installed", lambda name: name in packages)
+    return packages
+
+
+@pytest.fixture
+def counters(monkeypatch):
+    """By format, a backend of torch.compile that counts compilations and leaves operations as they are."""
+    compiled, found = cuda._compiled, {}
+    compiled.cache_clear()
+
+    def count(*layouts):
+        return compiled(*layouts, backend=found.setdefault(layouts, CompileCounter()))
+
+    monkeypatch.setattr(cuda, "_compiled", count)
+    yield found
+    compiled.cache_clear()
+
+
+def test_import_needs_neither_triton_nor_bitsandbytes():
+    program = "import sys; sys.modules.update(triton=None, bitsandbytes=None); import ds_quant.kernels.cuda"
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=100)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_path_of_each_format(name, rng, installed, warnings, monkeypatch):
+    monkeypatch.delenv("DS_QUANT_KERNELS", raising=False)
+    work = make_work(rng, 1500, FORMATS[name])
+    assert cuda.path(work) == ("bitsandbytes" if name == "dynamic" else "compiled")
+    assert not warnings
+
+
+def test_path_of_what_bitsandbytes_does_not_do(rng, installed, warnings):
+    work = make_work(rng, 1000, DYNAMIC)
+    assert cuda.path(work) == "bitsandbytes"
+    scalars = adamw_scalars(1e-3, (0.9, 1 - 1e-7), 1e-8, 0, 1)
+    for change in (
+        {"exp_avg_sq_key": KEY},
+        {"exp_avg_key": KEY},
+        {"grad": work.grad.bfloat16()},
+        {"scalars": scalars},
+        {"exp_avg": dequantize_blockwise(work.exp_avg)},
+    ):
+        assert cuda.path(work._replace(**change)) == "compiled"
+    blocks_of_512 = make_work(rng, 1000, (("dynamic", 8, 512), ("dynamic", 8, 256)))
+    assert cuda.path(blocks_of_512) == "compiled"
+    assert not warnings
+
+
+def test_path_without_bitsandbytes(rng, installed, warnings):
+    installed.remove("bitsandbytes")
+    for _ in range(2):
+        assert cuda.path(make_work(rng, 1000, DYNAMIC)) == "compiled"
+    assert len(warnings) == 1
+    assert "pip install bitsandbytes" in warnings[0]
+
+
+def test_path_with_triton(rng, installed, warnings, monkeypatch):
+    pytest.importorskip("triton", reason="test_triton.py fails where triton should be installed and is not")
+    monkeypatch.setenv("DS_QUANT_KERNELS", "triton")
+    assert cuda.path(make_work(rng, 1000, FORMATS["m4v8"])) == "triton"
+    assert not warnings
+    for _ in range(2):
+        assert cuda.path(make_work(rng, 1500, FORMATS["linear by channel"])) == "compiled"
+        assert cuda.path(make_work(rng, 1500, DYNAMIC)) == "bitsandbytes"
+    assert len(warnings) == 2
+    assert "blocks of 75" in warnings[0]
+    assert "dynamic" in warnings[1]
+    installed.remove("triton")
+    assert cuda.path(make_work(rng, 1000, FORMATS["m4v8"])) == "compiled"
+    assert "triton is not installed" in warnings[2]
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_compiles_once_for_a_format(name, rng, counters, installed):
+    """Five steps of two parameters with new lr, betas, keys and gradients: one compilation, the reference's bits."""
+    installed.clear()
+    layouts = FORMATS[name]
+    keys = [KEY if number and layout else None for number, layout in enumerate(layouts)]
+    # 6 and 12 scales in blocks of 256: as many as there are scalars.
+    lengths = (1500, 3000) if name != "linear by tensor" else (1500, 1500)
+    works = [make_work(rng, length, layouts, keys=keys) for length in lengths]
+    # Parts of larger tensors, as partitions are.
+    works = [w._replace(param=torch.cat((w.param, values(rng, 5 * i)))[: len(w.param)]) for i, w in enumerate(works)]
+    for step in range(1, 6):
+        betas = (0.9 - 0.01 * step, 0.99)
+        scalars = adamw_scalars(10.0 ** rng.uniform(-4, -1), betas, 1e-8, 0.1 / step, step)
+        key = tuple(fold_key(1, step=step).tolist())
+        works = [
+            work._replace(grad=values(rng, length), scalars=scalars, exp_avg_sq_key=work.exp_avg_sq_key and key)
+            for work, length in zip(works, lengths, strict=True)
+        ]
+        expected = [reference(work) for work in works]
+        cuda.adamw_(works)
+        for work, result in zip(works, expected, strict=True):
+            assert_same(work, result)
+    assert [counter.frame_count for counter in counters.values()] == [1]
+
+
+def test_kinds_of_lengths_and_dtypes(rng, counters):
+    """All of them fit below torch's limit of compilations, which `fullgraph` makes an error."""
+    dtypes = list(itertools.product((torch.float32, torch.bfloat16), repeat=2))
+    for length in (0, 1, 2, 127, 128, 129, 256, 1157):
+        for dtype, grad_dtype in dtypes if length in (2, 1157) else dtypes[:1]:
+            work = make_work(rng, length, FORMATS["m4v8"], dtype=dtype, grad_dtype=grad_dtype, keys=(KEY, KEY))
+            expected = reference(work)
+            cuda.adamw_([work])
+            assert_same(work, expected)
+    (counter,) = counters.values()
+    assert counter.frame_count <= 20
+
+
+def test_shapes_are_free(rng, counters):
+    work = make_work(rng, 1200, FORMATS["m4v8"])
+    expected = reference(work)
+    param = torch.nn.Parameter(work.param.clone().reshape(30, 40))
+    blocks = work.exp_avg_sq._replace(codes=work.exp_avg_sq.codes.reshape(30, 40))
+    cuda.adamw_([work._replace(param=param, grad=work.grad.reshape(30, 40), exp_avg_sq=blocks)])
+    assert_same(work._replace(param=param.detach().reshape(-1)), expected)
+
+
+def test_compiled_by_inductor(rng):
+    work = make_work(rng, 4101, FORMATS["m4v8"], keys=(None, KEY))
+    for step in range(1, 4):
+        work = work._replace(scalars=adamw_scalars(1e-2 / step, (0.9, 0.99), 1e-8, 0.1, step), grad=values(rng, 4101))
+        expected = reference(work)
+        cuda.adamw_([work])
+        assert_close(work, expected)
+
+
+def test_bitsandbytes_on_the_cpu(rng):
+    """Its own CPU version of the function gets the same arguments."""
+    for step, weight_decay in ((1, 0.0), (2, 0.1), (1000, 0.5)):
+        scalars = adamw_scalars(1e-2, (0.9, 0.999), 1e-6, weight_decay, step)
+        work = make_work(rng, 1111, DYNAMIC)._replace(scalars=scalars)
+        other, expected = clone(work), reference(work)
+        assert cuda.path(work) == "bitsandbytes"
+        cuda.adamw_([work])
+        torch.testing.assert_close(work.param, expected[0], rtol=1e-6, atol=1e-6)
+        for got, moment in ((work.exp_avg, expected[1]), (work.exp_avg_sq, expected[2])):
+            torch.testing.assert_close(got.scale, moment.scale, rtol=1e-6, atol=0)
+            # Its quantizer is not exact.
+            assert (got.codes == moment.codes).double().mean() > 0.5
+            apart = (dequantize_blockwise(got) - dequantize_blockwise(moment)).abs()
+            assert (apart <= 0.02 * moment.scale.repeat_interleave(256)[:1111]).all()
+        # As its own optimizer calls it, with lr, eps and the step as they are.
+        from bitsandbytes.functional import optimizer_update_8bit_blockwise
+
+        state = to_bitsandbytes(other.exp_avg, other.exp_avg_sq, (1111,))
+        optimizer_update_8bit_blockwise(
+            *(
+                "adam",
+                other.grad,
+                other.param,
+                state["state1"],
+                state["state2"],
+                0.9,
+                0.999,
+                0.0,
+                0.0,
+                1e-6,
+                step,
+                1e-2,
+            ),
+            *(state["qmap1"], state["qmap2"], state["absmax1"], state["absmax2"], weight_decay),
+        )
+        torch.testing.assert_close(work.param, other.param, rtol=1e-6, atol=1e-7)
+        assert torch.equal(work.exp_avg.codes, other.exp_avg.codes)
+        assert torch.equal(work.exp_avg_sq.codes, other.exp_avg_sq.codes)
+        for number, signed in ((1, True), (2, False)):
+            assert torch.equal(state[f"qmap{number}"], cuda._qmap(signed, torch.device("cpu")))
+
+
+def test_bitsandbytes_with_a_learning_rate_of_zero(rng):
+    work = make_work(rng, 600, DYNAMIC)._replace(scalars=adamw_scalars(0.0, (0.9, 0.99), 1e-8, 0.1, 1))
+    before = work.param.clone()
+    cuda.adamw_([work])
+    assert torch.equal(work.param, before)
+
+
+def test_wrong_works_change_nothing(rng, counters):
+    good, other = (make_work(rng, 1000, FORMATS["m4v8"]) for _ in range(2))
+    before = good.param.clone()
+    codes = other.exp_avg_sq.codes
+    cases = {
+        r"works\[1\]\.grad\): got 999 elements": {"grad": other.grad[:999]},
+        r"works\[1\]\.param\): got .* not contiguous": {"param": torch.zeros(2000)[::2]},
+        r"works\[1\]\.param\): got .*torch\.float64": {"param": other.param.double()},
+        r"works\[1\]\.exp_avg\): got 1000 elements in blocks of 96": {"exp_avg": other.exp_avg._replace(block_size=96)},
+        r"exp_avg_sq\.codes\): got .*torch\.int8": {"exp_avg_sq": other.exp_avg_sq._replace(codes=codes.char())},
+        r"exp_avg_sq\.scale\): got 3 elements": {
+            "exp_avg_sq": other.exp_avg_sq._replace(scale=other.exp_avg_sq.scale[:3])
+        },
+        r"exp_avg_sq\): got .*torch\.bfloat16": {"exp_avg_sq": torch.zeros(1000, dtype=torch.bfloat16)},
+    }
+    for message, change in cases.items():
+        with pytest.raises(ValueError, match=message):
+            cuda.adamw_([good, other._replace(**change)])
+    assert torch.equal(good.param, before)
+
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@needs_gpu
+@pytest.mark.parametrize("kernels", ["", "triton"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", FORMATS)
+def test_on_a_gpu(name, dtype, kernels, rng, monkeypatch):
+    monkeypatch.setenv("DS_QUANT_KERNELS", kernels)
+    layouts = FORMATS[name]
+    stochastic = name != "dynamic"
+    keys = [KEY if number and layout and stochastic else None for number, layout in enumerate(layouts)]
+    make = functools.partial(make_work, rng, layouts=layouts, dtype=dtype, keys=keys, device="cuda")
+    for length in (1500,) if name == "linear by tensor" else (75, 1500, 75 * 1000):
+        work = make(length)
+        for step in range(1, 4):
+            grad = values(rng, length).to("cuda", dtype)
+            work = work._replace(grad=grad, scalars=adamw_scalars(1e-2, (0.9, 0.99), 1e-8, 0.0, step))
+            expected = reference(work)
+            cuda.adamw_([work])
+            if cuda.path(work) == "bitsandbytes":
+                torch.testing.assert_close(work.param, expected[0], rtol=2.0**-7, atol=1e-4)
+                torch.testing.assert_close(work.exp_avg.scale, expected[1].scale, rtol=1e-4, atol=0)
+                assert (work.exp_avg.codes == expected[1].codes).double().mean() > 0.5
+            else:
+                assert_close(work, expected, same=0.98)
+
+
+@needs_gpu
+def test_triton_matches_on_a_gpu_bit_for_bit(rng, monkeypatch):
+    """More than is promised: a failure here says to promise closeness only."""
+    monkeypatch.setenv("DS_QUANT_KERNELS", "triton")
+    for name in ("8/8", "4/4", "m4v8"):
+        work = make_work(rng, 75 * 1000, FORMATS[name], keys=(None, KEY), device="cuda")
+        assert cuda.path(work) == "triton"
+        expected = reference(work)
+        cuda.adamw_([work])
+        assert_same(work, expected)
