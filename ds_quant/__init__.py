@@ -16,9 +16,11 @@ if TYPE_CHECKING:
     from ds_quant.deepspeed_json import resolve_auto
     from ds_quant.engine import disable, enable, initialize
     from ds_quant.linear import QuantizedModule, QuantLinear
+    from ds_quant.optim import QuantAdamW
 
 _HOMES = {
     "ConfigError": "config",
+    "QuantAdamW": "optim",
     "QuantConfig": "config",
     "QuantConv1D": "conv1d",
     "QuantLinear": "linear",
@@ -34,6 +36,7 @@ _HOMES = {
 
 __all__ = [
     "ConfigError",
+    "QuantAdamW",
     "QuantConfig",
     "QuantConv1D",
     "QuantLinear",

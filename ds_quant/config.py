@@ -232,6 +232,10 @@ def _moment_block_size(data: dict[str, Any]) -> int:
     return 256 if data["bits"] == 8 else 128
 
 
+def _moment_map(data: dict[str, Any]) -> Literal["float", "power"]:
+    return "float" if data["bits"] == 8 else "power"
+
+
 class MomentConfig(BlockSection):
     """How a moment of Adam is stored."""
 
@@ -239,9 +243,10 @@ class MomentConfig(BlockSection):
 
     bits: WireBits
     """Bits of a code, 4 or 8. Required."""
-    map: Literal["power", "linear", "dynamic"] = "power"
-    """What a code means: a power of it (8 bits: exp_avg its signed fourth power, exp_avg_sq its eighth; 4 bits: exp_avg
-    its signed square, exp_avg_sq the eighth power of (c + 3) / 18), the code itself, or bitsandbytes' dynamic map."""
+    map: Literal["float", "power", "linear", "dynamic"] = Field(default_factory=_moment_map)
+    """What a code means: `float` (8 bits only) exponent and three bits of mantissa; `power` a power of it (8 bits:
+    exp_avg its signed fourth power, exp_avg_sq its eighth; 4 bits: exp_avg its signed square, exp_avg_sq the eighth
+    power of (c + 3) / 18); `linear` itself; `dynamic` bitsandbytes' map. Default `float` at 8 bits, `power` at 4."""
     granularity: Literal["block", "tensor", "channel"] = "block"
     """What shares a scale. `tensor` and `channel` are the paper's: map `linear`, and whole parameters only."""
     block_size: FlatBlock = Field(default_factory=_moment_block_size)
@@ -251,6 +256,8 @@ class MomentConfig(BlockSection):
 
     def rules(self) -> Iterator[Rule]:
         yield from super().rules()
+        if self.map == "float" and self.bits != 8:
+            yield "map", "float", '"power", "linear", "dynamic" with 4 bits', "set one of them, or remove it"
         if self.granularity != "block" and self.map != "linear":
             yield (
                 "map",

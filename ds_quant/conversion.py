@@ -4,17 +4,16 @@ A module is converted by swapping its class: it stays the same object with the s
 ties, ZeRO-3's attributes, hooks and `state_dict` keys are none the wiser.
 """
 
-import difflib
 import importlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 
 import torch
 from torch import nn
 
 from ds_quant.config import ConfigError, LinearConfig
 from ds_quant.linear import QuantizedModule, QuantLinear, describe
+from ds_quant.patterns import check_patterns, matches
 from ds_quant.stepkey import CountForwards, StepKey
 
 # By qualified name where importing the class would import a whole library for models that do not have it.
@@ -81,25 +80,6 @@ def _fused_experts(model: nn.Module) -> dict[str, tuple[int, ...]]:
     }
 
 
-def _matches(name: str, patterns: Iterable[str]) -> bool:
-    return any(fnmatchcase(name, pattern) for pattern in patterns)
-
-
-def _check_patterns(key: str, patterns: Iterable[str], names: list[str]) -> None:
-    for pattern in patterns:
-        if any(fnmatchcase(name, pattern) for name in names):
-            continue
-        around = (f"*.{pattern}", f"{pattern}.*", f"*.{pattern}.*")
-        near = next((name for name in names if _matches(name, around)), None)
-        if near is None:
-            near = next(iter(difflib.get_close_matches(pattern, names, n=1, cutoff=0.3)), None)
-        hint = f" (the nearest name is {near!r}; '*' crosses dots)" if near else ""
-        raise ConfigError(
-            f"ds_quant.linear.{key}: got the pattern {pattern!r}, which matches no linear module of this model; "
-            f"allowed: shell patterns on full module names{hint}; remedy: correct the pattern or remove it"
-        )
-
-
 def convert(
     model: nn.Module,
     linear_config: LinearConfig | dict,
@@ -135,18 +115,18 @@ def convert(
         )
     named = [*candidates, *experts, *(name.rpartition(".")[0] for name in experts)]
     if config.include != LinearConfig.model_fields["include"].default:
-        _check_patterns("include", config.include, named)
+        check_patterns("ds_quant.linear.include", "linear module", config.include, named)
     if config.exclude:
-        _check_patterns("exclude", config.exclude, named)
+        check_patterns("ds_quant.linear.exclude", "linear module", config.exclude, named)
     _refuse_fused_experts(experts, config)
 
     excluded = _output_embedding_names(model) if config.exclude is None else set()
     chosen = {
         name: module
         for name, module in candidates.items()
-        if _matches(name, config.include)
+        if matches(name, config.include)
         and name not in excluded
-        and not _matches(name, config.exclude or ())
+        and not matches(name, config.exclude or ())
         and (filter is None or filter(name, module))
     }
     if not chosen:
@@ -184,9 +164,9 @@ def _already_converted(done: dict[str, QuantizedModule], config: LinearConfig) -
 def _refuse_fused_experts(experts: dict[str, tuple[int, ...]], config: LinearConfig) -> None:
     for name, shape in experts.items():
         owner = name.rpartition(".")[0]
-        if _matches(name, config.exclude or ()) or _matches(owner, config.exclude or ()):
+        if matches(name, config.exclude or ()) or matches(owner, config.exclude or ()):
             continue
-        if not (_matches(name, config.include) or _matches(owner, config.include)):
+        if not (matches(name, config.include) or matches(owner, config.include)):
             continue
         raise ConfigError(
             f"ds_quant.linear: got the parameter {name!r} of shape {shape}, which holds the weights of several experts "

@@ -7,13 +7,15 @@ promised is counted on the finished engine.
 
 import copy
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from deepspeed.constants import TORCH_DISTRIBUTED_DEFAULT_PORT
 
-from ds_quant import zero
+from ds_quant import optimizer_setup, zero
 from ds_quant.config import (
     ConfigError,
+    OptimizerConfig,
     QuantConfig,
     has_tripwire,
     near_miss_keys,
@@ -25,6 +27,7 @@ from ds_quant.conversion import check_still_converted, convert, coverage, step_k
 from ds_quant.extension_locks import check_extension_locks
 from ds_quant.linear import describe
 from ds_quant.log import say, warn
+from ds_quant.optim import QuantAdamW
 from ds_quant.refusals import check_refusals
 
 _undo_enable: list[Callable[[], None]] = []
@@ -88,7 +91,7 @@ def initialize(
         "config_params": config_params,
     }
     deepspeed_initialize = zero.own_initialize()
-    source, in_args = _config_source(args, config, config_params)
+    source = _config_source(args, config, config_params)
     if source is None or model is None:
         return deepspeed_initialize(**forwarded)  # DeepSpeed's own message says what is missing
 
@@ -99,11 +102,7 @@ def initialize(
     check_extension_locks(zero.op_names(), say)
 
     if has_tripwire(raw):
-        forwarded["config"], forwarded["config_params"] = strip_tripwire(raw), None
-        if in_args:
-            # DeepSpeed refuses two configs, and the path in args leads to the one with the tripwire.
-            forwarded["args"] = copy.copy(args)
-            forwarded["args"].deepspeed_config = None
+        _replace_config(forwarded, strip_tripwire(raw))
     elif quant.enabled:
         warn(
             'the config has no tripwire; add "ds_quant_required": true to "zero_optimization", so that a '
@@ -126,22 +125,28 @@ def initialize(
         )
     zero.check_model(model)
 
+    moments = _prepare_moments(raw, quant.optimizer, forwarded) if quant.optimizer else None
     names = convert(model, quant.linear) if quant.linear else []
     write_to_model_config(model, raw["ds_quant"])
-    result = deepspeed_initialize(**forwarded)
+    with zero.optimizer_built_by(moments.build if moments else None), zero.no_step_at_start():
+        result = deepspeed_initialize(**forwarded)
     engine = result[0]
+    if moments:
+        zero.attach_moments(engine)
+        for line in moments.lines:
+            say(line)
     if quant.linear:
         check_still_converted(engine.module, names)
         step_key = step_key_of(engine.module)
         if step_key is not None:
-            zero.attach(engine, step_key)
+            zero.attach_steps(engine, step_key)
         for line in coverage(engine.module).lines():
             say(line)
     return result
 
 
-def _config_source(args: Any, config: Any, config_params: Any) -> tuple[Any, bool]:
-    """The config that DeepSpeed would take, and whether it comes from `args`."""
+def _config_source(args: Any, config: Any, config_params: Any) -> Any:
+    """The config that DeepSpeed would take."""
     in_args = getattr(args, "deepspeed_config", None)
     explicit = config if config is not None else config_params
     if in_args is not None and explicit is not None:
@@ -149,14 +154,54 @@ def _config_source(args: Any, config: Any, config_params: Any) -> tuple[Any, boo
             "deepspeed.initialize: got a config in args.deepspeed_config and another as an argument; allowed: one of "
             "them; remedy: remove one"
         )
-    return (explicit, False) if explicit is not None else (in_args, in_args is not None)
+    return explicit if explicit is not None else in_args
+
+
+@dataclass
+class _Moments:
+    build: Callable[[Any], QuantAdamW] | None
+    """What makes the optimizer from the JSON's section; None where one was passed in."""
+    lines: list[str]
+
+
+def _prepare_moments(raw: dict[str, Any], config: OptimizerConfig, forwarded: dict[str, Any]) -> _Moments:
+    """Check what the optimizer section needs, and have `forwarded` carry a QuantAdamW or the groups for one."""
+    zero_section = raw.get("zero_optimization") or {}
+    optimizer_setup.check_granularity(config, zero_section.get("stage", 0))
+    client = forwarded["optimizer"]
+    hyperparameters = optimizer_setup.json_hyperparameters(raw) if client is None else {}
+    names = optimizer_setup.ParameterNames(forwarded["model"], config.exclude)
+    build = None
+    if client is None:
+        forwarded["model_parameters"] = names.split(forwarded["model_parameters"])
+        build = optimizer_setup.builder(config, hyperparameters)
+    else:
+        forwarded["optimizer"] = optimizer_setup.adopt(config, names, client)
+        offload = zero_section.get("offload_optimizer") or {}
+        if offload.get("device", "none") != "none" and "zero_force_ds_cpu_optimizer" not in raw:
+            # DeepSpeed refuses optimizers that are passed in for being slow on a CPU; this one is not.
+            _replace_config(forwarded, {**strip_tripwire(raw), "zero_force_ds_cpu_optimizer": False})
+    lines = [f"AdamW's moments: {optimizer_setup.describe_moments(config)}"]
+    share = 100 * (1 - names.num_excluded / names.num_elements) if names.num_elements else 0.0
+    size = optimizer_setup.bytes_a_parameter(config)
+    lines.append(f"they take {size:.2f} bytes a parameter instead of 8, for {share:.1f}% of the trainable parameters")
+    if names.excluded:
+        lines.append(f"32-bit moments by ds_quant.optimizer.exclude: {', '.join(names.excluded)}")
+    return _Moments(build, lines)
+
+
+def _replace_config(forwarded: dict[str, Any], config: dict[str, Any]) -> None:
+    """Have DeepSpeed read `config`, wherever the user's came from."""
+    forwarded["config"], forwarded["config_params"] = config, None
+    if getattr(forwarded["args"], "deepspeed_config", None) is not None:
+        # DeepSpeed refuses two configs.
+        forwarded["args"] = copy.copy(forwarded["args"])
+        forwarded["args"].deepspeed_config = None
 
 
 def refuse_unavailable(quant: QuantConfig) -> None:
     """What the section may say but this release does not do yet."""
     later = []
-    if quant.optimizer:
-        later.append(("ds_quant.optimizer", "quantized Adam moments", "the optimizer section"))
     if quant.communication:
         later.append(("ds_quant.communication", "quantized gradient communication", "the communication section"))
     if quant.linear and quant.linear.backend == "int8":
@@ -164,8 +209,9 @@ def refuse_unavailable(quant: QuantConfig) -> None:
     if later:
         raise ConfigError(
             "\n".join(
-                f"{where}: got {got}, which is not available yet in this release; allowed: the linear section with the "
-                f"simulated backend; remedy: {'use' if 'in its place' in remedy else 'remove'} {remedy}"
+                f"{where}: got {got}, which is not available yet in this release; allowed: the optimizer section, and "
+                f"the linear section with the simulated backend; "
+                f"remedy: {'use' if 'in its place' in remedy else 'remove'} {remedy}"
                 for where, got, remedy in later
             )
         )

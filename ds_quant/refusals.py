@@ -150,6 +150,14 @@ REFUSALS = (
         "remove it; ds_quant.communication.gradient is what replaces it",
     ),
     Refusal(
+        "zero_optimization.elastic_checkpoint",
+        _is_on,
+        ("optimizer",),
+        "false",
+        "elastic checkpoints cut up the raw tensors of the optimizer's state",
+        "remove it; universal checkpoints (ds_to_universal) change the number of ranks",
+    ),
+    Refusal(
         "bf16.bf16_optimizer_states",
         _is_on,
         ("optimizer",),

@@ -5,9 +5,18 @@ import importlib.metadata
 import json
 import platform
 import sys
+from collections.abc import Callable
 from typing import Any
 
-from ds_quant.config import ConfigError, QuantConfig, has_tripwire, json_schema, near_miss_keys, read_deepspeed_config
+from ds_quant.config import (
+    ConfigError,
+    OptimizerConfig,
+    QuantConfig,
+    has_tripwire,
+    json_schema,
+    near_miss_keys,
+    read_deepspeed_config,
+)
 from ds_quant.config import unresolved_auto as find_auto
 from ds_quant.linear import describe
 from ds_quant.refusals import check_refusals
@@ -35,11 +44,14 @@ def environment() -> tuple[list[tuple[str, str]], list[str]]:
     try:
         from ds_quant import zero
         from ds_quant.extension_locks import check_extension_locks
+        from ds_quant.kernels import dispatch
     except (ConfigError, ImportError) as error:
         return [("deepspeed", "cannot be used")], [str(error)]
     name, devices = zero.accelerator()
     rows.append(("accelerator", f"{name}, {devices} device(s)"))
     rows.append(("CPU instructions", torch.backends.cpu.get_cpu_capability()))
+    for device in dict.fromkeys(("cpu", name)):
+        rows.append((f"AdamW's steps on {device}", dispatch.implementation(device)))
     for seam, there in zero.find_seams().items():
         rows.append((f"seam {seam}", "found" if there else "MISSING"))
     try:
@@ -75,7 +87,13 @@ def explain(source: Any) -> tuple[list[tuple[str, str]], list[str]]:
         rows.append(("linear layers", "full precision"))
     from ds_quant import engine
 
-    for check in (lambda: engine.refuse_unavailable(quant), lambda: check_refusals(raw, quant)):
+    checks: list[Callable[[], Any]] = [lambda: engine.refuse_unavailable(quant), lambda: check_refusals(raw, quant)]
+    if quant.optimizer:
+        rows += _moments(quant.optimizer, raw)
+        checks += _moment_checks(quant.optimizer, raw, stage)
+    else:
+        rows.append(("AdamW's moments", "32 bits"))
+    for check in checks:
         try:
             check()
         except ConfigError as error:
@@ -84,6 +102,31 @@ def explain(source: Any) -> tuple[list[tuple[str, str]], list[str]]:
     if auto:
         rows.append(('"auto"', f"{', '.join(auto)}: filled by Hugging Face's Trainer, or by ds_quant.resolve_auto"))
     return rows, problems
+
+
+def _moments(config: OptimizerConfig, raw: dict[str, Any]) -> list[tuple[str, str]]:
+    from ds_quant.optimizer_setup import bytes_a_parameter, describe_moments
+
+    source = "the config's optimizer section"
+    if "optimizer" not in raw:
+        source = "none in the config: pass torch.optim.AdamW to initialize; Hugging Face's Trainer passes its own"
+    return [
+        ("AdamW's moments", describe_moments(config)),
+        ("  bytes a parameter", f"{bytes_a_parameter(config):.2f} instead of 8"),
+        ("  exclude", ", ".join(config.exclude) or "nothing"),
+        ("  optimizer", source),
+    ]
+
+
+def _moment_checks(config: OptimizerConfig, raw: dict[str, Any], stage: Any) -> list[Callable[[], Any]]:
+    from ds_quant.optimizer_setup import check_granularity, json_hyperparameters
+
+    checks: list[Callable[[], Any]] = []
+    if isinstance(stage, int):  # what else it may be is refused elsewhere
+        checks.append(lambda: check_granularity(config, stage))
+    if "optimizer" in raw:
+        checks.append(lambda: json_hyperparameters(raw))
+    return checks
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -104,9 +104,9 @@ def test_defaults():
     linear = quant.linear
     assert (linear.backend, linear.backward_operands) == ("simulated", "quantized")
     assert (linear.include, linear.exclude) == (("*",), None)
-    moment = {"map": "power", "granularity": "block", "rounding": None}
-    assert vars(quant.optimizer.exp_avg) == {"bits": 8, "block_size": 256, **moment}
-    assert vars(quant.optimizer.exp_avg_sq) == {"bits": 4, "block_size": 128, **moment}
+    moment = {"granularity": "block", "rounding": None}
+    assert vars(quant.optimizer.exp_avg) == {"bits": 8, "map": "float", "block_size": 256, **moment}
+    assert vars(quant.optimizer.exp_avg_sq) == {"bits": 4, "map": "power", "block_size": 128, **moment}
     assert quant.optimizer.exclude == ()
     assert vars(quant.communication.gradient) == {
         "bits": 4,
@@ -282,8 +282,15 @@ WRONG_VALUES = [
         {"optimizer": {"exp_avg": {"bits": 8, "map": "lineer"}}},
         "ds_quant.optimizer.exp_avg.map",
         '"lineer"',
-        '"power", "linear", "dynamic"',
+        '"float", "power", "linear", "dynamic"',
         'did you mean "linear"?',
+    ),
+    (
+        {"optimizer": {"exp_avg_sq": {"bits": 4, "map": "float"}}},
+        "ds_quant.optimizer.exp_avg_sq.map",
+        '"float"',
+        '"power", "linear", "dynamic" with 4 bits',
+        "remove it",
     ),
     *(
         (
@@ -306,7 +313,7 @@ WRONG_VALUES = [
         (
             {"optimizer": {"exp_avg": {"bits": 8, "granularity": granularity}}},
             "ds_quant.optimizer.exp_avg.map",
-            '"power"',
+            '"float"',
             f'"linear" with granularity "{granularity}"',
             'granularity "block"',
         )
@@ -875,7 +882,9 @@ moments = optional(
     map=st.sampled_from(["power", "linear", "dynamic"]),
     block_size=st.sampled_from([32, 64, 4096]),
     rounding=st.sampled_from(["nearest", "stochastic", None]),
-) | optional(
+)
+moments |= optional({"bits": st.just(8)}, map=st.just("float"), block_size=st.sampled_from([32, 64, 4096]))
+moments |= optional(
     {
         "bits": st.sampled_from([4, 8]),
         "map": st.just("linear"),

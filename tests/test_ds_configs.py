@@ -43,6 +43,25 @@ PAPER_ROWS = {f"paper_{name}": row for name, row in ROWS.items()} | {
     "paper_w8a8g8": {**ROWS["w8a8"], "gradient": (8, "token")}
 }
 
+BLOCK_8, BLOCK_4 = (8, "float", "block", 256, None), (4, "power", "block", 128, None)
+TENSOR_8, CHANNEL_8 = (8, "linear", "tensor", None, "nearest"), (8, "linear", "channel", None, "nearest")
+TENSOR_4, CHANNEL_4 = (4, *TENSOR_8[1:]), (4, *CHANNEL_8[1:])
+
+# Rows on the moments: (exp_avg, exp_avg_sq), each (bits, map, granularity, block_size, rounding) or None.
+MOMENT_ROWS = {
+    "adam8": (BLOCK_8, BLOCK_8),
+    "adam4": (BLOCK_4, BLOCK_4),
+    "m4v8": (BLOCK_4, BLOCK_8),
+    "w8a8_adam8": (BLOCK_8, BLOCK_8),
+    "paper_m8_tensor": (TENSOR_8, None),
+    "paper_m8_channel": (CHANNEL_8, None),
+    "paper_m4_tensor": (TENSOR_4, None),
+    "paper_m4_channel": (CHANNEL_4, None),
+    "paper_v8_tensor": (None, TENSOR_8),
+    "paper_v8_channel": (None, CHANNEL_8),
+}
+STAGE_0 = [name for name in MOMENT_ROWS if name.startswith("paper_")]
+
 VALUES = {
     "train_micro_batch_size_per_gpu": 2,
     "gradient_accumulation_steps": 1,
@@ -62,7 +81,21 @@ def read(name):
 
 
 def test_the_matrix_is_complete():
-    assert set(NAMES) == {"baseline", *ROWS, *PAPER_ROWS}
+    assert set(NAMES) == {"baseline", *ROWS, *PAPER_ROWS, *MOMENT_ROWS}
+
+
+@pytest.mark.parametrize("name", MOMENT_ROWS)
+def test_each_moment_row_says_what_its_name_says(name):
+    quant = QuantConfig.load(ROOT / "ds_configs" / f"{name}.json")
+    assert quant.communication is None
+    assert quant.linear == (QuantConfig.load(ROOT / "ds_configs" / "w8a8.json").linear if "w8a8" in name else None)
+    assert quant.optimizer.exclude == ()
+    for moment, expected in zip((quant.optimizer.exp_avg, quant.optimizer.exp_avg_sq), MOMENT_ROWS[name], strict=True):
+        found = None
+        if moment is not None:
+            block_size = moment.block_size if moment.granularity == "block" else None
+            found = (moment.bits, moment.map, moment.granularity, block_size, moment.rounding)
+        assert found == expected
 
 
 @pytest.mark.parametrize("name", [*ROWS, *PAPER_ROWS])
@@ -101,6 +134,9 @@ def test_they_differ_from_the_baseline_in_the_section_and_the_tripwire_only(name
     config = read(name)
     del config["ds_quant"]
     assert config["zero_optimization"].pop(TRIPWIRE) is True
+    if name in STAGE_0:  # whole parameters exist there only
+        assert config["zero_optimization"]["stage"] == 0
+        config["zero_optimization"]["stage"] = read("baseline")["zero_optimization"]["stage"]
     assert config == read("baseline")
     assert list(config) == list(read("baseline"))
 
@@ -204,6 +240,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import ds_quant
+from ds_quant.moment import QuantizedMoment
 
 results = {}
 for name, config in json.load(open(sys.argv[1])).items():
@@ -224,6 +261,10 @@ for name, config in json.load(open(sys.argv[1])).items():
     results[name] = {
         "losses": losses,
         "moved": not torch.equal(before.to(engine.module.lm_head.weight.dtype), engine.module.lm_head.weight),
+        "moments": sorted({
+            f"{key} {value.blocks.code_map.bits}" if isinstance(value, QuantizedMoment) else f"{key} 32"
+            for state in engine.basic_optimizer.state.values() for key, value in state.items() if key != "step"
+        }),
         "quantized": [n for n, m in engine.module.named_modules() if isinstance(m, ds_quant.QuantLinear)],
     }
 json.dump(results, open(sys.argv[2], "w"))
@@ -239,9 +280,14 @@ def test_every_config_trains_a_step(tmp_path):
         assert all(math.isfinite(loss) for loss in result["losses"]), (name, result)
         assert result["moved"], name
         # two layers of seven linears; the paper quantized lm_head too
-        expected = 0 if name == "baseline" else 14 + name.startswith("paper_")
+        without = name == "baseline" or (name in MOMENT_ROWS and name != "w8a8_adam8")
+        expected = 0 if without else 14 + name.startswith("paper_")
         assert len(result["quantized"]) == expected, (name, result["quantized"])
-        assert ("lm_head" in result["quantized"]) is name.startswith("paper_")
+        assert ("lm_head" in result["quantized"]) is (name.startswith("paper_") and not without)
+        moments = MOMENT_ROWS.get(name, (None, None))
+        kinds = zip(("exp_avg", "exp_avg_sq"), moments, strict=True)
+        assert result["moments"] == [f"{key} {moment[0] if moment else 32}" for key, moment in kinds], name
     baseline = results.pop("baseline")["losses"]
-    for name, result in results.items():
+    for name in {*ROWS, *PAPER_ROWS}:
+        result = results[name]
         assert result["losses"] != baseline, f"{name} trained in full precision"

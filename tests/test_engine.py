@@ -175,7 +175,6 @@ def test_an_old_reference_to_initialize_does_not_train_in_full_precision():
 @pytest.mark.parametrize(
     ("section", "where"),
     [
-        ({"optimizer": {"exp_avg": {"bits": 8}}}, "ds_quant.optimizer"),
         ({**SECTION, "communication": {"gradient": {"bits": 8}}}, "ds_quant.communication"),
         ({"linear": {"weight": {"bits": 8}, "activation": {"bits": 8}, "backend": "int8"}}, "ds_quant.linear.backend"),
     ],
@@ -185,6 +184,107 @@ def test_what_is_not_there_yet_is_refused(section, where):
     with pytest.raises(ConfigError, match=rf"{where}: got .*not available yet.*remedy"):
         start(model=net, config=config(section))
     assert type(net[0]) is nn.Linear, "a refused config must leave the model as it was"
+
+
+MOMENTS = {"optimizer": {"exp_avg": {"bits": 8}, "exp_avg_sq": {"bits": 8}}}
+
+
+def test_the_optimizer_of_the_json_is_quantized(caplog):
+    engine, *_ = start(config=config(MOMENTS))
+    assert type(engine.basic_optimizer) is ds_quant.QuantAdamW
+    trained = losses(engine)
+    assert trained[-1] < trained[0]
+    (state,) = engine.basic_optimizer.state.values()
+    assert type(state["exp_avg"]).__name__ == type(state["exp_avg_sq"]).__name__ == "QuantizedMoment"
+    assert "bytes a parameter instead of 8, for 100.0% of the trainable parameters" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "message"),
+    [
+        (None, r"optimizer: got null; allowed: an optimizer of type Adam or AdamW"),
+        ({}, r"optimizer: got \{\}; allowed: an optimizer of type Adam or AdamW"),
+        ({"type": "Lion", "params": {"lr": 1e-3}}, r'optimizer\.type: got "Lion"; allowed: "Adam", "AdamW"'),
+        ({"type": "Muon", "params": {"lr": 1e-3}}, r'optimizer\.type: got "Muon"'),
+        ({"type": "SGD", "params": {"lr": 1e-3}}, r'optimizer\.type: got "SGD"'),
+        ({"type": "AdamW", "params": {"amsgrad": True}}, r"optimizer\.params\.amsgrad: got true; allowed: false"),
+        ({"type": "AdamW", "params": {"maximize": True}}, r"optimizer\.params\.maximize: got true"),
+        ({"type": "Adam", "params": {"adam_w_mode": False}}, r"optimizer\.params\.adam_w_mode: got false"),
+        ({"type": "AdamW", "params": {"bias_correction": False}}, r"optimizer\.params\.bias_correction: got false"),
+        ({"type": "AdamW", "params": {"fp32_optimizer_states": False}}, r"fp32_optimizer_states: got false"),
+        ({"type": "AdamW", "params": {"max_grad_norm": 1.0}}, r"optimizer\.params\.max_grad_norm: got 1\.0"),
+    ],
+)
+def test_optimizers_without_these_moments_are_refused(optimizer, message):
+    made = config(MOMENTS | SECTION, optimizer=optimizer)
+    net = model()
+    with pytest.raises(ConfigError, match=rf"{message}.*; remedy: "):
+        start(model=net, config=made)
+    assert type(net[0]) is nn.Linear, "a refused config must leave the model as it was"
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda params: torch.optim.SGD(params, lr=0.1), r"got \"an optimizer of type torch\.optim\.sgd\.SGD\""),
+        (lambda params: torch.optim.AdamW(params, amsgrad=True), "amsgrad"),
+        (lambda params: torch.optim.Adam(params, weight_decay=0.1), "which is added to the gradient"),
+    ],
+)
+def test_optimizers_passed_in_that_are_refused(make, message):
+    for passed in (make, make(model().parameters())):
+        made = config(MOMENTS)
+        del made["optimizer"]
+        with pytest.raises(ConfigError, match=rf"ds_quant\.optimizer.*{message}.*; remedy: "):
+            start(config=made, optimizer=passed)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "where"),
+    [
+        ({"zero_optimization": {"stage": 1, "zenflow": {"topk_ratio": 0.1}}}, r"zero_optimization\.zenflow"),
+        ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}}, r"offload_optimizer\.device"),
+        (
+            {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "super_offload": True}}},
+            r"offload_optimizer\.super_offload",
+        ),
+        ({"zero_optimization": {"stage": 1, "elastic_checkpoint": True}}, r"zero_optimization\.elastic_checkpoint"),
+        ({"bf16": {"enabled": True, "bf16_optimizer_states": True}}, r"bf16\.bf16_optimizer_states"),
+    ],
+)
+def test_what_does_not_go_with_quantized_moments(overrides, where):
+    with pytest.raises(ConfigError, match=rf"{where}: got .*ds_quant\.optimizer.*; remedy: "):
+        start(config=config(MOMENTS, **overrides))
+
+
+def test_scales_of_whole_parameters_need_whole_parameters():
+    section = {"optimizer": {"exp_avg": {"bits": 8, "map": "linear", "granularity": "channel"}}}
+    with pytest.raises(ConfigError, match=r'exp_avg\.granularity: got "channel"; allowed: "block" at ZeRO stage 1'):
+        start(config=config(section))
+    engine, *_ = start(config=config(section, zero_optimization={"ds_quant_required": True, "stage": 0}))
+    losses(engine, 1)
+
+
+def test_an_optimizer_that_was_replaced_is_an_error(monkeypatch):
+    def replacing(*args, **kwargs):
+        result = STOCK_INITIALIZE(*args, **kwargs)
+        result[0].basic_optimizer = torch.optim.SGD(result[0].module.parameters(), lr=0.1)
+        return result
+
+    monkeypatch.setattr(deepspeed, "initialize", replacing)
+    with pytest.raises(ConfigError, match=r"ds_quant\.optimizer: got \"an engine with SGD\""):
+        start(config=config(MOMENTS))
+
+
+def test_a_moved_attribute_of_a_live_wrapper_is_named(monkeypatch):
+    def moving(*args, **kwargs):
+        result = STOCK_INITIALIZE(*args, **kwargs)
+        del result[1]._hp_optimizer_states_linked
+        return result
+
+    monkeypatch.setattr(deepspeed, "initialize", moving)
+    with pytest.raises(ImportError, match=r"has moved DeepSpeedZeroOptimizer\._hp_optimizer_states_linked"):
+        start(config=config(MOMENTS))
 
 
 def test_refusals_come_before_anything_happens():
@@ -268,7 +368,7 @@ def test_unsupported_versions():
 
 def test_a_seam_that_moved_is_named(monkeypatch):
     gone = ("deepspeed.runtime.engine", "DeepSpeedEngine.gone", "a test")
-    monkeypatch.setattr(zero, "SEAMS", (*zero.SEAMS, gone))
+    monkeypatch.setattr(zero.seams, "SEAMS", (*zero.seams.SEAMS, gone))
     assert zero.find_seams()["deepspeed.runtime.engine.DeepSpeedEngine.gone"] is False
     with pytest.raises(ImportError, match=r"has moved deepspeed\.runtime\.engine\.DeepSpeedEngine\.gone"):
         zero.check_seams()

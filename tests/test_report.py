@@ -21,6 +21,7 @@ def test_versions_and_seams(capsys):
     assert "MISSING" not in printed
     assert "DeepSpeedEngine.forward" in printed
     assert "accelerator" in printed
+    assert "AdamW's steps on cpu" in printed
 
 
 def test_what_a_config_does(root, capsys):
@@ -34,15 +35,41 @@ def test_what_a_config_does(root, capsys):
     assert problems == []
 
 
+def test_what_happens_to_the_moments(root):
+    rows, problems = explain(str(root / "ds_configs" / "m4v8.json"))
+    assert problems == []
+    assert dict(rows)["AdamW's moments"].startswith("exp_avg 4-bit power per block of 128, nearest; exp_avg_sq 8-bit")
+    assert dict(rows)["  bytes a parameter"] == "1.55 instead of 8"
+    assert dict(rows)["  optimizer"] == "the config's optimizer section"
+    rows, _ = explain(str(root / "ds_configs" / "w8a8.json"))
+    assert dict(rows)["AdamW's moments"] == "32 bits"
+
+
+def test_problems_of_the_moments(root):
+    config = json.loads((root / "ds_configs" / "adam8.json").read_text())
+    config["ds_quant"]["optimizer"] = {"exp_avg": {"bits": 8, "map": "linear", "granularity": "tensor"}}
+    config["optimizer"]["type"] = "Lion"
+    _, problems = explain(config)
+    assert [problem.split(":")[0] for problem in problems] == [
+        "ds_quant.optimizer.exp_avg.granularity",
+        "optimizer.type",
+    ]
+    del config["optimizer"]
+    config["zero_optimization"]["stage"] = 0
+    rows, problems = explain(config)
+    assert problems == []
+    assert dict(rows)["  optimizer"].startswith("none in the config: pass torch.optim.AdamW")
+
+
 def test_every_problem_of_a_config(root, tmp_path, capsys):
     config = json.loads((root / "ds_configs" / "w8a8.json").read_text())
-    config["ds_quant"]["optimizer"] = {"exp_avg": {"bits": 8}}
+    config["ds_quant"]["communication"] = {"gradient": {"bits": 8}}
     config["hybrid_engine"] = {"enabled": True}
     path = tmp_path / "ds.json"
     path.write_text(json.dumps(config))
     assert main([str(path)]) == 1
     printed = capsys.readouterr().out
-    assert "REFUSED ds_quant.optimizer: " in printed
+    assert "REFUSED ds_quant.communication: " in printed
     assert "REFUSED hybrid_engine: " in printed
     config["ds_quant"]["linear"]["weight"]["bits"] = 9
     path.write_text(json.dumps(config))

@@ -1,0 +1,189 @@
+"""Whether a checkpoint's moments are what this engine can load, asked before DeepSpeed loads anything.
+
+DeepSpeed's own errors come half-way, on the rank that meets them, and name no file; the other ranks then wait in a
+collective. Here every rank looks at its files first (tensors stay on the disk), and all learn of an error together.
+"""
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed import comm as dist
+
+from ds_quant.checkpoint_files import check_files
+from ds_quant.errors import ConfigError, fail
+
+_UNIVERSAL = (
+    "convert it with python -m deepspeed.checkpoint.ds_to_universal and load it with "
+    '"checkpoint": {"load_universal": true}'
+)
+
+
+def moment_files(engine: Any, load_dir: str, tag: str | None) -> list[str]:
+    """The files that this rank reads its moments from; none where there is no checkpoint at all."""
+    universal = engine.load_universal_checkpoint()
+    if tag is None:
+        latest = os.path.join(load_dir, "latest_universal" if universal else "latest")
+        if not os.path.isfile(latest):
+            return []  # DeepSpeed's own warning or error says so
+        with open(latest) as file:
+            tag = file.read().strip()
+    if universal:
+        folder = os.path.join(load_dir, str(tag), "zero")
+        found = [os.path.join(root, name) for root, _, names in os.walk(folder) for name in names]
+        return [path for path in sorted(found) if path.endswith(".pt")]
+    if engine.zero_optimization():
+        return [engine._get_zero_ckpt_name(load_dir, tag)]
+    if engine.has_moe_layers:
+        groups = deepspeed.utils.groups
+        return [
+            engine._get_optimizer_ckpt_name(
+                load_dir, tag, groups._get_expert_parallel_rank(groups._get_max_expert_size_name())
+            )
+        ]
+    return [engine._get_ckpt_name(load_dir, tag)]
+
+
+def check_checkpoint(engine: Any, files: list[str]) -> None:
+    """Raise ConfigError on all ranks where one cannot load the moments in `files`, naming the file."""
+    raise_together(lambda: check_files(files))
+    if not files:
+        return
+    if engine.load_universal_checkpoint():
+        raise_together(lambda: _check_universal(engine, files))
+        return
+    steps: list[float] = []
+    raise_together(lambda: steps.extend(_check_partition(engine, files[0])))
+    _check_same_step(engine, files[0], steps)
+
+
+def raise_together(action: Callable[[], Any]) -> None:
+    """Run `action` on every rank; where it fails on one, all ranks raise rather than wait for it in a collective."""
+    error: Exception | None = None
+    try:
+        action()
+    except Exception as raised:  # whatever it is, the others must learn of it
+        error = raised
+    failed = torch.tensor([0.0 if error is None else 1.0 + dist.get_rank()])
+    failed = failed.to(deepspeed.get_accelerator().current_device_name())
+    dist.all_reduce(failed, op=dist.ReduceOp.MAX)
+    if error is not None or failed.item():
+        rank = int(failed.item()) - 1
+        said = [str(error)]
+        torch.distributed.broadcast_object_list(said, src=rank)
+        raise error or ConfigError(f"rank {rank}: {said[0]}")
+
+
+def stepped_tensors(engine: Any) -> list[tuple[dict[str, Any], torch.Tensor]]:
+    """(group, tensor) of all that the basic optimizer steps; stage 3 puts them into the groups for a step only."""
+    optimizer, wrapper = engine.basic_optimizer, engine.optimizer
+    partitions = getattr(wrapper, "fp32_partitioned_groups_flat", None)
+    if partitions is not None:
+        return [
+            (optimizer.param_groups[wrapper.sub_group_to_group_id[number]], partition)
+            for number, partition in enumerate(partitions)
+        ]
+    return [(group, param) for group in optimizer.param_groups for param in group["params"]]
+
+
+def _read(path: str) -> Any:
+    """What torch.save put there, as DeepSpeed reads it, with the tensors left on the disk."""
+    try:
+        return torch.load(path, map_location="cpu", mmap=True, weights_only=False)
+    except Exception as error:
+        raise fail(path, f"a file that torch cannot load ({error})", "a whole file", "copy it again") from error
+
+
+def _check_partition(engine: Any, path: str) -> list[float]:
+    """The steps of the moments in a rank's own file."""
+    stage, wrapper = engine.zero_optimization_stage(), engine.optimizer
+    state = _read(path)
+    state = state.get("optimizer_state_dict" if stage else "optimizer") or {}
+    saved_stage = int(state.get("zero_stage", stage) or 0)
+    if stage and (saved_stage == 3) != (stage == 3):
+        raise fail(path, f"a checkpoint of ZeRO stage {saved_stage}", f"one of stage {stage}", _UNIVERSAL)
+    ranks = state.get("partition_count")
+    if stage and ranks is not None and _largest(ranks) != _largest(wrapper.partition_count):
+        got = f"a checkpoint of {_largest(ranks)} ranks"
+        raise fail(path, got, f"one of {_largest(wrapper.partition_count)} ranks", _UNIVERSAL)
+    saved = state.get("base_optimizer_state", state.get("optimizer_state_dict", state))
+    if isinstance(saved, list):
+        raise fail(path, "an elastic checkpoint", "one without zero_optimization.elastic_checkpoint", _UNIVERSAL)
+    if "state" not in saved or "param_groups" not in saved:
+        raise fail(path, "no state of an optimizer", "a checkpoint with the optimizer", "load another tag")
+    sizes = [param.numel() for _, param in stepped_tensors(engine)]
+    numbers = [number for group in saved["param_groups"] for number in group["params"]]
+    same_groups = len(saved["param_groups"]) == len(engine.basic_optimizer.param_groups)
+    if not same_groups or len(numbers) != len(sizes):
+        raise fail(
+            path,
+            f"an optimizer with {len(saved['param_groups'])} groups and {len(numbers)} tensors",
+            f"{len(engine.basic_optimizer.param_groups)} groups and {len(sizes)} tensors, as this run has",
+            "load a checkpoint of this model; where ds_quant.optimizer.exclude has changed, " + _UNIVERSAL,
+        )
+    steps = []
+    for number, size in zip(numbers, sizes, strict=True):
+        moments = saved["state"].get(number) or {}
+        if "exp_avg" in moments and moments["exp_avg"].numel() != size:
+            raise fail(
+                path,
+                f"a moment of {moments['exp_avg'].numel()} elements",
+                f"{size} elements, which this rank has of this model",
+                "load a checkpoint of this model",
+            )
+        if "step" in moments:
+            steps.append(float(moments["step"]))
+    return steps
+
+
+def _largest(counts: Any) -> int:
+    return max(counts) if isinstance(counts, list) else int(counts)
+
+
+def _check_same_step(engine: Any, path: str, steps: list[float]) -> None:
+    """Raise ConfigError on all ranks where they would load moments of different steps."""
+    nothing = float("-inf")
+    own = [max(steps, default=nothing), -min(steps, default=-nothing)]
+    bounds = torch.tensor(own, device=engine.device)
+    dist.all_reduce(bounds, op=dist.ReduceOp.MAX)
+    if bounds[0] > -bounds[1]:
+        everywhere: list[Any] = [None] * dist.get_world_size()
+        torch.distributed.all_gather_object(everywhere, (path, max(steps, default=0.0)))
+        one_of_each = sorted({step: path for path, step in everywhere}.items())
+        raise fail(
+            ", ".join(path for _, path in one_of_each),
+            f"moments of the steps {', '.join(f'{step:.0f}' for step, _ in one_of_each)}",
+            "files of one checkpoint",
+            "files of two checkpoints are mixed up: load another tag, or copy the folder again",
+        )
+
+
+def _check_universal(engine: Any, files: list[str]) -> None:
+    """Shapes of this rank's share of the parameters, and the steps of all."""
+    (folder,) = {path[: path.rindex(f"{os.sep}zero{os.sep}") + 6] for path in files}
+    there, rank, world_size = set(files), dist.get_rank(), dist.get_world_size()
+    common = os.path.join(folder, "optimizer_state.pt")
+    if common in there and ("optimizer_state_dict" in _read(common)) != (engine.zero_optimization_stage() == 3):
+        got, allowed = ("stage 1 or 2", "stage 3") if engine.zero_optimization_stage() == 3 else ("stage 3", "1 or 2")
+        remedy = "train at the stage it was saved at (stages 1 and 2 can be exchanged)"
+        raise fail(common, f"a universal checkpoint of ZeRO {got}", f"one of {allowed}: DeepSpeed's differ", remedy)
+    names = sorted(name for param, name in engine.param_names.items() if param.requires_grad)
+    sizes = {name: getattr(p, "ds_numel", p.numel()) for p, name in engine.param_names.items()}
+    for name in names[rank::world_size]:
+        for key in ("fp32", "exp_avg", "exp_avg_sq"):
+            path = os.path.join(folder, name, f"{key}.pt")
+            if path not in there:
+                raise fail(path, "no such file", "a file for every parameter of this model", "convert it again")
+            saved = _read(path)
+            numel = (saved["param"] if isinstance(saved, dict) else saved).numel()
+            if numel != sizes[name]:
+                raise fail(path, f"{numel} elements", f"{sizes[name]}, as in this model", "load another checkpoint")
+    steps = {name: os.path.join(folder, name, "step.pt") for name in names}
+    found = {path: float(_read(path)) for path in steps.values() if path in there}
+    usual = sorted(found.values())[len(found) // 2] if found else 0.0
+    for path, step in found.items():
+        if step != usual:
+            got = f"step {step:.0f} beside others of step {usual:.0f}"
+            raise fail(path, got, "files of one checkpoint", "convert the checkpoint again")

@@ -1,0 +1,98 @@
+"""Which DeepSpeed is supported, and which of its private attributes this package overrides or reads."""
+
+import importlib
+from importlib.metadata import version
+from typing import Any
+
+from packaging.version import Version
+
+from ds_quant.errors import ConfigError
+
+SUPPORTED = ("0.19.8", "0.20")
+"""First supported version, first version that is not."""
+
+SEAMS: tuple[tuple[str, str, str], ...] = (
+    ("deepspeed", "initialize", "wrapped by enable()"),
+    ("deepspeed.runtime.zero.partition_parameters", "Init.__init__", "parses the JSON under HF's ZeRO-3"),
+    ("deepspeed.runtime.engine", "DeepSpeedEngine.forward", "names the step that stochastic rounding draws for"),
+    ("deepspeed.runtime.engine", "DeepSpeedEngine.gradient_accumulation_steps", "the micro step within a step"),
+    ("deepspeed.runtime.engine", "DeepSpeedEngine._configure_basic_optimizer", "makes the QuantAdamW of the JSON"),
+    ("deepspeed.runtime.engine", "DeepSpeedEngine.load_checkpoint", "its files are checked, its moments mended"),
+    ("deepspeed.runtime.engine", "DeepSpeedEngine._get_zero_ckpt_name", "the file of a rank's moments"),
+    ("deepspeed.runtime.engine", "DeepSpeedEngine._get_ckpt_name", "the file of the moments at stage 0"),
+    ("deepspeed.runtime.engine", "DeepSpeedEngine._get_optimizer_ckpt_name", "the same with a mixture of experts"),
+    ("deepspeed.utils.groups", "_get_expert_parallel_rank", "which of these files"),
+    ("deepspeed.utils.groups", "_get_max_expert_size_name", "which of these files"),
+    ("deepspeed.runtime.engine", "DeepSpeedEngine.step", "links the moments after the first one"),
+    ("deepspeed.runtime.engine", "DeepSpeedEngine.offload_states", "refused at stage 3"),
+    ("deepspeed.runtime.engine", "DeepSpeedEngine.reload_states", "links the moments again"),
+    (
+        "deepspeed.runtime.fp16.unfused_optimizer",
+        "FP16_UnfusedOptimizer.initialize_optimizer_states",
+        "takes a step, which a QuantAdamW needs not",
+    ),
+    ("deepspeed.runtime.zero.utils", "ZERO_SUPPORTED_OPTIMIZERS", "QuantAdamW joins it"),
+    (
+        "deepspeed.runtime.zero.stage_1_and_2",
+        "DeepSpeedZeroOptimizer._lazy_init_hp_params_optimizer_state",
+        "links safe_get_full_optimizer_state to the moments",
+    ),
+    (
+        "deepspeed.runtime.bf16_optimizer",
+        "BF16_Optimizer._lazy_init_hp_params_optimizer_state",
+        "links safe_get_full_optimizer_state to the moments",
+    ),
+    (
+        "deepspeed.runtime.zero.stage_1_and_2",
+        "DeepSpeedZeroOptimizer._load_global_state",
+        "is handed the groups of a universal checkpoint",
+    ),
+    (
+        "deepspeed.runtime.bf16_optimizer",
+        "BF16_Optimizer._load_global_state",
+        "is handed the groups of a universal checkpoint",
+    ),
+    ("deepspeed.runtime.pipe.module", "PipelineModule", "refused"),
+    ("deepspeed.ops", "__compatible_ops__", "the ops whose build may have left a lock"),
+)
+"""(module, attribute path, what for)."""
+
+
+def check_version(installed: str | None = None) -> str:
+    """The installed DeepSpeed version.
+
+    Raises:
+        ConfigError: it is outside the supported range.
+    """
+    installed = installed or version("deepspeed")
+    release = Version(Version(installed).base_version)
+    if not Version(SUPPORTED[0]) <= release < Version(SUPPORTED[1]):
+        raise ConfigError(
+            f"deepspeed: got version {installed}; allowed: >={SUPPORTED[0]},<{SUPPORTED[1]}; remedy: pip install "
+            f"'deepspeed>={SUPPORTED[0]},<{SUPPORTED[1]}'"
+        )
+    return installed
+
+
+def find_seams() -> dict[str, bool]:
+    """Each seam as ``module.attribute``, and whether this DeepSpeed has it."""
+    found = {}
+    for module_name, path, _ in SEAMS:
+        try:
+            target: Any = importlib.import_module(module_name)
+            for part in path.split("."):
+                target = getattr(target, part)
+            found[f"{module_name}.{path}"] = True
+        except (ImportError, AttributeError):
+            found[f"{module_name}.{path}"] = False
+    return found
+
+
+def check_seams() -> None:
+    """Raise ImportError naming every seam that the installed DeepSpeed does not have."""
+    missing = [name for name, there in find_seams().items() if not there]
+    if missing:
+        raise ImportError(
+            f"ds_quant: deepspeed {version('deepspeed')} has moved {', '.join(missing)}; allowed: a release that has "
+            f"them; remedy: pip install 'deepspeed=={SUPPORTED[0]}'"
+        )
