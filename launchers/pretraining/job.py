@@ -11,6 +11,7 @@ from transformers import TrainingArguments
 
 import ds_quant
 from ds_quant import report
+from ds_quant.optimizer_setup import describe_moments
 from pretraining import arguments, checkpoints, data, documents, environment, metrics, model, outputs
 from pretraining.arguments import Arguments
 from pretraining.deepspeed_json import DeepSpeedJson, fill_gaps
@@ -83,6 +84,7 @@ def _train(trainer: PretrainTrainer, args: Arguments, config: DeepSpeedJson, res
     evaluated = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
     steps_here = step - trainer.first_step
     coverage = ds_quant.coverage(trainer.model)
+    quant = ds_quant.QuantConfig.load(config.content)
     summary: dict[str, Any] = {
         "preset": args.model.preset,
         "model": model.describe(trainer.model),
@@ -99,6 +101,7 @@ def _train(trainer: PretrainTrainer, args: Arguments, config: DeepSpeedJson, res
         "converted_modules": dict(coverage.converted),
         "share": coverage.share,
         "left_out": {name: list(shape) for name, shape in coverage.left_out.items()},
+        "moments": describe_moments(quant.optimizer) if quant.optimizer else None,
         "dtype": str(trainer.deepspeed.get_data_types()[0]).removeprefix("torch."),
         "zero_stage": trainer.deepspeed.zero_optimization_stage(),
         "world_size": training.world_size,

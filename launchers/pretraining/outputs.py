@@ -75,8 +75,10 @@ def print_table(summary: dict[str, Any], output_dir: Path) -> None:
         table.add_row("matmul parameters", f"{summary['share']:.1%} quantized")
         left_out = summary["left_out"]
         table.add_row("left out", ", ".join(f"{name} {tuple(shape)}" for name, shape in left_out.items()) or "none")
-    else:
+    elif not summary["moments"]:
         table.add_row("quantized", "nothing: full precision")
+    if summary["moments"]:
+        table.add_row("Adam's moments", summary["moments"].replace("; ", "\n"))
     Console().print(table)
 
 

@@ -1,0 +1,78 @@
+"""AdamW by many hands: QuantAdamW and the optimizers that it is measured against."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ds_quant.moment import QuantizedMoment
+from ds_quant.optim import QuantAdamW
+
+Make = Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer]
+
+LR = 1e-4
+
+
+class Contender(NamedTuple):
+    """An optimizer, and how it is made for a list of parameters."""
+
+    name: str
+    make: Make
+    needs: str | None = None
+    """The package that it comes from, if it is none of ours."""
+
+
+def _quant(exp_avg: dict | None, exp_avg_sq: dict | None) -> Make:
+    return lambda params: QuantAdamW(params, lr=LR, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)
+
+
+def _deepspeed(params: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    from deepspeed.ops.adam import DeepSpeedCPUAdam  # compiled on first use, in a minute or two
+
+    return DeepSpeedCPUAdam(params, lr=LR)
+
+
+def _from(module: str, name: str) -> Make:
+    return lambda params: getattr(importlib.import_module(module), name)(params, lr=LR)
+
+
+BASE = "torch AdamW, fused"
+
+ALL = (
+    Contender(BASE, lambda params: torch.optim.AdamW(params, lr=LR, fused=True)),
+    Contender("torch AdamW, foreach", lambda params: torch.optim.AdamW(params, lr=LR, foreach=True)),
+    Contender("DeepSpeedCPUAdam", _deepspeed, "deepspeed"),
+    Contender("bitsandbytes AdamW8bit", _from("bitsandbytes.optim", "AdamW8bit"), "bitsandbytes"),
+    Contender("torchao AdamW8bit", _from("torchao.optim", "AdamW8bit"), "torchao"),
+    Contender("torchao AdamW4bit", _from("torchao.optim", "AdamW4bit"), "torchao"),
+    Contender("QuantAdamW, 32 bits", _quant(None, None)),
+    Contender("QuantAdamW, 8 bits", _quant({"bits": 8}, {"bits": 8})),
+    Contender("QuantAdamW, m 4 v 8 bits", _quant({"bits": 4}, {"bits": 8})),
+    Contender("QuantAdamW, 4 bits", _quant({"bits": 4}, {"bits": 4})),
+)
+
+
+def state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of all tensors in the state that have more than one element, tables shared between parameters once."""
+    seen: dict[int, int] = {}
+    for state in optimizer.state.values():
+        for value in state.values():
+            for tensor in _stored(value):
+                if tensor.numel() > 1:
+                    seen[tensor.data_ptr()] = tensor.nbytes
+    return sum(seen.values())
+
+
+def _stored(value: object) -> Iterable[Tensor]:
+    """The plain tensors in which a value of the state is stored."""
+    if isinstance(value, QuantizedMoment):
+        yield from (value.blocks.codes, value.blocks.scale)
+    elif hasattr(value, "__tensor_flatten__"):
+        for name in value.__tensor_flatten__()[0]:
+            yield from _stored(getattr(value, name))
+    elif isinstance(value, Tensor):
+        yield value

@@ -1,0 +1,68 @@
+"""Where a benchmark ran, and its rows: a table for the eye, a CSV to keep."""
+
+from __future__ import annotations
+
+import csv
+import datetime
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from pretraining.outputs import commit
+from rich.console import Console
+from rich.table import Table
+
+PACKAGES = ("ds_quant", "torch", "deepspeed", "bitsandbytes", "torchao")
+
+
+class BenchmarkError(ValueError):
+    """A benchmark that cannot run as asked."""
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Date, commit, processor, threads and versions: columns of every CSV row."""
+    found: dict[str, Any] = {
+        "date": datetime.date.today().isoformat(),
+        "commit": commit() or "unknown",
+        "processor": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu(),
+        "cpu_instructions": torch.backends.cpu.get_cpu_capability(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+    }
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = ""
+    return found
+
+
+def write_csv(path: Path, rows: list[dict[str, Any]], where: dict[str, Any]) -> None:
+    """All rows, each with the columns of `where`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=[*rows[0], *where])
+        writer.writeheader()
+        writer.writerows([{**row, **where} for row in rows])
+
+
+def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
+    """Print rows of text; the first column is a name, the others are figures."""
+    table = Table(title=title, title_justify="left")
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="left" if number == 0 else "right")
+    for row in rows:
+        table.add_row(*row)
+    Console(width=max(100, Console().width)).print(table)
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
