@@ -3,7 +3,13 @@ import pytest
 from ds_quant.config import ConfigError
 from ds_quant.patterns import check_patterns, matches
 
-NAMES = ["model.embed.weight", "model.layers.0.norm.weight", "model.layers.0.norm.bias", "lm_head.weight"]
+NAMES = [
+    "model.embed.weight",
+    "model.layers.0.norm.weight",
+    "model.layers.0.norm.bias",
+    "lm_head.weight",
+    "h.0.attention.weight",
+]
 
 
 @pytest.mark.parametrize(
@@ -38,6 +44,7 @@ def test_patterns_that_match_pass():
         ("lm_head", r" \(the nearest name is 'lm_head.weight'; '\*' crosses dots\)"),
         ("embed.weight", r" \(the nearest name is 'model.embed.weight'; '\*' crosses dots\)"),
         ("lm_haed.wieght", r" \(the nearest name is 'lm_head.weight'; '\*' crosses dots\)"),
+        ("h", r" \(the nearest name is 'h.0.attention.weight'; '\*' crosses dots\)"),
         ("@@@@", ""),
     ],
 )

@@ -165,6 +165,9 @@ def _check_universal(engine: Any, files: list[str]) -> None:
     (folder,) = {path[: path.rindex(f"{os.sep}zero{os.sep}") + 6] for path in files}
     there, rank, world_size = set(files), dist.get_rank(), dist.get_world_size()
     common = os.path.join(folder, "optimizer_state.pt")
+    if not engine.zero_optimization():
+        remedy = "set zero_optimization.stage to 1"
+        raise fail(common, "a universal checkpoint at ZeRO stage 0", "stages 1 to 3: DeepSpeed cannot load it", remedy)
     if common in there and ("optimizer_state_dict" in _read(common)) != (engine.zero_optimization_stage() == 3):
         got, allowed = ("stage 1 or 2", "stage 3") if engine.zero_optimization_stage() == 3 else ("stage 3", "1 or 2")
         remedy = "train at the stage it was saved at (stages 1 and 2 can be exchanged)"
