@@ -5,13 +5,14 @@ BIN := $(VENV)/bin
 export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/.cache/torch_extensions
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help venv pretrain baseline compare test lint pytest clean
+.PHONY: help venv pretrain baseline compare moments test lint pytest clean
 
 help:
 	@echo "make pretrain   pre-train the tiny model in W8A8 (sets everything up first)"
 	@echo "make test       lint, types, import layers and the whole test suite"
 	@echo "make baseline   the same run in full precision, into runs/tiny-baseline"
 	@echo "make compare    both runs and their curves in one picture"
+	@echo "make moments    losses of the recipes of the moments, some 30 runs of two minutes"
 	@echo "make clean      remove the environment and the build caches (not runs/)"
 
 venv: $(VENV)/.installed
@@ -31,6 +32,9 @@ baseline: venv
 
 compare: pretrain baseline
 	python launchers/pretraining/compare.py runs/tiny-baseline runs/tiny --output runs/compare.png
+
+moments: venv
+	python tests/convergence/moment_losses.py
 
 test: lint pytest
 

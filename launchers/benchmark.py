@@ -1,6 +1,6 @@
 """Measure what is fast beside what others do, in one process on one machine.
 
-    python launchers/benchmark.py optimizer [--sizes 1M,10M,50M,2000x1000] [--rounds 15]
+    python launchers/benchmark.py optimizer [--sizes 1M,10M,50M,2000x1024] [--rounds 15]
 
 Each subcommand prints a table and writes a CSV with versions, processor and commit. Contenders take turns within every
 round, so that a noisy neighbour hits all of them; compare ratios, not seconds.

@@ -37,9 +37,18 @@ def launch(command, *, timeout, env=None, cwd=ROOT, check=True):
         os.killpg(process.pid, signal.SIGKILL)
         output, _ = process.communicate()
         raise AssertionError(f"{command} did not end within {timeout} s:\n{output}") from None
+    finally:
+        _remove_shared_memory(command)
     if check:
         assert process.returncode == 0, f"{command} ended with {process.returncode}:\n{output}"
     return process.returncode, output
+
+
+def _remove_shared_memory(command):
+    """DeepSpeed leaves 66 MiB a rank in shared memory, named after its port, for good."""
+    for port in (str(part) for part in command if str(part).isdigit() and int(part) > 1024):
+        for left in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_*"):
+            left.unlink(missing_ok=True)
 
 
 def deepspeed(*arguments, ranks=2):

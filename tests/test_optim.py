@@ -200,19 +200,12 @@ def test_8_and_4_bits_train_as_adamw_does(rng):
     losses = regression(rng)
     betas = (0.9, 0.99)
     exact = losses(lambda params: torch.optim.AdamW(params, lr=3e-2, betas=betas))
-    # The yardstick of 8 bits: the same problem with a learning rate 20% lower.
+    # The yardstick: the same problem with a learning rate 20% lower.
     slower = losses(lambda params: torch.optim.AdamW(params, lr=2.4e-2, betas=betas))
     allowed = max(abs(a - b) for a, b in zip(exact, slower, strict=True))
-    for name in ("8/8", "dynamic", "power"):
+    for name in ("8/8", "4/8", "4/4", "dynamic", "power"):
         got = losses(lambda params, name=name: QuantAdamW(params, lr=3e-2, betas=betas, **moments(name)))
         assert 0 < max(abs(a - b) for a, b in zip(exact, got, strict=True)) < allowed, name
-    # 4 bits round a first moment below 1/98 of its block's largest to zero: without noise in the gradients, as here,
-    # they are slower in the directions of small gradients: the sum of losses grows by a factor of up to 2 or so.
-    for name in ("4/8", "4/4"):
-        got = losses(lambda params, name=name: QuantAdamW(params, lr=3e-2, betas=betas, **moments(name)))
-        assert exact != got
-        assert sum(got) < 3 * sum(exact), name
-        assert got[-1] < 0.05 * got[0]
 
 
 def test_a_second_moment_that_moves_less_than_half_a_code_a_step_is_followed_only_by_stochastic_rounding():

@@ -24,13 +24,13 @@ BANDWIDTH_BYTES = 12
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Steps of one fp32 parameter (50M) or of many (2000x1000), all optimizers in turns. `ratio` is to torch's "
+        "Steps of one fp32 parameter (50M) or of many (2000x1024), all optimizers in turns. `ratio` is to torch's "
         "fused AdamW in the same round, median and 20th to 80th percentile. `floor` is the time that the bytes it must "
         "move take at the bandwidth of an in-place addition in the same run, over its own time. Competitors: "
         "pip install 'ds_quant[bench]'."
     )
     parser.add_argument(
-        "--sizes", default="1M,10M,50M,2000x1000", help="elements, or COUNTxELEMENTS; k, M, G (default: %(default)s)"
+        "--sizes", default="1M,10M,50M,2000x1024", help="elements, or COUNTxELEMENTS; k, M, G (default: %(default)s)"
     )
     parser.add_argument(
         "--only", help="names of optimizers that contain one of these, split by commas; fused always runs"
@@ -62,15 +62,20 @@ def run(options: argparse.Namespace) -> None:
 
 
 def parse_size(text: str) -> tuple[int, int]:
-    """(number of parameters, elements of each) of "50M" or "2000x1000"; BenchmarkError for anything else."""
+    """(number of parameters, elements of each) of "50M" or "2000x1024"; BenchmarkError for anything else.
+
+    With a unit the elements are rounded up to a multiple of 256: torchao keeps others in 32 bits.
+    """
     match = re.fullmatch(r"(?:(\d+)x)?(\d+(?:\.\d+)?)([kMG]?)", text.strip())
     if not match or not (count := int(match[1] or 1)) or not (numel := _number(match[2], match[3])):
-        raise BenchmarkError(f"--sizes: got {text!r}; allowed: elements (50M), COUNTxELEMENTS (2000x1000); write it so")
+        raise BenchmarkError(f"--sizes: got {text!r}; allowed: elements (50M), COUNTxELEMENTS (2000x1024); write it so")
     return count, numel
 
 
 def _number(digits: str, unit: str) -> int:
-    return round(float(digits) * {"": 1, "k": 10**3, "M": 10**6, "G": 10**9}[unit])
+    if not unit:
+        return round(float(digits))
+    return -(-round(float(digits) * {"k": 10**3, "M": 10**6, "G": 10**9}[unit]) // 256) * 256
 
 
 def _choose(only: str | None) -> list[contenders.Contender]:
