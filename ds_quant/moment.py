@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from ds_quant.numerics.blockwise import QuantizedBlocks, dequantize_blockwise, quantize_blockwise
+from ds_quant.numerics.blockwise import QuantizedBlocks, dequantize_blockwise, packed_bytes, quantize_blockwise
 from ds_quant.numerics.codes import CodeMap
 
 aten = torch.ops.aten
@@ -79,10 +79,7 @@ class QuantizedMoment(Tensor):
     ) -> Self:
         """A moment of zeros: codes of zero bytes, which stand for zeros under every map while the scale is 0."""
         numel = math.prod(shape)
-        num_bytes = numel
-        if code_map.bits == 4:
-            full, tail = divmod(numel, block_size)
-            num_bytes = full * ((block_size + 1) // 2) + (tail + 1) // 2
+        num_bytes = numel if code_map.bits == 8 else packed_bytes(numel, block_size)
         dtype = code_map.dtype if code_map.bits == 8 else torch.uint8
         codes = torch.zeros(num_bytes, dtype=dtype, device=device)
         scale = torch.zeros(-(-numel // block_size), dtype=torch.float32, device=device)
@@ -130,7 +127,7 @@ class QuantizedMoment(Tensor):
     def _block_range(self, first: int, last: int) -> QuantizedBlocks:
         """Blocks `first` to `last` - 1, sharing storage."""
         blocks, size = self.blocks, self.blocks.block_size
-        width = size if blocks.code_map.bits == 8 else (size + 1) // 2
+        width = size if blocks.code_map.bits == 8 else packed_bytes(size, size)
         numel = min(last * size, blocks.numel) - min(first * size, blocks.numel)
         return blocks._replace(
             codes=blocks.codes[first * width : last * width], scale=blocks.scale[first:last], numel=numel

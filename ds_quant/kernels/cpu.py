@@ -12,6 +12,7 @@ from torch import Tensor
 from ds_quant.kernels.build import load
 from ds_quant.kernels.work import AdamWWork
 from ds_quant.numerics.adam import Moment
+from ds_quant.numerics.blockwise import packed_bytes
 from ds_quant.numerics.codes import CodeMap, code_values, decode, encode
 
 ISAS = ("plain", "avx2", "avx512")
@@ -134,13 +135,11 @@ def _moment(name: str, number: int, moment: Moment, numel: int) -> tuple[CodeMap
             f"adamw_(works[{number}].{name}): got {count} elements in blocks of {block_size}; allowed: {numel}, "
             "in blocks of a power of two or a divisor of that; quantize it so"
         )
-    num_full, rest = divmod(numel, block_size)
     if code_map.bits == 4:
-        num_codes = num_full * ((block_size + 1) // 2) + (rest + 1) // 2
-        _check(f"{name}.codes", number, codes, num_codes, _UINT8)
+        _check(f"{name}.codes", number, codes, packed_bytes(numel, block_size), _UINT8)
     else:
         _check(f"{name}.codes", number, codes, numel, {code_map.dtype: 0})
-    _check(f"{name}.scale", number, scale, num_full + (rest > 0), _FP32)
+    _check(f"{name}.scale", number, scale, -(-numel // block_size), _FP32)
     return code_map, codes.data_ptr(), scale.data_ptr(), block_size
 
 

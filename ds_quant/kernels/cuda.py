@@ -32,7 +32,7 @@ from torch import Tensor
 from ds_quant.kernels.work import AdamWWork
 from ds_quant.log import warn
 from ds_quant.numerics.adam import AdamWScalars, Moment, adamw_step
-from ds_quant.numerics.blockwise import BITSANDBYTES_BLOCK_SIZE, QuantizedBlocks
+from ds_quant.numerics.blockwise import BITSANDBYTES_BLOCK_SIZE, QuantizedBlocks, packed_bytes
 from ds_quant.numerics.codes import CodeMap, code_map, code_values
 from ds_quant.numerics.integer import DTYPES
 from ds_quant.numerics.random import derive_words
@@ -292,9 +292,8 @@ def _check(number: int, work: AdamWWork) -> None:
                 f"adamw_(works[{number}].{name}): got {moment.numel} elements in blocks of {size}; allowed: {numel} "
                 "elements, in blocks of a power of two or a divisor of that; quantize it so"
             )
-        full, rest = divmod(numel, size)
         if moment.code_map.bits == 4:
-            check(f"{name}.codes", moment.codes, full * ((size + 1) // 2) + (rest + 1) // 2, (torch.uint8,))
+            check(f"{name}.codes", moment.codes, packed_bytes(numel, size), (torch.uint8,))
         else:
             check(f"{name}.codes", moment.codes, numel, (moment.code_map.dtype,))
-        check(f"{name}.scale", moment.scale, full + (rest > 0), (torch.float32,))
+        check(f"{name}.scale", moment.scale, -(-numel // size), (torch.float32,))

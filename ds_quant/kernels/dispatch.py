@@ -1,11 +1,9 @@
 """Chooses who does a fused step: C++ on the CPU, `ds_quant.kernels.cuda` on CUDA devices, else the reference.
 
-DS_QUANT_KERNELS=reference in the environment has the reference do all of them.
+DS_QUANT_KERNELS=reference in the environment has the reference do all of them; `kernels.cuda` has its other value.
 """
 
 import functools
-import importlib
-import importlib.util
 import os
 from collections.abc import Callable, Sequence
 
@@ -55,6 +53,8 @@ def _kernel(kind: str) -> tuple[Step, str]:
             "200 times slower and allocates several fp32 tensors of each parameter's size; install g++ or clang++, or "
             f"set CXX to a C++17 compiler. The reason: {reason}"
         )
-    if kind == "cuda" and importlib.util.find_spec("ds_quant.kernels.cuda"):
-        return importlib.import_module("ds_quant.kernels.cuda").adamw_, "cuda: ds_quant.kernels.cuda"
+    if kind == "cuda":
+        from ds_quant.kernels import cuda
+
+        return cuda.adamw_, "cuda: ds_quant.kernels.cuda"
     return reference.adamw_, "reference"

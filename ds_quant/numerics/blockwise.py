@@ -101,6 +101,12 @@ def dequantize_blockwise(q: QuantizedBlocks) -> Tensor:
     return values * expand_groups(q.scale, values, "block", q.block_size)
 
 
+def packed_bytes(numel: int, block_size: int) -> int:
+    """Bytes of `numel` 4-bit codes, packed as the module docstring defines it."""
+    num_full, tail = divmod(numel, block_size)
+    return num_full * ((block_size + 1) // 2) + (tail + 1) // 2
+
+
 def pack(codes: Tensor, block_size: int) -> Tensor:
     """4-bit codes, one to an element of a 1-D tensor, packed as the module docstring defines it."""
     halves = codes.to(torch.int32) & 15

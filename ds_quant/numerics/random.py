@@ -120,11 +120,14 @@ def random_bits(
     `device` is the key's unless given.
     """
     check_key("random_bits(key)", key)
+    index = _indices(shape, key.device if device is None else device, offset)
+    return _bits(key.to(index.device), index)
+
+
+def _indices(shape: int | Sequence[int], device: torch.device | str, offset: int) -> Tensor:
+    """The row-major index of each element, plus `offset`: int64 of `shape`."""
     shape = (shape,) if isinstance(shape, int) else tuple(shape)
-    device = key.device if device is None else torch.device(device)
-    key = key.to(device)
-    index = torch.arange(math.prod(shape), dtype=torch.int64, device=device).reshape(shape) + offset
-    return _bits(key, index)
+    return torch.arange(math.prod(shape), dtype=torch.int64, device=device).reshape(shape) + offset
 
 
 def _bits(key: Tensor, index: Tensor) -> Tensor:
@@ -149,9 +152,6 @@ def uniform16(
     else the upper one.
     """
     check_key("uniform16(key)", key)
-    shape = (shape,) if isinstance(shape, int) else tuple(shape)
-    device = key.device if device is None else torch.device(device)
-    key = key.to(device)
-    index = torch.arange(math.prod(shape), dtype=torch.int64, device=device).reshape(shape) + offset
-    word = _bits(key, ((index >> 5) << 4) | (index & 15))
+    index = _indices(shape, key.device if device is None else device, offset)
+    word = _bits(key.to(index.device), ((index >> 5) << 4) | (index & 15))
     return ((word >> (index & 16)) & 0xFFFF).to(torch.float32) * 2.0**-16
