@@ -7,15 +7,13 @@ prints the table and draws the gaps. Runs of one seed share initialisation and d
 """
 
 import argparse
-import csv
-import json
-import os
 import statistics
-import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent.parent
+from loss_runs import ROOT, cell, final, gaps
+from loss_runs import train as train_run
+
 BASELINE = "baseline"
 RECIPES = {
     "adam8": "8 bits",
@@ -39,25 +37,9 @@ def train(runs: Path) -> None:
     for seed in SEEDS:
         for beta2 in BETA2:
             for config in (BASELINE, *RECIPES):
-                output = folder(runs, config, beta2, seed)
-                if (seed != SEEDS[0] and config not in SEVERAL_SEEDS) or (output / "summary.json").exists():
-                    continue
-                command = ["deepspeed", "--num_gpus", "1", ROOT / "launchers" / "pretrain.py", "--deepspeed"]
-                command += [ROOT / "ds_configs" / f"{config}.json", "--adam_beta2", beta2, "--seed", str(seed)]
-                # A run that ends with an error is a row of the table too.
-                subprocess.run(
-                    [*map(str, command), "--output_dir", str(output)], env={**os.environ, "OMP_NUM_THREADS": "1"}
-                )
-
-
-def evaluations(path: Path) -> dict[int, float]:
-    with (path / "metrics.csv").open() as file:
-        return {int(row["step"]): float(row["eval_loss"]) for row in csv.DictReader(file) if row["eval_loss"]}
-
-
-def final(path: Path) -> float | None:
-    summary = path / "summary.json"
-    return json.loads(summary.read_text())["final_eval_loss"] if summary.exists() else None
+                if seed == SEEDS[0] or config in SEVERAL_SEEDS:
+                    flags = ("--adam_beta2", beta2, "--seed", str(seed))
+                    train_run(folder(runs, config, beta2, seed), ROOT / "ds_configs" / f"{config}.json", *flags)
 
 
 def table(runs: Path) -> str:
@@ -70,13 +52,10 @@ def table(runs: Path) -> str:
         lines.append(f"| torch AdamW | {' | '.join(f'{base[seed]:.4f}' for seed in seeds)} | |")
         for config, name in RECIPES.items():
             losses = {seed: final(folder(runs, config, beta2, seed)) for seed in seeds}
-            gaps = [losses[seed] - base[seed] for seed in seeds if losses[seed] is not None]
-            if gaps:
-                cells = [
-                    "" if losses[seed] is None else f"{losses[seed]:.4f} ({losses[seed] - base[seed]:+.4f})"
-                    for seed in seeds
-                ]
-                mean = f"{statistics.mean(gaps):+.4f}" if len(gaps) > 1 else ""
+            differences = [losses[seed] - base[seed] for seed in seeds if losses[seed] is not None]
+            if differences:
+                cells = [cell(losses[seed], base[seed]) for seed in seeds]
+                mean = f"{statistics.mean(differences):+.4f}" if len(differences) > 1 else ""
                 lines.append(f"| {name} (`{config}`) | {' | '.join(cells)} | {mean} |")
         lines.append("")
     return "\n".join(lines)
@@ -92,17 +71,16 @@ def draw(runs: Path, path: Path) -> None:
     figure, panels = pyplot.subplots(1, len(BETA2), figsize=(11, 4), sharey=True, layout="constrained")
     for panel, beta2 in zip(panels, BETA2, strict=True):
         for number, config in enumerate(SEVERAL_SEEDS[1:]):
-            gaps = []
+            curves = []
             for seed in SEEDS:
                 paths = folder(runs, config, beta2, seed), folder(runs, BASELINE, beta2, seed)
-                if all((path / "summary.json").exists() for path in paths):
-                    own, base = map(evaluations, paths)
-                    gaps.append({step: own[step] - base[step] for step in own if step in base})
-                    panel.plot(gaps[-1].keys(), gaps[-1].values(), color=f"C{number}", linewidth=0.7, alpha=0.6)
-            if gaps:
-                steps = sorted(set.intersection(*map(set, gaps)))
-                means = [statistics.mean(gap[step] for gap in gaps) for step in steps]
-                label = f"{RECIPES[config]} ({len(gaps)} seeds)"
+                if all(final(path) is not None for path in paths):
+                    curves.append(gaps(*paths))
+                    panel.plot(curves[-1].keys(), curves[-1].values(), color=f"C{number}", linewidth=0.7, alpha=0.6)
+            if curves:
+                steps = sorted(set.intersection(*map(set, curves)))
+                means = [statistics.mean(curve[step] for curve in curves) for step in steps]
+                label = f"{RECIPES[config]} ({len(curves)} seeds)"
                 panel.plot(steps, means, color=f"C{number}", linewidth=2.2, label=label)
         panel.axhline(0, color="black", linewidth=0.8)
         panel.set(title=f"beta2 {beta2}", xlabel="step")
