@@ -1,1 +1,1 @@
-"""Fused optimizer steps: C++ for CPUs, built on first use, and the reference that defines them. See `dispatch`."""
+"""Fused optimizer steps (see `dispatch`) and gradients on the wire (see `wire`): C++ for CPUs, built on first use."""

@@ -4,7 +4,6 @@
 // one pass over memory. One with long blocks (granularity "tensor" or "channel") goes in two: the first computes new
 // moments only for their maxima, the second computes them again and stores them.
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -13,44 +12,15 @@
 
 #include "adamw.h"
 #include "random.h"
+#include "threads.h"
 
 namespace {
 
 constexpr int64_t TILE = 4096;     // elements of a buffer, and the longest block that goes in one pass
 constexpr int64_t MIN_FUSED = 64;  // blocks of the fused front are multiples of this
 constexpr int64_t UNIT = 512;      // elements of a unit of shorter blocks
-constexpr int64_t CHUNK = 1 << 15; // elements that a thread takes at a time
-
-// GOMP_parallel of the OpenMP runtime that torch has loaded, so that the process has one pool of threads.
-using Parallel = void (*)(void (*body)(void*), void* data, unsigned num_threads, unsigned flags);
-
-struct Threads {
-    Parallel parallel;  // null: one thread
-    int count;
-
-    // Calls body(i) for i = 0 to count - 1, each once, in no order.
-    template <class Body>
-    void for_each(int64_t num_items, const Body& body) const {
-        struct Shared {
-            const Body& body;
-            int64_t num_items;
-            std::atomic<int64_t> next;
-        } shared{body, num_items, {0}};
-        auto run = [](void* data) {
-            auto& s = *static_cast<Shared*>(data);
-            for (int64_t i; (i = s.next.fetch_add(1, std::memory_order_relaxed)) < s.num_items;) s.body(i);
-        };
-        auto num_threads = static_cast<unsigned>(std::min<int64_t>(count, num_items));
-        if (parallel && num_threads > 1)
-            parallel(run, &shared, num_threads, 0);
-        else
-            run(&shared);
-    }
-};
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-int64_t itemsize(int32_t dtype) { return dtype == FLOAT32 ? 4 : 2; }
 
 // Of the bits of max |x|: denormal maxima count as zeros, Inf and NaN make the scale a NaN.
 constexpr uint32_t SMALLEST_NORMAL = 0x00800000, INFINITE = 0x7f800000;
@@ -246,40 +216,23 @@ struct Job {
 
 // ---- one pass ------------------------------------------------------------------------------------------------------
 
-struct Start {
-    int64_t entry, element;
-};
-
 void step_in_units(
     const Stages& stages, const Threads& threads, const Entry* entries, const Format* formats,
     const std::vector<int64_t>& chosen) {
-    // Chunk i reaches from starts[i] to starts[i + 1]: a part of a tensor, or many small ones.
-    std::vector<Start> starts;
-    int64_t filled = CHUNK;
-    for (size_t k = 0; k < chosen.size(); ++k) {
+    auto numel = [&](int64_t k) { return entries[chosen[k]].numel; };
+    auto job_of = [&](int64_t k) {
         const Entry& e = entries[chosen[k]];
-        int64_t unit = Job(e, formats[e.format]).unit();
-        int64_t step = std::max<int64_t>(1, CHUNK / unit) * unit;
-        for (int64_t element = 0; element < e.numel; element += step) {
-            if (filled >= CHUNK) {
-                starts.push_back({static_cast<int64_t>(k), element});
-                filled = 0;
-            }
-            filled += std::min(step, e.numel - element);
-        }
-    }
-    auto num_chunks = static_cast<int64_t>(starts.size());
-    starts.push_back({static_cast<int64_t>(chosen.size()), 0});
-    threads.for_each(num_chunks, [&](int64_t i) {
-        Start at = starts[i], end = starts[i + 1];
-        for (; at.entry < end.entry || (at.entry == end.entry && at.element < end.element); ++at.entry) {
-            const Entry& e = entries[chosen[at.entry]];
-            Job job(e, formats[e.format]);
-            int64_t unit = job.unit(), stop = at.entry == end.entry ? end.element : e.numel;
-            for (int64_t element = at.element; element < stop; element += unit)
-                job.step_unit(stages, element, std::min(unit, stop - element));
-            at.element = 0;
-        }
+        return Job(e, formats[e.format]);
+    };
+    auto num_chosen = static_cast<int64_t>(chosen.size());
+    Chunks chunks(num_chosen, numel, [&](int64_t k) { return job_of(k).unit(); });
+    threads.for_each(chunks.count(), [&](int64_t i) {
+        chunks.for_each_range(i, numel, [&](int64_t k, int64_t begin, int64_t end) {
+            Job job = job_of(k);
+            int64_t unit = job.unit();
+            for (int64_t element = begin; element < end; element += unit)
+                job.step_unit(stages, element, std::min(unit, end - element));
+        });
     });
 }
 

@@ -1,9 +1,7 @@
 // What the driver (adamw.cpp), the stages (stages.cpp) and Python (cpu.py, build.py) agree on.
 #pragma once
 
-#include <cstdint>
-
-enum Dtype : int32_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
+#include "common.h"
 
 enum Map : int32_t { TABLE = 0, POWER = 1, FLOAT = 2 };  // linear is a power; with an offset it is a table
 
@@ -109,9 +107,6 @@ struct Stages {
     void (*pack_half)(const uint8_t* codes, int shift, uint8_t* packed, int64_t n);
     void (*uniform16)(const Draws& draws, uint32_t* to, int64_t n);
 };
-
-#define DS_QUANT_JOIN_(a, b) a##b
-#define DS_QUANT_JOIN(a, b) DS_QUANT_JOIN_(a, b)
 
 extern "C" {
 const Stages* ds_quant_stages_plain();

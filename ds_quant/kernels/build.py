@@ -19,7 +19,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 FOLDER = Path(__file__).parent
-SOURCES = ("adamw.h", "simd.h", "random.h", "convert.h", "decode.h", "encode.h", "stages.cpp", "adamw.cpp")
+DRIVERS = ("adamw.cpp", "wire.cpp")
+STAGES = ("stages.cpp", "wire_stages.cpp")
+"""Compiled once for each instruction set."""
+HEADERS = (
+    *("common.h", "threads.h", "simd.h", "random.h", "convert.h", "absmax.h"),
+    *("adamw.h", "decode.h", "encode.h", "wire.h", "hadamard.h"),
+)
+SOURCES = (*DRIVERS, *STAGES, *HEADERS)
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno", "-w")
 """No contraction to fused multiply-add and nothing of -ffast-math: results are the reference's, bit for bit."""
 ISA_FLAGS = {
@@ -118,11 +125,11 @@ def _build(path: Path, compiler: list[str]) -> None:
     os.close(descriptor)
     try:
         with tempfile.TemporaryDirectory(prefix="ds_quant_build_") as folder:
-            commands = {"adamw": [*common, "-c", str(FOLDER / "adamw.cpp")]}
+            commands = [[*common, "-c", str(FOLDER / name)] for name in DRIVERS]
             for isa, flags in isa_flags.items():
-                commands[isa] = [*common, *flags, f"-DDS_QUANT_ISA={isa}", "-c", str(FOLDER / "stages.cpp")]
-            objects = [f"{folder}/{name}.o" for name in commands]
-            _run([[*command, "-o", into] for command, into in zip(commands.values(), objects, strict=True)])
+                commands += [[*common, *flags, f"-DDS_QUANT_ISA={isa}", "-c", str(FOLDER / name)] for name in STAGES]
+            objects = [f"{folder}/{number}.o" for number in range(len(commands))]
+            _run([[*command, "-o", into] for command, into in zip(commands, objects, strict=True)])
             _run([[*compiler, "-shared", *objects, "-o", unfinished]])
         content = Path(unfinished).read_bytes()
         # Loaders take no notice of what follows the last section.

@@ -3,7 +3,7 @@
 
 #include <cstring>
 
-#include "adamw.h"
+#include "common.h"
 #include "simd.h"
 
 namespace {

@@ -28,7 +28,7 @@ _FIRST_CELL = 223
 _NO_KEY = (0, 0)
 
 
-class _Library(NamedTuple):
+class Library(NamedTuple):
     handle: ctypes.CDLL
     widest: int
     parallel: int | None
@@ -36,10 +36,13 @@ class _Library(NamedTuple):
 
 
 @functools.cache
-def _library() -> _Library:
+def library() -> Library:
+    """The C++ kernels of this process. Raises RuntimeError where there are none."""
     handle, reason = load()
     if handle is None:
-        raise RuntimeError(f"ds_quant.kernels.cpu: got no library ({reason}); remedy: call dispatch.adamw_ instead")
+        raise RuntimeError(
+            f"ds_quant.kernels.cpu: got no library ({reason}); remedy: call kernels.dispatch or kernels.wire instead"
+        )
     handle.ds_quant_adamw.argtypes = [
         *(ctypes.c_char_p, ctypes.c_int64, ctypes.c_char_p),
         *(ctypes.c_int, ctypes.c_void_p, ctypes.c_int),
@@ -52,12 +55,12 @@ def _library() -> _Library:
     # Looked up among the libraries that torch depends on: a second OpenMP runtime would spin beside the first.
     parallel = getattr(ctypes.CDLL(torch._C.__file__), "GOMP_parallel", None)
     address = None if parallel is None else ctypes.cast(parallel, ctypes.c_void_p).value
-    return _Library(handle, handle.ds_quant_widest_isa(), address)
+    return Library(handle, handle.ds_quant_widest_isa(), address)
 
 
 def isa() -> str:
     """The instruction set in use: "avx512", "avx2" or "plain"."""
-    return ISAS[_library().widest]
+    return ISAS[library().widest]
 
 
 def adamw_(works: Sequence[AdamWWork], *, isa: str | None = None) -> None:
@@ -68,7 +71,7 @@ def adamw_(works: Sequence[AdamWWork], *, isa: str | None = None) -> None:
 
     Raises ValueError, before anything is changed, where a tensor is not as `AdamWWork` and `QuantizedBlocks` have it.
     """
-    library = _library()
+    loaded = library()
     formats: dict[tuple, int] = {}
     pack = _ENTRY.pack
     rows = []
@@ -97,16 +100,20 @@ def adamw_(works: Sequence[AdamWWork], *, isa: str | None = None) -> None:
             f"adamw_(works[{number}]): got keys {key}, {sq_key} and stream {stream} ({error}); allowed: keys of two "
             "words below 2^32, a stream below 2^63; make them with fold_key()"
         ) from None
-    chosen = library.widest if isa is None else _isa_number(isa, library.widest)
+    chosen = isa_number("adamw_", isa)
     packed = b"".join(_format(*kind) for kind in formats)
     threads = torch.get_num_threads()
-    if library.handle.ds_quant_adamw(b"".join(rows), len(rows), packed, chosen, library.parallel, threads):
+    if loaded.handle.ds_quant_adamw(b"".join(rows), len(rows), packed, chosen, loaded.parallel, threads):
         raise MemoryError("adamw_: no memory for the maxima of the blocks")
 
 
-def _isa_number(name: str, widest: int) -> int:
+def isa_number(where: str, name: str | None) -> int:
+    """What the C++ functions are told; None is the widest. Raises ValueError for one that this machine lacks."""
+    widest = library().widest
+    if name is None:
+        return widest
     if name not in ISAS[: widest + 1]:
-        raise ValueError(f"adamw_(isa): got {name!r}; allowed: {', '.join(ISAS[: widest + 1])}; leave it out")
+        raise ValueError(f"{where}(isa): got {name!r}; allowed: {', '.join(ISAS[: widest + 1])}; leave it out")
     return ISAS.index(name)
 
 

@@ -22,13 +22,13 @@ kernels, which is slow for small ones, and temporaries of its size. New values o
 
 import functools
 import importlib.util
-import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
 
+from ds_quant.kernels.choice import chosen
 from ds_quant.kernels.work import AdamWWork
 from ds_quant.log import warn
 from ds_quant.numerics.adam import AdamWScalars, Moment, adamw_step
@@ -75,7 +75,7 @@ def adamw_(works: Sequence[AdamWWork]) -> None:
 
 def path(work: AdamWWork) -> str:
     """Which way a work goes: "bitsandbytes", "triton" or "compiled". Warns once of each reason for another way."""
-    if os.environ.get("DS_QUANT_KERNELS") == "triton":
+    if chosen() == "triton":
         reason = _not_for_triton(work)
         if not reason:
             return "triton"

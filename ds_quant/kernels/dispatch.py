@@ -1,15 +1,15 @@
 """Chooses who does a fused step: C++ on the CPU, `ds_quant.kernels.cuda` on CUDA devices, else the reference.
 
-DS_QUANT_KERNELS=reference in the environment has the reference do all of them; `kernels.cuda` has its other value.
+`kernels.choice` has what the environment may say about it.
 """
 
 import functools
-import os
 from collections.abc import Callable, Sequence
 
 import torch
 
 from ds_quant.kernels import build, reference
+from ds_quant.kernels.choice import chosen
 from ds_quant.kernels.work import AdamWWork
 from ds_quant.log import warn
 
@@ -35,7 +35,7 @@ def implementation(device: torch.device | str) -> str:
 
 
 def _serving(kind: str) -> tuple[Step, str]:
-    if os.environ.get("DS_QUANT_KERNELS") == "reference":
+    if chosen() == "reference":
         return reference.adamw_, "reference"
     return _kernel(kind)
 

@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "adamw.h"
+#include "common.h"
 #include "simd.h"
 
 namespace {
@@ -20,6 +20,23 @@ template <class V>
 ALWAYS_INLINE typename V::I mix(typename V::I x) {
     return mix_rest<V>(V::bit_xor(x, V::template right<16>(x)));
 }
+
+// Multiples of 2^-24 in [0, 1), as integers below 2^24, of elements that follow each other (`uniform`). The high words of
+// their indices are the one that the constructor is given.
+template <class V>
+struct Uniform {
+    typename V::I key0, key1;
+
+    Uniform(const uint32_t key[2], uint32_t high_word)
+        : key0(V::set_int(key[0])), key1(V::set_int(key[1] + high_word * 0x1e3779b1u)) {}
+
+    // Of the elements index + 0, 1, ... (width).
+    ALWAYS_INLINE typename V::I operator()(uint64_t index) const {
+        auto number = V::add(V::set_int(static_cast<uint32_t>(index)), V::iota());
+        auto bits = mix<V>(V::add(mix<V>(V::bit_xor(number, key0)), key1));
+        return V::template right<8>(bits);
+    }
+};
 
 // Multiples of 2^-16 in [0, 1), as integers below 2^16, of elements that follow each other (`uniform16`): an element
 // and the one 16 further on share a word of bits. All words have the high word that the constructor is given.

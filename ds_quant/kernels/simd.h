@@ -40,6 +40,10 @@ struct Scalar {
     static F rough_rsqrt(F x) { return 1.0f / __builtin_sqrtf(x); }
     static F rough_rcp(F x) { return 1.0f / x; }
     static F round(F x) { return static_cast<float>(static_cast<int32_t>(x + 0.5f)); }  // of x >= 0; ties do not matter
+    static F floor(F x) {  // of |x| < 2^31; the sign of zero does not matter
+        F whole = static_cast<float>(static_cast<int32_t>(x));
+        return whole > x ? whole - 1.0f : whole;
+    }
     static M greater(F a, F b) { return a > b; }
     static M at_least(F a, F b) { return a >= b; }
     static F select(M m, F a, F b) { return m ? a : b; }
@@ -48,6 +52,8 @@ struct Scalar {
     static I float_to_bits(F x) { I y; std::memcpy(&y, &x, 4); return y; }
     static F to_float(I x) { return static_cast<float>(static_cast<int32_t>(x)); }
     static I to_int(F x) { return static_cast<uint32_t>(static_cast<int32_t>(x)); }  // of whole numbers
+    // Ties to even, of |x| < 2^22: beside 1.5 * 2^23 the units are the lowest bits.
+    static I to_nearest_int(F x) { return float_to_bits(x + 0x1.8p23f) - float_to_bits(0x1.8p23f); }
 
     static I load_int(const uint32_t* p) { return *p; }
     static void store_int(uint32_t* p, I x) { *p = x; }
@@ -111,6 +117,7 @@ struct Avx2 {
     static F rough_rsqrt(F x) { return _mm256_rsqrt_ps(x); }
     static F rough_rcp(F x) { return _mm256_rcp_ps(x); }
     static F round(F x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+    static F floor(F x) { return _mm256_floor_ps(x); }
     static M greater(F a, F b) { return _mm256_cmp_ps(a, b, _CMP_GT_OQ); }
     static M at_least(F a, F b) { return _mm256_cmp_ps(a, b, _CMP_GE_OQ); }
     static F select(M m, F a, F b) { return _mm256_blendv_ps(b, a, m); }
@@ -119,6 +126,13 @@ struct Avx2 {
     static I float_to_bits(F x) { return _mm256_castps_si256(x); }
     static F to_float(I x) { return _mm256_cvtepi32_ps(x); }
     static I to_int(F x) { return _mm256_cvtps_epi32(x); }
+    static I to_nearest_int(F x) { return _mm256_cvtps_epi32(x); }
+
+    // Each element's partner `distance` away in the pair of runs that the two belong to.
+    template <int distance> static F swap(F x) {
+        if constexpr (distance == 4) return _mm256_permute2f128_ps(x, x, 1);
+        else return _mm256_permute_ps(x, distance == 1 ? 0xb1 : 0x4e);
+    }
 
     static I load_int(const uint32_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
     static void store_int(uint32_t* p, I x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), x); }
@@ -206,6 +220,7 @@ struct Avx512 {
     static F rough_rsqrt(F x) { return _mm512_rsqrt14_ps(x); }
     static F rough_rcp(F x) { return _mm512_rcp14_ps(x); }
     static F round(F x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+    static F floor(F x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); }
     static M greater(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ); }
     static M at_least(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ); }
     static F select(M m, F a, F b) { return _mm512_mask_blend_ps(m, b, a); }
@@ -214,6 +229,12 @@ struct Avx512 {
     static I float_to_bits(F x) { return _mm512_castps_si512(x); }
     static F to_float(I x) { return _mm512_cvtepi32_ps(x); }
     static I to_int(F x) { return _mm512_cvtps_epi32(x); }
+    static I to_nearest_int(F x) { return _mm512_cvtps_epi32(x); }
+
+    template <int distance> static F swap(F x) {
+        if constexpr (distance >= 4) return _mm512_shuffle_f32x4(x, x, distance == 4 ? 0xb1 : 0x4e);
+        else return _mm512_permute_ps(x, distance == 1 ? 0xb1 : 0x4e);
+    }
 
     static I load_int(const uint32_t* p) { return _mm512_loadu_si512(p); }
     static void store_int(uint32_t* p, I x) { _mm512_storeu_si512(p, x); }
@@ -291,6 +312,7 @@ struct Twice {
     static F rough_rsqrt(F x) { return {V::rough_rsqrt(x.a), V::rough_rsqrt(x.b)}; }
     static F rough_rcp(F x) { return {V::rough_rcp(x.a), V::rough_rcp(x.b)}; }
     static F round(F x) { return {V::round(x.a), V::round(x.b)}; }
+    static F floor(F x) { return {V::floor(x.a), V::floor(x.b)}; }
     static M greater(F x, F y) { return {V::greater(x.a, y.a), V::greater(x.b, y.b)}; }
     static M at_least(F x, F y) { return {V::at_least(x.a, y.a), V::at_least(x.b, y.b)}; }
     static F select(M m, F x, F y) { return {V::select(m.a, x.a, y.a), V::select(m.b, x.b, y.b)}; }
@@ -299,6 +321,7 @@ struct Twice {
     static I float_to_bits(F x) { return {V::float_to_bits(x.a), V::float_to_bits(x.b)}; }
     static F to_float(I x) { return {V::to_float(x.a), V::to_float(x.b)}; }
     static I to_int(F x) { return {V::to_int(x.a), V::to_int(x.b)}; }
+    static I to_nearest_int(F x) { return {V::to_nearest_int(x.a), V::to_nearest_int(x.b)}; }
 
     static I load_u8(const uint8_t* p) { return {V::load_u8(p), V::load_u8(p + half)}; }
     static I load_s8(const uint8_t* p) { return {V::load_s8(p), V::load_s8(p + half)}; }

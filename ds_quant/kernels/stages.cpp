@@ -1,6 +1,7 @@
 // The loops over elements. Compiled once for each instruction set, with DS_QUANT_ISA its name and -ffp-contract=off.
 //
 // A loop takes whole vectors and leaves the rest to itself with shorter ones, so the rest has the same bits.
+#include "absmax.h"
 #include "adamw.h"
 #include "convert.h"
 #include "decode.h"
@@ -51,19 +52,6 @@ void step(float* param, const float* grad, float* exp_avg, float* exp_avg_sq, in
 
 void moments(const float* grad, float* exp_avg, float* exp_avg_sq, int64_t n, const Scalars& s) {
     step<Widest, false>(nullptr, grad, exp_avg, exp_avg_sq, n, s);
-}
-
-template <class V>
-uint32_t absmax_of(const float* x, int64_t n) {
-    auto mask = V::set_int(0x7fffffff);
-    typename V::I most[2] = {V::set_int(0), V::set_int(0)};
-    int64_t i = 0;
-    for (; i + 2 * V::width <= n; i += 2 * V::width)
-        for (int k = 0; k < 2; ++k)
-            most[k] = V::max_int(most[k], V::bit_and(V::float_to_bits(V::load(x + i + k * V::width)), mask));
-    uint32_t result = V::reduce_max(V::max_int(most[0], most[1]));
-    for (; i < n; ++i) result = Scalar::max_int(result, Scalar::float_to_bits(x[i]) & 0x7fffffff);
-    return result;
 }
 
 // Where codes of a moment lie of which `run` follow each other, and the blocks' maxima go.

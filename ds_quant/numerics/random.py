@@ -82,13 +82,18 @@ def fold_key(
 
     Raises ValueError where a counter is not an integer from 0 to 2^64 - 1.
     """
+    return torch.tensor(fold_words(seed, step, micro_step, rank, stream), dtype=torch.int64, device=device)
+
+
+def fold_words(seed: int, step: int = 0, micro_step: int = 0, rank: int = 0, stream: int = 0) -> tuple[int, int]:
+    """`fold_key` as Python ints: what a kernel is passed."""
     counters = {"seed": seed, "step": step, "micro_step": micro_step, "rank": rank, "stream": stream}
     halves = START
     for position, (name, value) in enumerate(counters.items()):
         _check_counter(f"fold_key({name})", value)
         halves = _absorb(halves, 2 * position, value & MASK)
         halves = _absorb(halves, 2 * position + 1, value >> 32)
-    return torch.tensor(halves, dtype=torch.int64, device=device)
+    return halves
 
 
 def derive_key(key: Tensor, stream: int) -> Tensor:

@@ -1,0 +1,70 @@
+// Gradients to messages and back, bit for bit as numerics/wire.py has it. Called by wire_cpu.py through ctypes.
+//
+// One pass over memory: a thread takes a chunk of blocks at a time, of one large piece or of many small ones, and all
+// that happens to a block happens to it in L1.
+#include <new>
+#include <vector>
+
+#include "random.h"
+#include "threads.h"
+#include "wire.h"
+
+namespace {
+
+constexpr uint32_t SIGN_KEY[2] = {0x48616461, 0x6d617264};
+
+const Signs& signs() {
+    static const Signs made = [] {
+        Signs s;
+        for (int64_t i = 0; i < MAX_BLOCK; ++i) {
+            uint32_t bits = mix<Scalar>(mix<Scalar>(static_cast<uint32_t>(i) ^ SIGN_KEY[0]) + SIGN_KEY[1]);
+            s.bits[i] = bits & 0x80000000;
+        }
+        return s;
+    }();
+    return made;
+}
+
+const WireStages& stages_of(int isa) {
+#ifdef DS_QUANT_X86
+    if (isa == 2) return *ds_quant_wire_stages_avx512();
+    if (isa == 1) return *ds_quant_wire_stages_avx2();
+#endif
+    return *ds_quant_wire_stages_plain();
+}
+
+// Sums of a chunk, which are added in the order of the chunks: threads make no difference.
+struct Errors {
+    double sums[2];
+};
+
+}  // namespace
+
+#pragma GCC visibility push(default)
+extern "C" {
+
+// Size of the structure, for wire_cpu.py to compare with its own.
+int64_t ds_quant_wire_call_size() { return sizeof(WireCall); }
+
+// operation: 0 quantize, 1 reduce, 2 dequantize. 0, or 1 where memory ran out, with nothing written.
+int ds_quant_wire(const WireCall* call, int operation, int isa, Parallel parallel, int num_threads) try {
+    const WireStages& stages = stages_of(isa);
+    WireStage* const stage = operation == 0 ? stages.quantize : operation == 1 ? stages.reduce : stages.dequantize;
+    auto numel = [&](int64_t piece) { return call->numel[piece]; };
+    Chunks chunks(call->num_pieces, numel, [&](int64_t) { return call->block_size; });
+    std::vector<Errors> errors(call->errors ? chunks.count() : 0);
+    Threads{parallel, num_threads}.for_each(chunks.count(), [&](int64_t i) {
+        Errors sums{};
+        chunks.for_each_range(i, numel, [&](int64_t piece, int64_t begin, int64_t end) {
+            stage(*call, signs(), piece, begin, end, call->errors ? sums.sums : nullptr);
+        });
+        if (call->errors) errors[i] = sums;
+    });
+    for (const Errors& e : errors)
+        for (int k = 0; k < 2; ++k) call->errors[k] += e.sums[k];
+    return 0;
+} catch (const std::bad_alloc&) {
+    return 1;
+}
+}
+#pragma GCC visibility pop

@@ -1,0 +1,230 @@
+"""Gradients on the wire, all blocks of a call at once: what `kernels.wire_cuda` compiles.
+
+The definition of `numerics.wire` for a matrix [num_rows, block_size] whose rows are blocks of any pieces: either all
+whole, or all shorter and filled up with zeros. Rows say where their elements and codes lie; what is written beyond a
+row's length is written to its last place once more, with the same value.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ds_quant.numerics import integer, rotation
+from ds_quant.numerics.random import _bits
+from ds_quant.numerics.wire import WireFormat
+
+
+class Rows(NamedTuple):
+    """Blocks of a call: int64 [num_rows, 1] each."""
+
+    element: Tensor
+    """First element, in the flat tensor."""
+    scale_at: Tensor
+    codes_at: Tensor
+    length: Tensor | None
+    """Number of elements; None: all are whole."""
+    first: Tensor
+    """First element, in the piece."""
+    key: Tensor | None
+    """The words of the pieces' keys, [2, num_rows, 1]."""
+
+
+class Settings(NamedTuple):
+    """What a compiled function is made for."""
+
+    fmt: WireFormat
+    own_rank: int = 0
+    stochastic: bool = False
+    with_errors: bool = False
+
+
+def quantize_rows(
+    settings: Settings,
+    rows: Rows,
+    flat: Tensor,
+    residual: Tensor | None,
+    residual_scale: Tensor | None,
+    message: Tensor,
+    written: Tensor | None,
+    inverse: Tensor,
+) -> Tensor | None:
+    y = _own_rows(settings.fmt, rows, flat, residual, residual_scale)
+    return _send_rows(settings, rows, y, message, written, inverse)
+
+
+def reduce_to_message(
+    settings: Settings,
+    rows: Rows,
+    flat: Tensor,
+    residual: Tensor | None,
+    residual_scale: Tensor | None,
+    others: tuple[Tensor, ...],
+    factor: Tensor,
+    message: Tensor,
+    written: Tensor | None,
+    inverse: Tensor,
+) -> Tensor | None:
+    result = _sum_rows(settings, rows, flat, residual, residual_scale, others, factor)
+    return _send_rows(settings, rows, result, message, written, inverse)
+
+
+def reduce_to_output(
+    settings: Settings,
+    rows: Rows,
+    flat: Tensor,
+    residual: Tensor | None,
+    residual_scale: Tensor | None,
+    others: tuple[Tensor, ...],
+    factor: Tensor,
+    output: Tensor,
+) -> None:
+    result = _sum_rows(settings, rows, flat, residual, residual_scale, others, factor)
+    _put(output, rows, _unrotate(result, rows, settings.fmt))
+
+
+def dequantize_rows(settings: Settings, rows: Rows, message: Tensor, flat: Tensor) -> None:
+    _put(flat, rows, _unrotate(_values(message, rows, settings.fmt), rows, settings.fmt))
+
+
+def _lanes(rows: Rows, count: int, length: Tensor | None) -> Tensor:
+    """0, 1, ... count - 1 for each row, [num_rows or 1, count]; from a shorter `length` on, its last one again."""
+    lane = torch.arange(count, device=rows.element.device).unsqueeze(0)
+    return lane if length is None else torch.minimum(lane, length - 1)
+
+
+def _put(to: Tensor, rows: Rows, values: Tensor) -> None:
+    lanes = _lanes(rows, values.shape[1], rows.length)
+    if rows.length is not None:
+        values = values.gather(1, lanes)
+    to.index_put_((rows.element + lanes,), values.to(to.dtype))
+
+
+def _own_rows(
+    fmt: WireFormat, rows: Rows, flat: Tensor, residual: Tensor | None, residual_scale: Tensor | None
+) -> Tensor:
+    index = rows.element + _lanes(rows, fmt.block_size, rows.length)
+    t = flat[index].float()
+    if residual is not None and residual_scale is not None:
+        t = t + residual[index].float() * residual_scale
+    if fmt.rotation == "hadamard":
+        t = _transform(t * rotation.block_signs(fmt.block_size, t.device), rows)
+    return t if rows.length is None else torch.where(_is_filled(rows, fmt), t, 0.0)
+
+
+def _is_filled(rows: Rows, fmt: WireFormat) -> Tensor:
+    assert rows.length is not None
+    return torch.arange(fmt.block_size, device=rows.element.device) < rows.length
+
+
+def _unrotate(y: Tensor, rows: Rows, fmt: WireFormat) -> Tensor:
+    if fmt.rotation != "hadamard":
+        return y
+    return _transform(y, rows) * rotation.block_signs(fmt.block_size, y.device)
+
+
+def _transform(t: Tensor, rows: Rows) -> Tensor:
+    if rows.length is None:
+        return rotation.hadamard(t)
+    # An element of a short block lies in the part of 2^k elements, where k is the highest bit that its index and the
+    # length do not share. Parts of that size start at multiples of it: partners are found as in a whole block.
+    size = t.shape[1]
+    lane = torch.arange(size, device=t.device)
+    differing = lane ^ rows.length
+    factor = torch.ones_like(t)
+    h = 1
+    while h < size:
+        partner = t[:, lane ^ h]
+        turned = torch.where((lane & h) > 0, partner - t, t + partner)
+        is_within = differing >= 2 * h
+        t = torch.where(is_within, turned, t)
+        factor = torch.where(is_within, rotation.norm(2 * h), factor)
+        h *= 2
+    return t * factor
+
+
+def _send_rows(
+    settings: Settings, rows: Rows, y: Tensor, message: Tensor, written: Tensor | None, inverse: Tensor
+) -> Tensor | None:
+    fmt = settings.fmt
+    levels = 2 ** (fmt.bits - 1) - 1
+    q = integer.quantize(y, fmt.bits, granularity="row")
+    codes, scale = q.codes, q.scale
+    if settings.stochastic:
+        assert rows.key is not None
+        steps = torch.where(scale > 0, integer.divide(y, scale.expand_as(y)), 0.0)
+        index = rows.first + torch.arange(fmt.block_size, device=y.device)
+        draws = (_bits(rows.key, index) >> 8).float() * 2.0**-24
+        floor = torch.floor(steps)
+        codes = (floor + (draws < steps - floor)).clamp(-levels, levels).to(torch.int8)
+    scale_index = rows.scale_at + torch.arange(4, device=y.device)
+    message.index_put_((scale_index,), scale.contiguous().view(torch.uint8))
+    _put_codes(message, rows, codes, fmt)
+    lost = y - codes.float() * scale
+    if written is not None:
+        rounded = (_unrotate(lost, rows, fmt) * inverse).bfloat16()
+        _put(written, rows, torch.where(rounded.isfinite(), rounded, 0.0))
+    if not settings.with_errors:
+        return None
+    squares = torch.stack((lost, y)).double().square()
+    return torch.where(scale.isfinite(), squares, 0.0).sum(dim=(1, 2))
+
+
+def _half(rows: Rows, fmt: WireFormat) -> tuple[Tensor | int, Tensor]:
+    """Of 4-bit codes, the number of bytes of each row, and these numbered, [num_rows or 1, block_size / 2]."""
+    if rows.length is None:
+        return fmt.block_size // 2, _lanes(rows, fmt.block_size // 2, None)
+    half = (rows.length + 1) >> 1
+    return half, _lanes(rows, fmt.block_size // 2, half)
+
+
+def _put_codes(message: Tensor, rows: Rows, codes: Tensor, fmt: WireFormat) -> None:
+    if fmt.bits == 8:
+        lanes = _lanes(rows, fmt.block_size, rows.length)
+        packed = (codes if rows.length is None else codes.gather(1, lanes)).view(torch.uint8)
+    else:
+        half, lanes = _half(rows, fmt)
+        codes = codes.to(torch.int32) & 15
+        if rows.length is None:
+            low, high = codes.chunk(2, dim=1)
+        else:
+            # Filled up with zeros: so is the last high half of an odd length.
+            low, high = codes.gather(1, lanes), codes.gather(1, (lanes + half).clamp(max=fmt.block_size - 1))
+        packed = (low | high << 4).to(torch.uint8)
+    message.index_put_((rows.codes_at + lanes,), packed)
+
+
+def _values(message: Tensor, rows: Rows, fmt: WireFormat) -> Tensor:
+    """code * scale, fp32 [num_rows, block_size]; what lies behind the end of a short row means nothing."""
+    scale = message[rows.scale_at + torch.arange(4, device=message.device)].view(torch.float32)
+    if fmt.bits == 8:
+        codes = message[rows.codes_at + _lanes(rows, fmt.block_size, rows.length)].view(torch.int8)
+        return codes.float() * scale
+    half, lanes = _half(rows, fmt)
+    packed = message[rows.codes_at + lanes].to(torch.int32)
+    codes = torch.cat((packed & 15, packed >> 4), dim=1)
+    if rows.length is not None:
+        lane = torch.arange(fmt.block_size, device=message.device)
+        # Upper halves follow the lower ones of a whole block, not of a short one.
+        codes = codes.gather(
+            1, torch.where(lane < half, lane, (lane - half + fmt.block_size // 2).clamp(max=fmt.block_size - 1))
+        )
+    return ((codes ^ 8) - 8).float() * scale
+
+
+def _sum_rows(
+    settings: Settings,
+    rows: Rows,
+    flat: Tensor,
+    residual: Tensor | None,
+    residual_scale: Tensor | None,
+    others: tuple[Tensor, ...],
+    factor: Tensor,
+) -> Tensor:
+    own = _own_rows(settings.fmt, rows, flat, residual, residual_scale)
+    values = [_values(message, rows, settings.fmt) for message in others]
+    total = torch.zeros_like(own)
+    for y in (*values[: settings.own_rank], own, *values[settings.own_rank :]):
+        total = total + y
+    total = total * factor
+    return total if rows.length is None else torch.where(_is_filled(rows, settings.fmt), total, 0.0)

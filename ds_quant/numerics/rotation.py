@@ -1,0 +1,76 @@
+"""Randomized Hadamard rotation of blocks: spreads an outlier over its block before it is quantized.
+
+A 1-D tensor is cut into blocks of `block_size` from its first element, the last may be shorter. In fp32, for a block t
+of m elements, m a power of two:
+
+    rotated(t) = H(signs * t)                  original(y) = signs * H(y)
+
+    signs[i] = -1 where the top bit of bits(SIGN_KEY, i) is 1, else +1, i the index in the block (see `random`): the
+               same for all blocks, ranks and steps
+    H          the Walsh-Hadamard butterflies for h = 1, 2, 4, ... m / 2, each of which takes all pairs a, b that are h
+               apart in runs of 2 h elements to a + b, a - b; then the product with 1 / sqrt(m) rounded to fp32
+
+A last block whose length is no power of two is cut into its binary parts, the largest first: 13 elements are 8, 4 and
+1. Each part has an H of its own; signs go by the index in the block.
+
+H is its own inverse, up to rounding. An Inf or a NaN reaches the whole of its part, and large numbers may overflow.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from ds_quant.numerics.random import random_bits
+
+SIGN_KEY = (0x48616461, 0x6D617264)
+""""Hada", "mard"."""
+
+
+def rotate(t: Tensor, block_size: int) -> Tensor:
+    """The fp32 tensor `t`, [numel], rotated block by block, as the module docstring defines it."""
+    return _transform(t * signs_of(t.numel(), block_size, t.device), block_size)
+
+
+def unrotate(y: Tensor, block_size: int) -> Tensor:
+    """The inverse of `rotate`, up to rounding."""
+    return _transform(y, block_size) * signs_of(y.numel(), block_size, y.device)
+
+
+def signs_of(numel: int, block_size: int, device: torch.device | str | None = None) -> Tensor:
+    """fp32 +1 and -1 of shape [numel]."""
+    index = torch.arange(numel, device=device) & (block_size - 1)
+    return block_signs(block_size, device)[index]
+
+
+def block_signs(block_size: int, device: torch.device | str | None = None) -> Tensor:
+    """fp32 +1 and -1 of one block, [block_size]."""
+    key = torch.tensor(SIGN_KEY, dtype=torch.int64, device=device)
+    return 1.0 - (random_bits(key, block_size) >> 31).float() * 2.0
+
+
+def norm(length: int) -> float:
+    """What H of `length` elements is multiplied with in the end, before it is rounded to fp32."""
+    return 1.0 / math.sqrt(length)
+
+
+def hadamard(rows: Tensor) -> Tensor:
+    """H of each row of the fp32 tensor `rows`, [num_rows, power of two]."""
+    length = rows.shape[-1]
+    h = 1
+    while h < length:
+        a, b = rows.unflatten(-1, (length // (2 * h), 2, h)).unbind(-2)
+        rows = torch.stack((a + b, a - b), dim=-2).flatten(-3)
+        h *= 2
+    return rows * norm(length)
+
+
+def _transform(t: Tensor, block_size: int) -> Tensor:
+    covered = t.numel() // block_size * block_size
+    parts = [hadamard(t[:covered].view(-1, block_size)).view(-1)]
+    part = block_size
+    while part := part // 2:
+        if (t.numel() - covered) & part:
+            parts.append(hadamard(t[covered : covered + part].view(1, -1)).view(-1))
+            covered += part
+    return torch.cat(parts)

@@ -1,0 +1,27 @@
+import pytest
+import torch
+
+from ds_quant.errors import ConfigError
+from ds_quant.kernels import dispatch, wire
+from ds_quant.kernels.choice import VARIABLE, chosen
+
+
+@pytest.mark.parametrize("value", ["", "reference", "triton"])
+def test_what_may_be_chosen(monkeypatch, value):
+    monkeypatch.setenv(VARIABLE, value)
+    assert chosen() == value
+
+
+def test_nothing_chosen(monkeypatch):
+    monkeypatch.delenv(VARIABLE, raising=False)
+    assert chosen() == ""
+
+
+@pytest.mark.parametrize("value", ["Reference", "cpp", "1"])
+def test_anything_else_is_refused_wherever_it_is_read(monkeypatch, value):
+    monkeypatch.setenv(VARIABLE, value)
+    message = f'DS_QUANT_KERNELS: got "{value}"; allowed: reference or triton; remedy: correct it'
+    with pytest.raises(ConfigError, match=message):
+        dispatch.implementation("cpu")
+    with pytest.raises(ConfigError, match=message):
+        wire._serving(torch.device("cpu"))
