@@ -51,7 +51,12 @@ __all__ = [
 ]
 
 
+_SUBPACKAGES = ("comm", "numerics")
+
+
 def __getattr__(name: str) -> Any:
+    if name in _SUBPACKAGES:
+        return importlib.import_module(f"{__name__}.{name}")
     home = _HOMES.get(name)
     if home is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -60,7 +60,7 @@ def _exact_int(value: Any) -> Any:
 
 
 def _node_size(value: Any) -> Any:
-    if value is not False and _exact_int(value) < 2:
+    if not isinstance(value, bool) and _exact_int(value) < 2:
         raise PydanticCustomError("node_size", "two ranks or more are wanted")
     return value
 
@@ -86,9 +86,9 @@ FlatBlock = Annotated[
     int, Field(ge=32, le=4096), AfterValidator(_power_of_two), Allowed("a power of two from 32 to 4096")
 ]
 RanksPerNode = Annotated[
-    Literal[False] | Annotated[int, Field(ge=2)],  # ge for the JSON schema
+    bool | Annotated[int, Field(ge=2)],  # ge for the JSON schema
     BeforeValidator(_node_size),
-    Allowed("false, or the number of ranks in a node, 2 or more"),
+    Allowed("false, true for the ranks that the launcher has put on a node, or their number, 2 or more"),
 ]
 Rounding = Literal["nearest", "stochastic"]
 # JSON arrays come as lists, which strict mode would refuse for a tuple.
@@ -228,7 +228,7 @@ def _nothing(section: Section, keys: str) -> Rule:
 # ---- optimizer
 
 
-def _moment_block_size(data: dict[str, Any]) -> int:
+def _flat_block_size(data: dict[str, Any]) -> int:
     return 256 if data["bits"] == 8 else 128
 
 
@@ -249,7 +249,7 @@ class MomentConfig(BlockSection):
     power of (c + 3) / 18); `linear` itself; `dynamic` bitsandbytes' map. Default `float` at 8 bits, `power` at 4."""
     granularity: Literal["block", "tensor", "channel"] = "block"
     """What shares a scale. `tensor` and `channel` are the paper's: map `linear`, and whole parameters only."""
-    block_size: FlatBlock = Field(default_factory=_moment_block_size)
+    block_size: FlatBlock = Field(default_factory=_flat_block_size)
     """Consecutive elements that share a scale, for granularity `block`. Default 256 at 8 bits, 128 at 4."""
     rounding: Rounding | None = None
     """`nearest` or `stochastic`. Null (default): what measured best for this moment and these bits."""
@@ -294,16 +294,18 @@ class GradientCommunicationConfig(Section):
 
     bits: WireBits
     """Bits of a code, 4 or 8. Required."""
-    block_size: FlatBlock = 256
-    """Consecutive elements that share a scale."""
+    block_size: FlatBlock = Field(default_factory=_flat_block_size)
+    """Consecutive elements that share a scale. Default 256 at 8 bits, 128 at 4."""
     rounding: Rounding = "nearest"
     """`nearest` (ties to even) or `stochastic`."""
     error_feedback: bool = False
-    """Add to a gradient what its last transmission lost."""
+    """Add to a gradient what its last transmission lost. Takes 2 bytes an element of the gradient on every rank, 4
+    where steps may be skipped."""
     rotation: Literal["none", "hadamard"] = "none"
-    """Rotate each block before it is quantized."""
+    """`hadamard` rotates each block before it is quantized, which spreads outliers over the block."""
     hierarchical: RanksPerNode = False
-    """Reduce inside the node first; the number of ranks in a node."""
+    """Sum inside the node first, in the gradients' dtype, and quantize between nodes only: `true`, or the number of
+    ranks in a node."""
 
 
 class CommunicationConfig(Section):

@@ -142,6 +142,8 @@ def initialize(
             zero.attach_steps(engine, step_key)
         for line in coverage(engine.module).lines():
             say(line)
+    if quant.communication and quant.communication.gradient:
+        zero.attach_communication(engine, quant.communication.gradient)
     return result
 
 
@@ -202,15 +204,13 @@ def _replace_config(forwarded: dict[str, Any], config: dict[str, Any]) -> None:
 def refuse_unavailable(quant: QuantConfig) -> None:
     """What the section may say but this release does not do yet."""
     later = []
-    if quant.communication:
-        later.append(("ds_quant.communication", "quantized gradient communication", "the communication section"))
     if quant.linear and quant.linear.backend == "int8":
         later.append(("ds_quant.linear.backend", describe(quant.linear), '"backend": "simulated" in its place'))
     if later:
         raise ConfigError(
             "\n".join(
-                f"{where}: got {got}, which is not available yet in this release; allowed: the optimizer section, and "
-                f"the linear section with the simulated backend; "
+                f"{where}: got {got}, which is not available yet in this release; allowed: the optimizer "
+                f"and communication sections, and the linear section with the simulated backend; "
                 f"remedy: {'use' if 'in its place' in remedy else 'remove'} {remedy}"
                 for where, got, remedy in later
             )

@@ -150,6 +150,13 @@ REFUSALS = (
         "remove it; ds_quant.communication.gradient is what replaces it",
     ),
     Refusal(
+        "sparse_gradients",
+        _is_on,
+        ("communication",),
+        "false",
+        "DeepSpeed gathers sparse gradients as they are: they would cross the wire in full precision",
+    ),
+    Refusal(
         "zero_optimization.elastic_checkpoint",
         _is_on,
         ("optimizer",),

@@ -10,6 +10,7 @@ from typing import Any
 
 from ds_quant.config import (
     ConfigError,
+    GradientCommunicationConfig,
     OptimizerConfig,
     QuantConfig,
     has_tripwire,
@@ -93,6 +94,10 @@ def explain(source: Any) -> tuple[list[tuple[str, str]], list[str]]:
         checks += _moment_checks(quant.optimizer, raw, stage)
     else:
         rows.append(("AdamW's moments", "32 bits"))
+    if quant.communication and quant.communication.gradient:
+        rows += _wire(quant.communication.gradient, raw, stage)
+    else:
+        rows.append(("gradients on the wire", "full precision"))
     for check in checks:
         try:
             check()
@@ -115,6 +120,19 @@ def _moments(config: OptimizerConfig, raw: dict[str, Any]) -> list[tuple[str, st
         ("  bytes a parameter", f"{bytes_a_parameter(config):.2f} instead of 8"),
         ("  exclude", ", ".join(config.exclude) or "nothing"),
         ("  optimizer", source),
+    ]
+
+
+def _wire(config: GradientCommunicationConfig, raw: dict[str, Any], stage: Any) -> list[tuple[str, str]]:
+    from ds_quant.comm.reducer import bytes_an_element, describe_wire
+
+    zero = raw.get("zero_optimization") or {}
+    ways = {0: "all-reduce", 1: "reduce-scatter, once a step", 2: "reduce-scatter, every micro step"}
+    way = "all-reduce" if zero.get("reduce_scatter") is False else ways.get(stage, ways[2])
+    return [
+        ("gradients on the wire", describe_wire(config)),
+        ("  bytes an element", f"{bytes_an_element(config):.3f} instead of 4 or 2"),
+        ("  by", way),
     ]
 
 

@@ -10,7 +10,8 @@ from ds_quant.zero.seams import check_seams, check_version
 check_version()
 check_seams()
 
-from ds_quant.zero.initialize import (  # noqa: E402  (what they import must be there)
+from ds_quant.zero.communication import attach_communication  # noqa: E402  (what they import must be there)
+from ds_quant.zero.initialize import (  # noqa: E402
     accelerator,
     check_model,
     no_step_at_start,
@@ -26,6 +27,7 @@ from ds_quant.zero.steps import attach_steps  # noqa: E402
 
 __all__ = [
     "accelerator",
+    "attach_communication",
     "attach_moments",
     "attach_steps",
     "check_model",

@@ -52,6 +52,35 @@ SEAMS: tuple[tuple[str, str, str], ...] = (
         "BF16_Optimizer._load_global_state",
         "is handed the groups of a universal checkpoint",
     ),
+    ("deepspeed.runtime.engine", "DeepSpeedEngine.save_checkpoint", "residuals are saved beside it"),
+    ("deepspeed.runtime.engine", "DeepSpeedEngine.was_step_applied", "residuals count from then on"),
+    ("deepspeed.runtime.engine", "DeepSpeedEngine.is_gradient_accumulation_boundary", "the end of a whole step"),
+    ("deepspeed.runtime.engine", "DeepSpeedEngine.buffered_allreduce_fallback", "reduces at stage 0"),
+    ("deepspeed.runtime.engine", "DeepSpeedEngine._get_gradients_for_reduction", "what it reduces"),
+    ("deepspeed.runtime.engine", "DeepSpeedEngine.allreduce_bucket", "its all-reduce is replaced"),
+    ("deepspeed.runtime.engine", "dist.all_reduce", "what the engine reduces with"),
+    *(
+        ("deepspeed.runtime.zero.stage_1_and_2", f"DeepSpeedZeroOptimizer.{name}", "gradients are reduced in it")
+        for name in (
+            "reduce_ipg_grads",
+            "average_tensor",
+            "gradient_reduction_w_predivide",
+            "allreduce_bucket",
+            "allreduce_and_scatter",
+            "_add_to_grad_partition_buffer",
+        )
+    ),
+    ("deepspeed.runtime.zero.stage_1_and_2", "dist.all_reduce", "what stages 1 and 2 reduce with"),
+    ("deepspeed.runtime.zero.stage_1_and_2", "dist.reduce", "what stages 1 and 2 reduce with"),
+    *(
+        ("deepspeed.runtime.zero.stage3", f"DeepSpeedZeroOptimizer_Stage3._DeepSpeedZeroOptimizer_Stage3__{name}", why)
+        for name, why in (
+            ("avg_scatter_grads", "its reduce-scatter is replaced"),
+            ("avg_scatter_contiguous_grads", "its all-reduce is replaced"),
+        )
+    ),
+    ("deepspeed.runtime.zero.stage3", "reduce_scatter_coalesced", "what stage 3 reduces with"),
+    ("deepspeed.runtime.zero.stage3", "dist.all_reduce", "what stage 3 reduces with"),
     ("deepspeed.runtime.pipe.module", "PipelineModule", "refused"),
     ("deepspeed.ops", "__compatible_ops__", "the ops whose build may have left a lock"),
 )

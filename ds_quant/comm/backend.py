@@ -1,0 +1,131 @@
+"""The collectives underneath: deepspeed.comm's where DeepSpeed runs, for its comms logger to count, else torch's.
+
+DeepSpeed is not imported for it: where it runs, somebody has.
+"""
+
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch import distributed as torch_dist
+
+Group = Any
+"""A torch.distributed.ProcessGroup."""
+
+
+def _module() -> Any:
+    deepspeed_comm = sys.modules.get("deepspeed.comm")
+    if deepspeed_comm is not None and deepspeed_comm.is_initialized():
+        return deepspeed_comm
+    return torch_dist
+
+
+def resolve(group: Group | None) -> Group:
+    """The group itself, the world's for None. Raises RuntimeError where torch.distributed is not initialised."""
+    if not torch_dist.is_initialized():
+        raise RuntimeError(
+            "ds_quant.comm: got no process group; allowed: torch.distributed initialised; call "
+            "torch.distributed.init_process_group() or deepspeed.init_distributed() first"
+        )
+    return torch_dist.group.WORLD if group is None else group
+
+
+def is_destroyed(group: Group) -> bool:
+    try:
+        torch_dist.get_process_group_ranks(group)
+    except KeyError:
+        return True
+    return False
+
+
+def all_to_all(output: Tensor, message: Tensor, output_splits: list[int], splits: list[int], group: Group) -> Any:
+    """Start it; returns a work to wait for, None where that is over already."""
+    if _sends_by_itself(group):
+        return _exchange(output, message, output_splits, splits, group)
+    return _module().all_to_all_single(output, message, output_splits, splits, group=group, async_op=True)
+
+
+def all_gather(output: Tensor, message: Tensor, group: Group) -> Any:
+    """Start it; `message` may be the own part of `output`. Returns a work, None where that is over already."""
+    if _sends_by_itself(group):
+        rank, world_size = torch_dist.get_rank(group), torch_dist.get_world_size(group)
+        slot = message.numel()
+        own = output[rank * slot : (rank + 1) * slot]
+        if own.data_ptr() != message.data_ptr():
+            own.copy_(message)
+        copies = [0 if other == rank else slot for other in range(world_size)]
+        return _exchange(output, message, copies, copies, group, is_gather=True)
+    return _module().all_gather_into_tensor(output, message, group=group, async_op=True)
+
+
+IN_FLIGHT = 2**22
+"""Bytes of a message that are sent at once."""
+
+
+def _sends_by_itself(group: Group) -> bool:
+    """Whether messages go by sends and receives of parts instead of gloo's collectives, which take turns in sending and
+    receiving and use half of a link. Not where DeepSpeed's comms logger is to see collectives."""
+    if torch_dist.get_backend(group) != "gloo":
+        return False
+    module = _module()
+    return module is torch_dist or not module.comms_logger.enabled
+
+
+class _Works:
+    def __init__(self, works: list[Any]) -> None:
+        self._works = works
+
+    def wait(self) -> None:
+        for work in self._works:
+            work.wait()
+
+
+def _exchange(
+    output: Tensor,
+    message: Tensor,
+    output_splits: list[int],
+    splits: list[int],
+    group: Group,
+    *,
+    is_gather: bool = False,
+) -> _Works:
+    """Send each rank its part of `message` (all of it if `is_gather`) and receive the others' into `output`, in which a
+    gather has a place for the own part as well."""
+    rank, world_size = torch_dist.get_rank(group), torch_dist.get_world_size(group)
+    places = [message.numel()] * world_size if is_gather else output_splits
+    begins = [sum(places[:other]) for other in range(world_size)]
+    sends = [0 if is_gather else sum(splits[:other]) for other in range(world_size)]
+    works = []
+    # Rank r begins with rank r + 1: nobody is sent to by all at once.
+    for distance in range(1, world_size):
+        sender = (rank - distance) % world_size
+        part = output[begins[sender] : begins[sender] + output_splits[sender]]
+        works += [
+            torch_dist.irecv(some, group=group, group_src=sender) for some in part.split(IN_FLIGHT) if part.numel()
+        ]
+    for distance in range(1, world_size):
+        to = (rank + distance) % world_size
+        part = message[sends[to] : sends[to] + splits[to]]
+        works += [torch_dist.isend(some, group=group, group_dst=to) for some in part.split(IN_FLIGHT) if part.numel()]
+    return _Works(works)
+
+
+def reduce_scatter(output: Tensor, values: Tensor, group: Group) -> None:
+    """Sums, in the tensors' dtype."""
+    _module().reduce_scatter_tensor(output, values, op=torch_dist.ReduceOp.SUM, group=group)
+
+
+def gather_bytes(content: bytes, group: Group, device: torch.device) -> list[bytes]:
+    """`content` of every rank; the same length everywhere."""
+    own = torch.tensor(list(content), dtype=torch.uint8, device=device)
+    world_size = torch_dist.get_world_size(group)
+    found = own.new_empty(world_size * own.numel())
+    torch_dist.all_gather_into_tensor(found, own, group=group)
+    return [bytes(row) for row in found.reshape(world_size, -1).tolist()]
+
+
+def gather_objects(content: Any, group: Group) -> list[Any]:
+    found: list[Any] = [None] * torch_dist.get_world_size(group)
+    torch_dist.all_gather_object(found, content, group=group)
+    return found

@@ -1,0 +1,197 @@
+"""Where DeepSpeed reduces gradients, and what takes the place of its collectives there.
+
+DeepSpeed divides by the number of ranks, predivides, casts and copies around its collectives in many ways. All that
+stays: for as long as one of these methods of its runs, the module that it is written in finds quantized collectives
+where it looks for full-precision ones. Stages 1 and 2 alone get another algorithm: a reduce-scatter to the owners of
+the slices where DeepSpeed all-reduces all of them.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any
+
+import torch
+from deepspeed import comm as dist
+from deepspeed.runtime import engine as engine_module
+from deepspeed.runtime.zero import stage3, stage_1_and_2
+from torch import Tensor
+
+from ds_quant.comm.layout import Piece, Span
+from ds_quant.zero.gradients import GradientCommunication
+
+
+class _Collectives:
+    """deepspeed.comm, with sums over ranks quantized."""
+
+    def __init__(self, gradients: GradientCommunication, spans: Callable[[Tensor], Sequence[Span]]) -> None:
+        self._gradients, self._spans = gradients, spans
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(dist, name)
+
+    def all_reduce(self, tensor: Tensor, group: Any = None) -> None:
+        self._gradients.all_reduce(tensor, self._spans(tensor), group)
+
+    def reduce(self, tensor: Tensor, dst: int, group: Any = None) -> None:
+        self._gradients.reduce(tensor, self._spans(tensor), dst, group)
+
+
+@contextmanager
+def _replaced(module: ModuleType, name: str, value: Any) -> Iterator[None]:
+    original = getattr(module, name)
+    setattr(module, name, value)
+    try:
+        yield
+    finally:
+        setattr(module, name, original)
+
+
+def _quantized(module: ModuleType, gradients: GradientCommunication, spans: Callable[[Tensor], Sequence[Span]]) -> Any:
+    return _replaced(module, "dist", _Collectives(gradients, spans))
+
+
+class QuantizedReductionEngine:
+    """Mixed into the class of a live engine whose wrapper leaves the reduction to it: stage 0 and BF16_Optimizer."""
+
+    ds_quant_gradients: GradientCommunication
+
+    def buffered_allreduce_fallback(self, grads: Any = None, elements_per_buffer: int = 500000000) -> None:
+        gradients = self.ds_quant_gradients
+        if hasattr(self.optimizer, "get_grads_for_reduction"):  # type: ignore[attr-defined]
+            wrapper = self.optimizer  # type: ignore[attr-defined]
+            places = [
+                (gradient, parameter)
+                for group, parameters in zip(wrapper.fp32_groups_gradients, wrapper.bf16_groups, strict=True)
+                for gradient, parameter in zip(group, parameters, strict=True)
+            ]
+        else:
+            # Those without a gradient get zeros, which must be there before they can be named.
+            self._get_gradients_for_reduction()  # type: ignore[attr-defined]
+            parameters = self.module.parameters()  # type: ignore[attr-defined]
+            places = [(parameter.grad, parameter) for parameter in parameters if parameter.grad is not None]
+        with gradients.naming(places):
+            super().buffered_allreduce_fallback(grads, elements_per_buffer)  # type: ignore[misc]
+
+    def allreduce_bucket(self, bucket: Sequence[Tensor], dp_group: Any, dp_world_size: Any = None) -> Any:
+        spans = self.ds_quant_gradients.joined_spans(bucket)
+        with _quantized(engine_module, self.ds_quant_gradients, lambda _: spans):
+            return super().allreduce_bucket(bucket, dp_group, dp_world_size)  # type: ignore[misc]
+
+
+class QuantizedReductionStage1And2:
+    """Mixed into the class of a live DeepSpeedZeroOptimizer."""
+
+    ds_quant_gradients: GradientCommunication
+
+    def reduce_ipg_grads(self, comm_dtype: Any = None) -> None:
+        places: list[tuple[Tensor, Any]] = []
+        for bucket in self.ipg_buckets.values():  # type: ignore[attr-defined]
+            parameters = [self.bit16_groups[i][number] for i, number, _ in bucket.params]  # type: ignore[attr-defined]
+            if not self.contiguous_gradients:  # type: ignore[attr-defined]
+                places += zip(bucket.grads, parameters, strict=True)
+        with self.ds_quant_gradients.naming(places):
+            super().reduce_ipg_grads(comm_dtype)  # type: ignore[misc]
+
+    def average_tensor(self, tensor: Tensor, communication_data_type: torch.dtype) -> None:
+        bucket = self.ipg_buckets[communication_data_type]  # type: ignore[attr-defined]
+        places, start = [], 0
+        for group, number, _ in bucket.params:
+            parameter = self.bit16_groups[group][number]  # type: ignore[attr-defined]
+            places.append((tensor.narrow(0, start, parameter.numel()), parameter))
+            start += parameter.numel()
+        with self.ds_quant_gradients.naming(places):
+            super().average_tensor(tensor, communication_data_type)  # type: ignore[misc]
+
+    def gradient_reduction_w_predivide(self, tensor: Tensor, communication_data_type: torch.dtype) -> Tensor:
+        spans = self.ds_quant_gradients.spans(tensor) if tensor.numel() else []
+        with _quantized(stage_1_and_2, self.ds_quant_gradients, lambda _: spans):
+            return super().gradient_reduction_w_predivide(tensor, communication_data_type)  # type: ignore[misc]
+
+    def allreduce_bucket(self, bucket: Sequence[Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        spans = self.ds_quant_gradients.joined_spans([tensor.view(-1) for tensor in bucket])
+        with _quantized(stage_1_and_2, self.ds_quant_gradients, lambda _: spans):
+            return super().allreduce_bucket(bucket, *args, **kwargs)  # type: ignore[misc]
+
+    def allreduce_and_scatter(
+        self,
+        bucket: Sequence[Any],
+        communication_data_type: torch.dtype,
+        numel_per_bucket: int = 500000000,
+        log: Any = None,
+        divide: bool = True,
+        process_group: Any = None,
+    ) -> None:
+        # Entries are (destinations, slice) or (destinations, slice, where to add the result as well).
+        slices = [(entry[0], entry[1], entry[2] if len(entry) > 2 else None) for entry in bucket]
+        owners = [min(to) if isinstance(to, frozenset) else to for to, _, _ in slices]
+        several = [entry for entry in bucket if isinstance(entry[0], frozenset) and len(entry[0]) > 1]
+        if several:  # Muon wants whole matrices on several ranks
+            super().allreduce_and_scatter(  # type: ignore[misc]
+                several, communication_data_type, numel_per_bucket, log, divide, process_group
+            )
+            single = [entry for entry in bucket if not any(entry is other for other in several)]
+            if single:
+                self.allreduce_and_scatter(
+                    single, communication_data_type, numel_per_bucket, log, divide, process_group
+                )
+            return
+        gradients = self.ds_quant_gradients
+        group = self.dp_process_group if process_group is None else process_group  # type: ignore[attr-defined]
+        reducer = gradients.reducer(group)
+        tensors = [gradient for _, gradient, _ in slices]
+        pieces = [
+            Piece(*span, owner)
+            for number, (owner, gradient) in enumerate(zip(owners, tensors, strict=True))
+            for span in gradients.spans(gradient, number)
+        ]
+        factor = 1.0
+        if divide and self.gradient_average:  # type: ignore[attr-defined]
+            factor = self.sequence_parallel_size / reducer.world_size  # type: ignore[attr-defined]
+        numel = reducer.own_numel(pieces)
+        buffer = gradients.buffers.take(4 * numel, tensors[0].device)
+        means = buffer.view(torch.float32)
+        gradients.reduce_scatter(tensors, pieces, means, group, factor)
+        start = 0
+        for owner, (_, gradient, output) in zip(owners, slices, strict=True):
+            if owner == reducer.rank:
+                mean = means[start : start + gradient.numel()]
+                self._add_to_grad_partition_buffer(output, mean)  # type: ignore[attr-defined]
+                gradient.copy_(mean)
+                start += gradient.numel()
+            if gradient.is_cuda and self.overlap_comm:  # type: ignore[attr-defined]
+                gradient.record_stream(self.reduction_stream)  # type: ignore[attr-defined]
+        gradients.buffers.give_back(buffer)
+
+
+def _reduce_scatter_coalesced(gradients: GradientCommunication, parameters: Sequence[Any]) -> Callable:
+    names = [gradients.names[id(parameter)] for parameter in parameters]
+    return lambda tensors, group=None: gradients.reduce_scatter_coalesced(tensors, names, group)
+
+
+class QuantizedReductionStage3:
+    """Mixed into the class of a live DeepSpeedZeroOptimizer_Stage3. The methods' names are mangled by its class."""
+
+    ds_quant_gradients: GradientCommunication
+
+    def _DeepSpeedZeroOptimizer_Stage3__avg_scatter_grads(
+        self, params_to_reduce: list[Any], communication_data_type: torch.dtype
+    ) -> list[Tensor]:
+        replacement = _reduce_scatter_coalesced(self.ds_quant_gradients, params_to_reduce)
+        with _replaced(stage3, "reduce_scatter_coalesced", replacement):
+            return super()._DeepSpeedZeroOptimizer_Stage3__avg_scatter_grads(  # type: ignore[misc]
+                params_to_reduce, communication_data_type
+            )
+
+    def _DeepSpeedZeroOptimizer_Stage3__avg_scatter_contiguous_grads(
+        self, buffer_to_reduce: Tensor, communication_data_type: torch.dtype
+    ) -> list[Tensor]:
+        spans, start = [], 0
+        for parameter in self.ipg_buckets[communication_data_type].params:  # type: ignore[attr-defined]
+            numel = parameter.grad.numel()
+            spans.append(Span(self.ds_quant_gradients.names[id(parameter)], 0, 0, start, numel))
+            start += numel
+        with _quantized(stage3, self.ds_quant_gradients, lambda _: spans):
+            return super()._DeepSpeedZeroOptimizer_Stage3__avg_scatter_contiguous_grads(  # type: ignore[misc]
+                buffer_to_reduce, communication_data_type
+            )
