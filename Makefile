@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/.cache/torch_extensions
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help venv pretrain baseline compare moments test lint pytest clean
+.PHONY: help venv pretrain baseline compare moments communication test lint pytest clean
 
 help:
 	@echo "make pretrain   pre-train the tiny model in W8A8 (sets everything up first)"
@@ -13,6 +13,7 @@ help:
 	@echo "make baseline   the same run in full precision, into runs/tiny-baseline"
 	@echo "make compare    both runs and their curves in one picture"
 	@echo "make moments    losses of the recipes of the moments, some 30 runs of two minutes"
+	@echo "make communication   losses with gradients in few bits on the wire, 4 ranks, some 15 runs"
 	@echo "make clean      remove the environment and the build caches (not runs/)"
 
 venv: $(VENV)/.installed
@@ -35,6 +36,9 @@ compare: pretrain baseline
 
 moments: venv
 	python tests/convergence/moment_losses.py
+
+communication: venv
+	python tests/convergence/communication_losses.py
 
 test: lint pytest
 

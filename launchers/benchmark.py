@@ -1,6 +1,8 @@
-"""Measure what is fast beside what others do, in one process on one machine.
+"""Measure what is fast beside what others do, on one machine.
 
     python launchers/benchmark.py optimizer [--sizes 1M,10M,50M,2000x1024] [--rounds 15]
+    python launchers/benchmark.py comm [--sizes 25M] [--ranks 2] [--links loopback,1gbit,100mbit]
+    python launchers/benchmark.py comm-step [--configs A.json,B.json] [--stages 0,1,2] [--links 1gbit,100mbit]
 
 Each subcommand prints a table and writes a CSV with versions, processor and commit. Contenders take turns within every
 round, so that a noisy neighbour hits all of them; compare ratios, not seconds.
@@ -11,8 +13,8 @@ from __future__ import annotations
 import argparse
 import sys
 
-from benchmarking import optimizer
-from benchmarking.results import BenchmarkError
+from benchmarking import comm, comm_step, optimizer
+from benchmarking.errors import BenchmarkError
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -22,6 +24,8 @@ def main(argv: list[str] | None = None) -> int:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     optimizer.add_arguments(commands.add_parser("optimizer", help=optimizer.HELP))
+    comm.add_arguments(commands.add_parser("comm", help=comm.HELP))
+    comm_step.add_arguments(commands.add_parser("comm-step", help=comm_step.HELP))
     options = parser.parse_args(argv)
     try:
         options.run(options)

@@ -82,6 +82,9 @@ def test_the_example_of_the_design_loads():
     assert quant.communication.gradient.bits == 8
 
 
+NODE = "false, true for the ranks that the launcher has put on a node, or their number, 2 or more"
+
+
 def test_defaults():
     quant = load(
         {
@@ -110,7 +113,7 @@ def test_defaults():
     assert quant.optimizer.exclude == ()
     assert vars(quant.communication.gradient) == {
         "bits": 4,
-        "block_size": 256,
+        "block_size": 128,
         "rounding": "nearest",
         "error_feedback": False,
         "rotation": "none",
@@ -347,10 +350,9 @@ WRONG_VALUES = [
             ("rounding", "down", '"nearest", "stochastic"'),
             ("error_feedback", 1, "true or false"),
             ("rotation", "fourier", '"none", "hadamard"'),
-            ("hierarchical", True, "false, or the number of ranks in a node"),
-            ("hierarchical", 0, "false, or the number of ranks in a node"),
-            ("hierarchical", 1, "false, or the number of ranks in a node"),
-            ("hierarchical", 2.0, "false, or the number of ranks in a node"),
+            ("hierarchical", 0, NODE),
+            ("hierarchical", 1, NODE),
+            ("hierarchical", 2.0, NODE),
         ]
     ),
     # what quantizes nothing
@@ -917,7 +919,7 @@ sections = optional(
                 block_size=st.sampled_from([32, 256]),
                 error_feedback=st.booleans(),
                 rotation=st.sampled_from(["none", "hadamard"]),
-                hierarchical=st.just(False) | st.integers(2, 16),
+                hierarchical=st.booleans() | st.integers(2, 16),
             )
         }
     ),

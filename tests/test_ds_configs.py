@@ -60,6 +60,13 @@ MOMENT_ROWS = {
     "paper_v8_tensor": (None, TENSOR_8),
     "paper_v8_channel": (None, CHANNEL_8),
 }
+# Rows on the wire: (bits, block_size, error_feedback), beside the linear layers and moments of another row.
+WIRE_ROWS = {
+    "comm8": ((8, 256, False), None, None),
+    "comm4": ((4, 128, True), None, None),
+    "w8a8_adam8_comm8": ((8, 256, False), "w8a8", "adam8"),
+    "all4": ((4, 128, True), "w8a8", "adam4"),
+}
 STAGE_0 = [name for name in MOMENT_ROWS if name.startswith("paper_")]
 
 VALUES = {
@@ -81,7 +88,20 @@ def read(name):
 
 
 def test_the_matrix_is_complete():
-    assert set(NAMES) == {"baseline", *ROWS, *PAPER_ROWS, *MOMENT_ROWS}
+    assert set(NAMES) == {"baseline", *ROWS, *PAPER_ROWS, *MOMENT_ROWS, *WIRE_ROWS}
+
+
+@pytest.mark.parametrize("name", WIRE_ROWS)
+def test_each_row_on_the_wire_says_what_its_name_says(name):
+    def load(other):
+        return QuantConfig.load(ROOT / "ds_configs" / f"{other}.json")
+
+    quant, (expected, linear, moments) = load(name), WIRE_ROWS[name]
+    gradient = quant.communication.gradient
+    assert (gradient.bits, gradient.block_size, gradient.error_feedback) == expected
+    assert (gradient.rounding, gradient.rotation, gradient.hierarchical) == ("nearest", "none", False)
+    assert quant.linear == (load(linear).linear if linear else None)
+    assert quant.optimizer == (load(moments).optimizer if moments else None)
 
 
 @pytest.mark.parametrize("name", MOMENT_ROWS)
@@ -265,6 +285,7 @@ for name, config in json.load(open(sys.argv[1])).items():
             f"{key} {value.blocks.code_map.bits}" if isinstance(value, QuantizedMoment) else f"{key} 32"
             for state in engine.basic_optimizer.state.values() for key, value in state.items() if key != "step"
         }),
+        "reduces": hasattr(engine, "ds_quant_gradients"),
         "quantized": [n for n, m in engine.module.named_modules() if isinstance(m, ds_quant.QuantLinear)],
     }
 json.dump(results, open(sys.argv[2], "w"))
@@ -280,11 +301,14 @@ def test_every_config_trains_a_step(tmp_path):
         assert all(math.isfinite(loss) for loss in result["losses"]), (name, result)
         assert result["moved"], name
         # two layers of seven linears; the paper quantized lm_head too
+        linear_of_wire, moments_of_wire = WIRE_ROWS.get(name, (None, None, None))[1:]
         without = name == "baseline" or (name in MOMENT_ROWS and name != "w8a8_adam8")
+        without |= name in WIRE_ROWS and not linear_of_wire
         expected = 0 if without else 14 + name.startswith("paper_")
         assert len(result["quantized"]) == expected, (name, result["quantized"])
         assert ("lm_head" in result["quantized"]) is (name.startswith("paper_") and not without)
-        moments = MOMENT_ROWS.get(name, (None, None))
+        moments = MOMENT_ROWS.get(moments_of_wire or name, (None, None))
+        assert result["reduces"] == (name in WIRE_ROWS), name
         kinds = zip(("exp_avg", "exp_avg_sq"), moments, strict=True)
         assert result["moments"] == [f"{key} {moment[0] if moment else 32}" for key, moment in kinds], name
     baseline = results.pop("baseline")["losses"]

@@ -2,8 +2,10 @@
 
 import base64
 import copy
+import importlib
 import inspect
 import json
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -18,6 +20,7 @@ from ds_quant import zero
 from ds_quant.config import ConfigError
 from ds_quant.conversion import coverage
 from ds_quant.stepkey import CountForwards
+from ds_quant.zero import communication, gradient_seams
 
 SECTION = {"linear": {"weight": {"bits": 8}, "activation": {"bits": 8}, "exclude": []}}
 CONFIG = {
@@ -172,16 +175,10 @@ def test_an_old_reference_to_initialize_does_not_train_in_full_precision():
         start(STOCK_INITIALIZE, config=config())
 
 
-@pytest.mark.parametrize(
-    ("section", "where"),
-    [
-        ({**SECTION, "communication": {"gradient": {"bits": 8}}}, "ds_quant.communication"),
-        ({"linear": {"weight": {"bits": 8}, "activation": {"bits": 8}, "backend": "int8"}}, "ds_quant.linear.backend"),
-    ],
-)
-def test_what_is_not_there_yet_is_refused(section, where):
+def test_what_is_not_there_yet_is_refused():
     net = model()
-    with pytest.raises(ConfigError, match=rf"{where}: got .*not available yet.*remedy"):
+    section = {"linear": {"weight": {"bits": 8}, "activation": {"bits": 8}, "backend": "int8"}}
+    with pytest.raises(ConfigError, match=r"ds_quant\.linear\.backend: got .*not available yet.*remedy"):
         start(model=net, config=config(section))
     assert type(net[0]) is nn.Linear, "a refused config must leave the model as it was"
 
@@ -372,6 +369,66 @@ def test_a_seam_that_moved_is_named(monkeypatch):
     assert zero.find_seams()["deepspeed.runtime.engine.DeepSpeedEngine.gone"] is False
     with pytest.raises(ImportError, match=r"has moved deepspeed\.runtime\.engine\.DeepSpeedEngine\.gone"):
         zero.check_seams()
+
+
+SEAMS_OF_COMMUNICATION = [
+    (module, path)
+    for module, path, _ in zero.seams.SEAMS
+    if path.rpartition(".")[2].startswith(("_DeepSpeedZeroOptimizer_Stage3__avg", "reduce", "all_reduce", "allreduce"))
+    or path.rpartition(".")[2] in ("average_tensor", "gradient_reduction_w_predivide", "_add_to_grad_partition_buffer")
+    or path.rpartition(".")[2] in ("buffered_allreduce_fallback", "_get_gradients_for_reduction")
+    or path.rpartition(".")[2] in ("save_checkpoint", "was_step_applied", "is_gradient_accumulation_boundary")
+]
+
+
+@pytest.mark.parametrize(("module", "path"), SEAMS_OF_COMMUNICATION)
+def test_a_seam_of_communication_that_moved_is_named(monkeypatch, module, path):
+    holder = importlib.import_module(module)
+    *parts, last = path.split(".")
+    for part in parts:
+        holder = getattr(holder, part)
+    monkeypatch.delattr(holder, last)
+    with pytest.raises(ImportError, match=rf"has moved .*{re.escape(f'{module}.{path}')}"):
+        zero.check_seams()
+
+
+def test_every_override_is_a_seam():
+    """A method that DeepSpeed no longer calls would leave gradients in full precision, in silence."""
+    assert len(SEAMS_OF_COMMUNICATION) == 19
+    names = {path.rpartition(".")[2] for _, path, _ in zero.seams.SEAMS}
+    for mixin in (
+        gradient_seams.QuantizedReductionEngine,
+        gradient_seams.QuantizedReductionStage1And2,
+        gradient_seams.QuantizedReductionStage3,
+        communication._GradientCommunicationEngine,
+    ):
+        overrides = {name for name, value in vars(mixin).items() if inspect.isfunction(value)}
+        assert overrides
+        assert overrides <= names
+    for name in ("save_checkpoint", "load_checkpoint"):
+        ours = inspect.signature(getattr(communication._GradientCommunicationEngine, name)).parameters
+        assert list(ours) == list(inspect.signature(getattr(deepspeed.DeepSpeedEngine, name)).parameters)
+
+
+@pytest.mark.parametrize(
+    ("stage", "holder", "name"),
+    [
+        (0, "engine", "seq_data_parallel_group"),
+        (1, "optimizer", "ipg_buckets"),
+        (2, "optimizer", "partition_size"),
+        (3, "optimizer", "reduce_scatter"),
+    ],
+)
+def test_a_moved_attribute_of_communication_is_named(monkeypatch, stage, holder, name):
+    def moving(*args, **kwargs):
+        result = STOCK_INITIALIZE(*args, **kwargs)
+        delattr(result[0] if holder == "engine" else result[1], name)
+        return result
+
+    monkeypatch.setattr(deepspeed, "initialize", moving)
+    section = {"communication": {"gradient": {"bits": 8}}}
+    with pytest.raises(ImportError, match=rf"has moved \w+\.{name}"):
+        start(config=config(section, zero_optimization={"ds_quant_required": True, "stage": stage}))
 
 
 def test_importing_the_package_is_light():

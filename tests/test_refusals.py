@@ -37,6 +37,7 @@ CASES = [
     ("zero_optimization.zero_quantized_weights", True, [False, None], {"linear.weight"}),
     ("zero_optimization.zero_quantized_nontrainable_weights", True, [False, None], {"linear.weight"}),
     ("zero_optimization.zero_quantized_gradients", True, [False, None], ALL),
+    ("sparse_gradients", True, [False, None], {"communication"}),
     ("zero_optimization.elastic_checkpoint", True, [False, None], {"optimizer"}),
     ("bf16.bf16_optimizer_states", True, [False, None], {"optimizer"}),
     ("bfloat16.bf16_optimizer_states", True, [False, None], {"optimizer"}),

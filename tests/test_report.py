@@ -45,6 +45,20 @@ def test_what_happens_to_the_moments(root):
     assert dict(rows)["AdamW's moments"] == "32 bits"
 
 
+def test_what_happens_on_the_wire(root):
+    rows, problems = explain(str(root / "ds_configs" / "comm4.json"))
+    assert problems == []
+    assert dict(rows)["gradients on the wire"] == "4 bits in blocks of 128, error feedback"
+    assert dict(rows)["  bytes an element"] == "0.531 instead of 4 or 2"
+    assert dict(rows)["  by"] == "reduce-scatter, once a step"
+    config = json.loads((root / "ds_configs" / "comm8.json").read_text())
+    config["zero_optimization"] |= {"stage": 2, "reduce_scatter": False}
+    assert dict(explain(config)[0])["  by"] == "all-reduce"
+    config["sparse_gradients"] = True
+    assert [problem.split(":")[0] for problem in explain(config)[1]] == ["sparse_gradients"]
+    assert dict(explain(str(root / "ds_configs" / "w8a8.json"))[0])["gradients on the wire"] == "full precision"
+
+
 def test_problems_of_the_moments(root):
     config = json.loads((root / "ds_configs" / "adam8.json").read_text())
     config["ds_quant"]["optimizer"] = {"exp_avg": {"bits": 8, "map": "linear", "granularity": "tensor"}}
@@ -63,13 +77,13 @@ def test_problems_of_the_moments(root):
 
 def test_every_problem_of_a_config(root, tmp_path, capsys):
     config = json.loads((root / "ds_configs" / "w8a8.json").read_text())
-    config["ds_quant"]["communication"] = {"gradient": {"bits": 8}}
+    config["ds_quant"]["linear"]["backend"] = "int8"
     config["hybrid_engine"] = {"enabled": True}
     path = tmp_path / "ds.json"
     path.write_text(json.dumps(config))
     assert main([str(path)]) == 1
     printed = capsys.readouterr().out
-    assert "REFUSED ds_quant.communication: " in printed
+    assert "REFUSED ds_quant.linear.backend: " in printed
     assert "REFUSED hybrid_engine: " in printed
     config["ds_quant"]["linear"]["weight"]["bits"] = 9
     path.write_text(json.dumps(config))

@@ -30,7 +30,9 @@ class GradientCommunication:
         self.engine = engine
         self.config = config
         self.feedback = ErrorFeedback(transactional=may_skip_steps) if config.error_feedback else None
-        self.statistics = Statistics()
+        # On an accelerator, reading errors has the host wait for it: only where somebody looks at them.
+        with_errors = torch.device(engine.device).type == "cpu" or engine.monitor.enabled
+        self.statistics = Statistics(with_errors=with_errors)
         self.buffers = Buffers()
         self.names = {id(parameter): name for name, parameter in engine.module.named_parameters()}
         self.last_step: Traffic | None = None
@@ -157,7 +159,7 @@ class GradientCommunication:
         return {
             "wire_bytes_per_step": round(sent / self.num_steps) if sent else None,
             "compression_ratio": self.total.compression if sent else None,
-            "quantization_error": self.total.relative_error if sent else None,
+            "quantization_error": self.total.relative_error if self.total.squared_norm else None,
             "residual_bytes": self.feedback.num_bytes if self.feedback else 0,
         }
 

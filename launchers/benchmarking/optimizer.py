@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from benchmarking import contenders, memory, timing
-from benchmarking.results import BenchmarkError, environment, print_table, write_csv
+from benchmarking.errors import BenchmarkError
+from benchmarking.results import environment, print_table, write_csv
 from ds_quant.kernels import dispatch
 
 HELP = "time, state and extra memory of an optimizer step"

@@ -18,10 +18,6 @@ from rich.table import Table
 PACKAGES = ("ds_quant", "torch", "deepspeed", "bitsandbytes", "torchao")
 
 
-class BenchmarkError(ValueError):
-    """A benchmark that cannot run as asked."""
-
-
 def environment(device: torch.device) -> dict[str, Any]:
     """Date, commit, processor, threads and versions: columns of every CSV row."""
     found: dict[str, Any] = {
@@ -53,10 +49,10 @@ def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
     """Print rows of text; the first column is a name, the others are figures."""
     table = Table(title=title, title_justify="left")
     for number, column in enumerate(columns):
-        table.add_column(column, justify="left" if number == 0 else "right")
+        table.add_column(column, justify="left" if number == 0 else "right", no_wrap=number == 0)
     for row in rows:
         table.add_row(*row)
-    Console(width=max(100, Console().width)).print(table)
+    Console(width=max(130, Console().width)).print(table)
 
 
 def _cpu() -> str:

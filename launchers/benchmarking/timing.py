@@ -25,17 +25,25 @@ def spread(values: list[float]) -> Spread:
 
 
 def take_turns(
-    contenders: Mapping[str, Callable[[], object]], *, rounds: int, warm_up: int, device: torch.device
+    contenders: Mapping[str, Callable[[], object]],
+    *,
+    rounds: int,
+    warm_up: int,
+    device: torch.device,
+    before: Callable[[str], object] | None = None,
 ) -> dict[str, list[float]]:
     """Seconds of each call of each contender, `rounds` of them after `warm_up` that do not count.
 
-    Who begins moves on by one from round to round: the first of a round meets another cache than the last.
+    Who begins moves on by one from round to round: the first of a round meets another cache than the last. `before` is
+    called with the name before each call, outside of its time.
     """
     names = list(contenders)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for number in range(warm_up + rounds):
         start = number % len(names)
         for name in names[start:] + names[:start]:
+            if before is not None:
+                before(name)
             _synchronize(device)
             begin = time.perf_counter()
             contenders[name]()

@@ -11,6 +11,7 @@ from transformers import TrainingArguments
 
 import ds_quant
 from ds_quant import report
+from ds_quant.comm.reducer import describe_wire
 from ds_quant.optimizer_setup import describe_moments
 from pretraining import arguments, checkpoints, data, documents, environment, metrics, model, outputs
 from pretraining.arguments import Arguments
@@ -102,6 +103,7 @@ def _train(trainer: PretrainTrainer, args: Arguments, config: DeepSpeedJson, res
         "share": coverage.share,
         "left_out": {name: list(shape) for name, shape in coverage.left_out.items()},
         "moments": describe_moments(quant.optimizer) if quant.optimizer else None,
+        "communication": _communication(trainer, quant),
         "dtype": str(trainer.deepspeed.get_data_types()[0]).removeprefix("torch."),
         "zero_stage": trainer.deepspeed.zero_optimization_stage(),
         "world_size": training.world_size,
@@ -114,3 +116,13 @@ def _train(trainer: PretrainTrainer, args: Arguments, config: DeepSpeedJson, res
     outputs.write_summary(output_dir / "summary.json", summary)
     outputs.write_curves(output_dir, str(output_dir))
     outputs.print_table(summary, output_dir)
+
+
+def _communication(trainer: PretrainTrainer, quant: ds_quant.QuantConfig) -> dict[str, Any] | None:
+    """How gradients crossed the wire, and what rank 0 sent a step; None: in full precision."""
+    if not quant.communication or not quant.communication.gradient:
+        return None
+    return {
+        "gradient": describe_wire(quant.communication.gradient),
+        **trainer.deepspeed.ds_quant_gradients.summary(),
+    }

@@ -75,11 +75,24 @@ def print_table(summary: dict[str, Any], output_dir: Path) -> None:
         table.add_row("matmul parameters", f"{summary['share']:.1%} quantized")
         left_out = summary["left_out"]
         table.add_row("left out", ", ".join(f"{name} {tuple(shape)}" for name, shape in left_out.items()) or "none")
-    elif not summary["moments"]:
+    elif not summary["moments"] and not summary["communication"]:
         table.add_row("quantized", "nothing: full precision")
     if summary["moments"]:
         table.add_row("Adam's moments", summary["moments"].replace("; ", "\n"))
+    if summary["communication"]:
+        table.add_row("gradients on the wire", _wire(summary["communication"]))
     Console().print(table)
+
+
+def _wire(communication: dict[str, Any]) -> str:
+    if communication["wire_bytes_per_step"] is None:
+        return f"{communication['gradient']}\none rank: nothing crossed a wire"
+    sent = communication["wire_bytes_per_step"] / 2**20
+    return (
+        f"{communication['gradient']}\n{sent:.2f} MiB a step from rank 0, "
+        f"{communication['compression_ratio']:.2f} times fewer than in the gradients' dtype\n"
+        f"relative quantization error {_number(communication['quantization_error'])}"
+    )
 
 
 def _grouped(converted: dict[str, str]) -> list[str]:

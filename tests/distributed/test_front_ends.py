@@ -131,21 +131,38 @@ def test_trainer_under_deepspeed_as_a_module(tmp_path):
     assert printed.count(f"[ds_quant] {NUM_LINEARS} linear modules quantized") == len(CASES)
 
 
-def test_trainer_under_accelerate(tmp_path):
+@pytest.fixture
+def with_communication(tmp_path):
+    """CONFIG, with gradients quantized on the wire as well."""
+    config = json.loads(CONFIG.read_text())
+    config["ds_quant"]["communication"] = {"gradient": {"bits": 8}}
+    path = tmp_path / "communication.json"
+    path.write_text(json.dumps(config))
+    return path
+
+
+def check_communication(printed):
+    assert printed.count("gradients cross the wire in 8 bits in blocks of 256") == len(CASES)
+
+
+def test_trainer_under_accelerate(tmp_path, with_communication):
     output, yaml = tmp_path / "report.json", tmp_path / "accelerate.yaml"
-    yaml.write_text(ACCELERATE.format(config=CONFIG, port=free_port()))
-    program = PROGRAMS / "hf_trainer.py"
-    command = ["accelerate", "launch", "--config_file", yaml, "-m", "ds_quant", program, output, CONFIG, *CASES]
-    launch(command, timeout=TIMEOUT)
+    yaml.write_text(ACCELERATE.format(config=with_communication, port=free_port()))
+    program, config = PROGRAMS / "hf_trainer.py", with_communication
+    command = ["accelerate", "launch", "--config_file", yaml, "-m", "ds_quant", program, output, config, *CASES]
+    _, printed = launch(command, timeout=TIMEOUT)
     check(json.loads(output.read_text()))
+    check_communication(printed)
 
 
-def test_raw_accelerate_loop(tmp_path):
+def test_raw_accelerate_loop(tmp_path, with_communication):
     output, yaml = tmp_path / "report.json", tmp_path / "accelerate.yaml"
-    yaml.write_text(ACCELERATE.format(config=CONFIG, port=free_port()))
+    yaml.write_text(ACCELERATE.format(config=with_communication, port=free_port()))
     program = PROGRAMS / "raw_accelerate.py"
-    launch(["accelerate", "launch", "--config_file", yaml, program, output, CONFIG, *CASES], timeout=TIMEOUT)
+    command = ["accelerate", "launch", "--config_file", yaml, program, output, with_communication, *CASES]
+    _, printed = launch(command, timeout=TIMEOUT)
     check(json.loads(output.read_text()))
+    check_communication(printed)
 
 
 def test_a_refused_config_ends_all_ranks(tmp_path):

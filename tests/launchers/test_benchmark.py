@@ -7,8 +7,8 @@ import benchmark
 import pytest
 import torch
 from benchmarking import contenders, memory, timing
+from benchmarking.errors import BenchmarkError
 from benchmarking.optimizer import parse_size
-from benchmarking.results import BenchmarkError
 
 from ds_quant import QuantAdamW
 

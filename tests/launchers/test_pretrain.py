@@ -99,9 +99,14 @@ def test_plain_python_leaves_everything_behind(corpus: Path, tmp_path: Path) -> 
 
 
 def test_a_killed_run_resumes_to_the_same_losses(corpus: Path, tmp_path: Path) -> None:
-    config = quantized("w8a8g8.json", tmp_path / "w8a8g8.json", stage=1)
+    # All that must go on bit for bit: bits of stochastic rounding, moments, and residuals of error feedback.
+    config = quantized("w8a8g8.json", tmp_path / "everything.json", stage=1)
+    content = json.loads(config.read_text())
+    others = json.loads((ROOT / "ds_configs" / "all4.json").read_text())["ds_quant"]
+    content["ds_quant"] |= {"optimizer": others["optimizer"], "communication": others["communication"]}
+    config.write_text(json.dumps(content))
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    launch(deepspeed(*arguments(config, corpus, whole, steps=20, every=10)), timeout=200, env=ENV)
+    _, printed = launch(deepspeed(*arguments(config, corpus, whole, steps=20, every=10)), timeout=200, env=ENV)
 
     command = [str(x) for x in deepspeed(*arguments(config, corpus, killed, steps=20, every=10))]
     kill_when(command, lambda: checkpoints.newest_whole(killed) is not None)
@@ -115,6 +120,17 @@ def test_a_killed_run_resumes_to_the_same_losses(corpus: Path, tmp_path: Path) -
     assert (first["first_eval_loss"], first["tokens"]) == (second["first_eval_loss"], second["tokens"])
     assert (first["resumed_from_step"], second["resumed_from_step"]) == (None, 10)
     assert first["world_size"] == 2
+    wire = first["communication"]
+    assert wire["gradient"] == "4 bits in blocks of 128, error feedback"
+    # Each rank sends the half that the other one owns, once a step: half a byte an element and 4 bytes a block of 128
+    # or what is left of one (some 20 parameters), padded; in bf16 it would be 2 bytes an element.
+    half = first["model"]["num_parameters"] / 2
+    assert half * 0.53 < wire["wire_bytes_per_step"] < half * 0.53 + 20 * 4 + half * 0.1
+    assert 3 < wire["compression_ratio"] < 4
+    assert 0.05 < wire["quantization_error"] < 0.2, "about 0.1 for normal gradients in 4 bits"
+    assert wire["residual_bytes"] > 0
+    assert "4 bits in blocks of 128, error feedback" in printed
+    assert "MiB a step from rank 0" in printed
 
 
 def test_torchrun_at_stage_3(corpus: Path, tmp_path: Path) -> None:
