@@ -6,10 +6,12 @@
 Writes what each rank found, as JSON, to OUTPUT.RANK; the test looks at it.
 """
 
+import datetime
 import gc
 import json
 import os
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -371,6 +373,20 @@ def main(output):
             result = torch.full((64,), rank + 1.0)
             all_reduce(result, group=own_group)
             expect(torch.allclose(result, torch.full((64,), 3.0), rtol=1e-2), "group of two")
+        dist.barrier(everybody)
+
+        # A rank that does not come is missed after the group's time-out: an error, no hang.
+        impatient = dist.new_group([0, 1], timeout=datetime.timedelta(seconds=2))
+        if rank < 2:
+            all_reduce(torch.ones(5000), group=impatient)
+            if rank == 0:
+                begin = time.monotonic()
+                try:
+                    all_reduce(torch.ones(5000), group=impatient)
+                    expect(False, "alone")
+                except RuntimeError as error:
+                    expect("imed out" in str(error), "time-out", error)
+                    expect(1 < time.monotonic() - begin < 60, "time-out", time.monotonic() - begin)
         dist.barrier(everybody)
 
     check_bytes(expect, world_size, rank, world_size * 100 * 256)  # shares are even to the block
