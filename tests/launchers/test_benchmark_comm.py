@@ -42,6 +42,12 @@ def namespaces():
     return {line.split()[0] for line in done.stdout.splitlines() if line.strip()}
 
 
+def heed_signals():
+    """What a background job ignores, its children would."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 def holder():
     """A process that has a link, and its namespaces."""
     process = subprocess.Popen(
@@ -49,6 +55,7 @@ def holder():
         env={**os.environ, "PYTHONPATH": str(ROOT / "launchers")},
         stdout=subprocess.PIPE,
         text=True,
+        preexec_fn=heed_signals,
     )
     return process, set(process.stdout.readline().split())
 
