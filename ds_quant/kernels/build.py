@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 FOLDER = Path(__file__).parent
-DRIVERS = ("adamw.cpp", "wire.cpp")
-STAGES = ("stages.cpp", "wire_stages.cpp")
+DRIVERS = ("adamw.cpp", "wire.cpp", "products.cpp")
+STAGES = ("stages.cpp", "wire_stages.cpp", "products_stages.cpp")
 """Compiled once for each instruction set."""
 HEADERS = (
     *("common.h", "threads.h", "simd.h", "random.h", "convert.h", "absmax.h"),
-    *("adamw.h", "decode.h", "encode.h", "wire.h", "hadamard.h"),
+    *("adamw.h", "decode.h", "encode.h", "wire.h", "hadamard.h", "products.h"),
 )
 SOURCES = (*DRIVERS, *STAGES, *HEADERS)
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno", "-w")

@@ -46,6 +46,7 @@ struct Scalar {
     }
     static M greater(F a, F b) { return a > b; }
     static M at_least(F a, F b) { return a >= b; }
+    static bool all(M m) { return m; }
     static F select(M m, F a, F b) { return m ? a : b; }
     static I select(M m, I a, I b) { return m ? a : b; }
     static F bits_to_float(I x) { F y; std::memcpy(&y, &x, 4); return y; }
@@ -120,6 +121,7 @@ struct Avx2 {
     static F floor(F x) { return _mm256_floor_ps(x); }
     static M greater(F a, F b) { return _mm256_cmp_ps(a, b, _CMP_GT_OQ); }
     static M at_least(F a, F b) { return _mm256_cmp_ps(a, b, _CMP_GE_OQ); }
+    static bool all(M m) { return _mm256_movemask_ps(m) == 0xff; }
     static F select(M m, F a, F b) { return _mm256_blendv_ps(b, a, m); }
     static I select(M m, I a, I b) { return _mm256_blendv_epi8(b, a, _mm256_castps_si256(m)); }
     static F bits_to_float(I x) { return _mm256_castsi256_ps(x); }
@@ -223,6 +225,7 @@ struct Avx512 {
     static F floor(F x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); }
     static M greater(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ); }
     static M at_least(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ); }
+    static bool all(M m) { return m == 0xffff; }
     static F select(M m, F a, F b) { return _mm512_mask_blend_ps(m, b, a); }
     static I select(M m, I a, I b) { return _mm512_mask_blend_epi32(m, b, a); }
     static F bits_to_float(I x) { return _mm512_castsi512_ps(x); }

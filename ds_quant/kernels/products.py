@@ -1,0 +1,171 @@
+"""Operands and results of int8 matrix products: C++ on the CPU, elsewhere the reference, `numerics.products`.
+
+`numerics.products` has the definition. What is asked for is checked here: ValueError. Autograd sees nothing.
+`kernels.choice` has what the environment may say about it.
+
+Matrices are read in place if consecutive elements of a row are neighbours in memory, at any distance from row to row;
+any other, a transposed one say, is copied first, in its own dtype. Quantize the other dimension of what is transposed
+instead: rows of w.t() are columns of w. The result does not depend on strides, nor on the number of threads.
+"""
+
+import functools
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from ds_quant.kernels import build
+from ds_quant.kernels.choice import chosen
+from ds_quant.log import warn
+from ds_quant.numerics import products as reference
+from ds_quant.numerics.integer import DTYPES
+from ds_quant.numerics.random import check_key
+
+__all__ = ["epilogue", "quantize_both", "quantize_columns", "quantize_rows", "quantize_tensor"]
+
+_FLOATS = "float32, bfloat16 or float16"
+
+
+def quantize_rows(
+    x: Tensor, bits: int, *, column_scale: Tensor | None = None, key: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Codes int8 [M, K] and scale fp32 [M] of x [M, K], as `numerics.products.quantize_rows` gives them.
+
+    x: fp32, bf16 or fp16. bits: 2 to 8. column_scale: fp32 [K] or of one element. key: as `fold_key` gives it, None for
+    nearest rounding. Raises ValueError for what is not so.
+    """
+    _check_operand("quantize_rows(x)", x, "quantize_rows(bits)", bits)
+    _check_scale("quantize_rows(column_scale)", column_scale, x, 1)
+    _check_key("quantize_rows(key)", key)
+    return _serving(x.device).quantize_rows(x, bits, column_scale=column_scale, key=key)
+
+
+def quantize_columns(
+    x: Tensor, bits: int, *, row_scale: Tensor | None = None, key: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Codes int8 [M, N], contiguous, and scale fp32 [N] of x [M, N], as `numerics.products.quantize_columns` has it.
+
+    row_scale: fp32 [M] or of one element; else as `quantize_rows`. Raises ValueError for what is not so.
+    """
+    _check_operand("quantize_columns(x)", x, "quantize_columns(bits)", bits)
+    _check_scale("quantize_columns(row_scale)", row_scale, x, 0)
+    _check_key("quantize_columns(key)", key)
+    return _serving(x.device).quantize_columns(x, bits, row_scale=row_scale, key=key)
+
+
+def quantize_both(
+    g: Tensor,
+    bits: int,
+    *,
+    column_scale: Tensor | None = None,
+    row_scale: Tensor | None = None,
+    keys: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Codes and scale of rows, then of columns, as the two functions above give them; `g` is read twice, not thrice.
+
+    keys: the one of the rows and the one of the columns, or None. Raises ValueError for what is not so.
+    """
+    _check_operand("quantize_both(g)", g, "quantize_both(bits)", bits)
+    _check_scale("quantize_both(column_scale)", column_scale, g, 1)
+    _check_scale("quantize_both(row_scale)", row_scale, g, 0)
+    if keys is not None:
+        if not isinstance(keys, tuple) or len(keys) != 2:
+            raise _error("quantize_both(keys)", repr(keys), "a tuple of two keys, or None", "pass rows' and columns'")
+        for number, key in enumerate(keys):
+            check_key(f"quantize_both(keys[{number}])", key)
+    return _serving(g.device).quantize_both(g, bits, column_scale=column_scale, row_scale=row_scale, keys=keys)
+
+
+def quantize_tensor(x: Tensor, bits: int, *, key: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Codes int8 [M, K] and one scale, fp32 [1], as `numerics.products.quantize_tensor` gives them.
+
+    Else as `quantize_rows`. Raises ValueError for what is not so.
+    """
+    _check_operand("quantize_tensor(x)", x, "quantize_tensor(bits)", bits)
+    _check_key("quantize_tensor(key)", key)
+    return _serving(x.device).quantize_tensor(x, bits, key=key)
+
+
+def epilogue(
+    products: Tensor,
+    *,
+    row_scale: Tensor | None = None,
+    column_scale: Tensor | None = None,
+    bias: Tensor | None = None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """((products * row_scale) * column_scale) + bias in fp32, rounded once to `dtype`: [M, N].
+
+    products: int32 [M, N]. row_scale, column_scale: fp32 [M] and [N], or of one element. bias: fp32, bf16 or fp16, [N].
+    dtype: fp32, bf16 or fp16. Raises ValueError for what is not so.
+    """
+    if not isinstance(products, Tensor) or products.dtype != torch.int32 or products.dim() != 2:
+        raise _error("epilogue(products)", _described(products), "int32 of two dimensions", "pass what _int_mm gives")
+    _check_scale("epilogue(row_scale)", row_scale, products, 0)
+    _check_scale("epilogue(column_scale)", column_scale, products, 1)
+    num_columns = products.shape[1]
+    if bias is not None and not (
+        isinstance(bias, Tensor)
+        and bias.dtype in DTYPES
+        and bias.shape == (num_columns,)
+        and bias.device == products.device
+    ):
+        allowed = f"{_FLOATS} of shape ({num_columns},) on {products.device}"
+        raise _error("epilogue(bias)", _described(bias), allowed, "make it so")
+    if dtype not in DTYPES:
+        raise _error("epilogue(dtype)", dtype, _FLOATS, "set it to one of them")
+    return _serving(products.device).epilogue(
+        products, row_scale=row_scale, column_scale=column_scale, bias=bias, dtype=dtype
+    )
+
+
+def _serving(device: torch.device) -> ModuleType:
+    return reference if chosen() == "reference" else _kernel(device.type)
+
+
+@functools.cache
+def _kernel(kind: str) -> ModuleType:
+    if kind == "cpu":
+        reason = build.load().reason
+        if not reason:
+            from ds_quant.kernels import products_cpu
+
+            return products_cpu
+        warn(
+            "the C++ kernels could not be built; operands of int8 products are quantized by the reference instead, "
+            "which is many times slower and allocates several fp32 tensors of their size; install g++ or clang++, or "
+            f"set CXX to a C++17 compiler. The reason: {reason}"
+        )
+    return reference
+
+
+def _error(where: str, got: object, allowed: str, remedy: str) -> ValueError:
+    return ValueError(f"{where}: got {got}; allowed: {allowed}; {remedy}")
+
+
+def _described(value: object) -> str:
+    if not isinstance(value, Tensor):
+        return f"a {type(value).__name__}"
+    return f"{value.dtype} of shape {tuple(value.shape)} on {value.device}"
+
+
+def _check_operand(where: str, x: object, where_bits: str, bits: object) -> None:
+    if not isinstance(x, Tensor) or x.dtype not in DTYPES or x.dim() != 2:
+        raise _error(where, _described(x), f"{_FLOATS} of two dimensions", "reshape it to [tokens, features]")
+    if isinstance(bits, bool) or not isinstance(bits, int) or not 2 <= bits <= 8:
+        raise _error(where_bits, repr(bits), "integers 2 to 8", "set bits to one of them")
+
+
+def _check_scale(where: str, scale: object, matrix: Tensor, dim: int) -> None:
+    if scale is None:
+        return
+    count = matrix.shape[dim]
+    is_fp32 = isinstance(scale, Tensor) and scale.dtype == torch.float32 and scale.device == matrix.device
+    if not is_fp32 or (scale.shape != (count,) and scale.numel() != 1):  # type: ignore[attr-defined]
+        allowed = f"float32 of shape ({count},), or of one element, on {matrix.device}"
+        raise _error(where, _described(scale), allowed, "flatten the scale, one number a row or column")
+
+
+def _check_key(where: str, key: Tensor | None) -> None:
+    if key is not None:
+        check_key(where, key)

@@ -1,0 +1,177 @@
+"""Operands and results of int8 products on the CPU: hands them to C++, which has the reference's bits.
+
+What `kernels.products` checks is not checked again here. Functions are those of `numerics.products`, with `isa` to ask
+for a narrower instruction set. They take torch.get_num_threads() threads and allocate, beside what they give, the
+maxima of the columns for each thread where columns are quantized.
+"""
+
+import ctypes
+import functools
+
+import torch
+from torch import Tensor
+
+from ds_quant.kernels import cpu
+
+
+class _Side(ctypes.Structure):
+    """Side of products.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("factor", "codes", "scale")),
+        ("key", ctypes.c_uint32 * 2),
+        *((name, ctypes.c_int32) for name in ("stochastic", "one_scale")),
+    )
+
+
+class _QuantizeCall(ctypes.Structure):
+    """QuantizeCall of products.h."""
+
+    _fields_ = (
+        ("x", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("num_rows", "num_columns", "row_stride")),
+        *((name, _Side) for name in ("rows", "columns")),
+        *((name, ctypes.c_int32) for name in ("dtype", "levels")),
+    )
+
+
+class _EpilogueCall(ctypes.Structure):
+    """EpilogueCall of products.h."""
+
+    _fields_ = (
+        ("products", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("num_rows", "num_columns", "row_stride")),
+        *((name, ctypes.c_void_p) for name in ("row_scale", "column_scale", "bias", "result")),
+        *((name, ctypes.c_int32) for name in ("one_row_scale", "one_column_scale", "bias_dtype", "dtype")),
+    )
+
+
+def quantize_rows(
+    x: Tensor, bits: int, *, column_scale: Tensor | None = None, key: Tensor | None = None, isa: str | None = None
+) -> tuple[Tensor, Tensor]:
+    """`numerics.products.quantize_rows`."""
+    rows = _Half(x, 0, column_scale, key)
+    _quantize(x, bits, isa, rows=rows)
+    return rows.codes, rows.scale
+
+
+def quantize_columns(
+    x: Tensor, bits: int, *, row_scale: Tensor | None = None, key: Tensor | None = None, isa: str | None = None
+) -> tuple[Tensor, Tensor]:
+    """`numerics.products.quantize_columns`."""
+    columns = _Half(x, 1, row_scale, key)
+    _quantize(x, bits, isa, columns=columns)
+    return columns.codes, columns.scale
+
+
+def quantize_both(
+    g: Tensor,
+    bits: int,
+    *,
+    column_scale: Tensor | None = None,
+    row_scale: Tensor | None = None,
+    keys: tuple[Tensor, Tensor] | None = None,
+    isa: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`numerics.products.quantize_both`."""
+    row_key, column_key = keys or (None, None)
+    rows, columns = _Half(g, 0, column_scale, row_key), _Half(g, 1, row_scale, column_key)
+    _quantize(g, bits, isa, rows=rows, columns=columns)
+    return rows.codes, rows.scale, columns.codes, columns.scale
+
+
+def quantize_tensor(
+    x: Tensor, bits: int, *, key: Tensor | None = None, isa: str | None = None
+) -> tuple[Tensor, Tensor]:
+    """`numerics.products.quantize_tensor`."""
+    rows = _Half(x, None, None, key)
+    _quantize(x, bits, isa, rows=rows)
+    return rows.codes, rows.scale
+
+
+def epilogue(
+    products: Tensor,
+    *,
+    row_scale: Tensor | None = None,
+    column_scale: Tensor | None = None,
+    bias: Tensor | None = None,
+    dtype: torch.dtype,
+    isa: str | None = None,
+) -> Tensor:
+    """`numerics.products.epilogue`."""
+    chosen = cpu.isa_number("epilogue", isa)
+    result = torch.empty(products.shape, dtype=dtype, device=products.device)
+    if not result.numel():
+        return result
+    products = _readable(products)
+    call = _EpilogueCall(products.data_ptr(), *products.shape, products.stride(0))
+    call.result, call.dtype = result.data_ptr(), cpu.DTYPES[dtype]
+    if row_scale is not None:
+        row_scale = row_scale.detach().contiguous()
+        call.row_scale, call.one_row_scale = row_scale.data_ptr(), row_scale.numel() == 1
+    if column_scale is not None:
+        column_scale = column_scale.detach().contiguous()
+        call.column_scale, call.one_column_scale = column_scale.data_ptr(), column_scale.numel() == 1
+    if bias is not None:
+        bias = bias.detach().contiguous()
+        call.bias, call.bias_dtype = bias.data_ptr(), cpu.DTYPES[bias.dtype]
+    _library().ds_quant_products_epilogue(call, chosen, cpu.library().parallel, torch.get_num_threads())
+    return result
+
+
+class _Half:
+    """What one side of a call writes, and what it holds on to until the call is over."""
+
+    def __init__(self, x: Tensor, grouped: int | None, factor: Tensor | None, key: Tensor | None) -> None:
+        """`grouped` is the dimension of x with a scale for each index; None for one scale in all."""
+        num_scales = 1 if grouped is None else x.shape[grouped]
+        self.codes = torch.empty(x.shape, dtype=torch.int8, device=x.device)
+        self.scale = torch.empty(num_scales, dtype=torch.float32, device=x.device)
+        self.side = _Side(codes=self.codes.data_ptr(), scale=self.scale.data_ptr(), one_scale=grouped is None)
+        if factor is not None and grouped is not None:
+            self.factor = factor.detach().reshape(-1).expand(x.shape[1 - grouped]).contiguous()
+            self.side.factor = self.factor.data_ptr()
+        if key is not None:
+            self.side.stochastic, self.side.key = 1, tuple(key.tolist())
+
+
+_NONE = _Side()
+
+
+def _quantize(
+    x: Tensor, bits: int, isa: str | None, *, rows: _Half | None = None, columns: _Half | None = None
+) -> None:
+    chosen = cpu.isa_number("quantize", isa)
+    if not x.numel():
+        for half in (rows, columns):
+            if half is not None:
+                half.scale.zero_()
+        return
+    x = _readable(x.detach())
+    call = _QuantizeCall(
+        *(x.data_ptr(), *x.shape, x.stride(0)),
+        *(_NONE if half is None else half.side for half in (rows, columns)),
+        *(cpu.DTYPES[x.dtype], (1 << (bits - 1)) - 1),
+    )
+    if _library().ds_quant_products_quantize(call, chosen, cpu.library().parallel, torch.get_num_threads()):
+        raise MemoryError("quantize: no memory for the maxima of the columns")
+
+
+def _readable(x: Tensor) -> Tensor:
+    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
+
+
+@functools.cache
+def _library() -> ctypes.CDLL:
+    handle = cpu.library().handle
+    for size, structure in (
+        (handle.ds_quant_products_quantize_call_size, _QuantizeCall),
+        (handle.ds_quant_products_epilogue_call_size, _EpilogueCall),
+    ):
+        size.restype = ctypes.c_int64
+        assert size() == ctypes.sizeof(structure)
+    options = (ctypes.c_int, ctypes.c_void_p, ctypes.c_int)
+    handle.ds_quant_products_quantize.argtypes = [ctypes.POINTER(_QuantizeCall), *options]
+    handle.ds_quant_products_epilogue.argtypes = [ctypes.POINTER(_EpilogueCall), *options]
+    handle.ds_quant_products_epilogue.restype = None
+    return handle

@@ -1,0 +1,274 @@
+// Rows of an operand to codes, and rows of int32 products to the result. Compiled once for each instruction set, with
+// DS_QUANT_ISA its name and -ffp-contract=off. numerics/products.py has the definition.
+//
+// A loop takes whole vectors and leaves the rest to itself with shorter ones, so the rest has the same bits.
+#include "convert.h"
+#include "products.h"
+#include "random.h"
+#include "simd.h"
+
+namespace {
+
+// Columns whose scales stay in the cache while rows pass by. Shorter runs of a row would not be fetched in time.
+constexpr int64_t BLOCK = 16384;
+
+int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+const void* advanced(const void* x, int32_t dtype, int64_t elements) {
+    return static_cast<const char*>(x) + elements * itemsize(dtype);
+}
+
+template <class V, Dtype dtype>
+ALWAYS_INLINE typename V::F elements_at(const void* x, int64_t i) {
+    if constexpr (dtype == FLOAT32) return V::load(static_cast<const float*>(x) + i);
+    auto bits = V::load_u16(static_cast<const uint16_t*>(x) + i);
+    if constexpr (dtype == BFLOAT16) return from_bf16<V>(bits);
+    else return from_fp16<V>(bits);
+}
+
+template <class V>
+ALWAYS_INLINE typename V::I magnitude_bits(typename V::F x) {
+    return V::bit_and(V::float_to_bits(x), V::set_int(0x7fffffff));
+}
+
+// ---- maxima: as integers, NaN is above Inf and Inf above every number ----------------------------------------------
+
+template <class V, Dtype dtype, bool scaled>
+uint32_t absmax_of_row(const void* x, const float* factors, int64_t i, int64_t n) {
+    auto most = V::set_int(0);
+    for (; i + V::width <= n; i += V::width) {
+        auto y = elements_at<V, dtype>(x, i);
+        if constexpr (scaled) y = V::mul(y, V::load(factors + i));
+        most = V::max_int(most, magnitude_bits<V>(y));
+    }
+    uint32_t result = V::reduce_max(most);
+    if constexpr (V::width > 1)
+        if (i < n) result = Scalar::max_int(result, absmax_of_row<typename V::Rest, dtype, scaled>(x, factors, i, n));
+    return result;
+}
+
+using AbsmaxOfRow = uint32_t(const void* x, const float* factors, int64_t i, int64_t n);
+
+AbsmaxOfRow* const ABSMAX_OF_ROW[3][2] = {
+    {absmax_of_row<Widest, FLOAT32, false>, absmax_of_row<Widest, FLOAT32, true>},
+    {absmax_of_row<Widest, BFLOAT16, false>, absmax_of_row<Widest, BFLOAT16, true>},
+    {absmax_of_row<Widest, FLOAT16, false>, absmax_of_row<Widest, FLOAT16, true>},
+};
+
+// Of `num_rows` rows, times `factors`.
+template <class V, Dtype dtype, int num_rows>
+void raise_maxima(const void* const* x, const float* factors, uint32_t* maxima, int64_t i, int64_t n) {
+    for (; i + V::width <= n; i += V::width) {
+        auto most = V::load_int(maxima + i);
+        for (int row = 0; row < num_rows; ++row)
+            most = V::max_int(most, magnitude_bits<V>(V::mul(elements_at<V, dtype>(x[row], i), V::set(factors[row]))));
+        V::store_int(maxima + i, most);
+    }
+    if constexpr (V::width > 1)
+        if (i < n) raise_maxima<typename V::Rest, dtype, num_rows>(x, factors, maxima, i, n);
+}
+
+using RaiseMaxima = void(const void* const* x, const float* factors, uint32_t* maxima, int64_t i, int64_t n);
+
+// More rows at once would share sets of L1 where their distance is a power of two.
+constexpr int ROWS_AT_ONCE = 4;
+
+RaiseMaxima* const RAISE_MAXIMA[3][2] = {
+    {raise_maxima<Widest, FLOAT32, 1>, raise_maxima<Widest, FLOAT32, ROWS_AT_ONCE>},
+    {raise_maxima<Widest, BFLOAT16, 1>, raise_maxima<Widest, BFLOAT16, ROWS_AT_ONCE>},
+    {raise_maxima<Widest, FLOAT16, 1>, raise_maxima<Widest, FLOAT16, ROWS_AT_ONCE>},
+};
+
+// ---- codes ---------------------------------------------------------------------------------------------------------
+
+// A run of a row. By row: one scale, a factor each. By column: one factor, a scale each.
+struct Run {
+    const void* x;
+    const float* factors;
+    const float* scales;
+    const float* inverses;
+    float factor, scale, inverse;
+    float levels;
+    int8_t* codes;
+    uint32_t key[2];
+    uint64_t index;  // of the first element
+};
+
+enum Kind { BY_ROW, BY_ROW_SCALED, BY_COLUMN };
+
+template <class V, Dtype dtype, Kind kind, bool stochastic>
+void encode(const Run& run, uint32_t high_word, int64_t i, int64_t n) {
+    auto scale = V::set(run.scale), inverse = V::set(run.inverse), zero = V::set(0.0f);
+    auto most = V::set(run.levels), least = V::set(-run.levels);
+    // x times the inverse is less than 2^-15 off x / scale, which 127 does not exceed; if they are rounded to different
+    // codes, then the product is as near to a tie. That an inverse is Inf shows in the same way.
+    auto is_safe = V::set(0.5f - 0x1p-14f);
+    Uniform<V> uniform(run.key, high_word);
+    for (; i + V::width <= n; i += V::width) {
+        auto y = elements_at<V, dtype>(run.x, i);
+        if constexpr (kind == BY_COLUMN) y = V::mul(y, V::set(run.factor));
+        if constexpr (kind == BY_ROW_SCALED) y = V::mul(y, V::load(run.factors + i));
+        auto exact_steps = [&]() __attribute__((always_inline)) {
+            if constexpr (kind != BY_COLUMN) return V::div(y, scale);
+            auto scales = V::load(run.scales + i);
+            return V::select(V::greater(scales, zero), V::div(y, scales), zero);
+        };
+        typename V::I code;
+        if constexpr (stochastic) {
+            auto steps = exact_steps(), floor = V::floor(steps);
+            auto draw = V::mul(V::to_float(uniform(run.index + i)), V::set(0x1p-24f));
+            auto up = V::greater(V::sub(steps, floor), draw);
+            code = V::to_int(V::max(V::min(V::add_if(up, floor, V::set(1.0f)), most), least));
+        } else if constexpr (V::width == 1) {
+            code = V::to_nearest_int(exact_steps());  // the scale is so large that no clamp is needed
+        } else {
+            auto steps = V::mul(y, kind == BY_COLUMN ? V::load(run.inverses + i) : inverse);
+            code = V::to_nearest_int(steps);
+            auto is_near = V::greater(is_safe, V::abs(V::sub(steps, V::to_float(code))));
+            if (__builtin_expect(!V::all(is_near), 0)) code = V::to_nearest_int(exact_steps());
+        }
+        V::store_u8(reinterpret_cast<uint8_t*>(run.codes) + i, code);
+    }
+    if constexpr (V::width > 1)
+        if (i < n) encode<typename V::Rest, dtype, kind, stochastic>(run, high_word, i, n);
+}
+
+using Encode = void(const Run& run, uint32_t high_word, int64_t i, int64_t n);
+
+template <Dtype dtype, bool stochastic>
+constexpr Encode* ENCODE_KINDS[3] = {
+    encode<Widest, dtype, BY_ROW, stochastic>,
+    encode<Widest, dtype, BY_ROW_SCALED, stochastic>,
+    encode<Widest, dtype, BY_COLUMN, stochastic>,
+};
+
+Encode* const* const ENCODE[3][2] = {
+    {ENCODE_KINDS<FLOAT32, false>, ENCODE_KINDS<FLOAT32, true>},
+    {ENCODE_KINDS<BFLOAT16, false>, ENCODE_KINDS<BFLOAT16, true>},
+    {ENCODE_KINDS<FLOAT16, false>, ENCODE_KINDS<FLOAT16, true>},
+};
+
+void encode_run(const Run& run, int32_t dtype, Kind kind, bool stochastic, int64_t n) {
+    Encode* const encode = ENCODE[dtype][stochastic][kind];
+    for (int64_t begin = 0, end; begin < n; begin = end) {
+        // Up to where the high word of the elements' numbers changes.
+        uint64_t index = run.index + begin;
+        end = smaller(n, begin + static_cast<int64_t>((uint64_t{1} << 32) - (index & 0xffffffff)));
+        encode(run, static_cast<uint32_t>(index >> 32), begin, end);
+    }
+}
+
+Run run_of(const QuantizeCall& c, const Side& side, int64_t row, int64_t column) {
+    Run run{};
+    int64_t index = row * c.num_columns + column;
+    run.x = advanced(c.x, c.dtype, row * c.row_stride + column);
+    run.codes = side.codes + index;
+    run.index = static_cast<uint64_t>(index);
+    run.levels = static_cast<float>(c.levels);
+    for (int half = 0; half < 2; ++half) run.key[half] = side.key[half];
+    return run;
+}
+
+// ---- stages --------------------------------------------------------------------------------------------------------
+
+uint32_t absmax_of_row(const QuantizeCall& c, int64_t row) {
+    const float* factors = c.rows.factor;
+    auto* of_row = ABSMAX_OF_ROW[c.dtype][factors != nullptr];
+    return of_row(advanced(c.x, c.dtype, row * c.row_stride), factors, 0, c.num_columns);
+}
+
+uint32_t absmax(const QuantizeCall& c, int64_t begin, int64_t end) {
+    uint32_t most = 0;
+    for (int64_t row = begin; row < end; ++row) most = Scalar::max_int(most, absmax_of_row(c, row));
+    return most;
+}
+
+void column_maxima(const QuantizeCall& c, int64_t begin, int64_t end, uint32_t* maxima) {
+    for (int64_t row = begin, count; row < end; row += count) {
+        bool is_full = row + ROWS_AT_ONCE <= end;
+        count = is_full ? ROWS_AT_ONCE : 1;
+        const void* x[ROWS_AT_ONCE];
+        float factors[ROWS_AT_ONCE];
+        for (int64_t k = 0; k < count; ++k) {
+            x[k] = advanced(c.x, c.dtype, (row + k) * c.row_stride);
+            factors[k] = c.columns.factor ? c.columns.factor[row + k] : 1.0f;
+        }
+        RAISE_MAXIMA[c.dtype][is_full](x, factors, maxima, 0, c.num_columns);
+    }
+}
+
+void quantize_rows(const QuantizeCall& c, int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+        Run run = run_of(c, c.rows, row, 0);
+        if (c.rows.one_scale)
+            run.scale = *c.rows.scale;
+        else
+            run.scale = c.rows.scale[row] = scale_from(absmax_of_row(c, row), run.levels);
+        if (run.scale > 0.0f) {
+            run.inverse = 1.0f / run.scale;
+            run.factors = c.rows.factor;
+            encode_run(run, c.dtype, run.factors ? BY_ROW_SCALED : BY_ROW, c.rows.stochastic, c.num_columns);
+        } else {
+            std::memset(run.codes, 0, c.num_columns);
+        }
+    }
+}
+
+void quantize_columns(const QuantizeCall& c, int64_t begin, int64_t end, const float* inverses) {
+    for (int64_t column = 0; column < c.num_columns; column += BLOCK)
+        for (int64_t row = begin; row < end; ++row) {
+            Run run = run_of(c, c.columns, row, column);
+            run.factor = c.columns.factor ? c.columns.factor[row] : 1.0f;
+            run.scales = c.columns.scale + column;
+            run.inverses = inverses + column;
+            encode_run(run, c.dtype, BY_COLUMN, c.columns.stochastic, smaller(BLOCK, c.num_columns - column));
+        }
+}
+
+template <class V, Dtype dtype>
+void scale_row(
+    const int32_t* products, float row_scale, const float* scale, const float* bias, void* to, int64_t i, int64_t n) {
+    auto of_row = V::set(row_scale);
+    for (; i + V::width <= n; i += V::width) {
+        auto y = V::mul(V::to_float(V::load_int(reinterpret_cast<const uint32_t*>(products) + i)), of_row);
+        y = V::add(V::mul(y, V::load(scale + i)), V::load(bias + i));
+        if constexpr (dtype == FLOAT32) V::store(static_cast<float*>(to) + i, y);
+        else if constexpr (dtype == BFLOAT16) V::store_u16(static_cast<uint16_t*>(to) + i, to_bf16<V>(y));
+        else V::store_u16(static_cast<uint16_t*>(to) + i, to_fp16<V>(y));
+    }
+    if constexpr (V::width > 1)
+        if (i < n) scale_row<typename V::Rest, dtype>(products, row_scale, scale, bias, to, i, n);
+}
+
+using ScaleRow = void(
+    const int32_t* products, float row_scale, const float* scale, const float* bias, void* to, int64_t i, int64_t n);
+
+ScaleRow* const SCALE_ROW[3] = {scale_row<Widest, FLOAT32>, scale_row<Widest, BFLOAT16>, scale_row<Widest, FLOAT16>};
+
+void fill(float* to, float value, int64_t n) {
+    for (int64_t i = 0; i < n; ++i) to[i] = value;
+}
+
+void epilogue(const EpilogueCall& c, int64_t begin, int64_t end) {
+    alignas(64) float scale_buffer[BLOCK], bias_buffer[BLOCK];
+    for (int64_t column = 0; column < c.num_columns; column += BLOCK) {
+        int64_t n = smaller(BLOCK, c.num_columns - column);
+        const float *scale = scale_buffer, *bias = bias_buffer;
+        if (c.column_scale && !c.one_column_scale) scale = c.column_scale + column;
+        else fill(scale_buffer, c.column_scale ? *c.column_scale : 1.0f, n);
+        // Adding -0.0 changes nothing, the sign of zero included.
+        if (!c.bias) fill(bias_buffer, -0.0f, n);
+        else load(static_cast<Dtype>(c.bias_dtype), advanced(c.bias, c.bias_dtype, column), bias_buffer, n);
+        for (int64_t row = begin; row < end; ++row) {
+            float row_scale = c.row_scale ? c.row_scale[c.one_row_scale ? 0 : row] : 1.0f;
+            auto* to = static_cast<char*>(c.result) + (row * c.num_columns + column) * itemsize(c.dtype);
+            SCALE_ROW[c.dtype](c.products + row * c.row_stride + column, row_scale, scale, bias, to, 0, n);
+        }
+    }
+}
+
+const ProductsStages STAGES = {absmax, column_maxima, quantize_rows, quantize_columns, epilogue};
+
+}  // namespace
+
+extern "C" const ProductsStages* DS_QUANT_JOIN(ds_quant_products_stages_, DS_QUANT_ISA)() { return &STAGES; }

@@ -1,0 +1,85 @@
+"""Operands and results of int8 matrix products: the definition that the fused kernels repeat bit for bit.
+
+With s = round-to-scale of `numerics.integer` (symmetric, n = 2^(bits-1) - 1) and everything in fp32:
+
+    quantize_rows      y[m, k] = x[m, k] * column_scale[k]    scale[m] = max_k |y[m, k]| / n    codes = round(y / scale)
+    quantize_columns   y[m, n] = x[m, n] * row_scale[m]       scale[n] = max_m |y[m, n]| / n    codes = round(y / scale)
+    quantize_tensor    y = x                                  scale    = max   |y|       / n    codes = round(y / scale)
+    epilogue           result[m, n] = ((products[m, n] * row_scale[m]) * column_scale[n]) + bias[n], rounded to `dtype`
+
+The factors column_scale and row_scale of the quantizers fold the scale of a product's other operand into this one (see
+`linear`); None leaves their product out, as it does in the epilogue. Each is fp32, one number a column or row, or one
+number for all. round() is to nearest, ties to even, or stochastic where a `key` is given: with u = uniform(key), the
+element at row m and column k takes number m * x.shape[1] + k. A group of zeros has scale 0, one with an Inf or a NaN
+has scale NaN; the codes of both are 0.
+
+Codes are int8 and contiguous in the order of x, also those of columns: torch._int_mm takes their transposed view.
+"""
+
+import torch
+from torch import Tensor
+
+from ds_quant.numerics.integer import quantize
+
+
+def quantize_rows(
+    x: Tensor, bits: int, *, column_scale: Tensor | None = None, key: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Codes int8 [M, K] and scale fp32 [M] of x [M, K], fp32, bf16 or fp16."""
+    return _quantize(x, bits, "row", column_scale, key)
+
+
+def quantize_columns(
+    x: Tensor, bits: int, *, row_scale: Tensor | None = None, key: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Codes int8 [M, N] and scale fp32 [N] of x [M, N], fp32, bf16 or fp16."""
+    return _quantize(x, bits, "column", None if row_scale is None else row_scale.reshape(-1, 1), key)
+
+
+def quantize_both(
+    g: Tensor,
+    bits: int,
+    *,
+    column_scale: Tensor | None = None,
+    row_scale: Tensor | None = None,
+    keys: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`quantize_rows` with the first of `keys`, then `quantize_columns` with the second, of one gradient [M, N]."""
+    row_key, column_key = keys or (None, None)
+    rows = quantize_rows(g, bits, column_scale=column_scale, key=row_key)
+    return *rows, *quantize_columns(g, bits, row_scale=row_scale, key=column_key)
+
+
+def quantize_tensor(x: Tensor, bits: int, *, key: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Codes int8 [M, K] and scale fp32 [1] of x [M, K], fp32, bf16 or fp16."""
+    return _quantize(x, bits, "tensor", None, key)
+
+
+def epilogue(
+    products: Tensor,
+    *,
+    row_scale: Tensor | None = None,
+    column_scale: Tensor | None = None,
+    bias: Tensor | None = None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """What a layer makes of int32 products [M, N]: scaled, with bias (fp32, bf16 or fp16, [N]), rounded once."""
+    y = products.float()
+    if row_scale is not None:
+        y = y * row_scale.detach().reshape(-1, 1)
+    if column_scale is not None:
+        y = y * column_scale.detach().reshape(1, -1)
+    if bias is not None:
+        y = y + bias.detach().float()
+    return y.to(dtype)
+
+
+def _quantize(
+    x: Tensor, bits: int, granularity: str, factor: Tensor | None, key: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    y = x.detach().float()
+    if factor is not None:
+        y = y * factor.detach()
+    rounding = "nearest" if key is None else "stochastic"
+    q = quantize(y, bits, granularity=granularity, rounding=rounding, key=key)
+    return q.codes.contiguous(), q.scale.reshape(-1)
