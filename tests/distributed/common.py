@@ -56,3 +56,12 @@ def run_cases(run, arguments):
     write_report(output, report)
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
+
+
+def leave():
+    """End a job that is done, past the interpreter's own teardown: there, gloo's threads abort one in a hundred."""
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)

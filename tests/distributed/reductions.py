@@ -19,7 +19,7 @@ from pathlib import Path
 
 import deepspeed
 import torch
-from common import say, write_report
+from common import leave, say, write_report
 from deepspeed import comm as dist
 from deepspeed.moe.layer import MoE
 from deepspeed.utils import groups, safe_get_full_grad
@@ -332,8 +332,7 @@ def main(output, path):
         say(f"rank {rank}: {mode}")
         report[mode] = run(mode, watch, rank, world_size)
     write_report(output, everywhere(report))
-    dist.barrier()
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import deepspeed
 import torch
-from common import say, write_report
+from common import leave, say, write_report
 from deepspeed import comm as dist
 from deepspeed.comm.comm import comms_logger
 from torch import nn
@@ -317,8 +317,7 @@ def main(output, folder, verb):
     deepspeed.init_distributed()
     verbs = {"save": save, "resume": resume, "others": others, "broken": broken, "rest": rest}
     write_report(output, verbs[verb](folder))
-    dist.barrier()
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":
