@@ -35,7 +35,8 @@ def write_report(path, report):
 
 
 def say(*what):
-    print(*what, file=sys.stderr, flush=True)
+    sys.stderr.write(" ".join(map(str, what)) + "\n")  # in one piece: other ranks write there too
+    sys.stderr.flush()
 
 
 def run_cases(run, arguments):
