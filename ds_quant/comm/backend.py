@@ -4,6 +4,7 @@ DeepSpeed is not imported for it: where it runs, somebody has.
 """
 
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -42,20 +43,19 @@ def is_destroyed(group: Group) -> bool:
 def all_to_all(output: Tensor, message: Tensor, output_splits: list[int], splits: list[int], group: Group) -> Any:
     """Start it; returns a work to wait for, None where that is over already."""
     if _sends_by_itself(group):
-        return _exchange(output, message, output_splits, splits, group)
+        return _exchange(message.split(splits), output.split(output_splits), group)
     return _module().all_to_all_single(output, message, output_splits, splits, group=group, async_op=True)
 
 
 def all_gather(output: Tensor, message: Tensor, group: Group) -> Any:
     """Start it; `message` may be the own part of `output`. Returns a work, None where that is over already."""
     if _sends_by_itself(group):
-        rank, world_size = torch_dist.get_rank(group), torch_dist.get_world_size(group)
-        slot = message.numel()
-        own = output[rank * slot : (rank + 1) * slot]
+        world_size = torch_dist.get_world_size(group)
+        slots = output.view(world_size, -1).unbind()
+        own = slots[torch_dist.get_rank(group)]
         if own.data_ptr() != message.data_ptr():
             own.copy_(message)
-        copies = [0 if other == rank else slot for other in range(world_size)]
-        return _exchange(output, message, copies, copies, group, is_gather=True)
+        return _exchange([message] * world_size, slots, group)
     return _module().all_gather_into_tensor(output, message, group=group, async_op=True)
 
 
@@ -81,34 +81,23 @@ class _Works:
             work.wait()
 
 
-def _exchange(
-    output: Tensor,
-    message: Tensor,
-    output_splits: list[int],
-    splits: list[int],
-    group: Group,
-    *,
-    is_gather: bool = False,
-) -> _Works:
-    """Send each rank its part of `message` (all of it if `is_gather`) and receive the others' into `output`, in which a
-    gather has a place for the own part as well."""
+def _exchange(sent: Sequence[Tensor], received: Sequence[Tensor], group: Group) -> _Works:
+    """Send each rank its entry of `sent` and receive the others' into theirs of `received`; the own ones stay."""
     rank, world_size = torch_dist.get_rank(group), torch_dist.get_world_size(group)
-    places = [message.numel()] * world_size if is_gather else output_splits
-    begins = [sum(places[:other]) for other in range(world_size)]
-    sends = [0 if is_gather else sum(splits[:other]) for other in range(world_size)]
     works = []
     # Rank r begins with rank r + 1: nobody is sent to by all at once.
     for distance in range(1, world_size):
         sender = (rank - distance) % world_size
-        part = output[begins[sender] : begins[sender] + output_splits[sender]]
-        works += [
-            torch_dist.irecv(some, group=group, group_src=sender) for some in part.split(IN_FLIGHT) if part.numel()
-        ]
+        works += [torch_dist.irecv(part, group=group, group_src=sender) for part in _parts(received[sender])]
     for distance in range(1, world_size):
         to = (rank + distance) % world_size
-        part = message[sends[to] : sends[to] + splits[to]]
-        works += [torch_dist.isend(some, group=group, group_dst=to) for some in part.split(IN_FLIGHT) if part.numel()]
+        works += [torch_dist.isend(part, group=group, group_dst=to) for part in _parts(sent[to])]
     return _Works(works)
+
+
+def _parts(message: Tensor) -> Sequence[Tensor]:
+    """What is sent at once; nothing of an empty message."""
+    return message.split(IN_FLIGHT) if message.numel() else ()
 
 
 def reduce_scatter(output: Tensor, values: Tensor, group: Group) -> None:

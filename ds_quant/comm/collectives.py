@@ -52,8 +52,7 @@ class Handle:
     def wait(self) -> bool:
         """Do the rest; the result is there when it returns."""
         if self._exchange is not None:
-            self._exchange.reduce()
-            self._exchange.finish()
+            self._exchange.complete()
             self._finish()
             self._exchange = None
         return True

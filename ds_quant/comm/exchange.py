@@ -125,9 +125,8 @@ class Exchange:
             wire.dequantize(self._gathered, self.layout.gathered, self.tensors, self.layout.fmt)
         self._give_back()
 
-    def run(self) -> None:
-        """All phases."""
-        self.send()
+    def complete(self) -> None:
+        """What is left after `send`."""
         self.reduce()
         self.finish()
 

@@ -34,6 +34,11 @@ class _Segment:
         self.in_use = False
         """Whether this step has a piece of just these elements."""
 
+    @property
+    def latest(self) -> Tensor:
+        """What is owed, this step included."""
+        return self.pending if self.is_pending and self.pending is not None else self.committed
+
 
 Key = tuple[int, int]
 """Offset and number of elements."""
@@ -66,8 +71,7 @@ class ErrorFeedback:
         write: list[Tensor | None] = []
         for piece in sent:
             segment = self._claim(piece, device)
-            latest = segment.pending if segment.is_pending else segment.committed
-            read.append(latest)
+            read.append(segment.latest)
             if self.transactional:
                 if segment.pending is None:
                     segment.pending = torch.empty_like(segment.committed)
@@ -170,9 +174,8 @@ class ErrorFeedback:
             ):
                 begin, end = max(offset, piece.offset), min(offset + numel, piece.offset + piece.numel)
                 if begin < end:
-                    found = segments[offset, numel]
-                    latest = found.pending if found.is_pending and found.pending is not None else found.committed
-                    owed[begin - piece.offset : end - piece.offset] += latest[begin - offset : end - offset].to(device)
+                    part = segments[offset, numel].latest[begin - offset : end - offset]
+                    owed[begin - piece.offset : end - piece.offset] += part.to(device)
             segment = segments[key] = _Segment(owed)
         segment.in_use = True
         return segment

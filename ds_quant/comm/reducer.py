@@ -78,9 +78,7 @@ class Reducer:
 
         `tensors` are 1-D, contiguous, of one dtype (fp32, bf16, fp16) and device.
         """
-        exchange = self.start_all_reduce(tensors, spans, call)
-        exchange.reduce()
-        exchange.finish()
+        self.start_all_reduce(tensors, spans, call).complete()
 
     def start_all_reduce(self, tensors: Sequence[Tensor], spans: Sequence[Span], call: Call) -> Exchange:
         """`all_reduce` with its first messages on their way. Call `reduce` and `finish` on the result, in an order of
@@ -94,9 +92,7 @@ class Reducer:
 
         `output` takes the own pieces, one after the other: 1-D, contiguous, fp32, bf16 or fp16.
         """
-        exchange = self.start_reduce_scatter(tensors, pieces, output, call)
-        exchange.reduce()
-        exchange.finish()
+        self.start_reduce_scatter(tensors, pieces, output, call).complete()
 
     def start_reduce_scatter(
         self, tensors: Sequence[Tensor], pieces: Sequence[Piece], output: Tensor, call: Call

@@ -175,7 +175,7 @@ def _tell(engine: Any, gradients: GradientCommunication) -> None:
 
 def _num_quantized(engine: Any, gradients: GradientCommunication) -> float:
     """Elements that a rank quantizes of each gradient, give or take the padding of partitions."""
-    wrapper, total = engine.optimizer, 0.0
+    wrapper, shared, total = engine.optimizer, _groups(engine)[0], 0.0
     scatters = hasattr(wrapper, "ipg_buckets") and wrapper.reduce_scatter
     if engine.zero_optimization_stage() < 3 and scatters:
         scatters = wrapper.contiguous_gradients
@@ -183,7 +183,7 @@ def _num_quantized(engine: Any, gradients: GradientCommunication) -> float:
         if not parameter.requires_grad:
             continue
         is_expert = not getattr(parameter, "allreduce", True)
-        group = engine.expert_data_parallel_group[parameter.group_name] if is_expert else _groups(engine)[0]
+        group = engine.expert_data_parallel_group[parameter.group_name] if is_expert else shared
         reducer = gradients.reducer(group)
         inside = reducer.nodes.size if reducer.nodes else 1
         senders = reducer.world_size // inside

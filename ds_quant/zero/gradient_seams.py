@@ -6,7 +6,7 @@ where it looks for full-precision ones. Stages 1 and 2 alone get another algorit
 the slices where DeepSpeed all-reduces all of them.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
@@ -24,17 +24,17 @@ from ds_quant.zero.gradients import GradientCommunication
 class _Collectives:
     """deepspeed.comm, with sums over ranks quantized."""
 
-    def __init__(self, gradients: GradientCommunication, spans: Callable[[Tensor], Sequence[Span]]) -> None:
+    def __init__(self, gradients: GradientCommunication, spans: Sequence[Span]) -> None:
         self._gradients, self._spans = gradients, spans
 
     def __getattr__(self, name: str) -> Any:
         return getattr(dist, name)
 
     def all_reduce(self, tensor: Tensor, group: Any = None) -> None:
-        self._gradients.all_reduce(tensor, self._spans(tensor), group)
+        self._gradients.all_reduce(tensor, self._spans, group)
 
     def reduce(self, tensor: Tensor, dst: int, group: Any = None) -> None:
-        self._gradients.reduce(tensor, self._spans(tensor), dst, group)
+        self._gradients.reduce(tensor, self._spans, dst, group)
 
 
 @contextmanager
@@ -47,7 +47,8 @@ def _replaced(module: ModuleType, name: str, value: Any) -> Iterator[None]:
         setattr(module, name, original)
 
 
-def _quantized(module: ModuleType, gradients: GradientCommunication, spans: Callable[[Tensor], Sequence[Span]]) -> Any:
+def _quantized(module: ModuleType, gradients: GradientCommunication, spans: Sequence[Span]) -> Any:
+    """While it lasts, `module` reduces tensors quantized, in which the parameters lie as `spans` say."""
     return _replaced(module, "dist", _Collectives(gradients, spans))
 
 
@@ -75,7 +76,7 @@ class QuantizedReductionEngine:
 
     def allreduce_bucket(self, bucket: Sequence[Tensor], dp_group: Any, dp_world_size: Any = None) -> Any:
         spans = self.ds_quant_gradients.joined_spans(bucket)
-        with _quantized(engine_module, self.ds_quant_gradients, lambda _: spans):
+        with _quantized(engine_module, self.ds_quant_gradients, spans):
             return super().allreduce_bucket(bucket, dp_group, dp_world_size)  # type: ignore[misc]
 
 
@@ -86,10 +87,10 @@ class QuantizedReductionStage1And2:
 
     def reduce_ipg_grads(self, comm_dtype: Any = None) -> None:
         places: list[tuple[Tensor, Any]] = []
-        for bucket in self.ipg_buckets.values():  # type: ignore[attr-defined]
-            parameters = [self.bit16_groups[i][number] for i, number, _ in bucket.params]  # type: ignore[attr-defined]
-            if not self.contiguous_gradients:  # type: ignore[attr-defined]
-                places += zip(bucket.grads, parameters, strict=True)
+        if not self.contiguous_gradients:  # type: ignore[attr-defined]
+            groups = self.bit16_groups  # type: ignore[attr-defined]
+            for bucket in self.ipg_buckets.values():  # type: ignore[attr-defined]
+                places += zip(bucket.grads, [groups[i][number] for i, number, _ in bucket.params], strict=True)
         with self.ds_quant_gradients.naming(places):
             super().reduce_ipg_grads(comm_dtype)  # type: ignore[misc]
 
@@ -105,12 +106,12 @@ class QuantizedReductionStage1And2:
 
     def gradient_reduction_w_predivide(self, tensor: Tensor, communication_data_type: torch.dtype) -> Tensor:
         spans = self.ds_quant_gradients.spans(tensor) if tensor.numel() else []
-        with _quantized(stage_1_and_2, self.ds_quant_gradients, lambda _: spans):
+        with _quantized(stage_1_and_2, self.ds_quant_gradients, spans):
             return super().gradient_reduction_w_predivide(tensor, communication_data_type)  # type: ignore[misc]
 
     def allreduce_bucket(self, bucket: Sequence[Tensor], *args: Any, **kwargs: Any) -> Tensor:
         spans = self.ds_quant_gradients.joined_spans([tensor.view(-1) for tensor in bucket])
-        with _quantized(stage_1_and_2, self.ds_quant_gradients, lambda _: spans):
+        with _quantized(stage_1_and_2, self.ds_quant_gradients, spans):
             return super().allreduce_bucket(bucket, *args, **kwargs)  # type: ignore[misc]
 
     def allreduce_and_scatter(
@@ -164,11 +165,6 @@ class QuantizedReductionStage1And2:
         gradients.buffers.give_back(buffer)
 
 
-def _reduce_scatter_coalesced(gradients: GradientCommunication, parameters: Sequence[Any]) -> Callable:
-    names = [gradients.names[id(parameter)] for parameter in parameters]
-    return lambda tensors, group=None: gradients.reduce_scatter_coalesced(tensors, names, group)
-
-
 class QuantizedReductionStage3:
     """Mixed into the class of a live DeepSpeedZeroOptimizer_Stage3. The methods' names are mangled by its class."""
 
@@ -177,8 +173,13 @@ class QuantizedReductionStage3:
     def _DeepSpeedZeroOptimizer_Stage3__avg_scatter_grads(
         self, params_to_reduce: list[Any], communication_data_type: torch.dtype
     ) -> list[Tensor]:
-        replacement = _reduce_scatter_coalesced(self.ds_quant_gradients, params_to_reduce)
-        with _replaced(stage3, "reduce_scatter_coalesced", replacement):
+        gradients = self.ds_quant_gradients
+        names = [gradients.names[id(parameter)] for parameter in params_to_reduce]
+
+        def reduce_scatter_coalesced(tensors: list[Tensor], group: Any = None) -> list[Tensor]:
+            return gradients.reduce_scatter_coalesced(tensors, names, group)
+
+        with _replaced(stage3, "reduce_scatter_coalesced", reduce_scatter_coalesced):
             return super()._DeepSpeedZeroOptimizer_Stage3__avg_scatter_grads(  # type: ignore[misc]
                 params_to_reduce, communication_data_type
             )
@@ -191,7 +192,7 @@ class QuantizedReductionStage3:
             numel = parameter.grad.numel()
             spans.append(Span(self.ds_quant_gradients.names[id(parameter)], 0, 0, start, numel))
             start += numel
-        with _quantized(stage3, self.ds_quant_gradients, lambda _: spans):
+        with _quantized(stage3, self.ds_quant_gradients, spans):
             return super()._DeepSpeedZeroOptimizer_Stage3__avg_scatter_contiguous_grads(  # type: ignore[misc]
                 buffer_to_reduce, communication_data_type
             )
