@@ -28,6 +28,11 @@ MEASURED_ROUNDING = {
 """What `"rounding": null` means, by moment and bits: docs/moments.md has the measurements."""
 
 
+def rounding_of(moment: str, bits: int, rounding: str | None) -> str:
+    """The rounding that a moment's own setting, maybe null, amounts to."""
+    return rounding or MEASURED_ROUNDING[moment, bits]
+
+
 Format = tuple[CodeMap, int]
 """Code map and block size of a quantized moment."""
 
@@ -47,7 +52,7 @@ class GroupOptions:
         self._scalars: dict[int, AdamWScalars] = {}
         self._objects = [group[name] for name in MOMENTS]
         self.stochastic = tuple(
-            bool(moment) and (moment["rounding"] or MEASURED_ROUNDING[name, moment["bits"]]) == "stochastic"
+            bool(moment) and rounding_of(name, moment["bits"], moment["rounding"]) == "stochastic"
             for name, moment in zip(MOMENTS, self._objects, strict=True)
         )
         self._by_shape = any(moment and moment["granularity"] != "block" for moment in self._objects)

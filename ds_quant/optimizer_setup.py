@@ -10,7 +10,7 @@ from ds_quant.adamw_conversion import convert_adamw
 from ds_quant.config import MomentConfig, OptimizerConfig
 from ds_quant.errors import fail
 from ds_quant.group_options import FIXED as FIXED_IN_GROUPS
-from ds_quant.group_options import HYPERPARAMETERS, MEASURED_ROUNDING, MOMENTS
+from ds_quant.group_options import HYPERPARAMETERS, MOMENTS, rounding_of
 from ds_quant.optim import QuantAdamW
 from ds_quant.patterns import check_patterns, matches
 
@@ -191,7 +191,7 @@ def describe_moments(config: OptimizerConfig) -> str:
             parts.append(f"{name} 32-bit")
             continue
         group = f"block of {moment.block_size}" if moment.granularity == "block" else moment.granularity
-        rounding = moment.rounding or MEASURED_ROUNDING[name, moment.bits]
+        rounding = rounding_of(name, moment.bits, moment.rounding)
         parts.append(f"{name} {moment.bits}-bit {moment.map} per {group}, {rounding}")
     return "; ".join(parts)
 

@@ -18,6 +18,8 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
+from ds_quant.log import warn
+
 FOLDER = Path(__file__).parent
 DRIVERS = ("adamw.cpp", "wire.cpp", "products.cpp")
 STAGES = ("stages.cpp", "wire_stages.cpp", "products_stages.cpp")
@@ -63,6 +65,17 @@ def load() -> Loaded:
                 return Loaded(_load_cached(Path(folder) / name, compiler), "")
     except (BuildError, OSError, subprocess.SubprocessError) as error:
         return Loaded(None, str(error))
+
+
+def is_usable(instead: str) -> bool:
+    """Whether there is a library; where there is none, a warning that says what happens `instead`, and the remedy."""
+    reason = load().reason
+    if reason:
+        warn(
+            f"the C++ kernels could not be built; {instead}; install g++ or clang++, or set CXX to a C++17 compiler. "
+            f"The reason: {reason}"
+        )
+    return not reason
 
 
 def cache_folder() -> Path:

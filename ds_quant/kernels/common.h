@@ -7,5 +7,19 @@ enum Dtype : int32_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
 
 inline int64_t itemsize(int32_t dtype) { return dtype == FLOAT32 ? 4 : 2; }
 
+namespace {
+
+// The symmetric scale of numerics/integer.py, from the bits of a group's largest magnitude.
+inline float scale_of(uint32_t absmax, float levels) {
+    if (absmax >= 0x7f800000) return __builtin_nanf("");
+    float extent;
+    __builtin_memcpy(&extent, &absmax, sizeof extent);
+    float scale = extent / levels;
+    // A denormal quotient may be rounded to less than what the largest element needs.
+    return scale < 0x1p-126f && scale * levels < extent ? scale + 0x1p-149f : scale;
+}
+
+}  // namespace
+
 #define DS_QUANT_JOIN_(a, b) a##b
 #define DS_QUANT_JOIN(a, b) DS_QUANT_JOIN_(a, b)

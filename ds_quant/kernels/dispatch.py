@@ -11,7 +11,6 @@ import torch
 from ds_quant.kernels import build, reference
 from ds_quant.kernels.choice import chosen
 from ds_quant.kernels.work import AdamWWork
-from ds_quant.log import warn
 
 Step = Callable[[Sequence[AdamWWork]], None]
 
@@ -42,17 +41,13 @@ def _serving(kind: str) -> tuple[Step, str]:
 
 @functools.cache
 def _kernel(kind: str) -> tuple[Step, str]:
-    if kind == "cpu":
-        reason = build.load().reason
-        if not reason:
-            from ds_quant.kernels import cpu
+    if kind == "cpu" and build.is_usable(
+        "optimizer steps on the CPU take the reference instead, which is about 200 times slower and allocates several "
+        "fp32 tensors of each parameter's size"
+    ):
+        from ds_quant.kernels import cpu
 
-            return cpu.adamw_, f"cpu: C++ {cpu.isa()}"
-        warn(
-            "the C++ kernels could not be built; optimizer steps on the CPU take the reference instead, which is about "
-            "200 times slower and allocates several fp32 tensors of each parameter's size; install g++ or clang++, or "
-            f"set CXX to a C++17 compiler. The reason: {reason}"
-        )
+        return cpu.adamw_, f"cpu: C++ {cpu.isa()}"
     if kind == "cuda":
         from ds_quant.kernels import cuda
 

@@ -54,7 +54,7 @@ void quantize(const QuantizeCall& call, const ProductsStages& stages, const Thre
         chunks.for_each_in_slots(threads, num_slots, [&](int64_t slot, int64_t begin, int64_t end) {
             most[slot] = std::max(most[slot], stages.absmax(call, begin, end));
         });
-        *call.rows.scale = scale_from(*std::max_element(most.begin(), most.end()), levels);
+        *call.rows.scale = scale_of(*std::max_element(most.begin(), most.end()), levels);
     }
     if (!call.columns.codes) {
         chunks.for_each(threads, [&](int64_t begin, int64_t end) { stages.quantize_rows(call, begin, end); });
@@ -69,7 +69,7 @@ void quantize(const QuantizeCall& call, const ProductsStages& stages, const Thre
         for (int64_t i = 0; i < num_columns; ++i) maxima[i] = std::max(maxima[i], maxima[slot * num_columns + i]);
     std::vector<float> inverses(num_columns);
     for (int64_t i = 0; i < num_columns; ++i) {
-        float scale = call.columns.scale[i] = scale_from(maxima[i], levels);
+        float scale = call.columns.scale[i] = scale_of(maxima[i], levels);
         inverses[i] = scale > 0.0f ? 1.0f / scale : 0.0f;
     }
     chunks.for_each(threads, [&](int64_t begin, int64_t end) {

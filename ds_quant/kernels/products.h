@@ -52,17 +52,3 @@ const ProductsStages* ds_quant_products_stages_avx2();
 const ProductsStages* ds_quant_products_stages_avx512();
 #endif
 }
-
-namespace {
-
-// From the bits of the largest magnitude.
-inline float scale_from(uint32_t absmax, float levels) {
-    if (absmax >= 0x7f800000) return __builtin_nanf("");
-    float extent;
-    __builtin_memcpy(&extent, &absmax, sizeof extent);
-    float scale = extent / levels;
-    // A denormal quotient may be rounded to less than what the largest element needs.
-    return scale < 0x1p-126f && scale * levels < extent ? scale + 0x1p-149f : scale;
-}
-
-}  // namespace

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from ds_quant.kernels import build
 from ds_quant.kernels.choice import chosen
-from ds_quant.log import warn
 from ds_quant.numerics import products as reference
 from ds_quant.numerics.integer import DTYPES
 from ds_quant.numerics.random import check_key
@@ -125,17 +124,13 @@ def _serving(device: torch.device) -> ModuleType:
 
 @functools.cache
 def _kernel(kind: str) -> ModuleType:
-    if kind == "cpu":
-        reason = build.load().reason
-        if not reason:
-            from ds_quant.kernels import products_cpu
+    if kind == "cpu" and build.is_usable(
+        "operands of int8 products are quantized by the reference instead, which is many times slower and allocates "
+        "several fp32 tensors of their size"
+    ):
+        from ds_quant.kernels import products_cpu
 
-            return products_cpu
-        warn(
-            "the C++ kernels could not be built; operands of int8 products are quantized by the reference instead, "
-            "which is many times slower and allocates several fp32 tensors of their size; install g++ or clang++, or "
-            f"set CXX to a C++17 compiler. The reason: {reason}"
-        )
+        return products_cpu
     return reference
 
 

@@ -203,7 +203,7 @@ void quantize_rows(const QuantizeCall& c, int64_t begin, int64_t end) {
         if (c.rows.one_scale)
             run.scale = *c.rows.scale;
         else
-            run.scale = c.rows.scale[row] = scale_from(absmax_of_row(c, row), run.levels);
+            run.scale = c.rows.scale[row] = scale_of(absmax_of_row(c, row), run.levels);
         if (run.scale > 0.0f) {
             run.inverse = 1.0f / run.scale;
             run.factors = c.rows.factor;

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from ds_quant.kernels import build
 from ds_quant.kernels.choice import chosen
-from ds_quant.log import warn
 from ds_quant.numerics import wire as reference
 from ds_quant.numerics.integer import DTYPES
 from ds_quant.numerics.wire import (
@@ -119,17 +118,13 @@ def _serving(device: torch.device) -> ModuleType:
 
 @functools.cache
 def _kernel(kind: str) -> ModuleType:
-    if kind == "cpu":
-        reason = build.load().reason
-        if not reason:
-            from ds_quant.kernels import wire_cpu
+    if kind == "cpu" and build.is_usable(
+        "gradients are quantized by the reference instead, which is many times slower and allocates several fp32 "
+        "tensors of their size"
+    ):
+        from ds_quant.kernels import wire_cpu
 
-            return wire_cpu
-        warn(
-            "the C++ kernels could not be built; gradients are quantized by the reference instead, which is many times "
-            "slower and allocates several fp32 tensors of their size; install g++ or clang++, or set CXX to a C++17 "
-            f"compiler. The reason: {reason}"
-        )
+        return wire_cpu
     if kind == "cuda":
         from ds_quant.kernels import wire_cuda
 

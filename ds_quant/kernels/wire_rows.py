@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ds_quant.numerics import integer, rotation
-from ds_quant.numerics.random import _bits
+from ds_quant.numerics.random import bits_at
 from ds_quant.numerics.wire import WireFormat
 
 
@@ -154,7 +154,7 @@ def _send_rows(
         assert rows.key is not None
         steps = torch.where(scale > 0, integer.divide(y, scale.expand_as(y)), 0.0)
         index = rows.first + torch.arange(fmt.block_size, device=y.device)
-        draws = (_bits(rows.key, index) >> 8).float() * 2.0**-24
+        draws = (bits_at(rows.key, index) >> 8).float() * 2.0**-24
         floor = torch.floor(steps)
         codes = (floor + (draws < steps - floor)).clamp(-levels, levels).to(torch.int8)
     scale_index = rows.scale_at + torch.arange(4, device=y.device)

@@ -68,13 +68,6 @@ const float* own_elements(
 
 // ---- to codes ------------------------------------------------------------------------------------------------------
 
-float scale_of(uint32_t absmax, float levels) {
-    if (absmax >= 0x7f800000) return __builtin_nanf("");
-    float extent = Scalar::bits_to_float(absmax), scale = extent / levels;
-    // A denormal quotient may be rounded to less than what the largest element needs.
-    return scale < 0x1p-126f && scale * levels < extent ? scale + 0x1p-149f : scale;
-}
-
 // What is known of a block whose elements become codes.
 struct Encoding {
     const float* y;

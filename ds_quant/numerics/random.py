@@ -126,7 +126,7 @@ def random_bits(
     """
     check_key("random_bits(key)", key)
     index = _indices(shape, key.device if device is None else device, offset)
-    return _bits(key.to(index.device), index)
+    return bits_at(key.to(index.device), index)
 
 
 def _indices(shape: int | Sequence[int], device: torch.device | str, offset: int) -> Tensor:
@@ -135,7 +135,9 @@ def _indices(shape: int | Sequence[int], device: torch.device | str, offset: int
     return torch.arange(math.prod(shape), dtype=torch.int64, device=device).reshape(shape) + offset
 
 
-def _bits(key: Tensor, index: Tensor) -> Tensor:
+def bits_at(key: Tensor, index: Tensor) -> Tensor:
+    """bits(key, i) for each i of `index`, int64 from 0: int64 in [0, 2^32), of index's shape. key[0] and key[1] may be
+    tensors that broadcast against it."""
     low, high = index & MASK, index >> 32
     return _mix((_mix(low ^ key[0]) + key[1] + high * HIGH_WORD_MULTIPLIER) & MASK)
 
@@ -158,5 +160,5 @@ def uniform16(
     """
     check_key("uniform16(key)", key)
     index = _indices(shape, key.device if device is None else device, offset)
-    word = _bits(key.to(index.device), ((index >> 5) << 4) | (index & 15))
+    word = bits_at(key.to(index.device), ((index >> 5) << 4) | (index & 15))
     return ((word >> (index & 16)) & 0xFFFF).to(torch.float32) * 2.0**-16

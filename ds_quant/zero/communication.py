@@ -1,7 +1,6 @@
 """Attaching quantized gradient communication to a live engine, and its part in steps and checkpoints."""
 
 import os
-from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from ds_quant.zero.gradient_seams import (
 )
 from ds_quant.zero.gradients import GradientCommunication
 from ds_quant.zero.residual_files import read_residuals, save_residuals
+from ds_quant.zero.seams import check_live
 
 
 class _GradientCommunicationEngine:
@@ -149,9 +149,7 @@ def _check_live(engine: Any) -> None:
             names += ["bit16_groups", "partition_size", "contiguous_gradients", "gradient_average", "overlap_comm"]
             names += ["check_grad_overflow", "dtype", "sequence_parallel_size"]
         expected += [(wrapper, name) for name in names]
-    for holder, name in expected:
-        if not hasattr(holder, name):
-            raise ImportError(f"ds_quant: deepspeed {version('deepspeed')} has moved {type(holder).__name__}.{name}")
+    check_live(expected)
 
 
 def _tell(engine: Any, gradients: GradientCommunication) -> None:

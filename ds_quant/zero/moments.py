@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from ds_quant.errors import ConfigError, fail
 from ds_quant.optim import MOMENTS, QuantAdamW
 from ds_quant.zero.checkpoints import check_checkpoint, moment_files, raise_together, stepped_tensors
 from ds_quant.zero.engine_class import mix_in
+from ds_quant.zero.seams import check_live
 
 
 class _QuantizedMomentsEngine:
@@ -123,9 +123,7 @@ def _check_live(engine: Any) -> None:
         stage_3 = engine.zero_optimization_stage() == 3
         own = ("fp32_partitioned_groups_flat", "sub_group_to_group_id") if stage_3 else ("_hp_optimizer_states_linked",)
         expected += [(engine.optimizer, name) for name in (*own, "dp_process_group", "partition_count")]
-    for holder, name in expected:
-        if not hasattr(holder, name):
-            raise ImportError(f"ds_quant: deepspeed {version('deepspeed')} has moved {type(holder).__name__}.{name}")
+    check_live(expected)
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """Which DeepSpeed is supported, and which of its private attributes this package overrides or reads."""
 
 import importlib
+from collections.abc import Iterable
 from importlib.metadata import version
 from typing import Any
 
@@ -101,6 +102,13 @@ def check_version(installed: str | None = None) -> str:
             f"'deepspeed>={SUPPORTED[0]},<{SUPPORTED[1]}'"
         )
     return installed
+
+
+def check_live(expected: Iterable[tuple[Any, str]]) -> None:
+    """Raise ImportError for what is read off live objects, given as (object, attribute), and has moved."""
+    for holder, name in expected:
+        if not hasattr(holder, name):
+            raise ImportError(f"ds_quant: deepspeed {version('deepspeed')} has moved {type(holder).__name__}.{name}")
 
 
 def find_seams() -> dict[str, bool]:

@@ -1,6 +1,5 @@
 """A live engine tells the quantized layers which step a forward belongs to."""
 
-from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -9,6 +8,7 @@ from deepspeed import comm as dist
 from ds_quant.conversion import remove_forward_counter
 from ds_quant.stepkey import StepKey
 from ds_quant.zero.engine_class import mix_in
+from ds_quant.zero.seams import check_live
 
 _ENGINE_COUNTERS = ("global_steps", "micro_steps")
 """Set in DeepSpeedEngine.__init__, so they can be looked up on a live engine only."""
@@ -29,9 +29,7 @@ class _StepNamingEngine:
 
 def attach_steps(engine: Any, step_key: StepKey) -> None:
     """Drive `step_key` from the live engine, with the seed of rank 0 on all ranks."""
-    for name in _ENGINE_COUNTERS:
-        if not hasattr(engine, name):
-            raise ImportError(f"ds_quant: deepspeed {version('deepspeed')} has moved DeepSpeedEngine.{name}")
+    check_live((engine, name) for name in _ENGINE_COUNTERS)
     seed = torch.tensor([step_key.seed], dtype=torch.int64, device=engine.device)
     dist.broadcast(seed, src=0)
     step_key.reseed(int(seed.item()), dist.get_rank())

@@ -11,6 +11,15 @@ WORKS = build.load().library is not None
 needs_compiler = pytest.mark.skipif(not WORKS, reason="no C++ compiler")
 
 
+def test_where_there_is_a_compiler_there_are_kernels():
+    """The kernels' own tests are left out where nothing was built: a mistake in the sources must not pass so."""
+    try:
+        build.find_compiler()
+    except build.BuildError as error:
+        pytest.skip(str(error))
+    assert build.load().reason == ""
+
+
 @pytest.fixture
 def fresh(monkeypatch, tmp_path):
     """An empty cache, and nothing loaded yet; quick builds, for only the plain instruction set is built."""
