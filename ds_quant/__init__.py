@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from ds_quant.engine import disable, enable, initialize
     from ds_quant.linear import QuantizedModule, QuantLinear
     from ds_quant.optim import QuantAdamW
+    from ds_quant.weight_codes import weights_changed
 
 _HOMES = {
     "ConfigError": "config",
@@ -32,6 +33,7 @@ _HOMES = {
     "initialize": "engine",
     "register_module": "conversion",
     "resolve_auto": "deepspeed_json",
+    "weights_changed": "weight_codes",
 }
 
 __all__ = [
@@ -48,6 +50,7 @@ __all__ = [
     "initialize",
     "register_module",
     "resolve_auto",
+    "weights_changed",
 ]
 
 

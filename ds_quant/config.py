@@ -216,9 +216,22 @@ class LinearConfig(Section):
                 words = " or ".join(f'"{granularity}"' for granularity in granularities)
                 reason = f'{words} with backend "int8": any other scale lies on a contraction axis'
                 yield f"{name}.granularity", operand.granularity, reason, remedy
+        yield from self._int8_gradient_rules()
         if self.weight and self.weight.rounding == "stochastic":
             reason = '"nearest" with backend "int8": forward and backward must find the same codes'
             yield "weight.rounding", "stochastic", reason, remedy
+
+    def _int8_gradient_rules(self) -> Iterator[Rule]:
+        """A gradient with one scale folds none in, so that the other operand's would lie on the contraction axis."""
+        gradient = self.gradient
+        if not gradient or gradient.granularity != "tensor" or self.backward_operands == "original":
+            return
+        others = {"input": ("weight", self.weight), "weight": ("activation", self.activation)}
+        for product, (name, other) in others.items():
+            if product in gradient.used_for and other and other.granularity in ("channel", "token"):
+                allowed = f'"outer" with backend "int8" and {name}.granularity "{other.granularity}"'
+                remedy = f'use that, or {name}.granularity "tensor", or backend "simulated"'
+                yield "gradient.granularity", "tensor", allowed, remedy
 
 
 def _nothing(section: Section, keys: str) -> Rule:

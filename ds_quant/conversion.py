@@ -14,6 +14,7 @@ from torch import nn
 from ds_quant.config import ConfigError, LinearConfig
 from ds_quant.linear import QuantizedModule, QuantLinear, describe
 from ds_quant.patterns import check_patterns, matches
+from ds_quant.shared_inputs import SharedInputs
 from ds_quant.stepkey import CountForwards, StepKey
 
 # By qualified name where importing the class would import a whole library for models that do not have it.
@@ -134,11 +135,11 @@ def convert(
             f"ds_quant.linear: got include {list(config.include)} and exclude {list(config.exclude or excluded)}, "
             f"which leave none of {len(candidates)} linear layers; allowed: at least one; remedy: widen the patterns"
         )
-    step_key = StepKey(torch.initial_seed())
+    step_key, shared_inputs = StepKey(torch.initial_seed()), SharedInputs()
     for index, (_, module) in enumerate(chosen.items()):
         module.__class__ = _quantized_class(module)
         assert isinstance(module, QuantizedModule)
-        module.configure_quantization(config, step_key, index)
+        module.configure_quantization(config, step_key, index, shared_inputs)
     if _draws_random_bits(config):
         model.register_forward_pre_hook(CountForwards(step_key))
     write_to_model_config(model, {"linear": config.model_dump(mode="json", exclude_unset=True)})

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from deepspeed.constants import TORCH_DISTRIBUTED_DEFAULT_PORT
 
 from ds_quant import optimizer_setup, zero
@@ -25,7 +26,7 @@ from ds_quant.config import (
 )
 from ds_quant.conversion import check_still_converted, convert, coverage, step_key_of, write_to_model_config
 from ds_quant.extension_locks import check_extension_locks
-from ds_quant.linear import describe
+from ds_quant.kernels.integer_units import integer_units
 from ds_quant.log import say, warn
 from ds_quant.optim import QuantAdamW
 from ds_quant.refusals import check_refusals
@@ -113,7 +114,6 @@ def initialize(
         say(f"the ds_quant section {why}: a plain DeepSpeed run in full precision")
         return deepspeed_initialize(**forwarded)
 
-    refuse_unavailable(quant)
     check_refusals(raw, quant)
     left = unresolved_auto(raw)
     if left:
@@ -140,6 +140,11 @@ def initialize(
         step_key = step_key_of(engine.module)
         if step_key is not None:
             zero.attach_steps(engine, step_key)
+        if quant.linear.backend == "int8":
+            zero.attach_weights(engine)
+            units = integer_units(torch.device(engine.device))  # warns by itself where it is slow
+            if units.is_fast:
+                say(units.line())
         for line in coverage(engine.module).lines():
             say(line)
     if quant.communication and quant.communication.gradient:
@@ -199,19 +204,3 @@ def _replace_config(forwarded: dict[str, Any], config: dict[str, Any]) -> None:
         # DeepSpeed refuses two configs.
         forwarded["args"] = copy.copy(forwarded["args"])
         forwarded["args"].deepspeed_config = None
-
-
-def refuse_unavailable(quant: QuantConfig) -> None:
-    """What the section may say but this release does not do yet."""
-    later = []
-    if quant.linear and quant.linear.backend == "int8":
-        later.append(("ds_quant.linear.backend", describe(quant.linear), '"backend": "simulated" in its place'))
-    if later:
-        raise ConfigError(
-            "\n".join(
-                f"{where}: got {got}, which is not available yet in this release; allowed: the optimizer "
-                f"and communication sections, and the linear section with the simulated backend; "
-                f"remedy: {'use' if 'in its place' in remedy else 'remove'} {remedy}"
-                for where, got, remedy in later
-            )
-        )

@@ -46,6 +46,7 @@ def environment() -> tuple[list[tuple[str, str]], list[str]]:
         from ds_quant import zero
         from ds_quant.extension_locks import check_extension_locks
         from ds_quant.kernels import dispatch
+        from ds_quant.kernels.integer_units import integer_units
     except (ConfigError, ImportError) as error:
         return [("deepspeed", "cannot be used")], [str(error)]
     name, devices = zero.accelerator()
@@ -53,6 +54,8 @@ def environment() -> tuple[list[tuple[str, str]], list[str]]:
     rows.append(("CPU instructions", torch.backends.cpu.get_cpu_capability()))
     for device in dict.fromkeys(("cpu", name)):
         rows.append((f"AdamW's steps on {device}", dispatch.implementation(device)))
+    units = integer_units(torch.device(name))
+    rows.append((f"int8 products on {name}", units.line()))
     for seam, there in zero.find_seams().items():
         rows.append((f"seam {seam}", "found" if there else "MISSING"))
     try:
@@ -86,9 +89,7 @@ def explain(source: Any) -> tuple[list[tuple[str, str]], list[str]]:
         rows.append(("  exclude", left_out))
     else:
         rows.append(("linear layers", "full precision"))
-    from ds_quant import engine
-
-    checks: list[Callable[[], Any]] = [lambda: engine.refuse_unavailable(quant), lambda: check_refusals(raw, quant)]
+    checks: list[Callable[[], Any]] = [lambda: check_refusals(raw, quant)]
     if quant.optimizer:
         rows += _moments(quant.optimizer, raw)
         checks += _moment_checks(quant.optimizer, raw, stage)

@@ -5,9 +5,14 @@ stay paired with a run that does not round stochastically, a resumed run needs n
 computed again under activation checkpointing rounds exactly as it did the first time.
 """
 
-import torch
+import itertools
+import weakref
+from typing import Any
 
-from ds_quant.numerics.random import fold_key
+import torch
+from torch import Tensor
+
+from ds_quant.numerics.random import fold_words
 
 SEED_MASK = 2**63 - 1
 """Seeds are sent between ranks as int64."""
@@ -28,40 +33,81 @@ class StepKey:
         self.rank = rank
         self.step = 0
         self.micro_step = 0
-        self._keys: dict[tuple[bool, torch.device], torch.Tensor] = {}
+        self._device = torch.device("cpu")
+        self._number = _enrol(self)
+        self._make_keys()
 
     def set(self, step: int, micro_step: int = 0) -> None:
         """Name the training step and the micro step within it that the next forward and its backward belong to."""
         if (step, micro_step) != (self.step, self.micro_step):
             self.step, self.micro_step = step, micro_step
-            # New tensors, never in-place: a pending backward still holds the keys of its forward.
-            self._keys = {}
+            self._make_keys()
 
     def advance(self) -> None:
         """Go to the next step."""
-        self.set(self.step + 1)
+        if torch.compiler.is_compiling():
+            # Ints that change would have the graph compiled for each step; an operator finds them when it runs.
+            self._local, self._replicated = _next_keys(self._number, self._device).unbind()
+        else:
+            self.set(self.step + 1)
 
     def reseed(self, seed: int, rank: int) -> None:
         """Take over seed and rank once they are known, which is when the ranks have met."""
         self.seed, self.rank = seed & SEED_MASK, rank
-        self._keys = {}
+        self._make_keys()
 
-    def local(self, device: torch.device) -> torch.Tensor:
+    def local(self, device: torch.device) -> Tensor:
         """Key for what differs between ranks: activations and gradients. int64, shape (2,)."""
-        return self._key(True, device)
+        self._move(device)
+        return self._local
 
-    def replicated(self, device: torch.device) -> torch.Tensor:
+    def replicated(self, device: torch.device) -> Tensor:
         """Key for what all ranks hold alike and must round alike: weights. int64, shape (2,)."""
-        return self._key(False, device)
+        self._move(device)
+        return self._replicated
 
-    def _key(self, with_rank: bool, device: torch.device) -> torch.Tensor:
-        key = self._keys.get((with_rank, device))
-        if key is None:
-            # Rank 0 of the local keys must not coincide with the replicated one.
-            rank = self.rank + 1 if with_rank else 0
-            key = fold_key(self.seed, self.step, self.micro_step, rank, device=device)
-            self._keys[with_rank, device] = key
-        return key
+    def _make_keys(self) -> None:
+        """Before a forward asks for them: in compiled code they are then inputs of the graph.
+
+        New tensors, never in-place: a pending backward still holds the keys of its forward.
+        """
+        # Rank 0 of the local keys must not coincide with the replicated one.
+        self._local, self._replicated = (
+            torch.tensor(fold_words(self.seed, self.step, self.micro_step, rank), dtype=torch.int64).to(self._device)
+            for rank in (self.rank + 1, 0)
+        )
+
+    def _move(self, device: torch.device) -> None:
+        if self._local.device != device:
+            self._device = device
+            self._local, self._replicated = self._local.to(device), self._replicated.to(device)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._number = _enrol(self)
+
+
+_step_keys: "weakref.WeakValueDictionary[int, StepKey]" = weakref.WeakValueDictionary()
+_numbers = itertools.count()
+
+
+def _enrol(step_key: StepKey) -> int:
+    number = next(_numbers)
+    _step_keys[number] = step_key
+    return number
+
+
+@torch.library.custom_op("ds_quant::next_keys", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
+def _next_keys(number: int, device: torch.device) -> Tensor:
+    """Advances the StepKey of that number; its local and its replicated key, int64 [2, 2]."""
+    step_key = _step_keys[number]
+    step_key.advance()
+    return torch.stack((step_key.local(device), step_key.replicated(device)))
+
+
+@_next_keys.register_fake
+def _(number: int, device: torch.device) -> Tensor:
+    return torch.empty((2, 2), dtype=torch.int64, device=device)
 
 
 class CountForwards:

@@ -481,7 +481,17 @@ def test_int8_takes_the_scales_off_the_contraction_axis():
                     "gradient": gradient(granularity, rounding="stochastic"),
                     "backend": "int8",
                 }
-                assert load({"linear": linear}).linear.backend == "int8"
+                if granularity == "outer" or (weight, activation) == ("tensor", "tensor"):
+                    assert load({"linear": linear}).linear.backend == "int8"
+                    continue
+                # Nothing is folded: the other operand's scale would stay on the contraction axis.
+                for other, theirs in (("weight", weight), ("activation", activation)):
+                    message = errors({"linear": linear})
+                    named = f'{other}.granularity "{theirs}"'
+                    assert (named in message) == (theirs != "tensor"), message
+                check_parts(message, f"{LINEAR}.gradient.granularity", '"tensor"', '"outer"', 'backend "simulated"')
+                original = {**linear, "backward_operands": "original"}
+                assert load({"linear": original}).linear.backend == "int8"
 
 
 # ---- the whole config

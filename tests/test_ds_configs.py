@@ -67,6 +67,12 @@ WIRE_ROWS = {
     "w8a8_adam8_comm8": ((8, 256, False), "w8a8", "adam8"),
     "all4": ((4, 128, True), "w8a8", "adam4"),
 }
+# Rows on integer units: linear layers, moments and wire of another row.
+INT8_ROWS = {
+    "w8a8_int8": ("w8a8", None, None),
+    "w8a8g8_int8": ("w8a8g8", None, None),
+    "full_int8": ("w8a8g8", "adam8", "comm8"),
+}
 STAGE_0 = [name for name in MOMENT_ROWS if name.startswith("paper_")]
 
 VALUES = {
@@ -87,15 +93,25 @@ def read(name):
     return json.loads((ROOT / "ds_configs" / f"{name}.json").read_text(encoding="utf-8"))
 
 
+def load(name):
+    return QuantConfig.load(ROOT / "ds_configs" / f"{name}.json")
+
+
 def test_the_matrix_is_complete():
-    assert set(NAMES) == {"baseline", *ROWS, *PAPER_ROWS, *MOMENT_ROWS, *WIRE_ROWS}
+    assert set(NAMES) == {"baseline", *ROWS, *PAPER_ROWS, *MOMENT_ROWS, *WIRE_ROWS, *INT8_ROWS}
+
+
+@pytest.mark.parametrize("name", INT8_ROWS)
+def test_each_row_on_integer_units_is_another_but_for_the_backend(name):
+    quant, (linear, moments, wire) = load(name), INT8_ROWS[name]
+    assert quant.linear.backend == "int8"
+    assert quant.linear.model_copy(update={"backend": "simulated"}) == load(linear).linear
+    assert quant.optimizer == (load(moments).optimizer if moments else None)
+    assert quant.communication == (load(wire).communication if wire else None)
 
 
 @pytest.mark.parametrize("name", WIRE_ROWS)
 def test_each_row_on_the_wire_says_what_its_name_says(name):
-    def load(other):
-        return QuantConfig.load(ROOT / "ds_configs" / f"{other}.json")
-
     quant, (expected, linear, moments) = load(name), WIRE_ROWS[name]
     gradient = quant.communication.gradient
     assert (gradient.bits, gradient.block_size, gradient.error_feedback) == expected
@@ -301,14 +317,15 @@ def test_every_config_trains_a_step(tmp_path):
         assert all(math.isfinite(loss) for loss in result["losses"]), (name, result)
         assert result["moved"], name
         # two layers of seven linears; the paper quantized lm_head too
-        linear_of_wire, moments_of_wire = WIRE_ROWS.get(name, (None, None, None))[1:]
+        linear, moments_row = WIRE_ROWS.get(name, (None, None, None))[1:]
+        linear, moments_row, wire = INT8_ROWS.get(name, (linear, moments_row, name if name in WIRE_ROWS else None))
         without = name == "baseline" or (name in MOMENT_ROWS and name != "w8a8_adam8")
-        without |= name in WIRE_ROWS and not linear_of_wire
+        without |= name in WIRE_ROWS and not linear
         expected = 0 if without else 14 + name.startswith("paper_")
         assert len(result["quantized"]) == expected, (name, result["quantized"])
         assert ("lm_head" in result["quantized"]) is (name.startswith("paper_") and not without)
-        moments = MOMENT_ROWS.get(moments_of_wire or name, (None, None))
-        assert result["reduces"] == (name in WIRE_ROWS), name
+        moments = MOMENT_ROWS.get(moments_row or name, (None, None))
+        assert result["reduces"] == bool(wire), name
         kinds = zip(("exp_avg", "exp_avg_sq"), moments, strict=True)
         assert result["moments"] == [f"{key} {moment[0] if moment else 32}" for key, moment in kinds], name
     baseline = results.pop("baseline")["losses"]

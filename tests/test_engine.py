@@ -175,12 +175,21 @@ def test_an_old_reference_to_initialize_does_not_train_in_full_precision():
         start(STOCK_INITIALIZE, config=config())
 
 
-def test_what_is_not_there_yet_is_refused():
-    net = model()
+def test_integer_products_are_announced(caplog):
     section = {"linear": {"weight": {"bits": 8}, "activation": {"bits": 8}, "backend": "int8"}}
-    with pytest.raises(ConfigError, match=r"ds_quant\.linear\.backend: got .*not available yet.*remedy"):
+    engine, *_ = start(config=config(section))
+    trained = losses(engine)
+    assert trained[-1] < trained[0]
+    assert "W8 channel, A8 token (int8: Y)" in caplog.text
+    assert "int8 products run " in caplog.text, "on which units, or without any"
+
+
+def test_a_refused_config_leaves_the_model_as_it_was():
+    net = model()
+    section = {"linear": {"weight": {"bits": 8}, "gradient": {"bits": 8, "granularity": "tensor"}, "backend": "int8"}}
+    with pytest.raises(ConfigError, match=r"ds_quant\.linear\.gradient\.granularity: got .*remedy"):
         start(model=net, config=config(section))
-    assert type(net[0]) is nn.Linear, "a refused config must leave the model as it was"
+    assert type(net[0]) is nn.Linear
 
 
 MOMENTS = {"optimizer": {"exp_avg": {"bits": 8}, "exp_avg_sq": {"bits": 8}}}

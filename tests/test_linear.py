@@ -1,13 +1,12 @@
-"""The three products of a quantized linear against the definition in ds_quant/linear.py, once more in float64."""
+"""The three products of a quantized linear against their definition, once more in float64."""
 
 import copy
 import itertools
 import pickle
 
-import numpy as np
 import pytest
 import torch
-from numerics import oracle
+from linear_oracle import IN, OUT, assert_within, expected, random_case, run
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
@@ -15,8 +14,6 @@ from transformers.pytorch_utils import Conv1D
 import ds_quant
 from ds_quant.config import ConfigError, LinearConfig
 from ds_quant.conversion import convert, step_key_of
-
-TOKENS, IN, OUT = 11, 37, 19
 
 WEIGHTS = {
     "none": None,
@@ -40,135 +37,6 @@ GRADIENTS = [
     {"bits": 8, "granularity": "tensor"},
     {"bits": 6, "granularity": "channel", "symmetric": False},
 ]
-
-
-class Side:
-    """One operand of a product as a matrix [free, contracted]: values in float64, and whether its scale may wait."""
-
-    def __init__(self, steps, scale, contracted_scale):
-        self.steps, self.scale, self.contracted_scale = steps, scale, contracted_scale
-
-    @classmethod
-    def plain(cls, x):
-        return cls(x.double(), torch.ones((), dtype=torch.float64), False)
-
-    @classmethod
-    def quantized(cls, x, config, granularity, *, transposed=False):
-        """Quantize x [rows, features]; contracted over the features, or over the rows if transposed."""
-        block = config.get("block_size", 128)
-        array = x.float().numpy()
-        codes, scale, zero = oracle.quantize(
-            array,
-            config["bits"],
-            granularity=granularity,
-            block_size=block,
-            symmetric=config.get("symmetric", True),
-        )
-        zeros = oracle.expand(zero, array.shape, granularity, block)
-        scales = torch.from_numpy(oracle.expand(scale, array.shape, granularity, block)).double()
-        steps = torch.from_numpy(codes.astype(np.float32) - zeros).double()
-        contracted = granularity == "block" or granularity == ("column" if not transposed else "row")
-        return cls(steps.t(), scales.t(), contracted) if transposed else cls(steps, scales, contracted)
-
-    def values(self):
-        return self.steps * self.scale
-
-
-def product(a, b, dtype, bias=None):
-    """(float64 result of a b^T + bias, bound of the rounding error that an fp32 accumulation to dtype may make)."""
-    left, right = a.values(), b.values()
-    operands_round = a.contracted_scale or b.contracted_scale
-    if operands_round:
-        # Each was rounded to the model's dtype once, from a product that was fp32.
-        left, right = left.float().to(dtype).double(), right.float().to(dtype).double()
-    exact = left @ right.t()
-    magnitude = left.abs() @ right.abs().t()
-    if bias is not None:
-        exact = exact + bias.double()
-        magnitude = magnitude + bias.double().abs()
-    # Accumulating K terms in fp32, two scales and a bias: (K + 4) roundings of 2^-24; then one to dtype, whose unit
-    # roundoff is eps / 2. An operand rounded to dtype from fp32 may land one unit off where fp32 hit a tie.
-    unit = torch.finfo(dtype).eps / 2
-    bound = (left.shape[1] + 4) * 2.0**-24 * magnitude + unit * exact.abs() * (1 + 2.0**-10)
-    if operands_round and dtype != torch.float32:
-        bound = bound + unit * magnitude * 2.0**-7
-    return exact, bound + torch.finfo(torch.float32).tiny
-
-
-def expected(x, w, bias, g, config, dtype):
-    """(y, dX, dW), each with its bound. x [tokens, in], w [out, in], g [tokens, out], all in dtype."""
-    names_w = {"tensor": "tensor", "channel": "row", "block": "block"}
-    names_x = {"tensor": "tensor", "token": "row", "channel": "column", "block": "block"}
-    weight, activation, gradient = config.get("weight"), config.get("activation"), config.get("gradient")
-
-    def of_weight(transposed):
-        if not weight:
-            return Side.plain(w.t() if transposed else w)
-        return Side.quantized(w, weight, names_w[weight.get("granularity", "channel")], transposed=transposed)
-
-    def of_activation(transposed):
-        if not activation:
-            return Side.plain(x.t() if transposed else x)
-        return Side.quantized(x, activation, names_x[activation.get("granularity", "token")], transposed=transposed)
-
-    y = product(of_activation(False), of_weight(False), dtype, bias)
-    original = config.get("backward_operands") == "original"
-    other_w = Side.plain(w.t()) if original else of_weight(True)
-    other_x = Side.plain(x.t()) if original else of_activation(True)
-    used = gradient.get("used_for", ("weight", "input")) if gradient else ()
-    granularity = gradient.get("granularity", "outer") if gradient else None
-
-    def with_gradient(other, other_is_quantized, outer_name, transposed):
-        """other [free, contracted]; g is contracted over its features, or over its rows if transposed."""
-        folded = g.float()
-        if granularity == "outer" and other_is_quantized:
-            scale = other.scale[0].float()  # the same for every free index: it belongs to the contracted one
-            folded = folded * (scale.reshape(-1, 1) if transposed else scale)
-            other = Side(other.steps, torch.ones((), dtype=torch.float64), False)
-        name = outer_name if granularity == "outer" else names_x[granularity]
-        return product(Side.quantized(folded, gradient, name, transposed=transposed), other, dtype)
-
-    if "input" in used:
-        dx = with_gradient(other_w, bool(weight) and not original, "row", False)
-    else:
-        dx = product(Side.plain(g), other_w, dtype)
-    if "weight" in used:
-        dw = with_gradient(other_x, bool(activation) and not original, "column", True)
-    else:
-        dw = product(Side.plain(g.t()), other_x, dtype)
-    return y, dx, dw
-
-
-def run(config, x, w, bias, g, layout):
-    """(y, dX, dW as [out, in], db) of the module."""
-    if layout == "linear":
-        module = ds_quant.QuantLinear(IN, OUT, dtype=x.dtype, config=config)
-    else:
-        module = ds_quant.QuantConv1D(OUT, IN, config=config).to(x.dtype)
-    with torch.no_grad():
-        module.weight.copy_(w if layout == "linear" else w.t())
-        module.bias.copy_(bias)
-    x = x.clone().requires_grad_()
-    y = module(x)
-    y.backward(g)
-    dw = module.weight.grad if layout == "linear" else module.weight.grad.t()
-    return y.detach(), x.grad, dw, module.bias.grad
-
-
-def assert_within(got, want, what):
-    exact, bound = want
-    excess = ((got.double() - exact).abs() - bound).max()
-    assert excess <= 0, f"{what}: off by {(got.double() - exact).abs().max():.3e}, {excess:.3e} above the bound"
-
-
-def random_case(dtype, seed):
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(*shape):
-        rows = torch.exp(torch.randn(shape[0], 1, generator=generator))
-        return (torch.randn(*shape, generator=generator) * rows).to(dtype)
-
-    return draw(TOKENS, IN), draw(OUT, IN), draw(OUT, 1).flatten(), draw(TOKENS, OUT)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS, ids=lambda name: f"A {name}")
@@ -232,9 +100,13 @@ def test_what_is_not_quantized_is_the_linear_of_torch(dtype):
 W8A8G8 = {"weight": {"bits": 8}, "activation": {"bits": 8}, "gradient": {"bits": 8, "rounding": "stochastic"}}
 
 
+BACKENDS = ("simulated", "int8")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("shape", [(IN,), (0, IN), (3, IN), (2, 3, IN), (2, 1, 3, IN)])
-def test_shapes(shape):
-    module = ds_quant.QuantLinear(IN, OUT, config=W8A8G8)
+def test_shapes(shape, backend):
+    module = ds_quant.QuantLinear(IN, OUT, config={**W8A8G8, "backend": backend})
     x = torch.randn(shape, requires_grad=True)
     y = module(x)
     assert y.shape == (*shape[:-1], OUT)
@@ -243,8 +115,10 @@ def test_shapes(shape):
     assert torch.isfinite(module.weight.grad).all()
 
 
-def test_strided_input_and_gradient():
-    module = ds_quant.QuantLinear(IN, OUT, bias=False, config={"weight": {"bits": 8}, "activation": {"bits": 8}})
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_strided_input_and_gradient(backend):
+    config = {"weight": {"bits": 8}, "activation": {"bits": 8}, "backend": backend}
+    module = ds_quant.QuantLinear(IN, OUT, bias=False, config=config)
     x = torch.randn(IN, 4, 6).permute(1, 2, 0)
     g = torch.randn(OUT, 4, 6).permute(1, 2, 0)
     results = []
@@ -258,8 +132,11 @@ def test_strided_input_and_gradient():
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
 
 
-def test_non_finite_values_stay_visible():
-    module = ds_quant.QuantLinear(IN, OUT, config={"weight": {"bits": 8}, "activation": {"bits": 8}})
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_non_finite_values_stay_visible(backend):
+    module = ds_quant.QuantLinear(
+        IN, OUT, config={"weight": {"bits": 8}, "activation": {"bits": 8}, "backend": backend}
+    )
     x = torch.randn(5, IN)
     x[1, 3], x[2, 0] = float("nan"), float("inf")
     y = module(x)
@@ -274,9 +151,10 @@ def saved_by(module, x):
     return saved
 
 
-def test_what_the_backward_holds():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_the_backward_holds(backend):
     """One byte an element of X and four a token; of the weight nothing but the Parameter itself."""
-    config = {"weight": {"bits": 8}, "activation": {"bits": 8}}
+    config = {"weight": {"bits": 8}, "activation": {"bits": 8}, "backend": backend}
     module = ds_quant.QuantLinear(64, 32, bias=False, dtype=torch.bfloat16, config=config)
     x = torch.randn(100, 64, dtype=torch.bfloat16, requires_grad=True)
     saved = saved_by(module, x)
@@ -295,8 +173,9 @@ def gradients(module, x, key_step):
     return torch.cat([module.weight.grad.flatten(), leaf.grad.flatten()])
 
 
-def test_stochastic_rounding_follows_the_step_and_nothing_else():
-    module = ds_quant.QuantLinear(IN, OUT, config=W8A8G8)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_stochastic_rounding_follows_the_step_and_nothing_else(backend):
+    module = ds_quant.QuantLinear(IN, OUT, config={**W8A8G8, "backend": backend})
     x = torch.randn(6, IN)
     state = torch.get_rng_state()
     first = gradients(module, x, (3, 0))
@@ -345,9 +224,10 @@ def test_stochastic_gradients_are_unbiased():
     assert (biased > 6 * stacked.std(0)[: leaf.numel()] / len(draws) ** 0.5).any(), "the test could not see a bias"
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("use_reentrant", [True, False])
-def test_recomputation_draws_the_same_bits(use_reentrant):
-    config = {**W8A8G8, "activation": {"bits": 4, "rounding": "stochastic"}}
+def test_recomputation_draws_the_same_bits(use_reentrant, backend):
+    config = {**W8A8G8, "activation": {"bits": 4, "rounding": "stochastic"}, "backend": backend}
     model = nn.Sequential(nn.Linear(IN, IN), nn.GELU(), nn.Linear(IN, IN))
     convert(model, config)
     x = torch.randn(5, IN)
@@ -369,8 +249,9 @@ def test_recomputation_draws_the_same_bits(use_reentrant):
         assert torch.equal(a, b)
 
 
-def test_autocast():
-    config = {"weight": {"bits": 8}, "activation": {"bits": 8}}
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_autocast(backend):
+    config = {"weight": {"bits": 8}, "activation": {"bits": 8}, "backend": backend}
     module = ds_quant.QuantLinear(IN, OUT, config=config)
     x = torch.randn(6, IN, requires_grad=True)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -394,31 +275,37 @@ def test_dtype_mismatch_is_named():
         module(torch.randn(2, 4, dtype=torch.float64))
 
 
-def test_frozen_parameters_get_no_gradient():
-    module = ds_quant.QuantLinear(IN, OUT, config=W8A8G8)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_frozen_parameters_get_no_gradient(backend):
+    config = {**W8A8G8, "backend": backend}
+    module = ds_quant.QuantLinear(IN, OUT, config=config)
     module.weight.requires_grad_(False)
     x = torch.randn(3, IN, requires_grad=True)
     module(x).sum().backward()
     assert module.weight.grad is None
     assert x.grad is not None
-    module = ds_quant.QuantLinear(IN, OUT, config=W8A8G8)
+    module = ds_quant.QuantLinear(IN, OUT, config=config)
     module(torch.randn(3, IN)).sum().backward()
     assert module.weight.grad is not None
 
 
-def test_copies_and_pickles():
-    module = ds_quant.QuantLinear(IN, OUT, config=W8A8G8)
-    conv = ds_quant.QuantConv1D(OUT, IN, config=W8A8G8)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_copies_and_pickles(backend):
+    config = {**W8A8G8, "backend": backend}
+    module = ds_quant.QuantLinear(IN, OUT, config=config)
+    conv = ds_quant.QuantConv1D(OUT, IN, config=config)
     x = torch.randn(3, IN)
     for original in (module, conv):
+        original(x)  # what it keeps of this is neither copied nor pickled
         for twin in (copy.deepcopy(original), pickle.loads(pickle.dumps(original))):
             assert type(twin) is type(original)
             assert torch.equal(twin(x), original(x))
 
 
-def test_compiled_gives_the_same_bits():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_compiled_gives_the_same_bits(backend):
     torch.manual_seed(0)
-    module = ds_quant.QuantLinear(16, 8, config=W8A8G8)
+    module = ds_quant.QuantLinear(16, 8, config={**W8A8G8, "backend": backend})
     compiled = torch.compile(module, fullgraph=True)
     x = torch.randn(4, 16)
     for step in (1, 2):

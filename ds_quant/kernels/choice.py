@@ -1,7 +1,8 @@
 """DS_QUANT_KERNELS in the environment: which kernels to take instead of the fastest.
 
 reference   the definitions of `ds_quant.numerics` for everything, slow
-triton      on CUDA, `kernels.triton` for AdamW's steps where it takes their format
+triton      on CUDA, `kernels.triton` for AdamW's steps where it takes their format, `kernels.triton_int8` for the
+            products of int8 linear layers
 """
 
 import os

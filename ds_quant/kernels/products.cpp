@@ -85,6 +85,7 @@ extern "C" {
 // Sizes of the structures, for products_cpu.py to compare with its own.
 int64_t ds_quant_products_quantize_call_size() { return sizeof(QuantizeCall); }
 int64_t ds_quant_products_epilogue_call_size() { return sizeof(EpilogueCall); }
+int64_t ds_quant_products_dequantize_call_size() { return sizeof(DequantizeCall); }
 
 // There must be elements. 0, or 1 where memory ran out.
 int ds_quant_products_quantize(const QuantizeCall* call, int isa, Parallel parallel, int num_threads) try {
@@ -99,6 +100,14 @@ void ds_quant_products_epilogue(const EpilogueCall* call, int isa, Parallel para
     RowChunks chunks(call->num_rows, call->num_columns, 4 * CHUNK);
     chunks.for_each(Threads{parallel, num_threads}, [&](int64_t begin, int64_t end) {
         stages.epilogue(*call, begin, end);
+    });
+}
+
+void ds_quant_products_dequantize(const DequantizeCall* call, int isa, Parallel parallel, int num_threads) {
+    const ProductsStages& stages = stages_of(isa);
+    RowChunks chunks(call->num_rows, call->num_columns, 4 * CHUNK);
+    chunks.for_each(Threads{parallel, num_threads}, [&](int64_t begin, int64_t end) {
+        stages.dequantize(*call, begin, end);
     });
 }
 }

@@ -33,6 +33,17 @@ struct EpilogueCall {
     int32_t bias_dtype, dtype;
 };
 
+// One of the scales is there.
+struct DequantizeCall {
+    const int8_t* codes;  // [num_rows, num_columns]
+    int64_t num_rows, num_columns, row_stride;
+    const float* row_scale;
+    const float* column_scale;
+    void* result;         // [num_rows, num_columns]
+    int32_t one_scale;    // for all elements
+    int32_t dtype;
+};
+
 // Compiled once for each instruction set. All take the rows from `begin` to `end`.
 struct ProductsStages {
     // Bits of the largest magnitude; of each column, if larger than what is there.
@@ -43,6 +54,7 @@ struct ProductsStages {
     // By the scales that are there already and their inverses, 0 where there is none.
     void (*quantize_columns)(const QuantizeCall&, int64_t begin, int64_t end, const float* inverses);
     void (*epilogue)(const EpilogueCall&, int64_t begin, int64_t end);
+    void (*dequantize)(const DequantizeCall&, int64_t begin, int64_t end);
 };
 
 extern "C" {

@@ -1,6 +1,6 @@
-"""Operands and results of int8 matrix products: C++ on the CPU, elsewhere the reference, `numerics.products`.
+"""Operands and results of int8 matrix products: C++ on the CPU, `products_cuda` on CUDA, elsewhere the reference.
 
-`numerics.products` has the definition. What is asked for is checked here: ValueError. Autograd sees nothing.
+`numerics.products` has the definition, and is the reference. What is asked for is checked here: ValueError. Autograd sees nothing.
 `kernels.choice` has what the environment may say about it.
 
 Matrices are read in place if consecutive elements of a row are neighbours in memory, at any distance from row to row;
@@ -20,7 +20,7 @@ from ds_quant.numerics import products as reference
 from ds_quant.numerics.integer import DTYPES
 from ds_quant.numerics.random import check_key
 
-__all__ = ["epilogue", "quantize_both", "quantize_columns", "quantize_rows", "quantize_tensor"]
+__all__ = ["dequantize", "epilogue", "quantize_both", "quantize_columns", "quantize_rows", "quantize_tensor"]
 
 _FLOATS = "float32, bfloat16 or float16"
 
@@ -85,6 +85,25 @@ def quantize_tensor(x: Tensor, bits: int, *, key: Tensor | None = None) -> tuple
     return _serving(x.device).quantize_tensor(x, bits, key=key)
 
 
+def dequantize(
+    codes: Tensor, *, row_scale: Tensor | None = None, column_scale: Tensor | None = None, dtype: torch.dtype
+) -> Tensor:
+    """[M, K] in `dtype` from codes int8 [M, K], as `numerics.products.dequantize` gives it.
+
+    One of row_scale, fp32 [M] or of one element, and column_scale, [K] or of one. Raises ValueError for what is not so.
+    """
+    if not isinstance(codes, Tensor) or codes.dtype != torch.int8 or codes.dim() != 2:
+        raise _error("dequantize(codes)", _described(codes), "int8 of two dimensions", "pass what quantize_rows gives")
+    if (row_scale is None) == (column_scale is None):
+        got = "none" if row_scale is None else "both"
+        raise _error("dequantize(row_scale, column_scale)", got, "one of the two", "pass the scale of the codes")
+    _check_scale("dequantize(row_scale)", row_scale, codes, 0)
+    _check_scale("dequantize(column_scale)", column_scale, codes, 1)
+    if dtype not in DTYPES:
+        raise _error("dequantize(dtype)", dtype, _FLOATS, "set it to one of them")
+    return _serving(codes.device).dequantize(codes, row_scale=row_scale, column_scale=column_scale, dtype=dtype)
+
+
 def epilogue(
     products: Tensor,
     *,
@@ -92,8 +111,9 @@ def epilogue(
     column_scale: Tensor | None = None,
     bias: Tensor | None = None,
     dtype: torch.dtype,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """((products * row_scale) * column_scale) + bias in fp32, rounded once to `dtype`: [M, N].
+    """((products * row_scale) * column_scale) + bias in fp32, rounded once to `dtype`: [M, N], or `out` of that kind.
 
     products: int32 [M, N]. row_scale, column_scale: fp32 [M] and [N], or of one element. bias: fp32, bf16 or fp16, [N].
     dtype: fp32, bf16 or fp16. Raises ValueError for what is not so.
@@ -113,9 +133,13 @@ def epilogue(
         raise _error("epilogue(bias)", _described(bias), allowed, "make it so")
     if dtype not in DTYPES:
         raise _error("epilogue(dtype)", dtype, _FLOATS, "set it to one of them")
-    return _serving(products.device).epilogue(
-        products, row_scale=row_scale, column_scale=column_scale, bias=bias, dtype=dtype
-    )
+    if out is not None and not (
+        out.dtype == dtype and out.shape == products.shape and out.device == products.device and out.is_contiguous()
+    ):
+        allowed = f"{dtype} of shape {tuple(products.shape)} on {products.device}, contiguous"
+        raise _error("epilogue(out)", _described(out), allowed, "leave it out")
+    serving = _serving(products.device)
+    return serving.epilogue(products, row_scale=row_scale, column_scale=column_scale, bias=bias, dtype=dtype, out=out)
 
 
 def _serving(device: torch.device) -> ModuleType:
@@ -131,6 +155,10 @@ def _kernel(kind: str) -> ModuleType:
         from ds_quant.kernels import products_cpu
 
         return products_cpu
+    if kind == "cuda":
+        from ds_quant.kernels import products_cuda
+
+        return products_cuda
     return reference
 
 

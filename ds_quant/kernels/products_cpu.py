@@ -46,6 +46,17 @@ class _EpilogueCall(ctypes.Structure):
     )
 
 
+class _DequantizeCall(ctypes.Structure):
+    """DequantizeCall of products.h."""
+
+    _fields_ = (
+        ("codes", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("num_rows", "num_columns", "row_stride")),
+        *((name, ctypes.c_void_p) for name in ("row_scale", "column_scale", "result")),
+        *((name, ctypes.c_int32) for name in ("one_scale", "dtype")),
+    )
+
+
 def quantize_rows(
     x: Tensor, bits: int, *, column_scale: Tensor | None = None, key: Tensor | None = None, isa: str | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -96,11 +107,12 @@ def epilogue(
     column_scale: Tensor | None = None,
     bias: Tensor | None = None,
     dtype: torch.dtype,
+    out: Tensor | None = None,
     isa: str | None = None,
 ) -> Tensor:
     """`numerics.products.epilogue`."""
     chosen = cpu.isa_number("epilogue", isa)
-    result = torch.empty(products.shape, dtype=dtype, device=products.device)
+    result = torch.empty(products.shape, dtype=dtype, device=products.device) if out is None else out
     if not result.numel():
         return result
     products = _readable(products)
@@ -116,6 +128,33 @@ def epilogue(
         bias = bias.detach().contiguous()
         call.bias, call.bias_dtype = bias.data_ptr(), cpu.DTYPES[bias.dtype]
     _library().ds_quant_products_epilogue(call, chosen, cpu.library().parallel, torch.get_num_threads())
+    return result
+
+
+def dequantize(
+    codes: Tensor,
+    *,
+    row_scale: Tensor | None = None,
+    column_scale: Tensor | None = None,
+    dtype: torch.dtype,
+    isa: str | None = None,
+) -> Tensor:
+    """`numerics.products.dequantize`."""
+    chosen = cpu.isa_number("dequantize", isa)
+    result = torch.empty(codes.shape, dtype=dtype, device=codes.device)
+    if not result.numel():
+        return result
+    codes = _readable(codes)
+    given = row_scale if row_scale is not None else column_scale
+    assert given is not None
+    scale = given.detach().contiguous()
+    call = _DequantizeCall(codes.data_ptr(), *codes.shape, codes.stride(0))
+    if row_scale is not None:
+        call.row_scale = scale.data_ptr()
+    else:
+        call.column_scale = scale.data_ptr()
+    call.result, call.one_scale, call.dtype = result.data_ptr(), scale.numel() == 1, cpu.DTYPES[dtype]
+    _library().ds_quant_products_dequantize(call, chosen, cpu.library().parallel, torch.get_num_threads())
     return result
 
 
@@ -167,11 +206,13 @@ def _library() -> ctypes.CDLL:
     for size, structure in (
         (handle.ds_quant_products_quantize_call_size, _QuantizeCall),
         (handle.ds_quant_products_epilogue_call_size, _EpilogueCall),
+        (handle.ds_quant_products_dequantize_call_size, _DequantizeCall),
     ):
         size.restype = ctypes.c_int64
         assert size() == ctypes.sizeof(structure)
     options = (ctypes.c_int, ctypes.c_void_p, ctypes.c_int)
     handle.ds_quant_products_quantize.argtypes = [ctypes.POINTER(_QuantizeCall), *options]
     handle.ds_quant_products_epilogue.argtypes = [ctypes.POINTER(_EpilogueCall), *options]
-    handle.ds_quant_products_epilogue.restype = None
+    handle.ds_quant_products_dequantize.argtypes = [ctypes.POINTER(_DequantizeCall), *options]
+    handle.ds_quant_products_epilogue.restype = handle.ds_quant_products_dequantize.restype = None
     return handle

@@ -226,15 +226,20 @@ void quantize_columns(const QuantizeCall& c, int64_t begin, int64_t end, const f
 }
 
 template <class V, Dtype dtype>
+ALWAYS_INLINE void put(void* to, int64_t i, typename V::F y) {
+    if constexpr (dtype == FLOAT32) V::store(static_cast<float*>(to) + i, y);
+    else if constexpr (dtype == BFLOAT16) V::store_u16(static_cast<uint16_t*>(to) + i, to_bf16<V>(y));
+    else V::store_u16(static_cast<uint16_t*>(to) + i, to_fp16<V>(y));
+}
+
+template <class V, Dtype dtype>
 void scale_row(
     const int32_t* products, float row_scale, const float* scale, const float* bias, void* to, int64_t i, int64_t n) {
     auto of_row = V::set(row_scale);
     for (; i + V::width <= n; i += V::width) {
         auto y = V::mul(V::to_float(V::load_int(reinterpret_cast<const uint32_t*>(products) + i)), of_row);
         y = V::add(V::mul(y, V::load(scale + i)), V::load(bias + i));
-        if constexpr (dtype == FLOAT32) V::store(static_cast<float*>(to) + i, y);
-        else if constexpr (dtype == BFLOAT16) V::store_u16(static_cast<uint16_t*>(to) + i, to_bf16<V>(y));
-        else V::store_u16(static_cast<uint16_t*>(to) + i, to_fp16<V>(y));
+        put<V, dtype>(to, i, y);
     }
     if constexpr (V::width > 1)
         if (i < n) scale_row<typename V::Rest, dtype>(products, row_scale, scale, bias, to, i, n);
@@ -267,7 +272,47 @@ void epilogue(const EpilogueCall& c, int64_t begin, int64_t end) {
     }
 }
 
-const ProductsStages STAGES = {absmax, column_maxima, quantize_rows, quantize_columns, epilogue};
+// The largest numbers of fp32, bf16 and fp16.
+constexpr float LARGEST[3] = {0x1.fffffep127f, 0x1.fep127f, 65504.0f};
+
+// `scales` has one a column; null: `scale` for all.
+template <class V, Dtype dtype, bool many>
+void values_of_row(const int8_t* codes, float scale, const float* scales, void* to, int64_t i, int64_t n) {
+    auto largest = V::set(LARGEST[dtype]), least = V::set(-LARGEST[dtype]), half = V::set(0.5f);
+    auto one_scale = V::set(scale);
+    for (; i + V::width <= n; i += V::width) {
+        auto steps = V::to_float(V::load_s8(reinterpret_cast<const uint8_t*>(codes) + i));
+        auto by = one_scale;
+        if constexpr (many) by = V::load(scales + i);
+        auto y = V::mul(steps, by);
+        // A value that rounding to a code carried past the largest number by no more than a scale comes back to it.
+        auto nearer = V::mul(V::sub(V::mul(V::abs(steps), V::set(1.0f - 0x1p-20f)), V::set(1.0f)), V::mul(by, half));
+        y = V::select(V::at_least(V::set(LARGEST[dtype] * 0.5f), nearer), V::max(V::min(y, largest), least), y);
+        put<V, dtype>(to, i, y);
+    }
+    if constexpr (V::width > 1)
+        if (i < n) values_of_row<typename V::Rest, dtype, many>(codes, scale, scales, to, i, n);
+}
+
+using ValuesOfRow = void(const int8_t* codes, float scale, const float* scales, void* to, int64_t i, int64_t n);
+
+ValuesOfRow* const VALUES_OF_ROW[3][2] = {
+    {values_of_row<Widest, FLOAT32, false>, values_of_row<Widest, FLOAT32, true>},
+    {values_of_row<Widest, BFLOAT16, false>, values_of_row<Widest, BFLOAT16, true>},
+    {values_of_row<Widest, FLOAT16, false>, values_of_row<Widest, FLOAT16, true>},
+};
+
+void dequantize(const DequantizeCall& c, int64_t begin, int64_t end) {
+    const float* all = c.row_scale ? c.row_scale : c.column_scale;
+    const float* scales = c.row_scale || c.one_scale ? nullptr : c.column_scale;
+    for (int64_t row = begin; row < end; ++row) {
+        auto* to = static_cast<char*>(c.result) + row * c.num_columns * itemsize(c.dtype);
+        float scale = c.one_scale || scales ? *all : all[row];
+        VALUES_OF_ROW[c.dtype][scales != nullptr](c.codes + row * c.row_stride, scale, scales, to, 0, c.num_columns);
+    }
+}
+
+const ProductsStages STAGES = {absmax, column_maxima, quantize_rows, quantize_columns, epilogue, dequantize};
 
 }  // namespace
 

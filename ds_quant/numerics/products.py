@@ -5,6 +5,7 @@ With s = round-to-scale of `numerics.integer` (symmetric, n = 2^(bits-1) - 1) an
     quantize_rows      y[m, k] = x[m, k] * column_scale[k]    scale[m] = max_k |y[m, k]| / n    codes = round(y / scale)
     quantize_columns   y[m, n] = x[m, n] * row_scale[m]       scale[n] = max_m |y[m, n]| / n    codes = round(y / scale)
     quantize_tensor    y = x                                  scale    = max   |y|       / n    codes = round(y / scale)
+    dequantize         x[m, k] = codes[m, k] * scale[m], or * scale[k], rounded to `dtype` as by `integer.dequantize`
     epilogue           result[m, n] = ((products[m, n] * row_scale[m]) * column_scale[n]) + bias[n], rounded to `dtype`
 
 The factors column_scale and row_scale of the quantizers fold the scale of a product's other operand into this one (see
@@ -19,7 +20,8 @@ Codes are int8 and contiguous in the order of x, also those of columns: torch._i
 import torch
 from torch import Tensor
 
-from ds_quant.numerics.integer import quantize
+from ds_quant.numerics.integer import Quantized, quantize
+from ds_quant.numerics.integer import dequantize as dequantize_any
 
 
 def quantize_rows(
@@ -55,6 +57,19 @@ def quantize_tensor(x: Tensor, bits: int, *, key: Tensor | None = None) -> tuple
     return _quantize(x, bits, "tensor", None, key)
 
 
+def dequantize(
+    codes: Tensor, *, row_scale: Tensor | None = None, column_scale: Tensor | None = None, dtype: torch.dtype
+) -> Tensor:
+    """[M, K] in `dtype` from int8 codes [M, K] and one of the scales, fp32: [M], [K], or of one element."""
+    scale, granularity = (row_scale, "row") if row_scale is not None else (column_scale, "column")
+    assert scale is not None
+    if scale.numel() == 1:
+        scale, granularity = scale.reshape(()), "tensor"
+    elif granularity == "row":
+        scale = scale.reshape(-1, 1)
+    return dequantize_any(Quantized(codes.detach(), scale.detach(), None, granularity, 0), dtype)
+
+
 def epilogue(
     products: Tensor,
     *,
@@ -62,8 +77,12 @@ def epilogue(
     column_scale: Tensor | None = None,
     bias: Tensor | None = None,
     dtype: torch.dtype,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """What a layer makes of int32 products [M, N]: scaled, with bias (fp32, bf16 or fp16, [N]), rounded once."""
+    """What a layer makes of int32 products [M, N]: scaled, with bias (fp32, bf16 or fp16, [N]), rounded once.
+
+    Written to `out`, contiguous and of `dtype`, where it is given.
+    """
     y = products.float()
     if row_scale is not None:
         y = y * row_scale.detach().reshape(-1, 1)
@@ -71,7 +90,7 @@ def epilogue(
         y = y * column_scale.detach().reshape(1, -1)
     if bias is not None:
         y = y + bias.detach().float()
-    return y.to(dtype)
+    return y.to(dtype) if out is None else out.copy_(y)
 
 
 def _quantize(

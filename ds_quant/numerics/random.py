@@ -104,6 +104,9 @@ def derive_key(key: Tensor, stream: int) -> Tensor:
     """
     check_key("derive_key(key)", key)
     _check_counter("derive_key(stream)", stream)
+    if type(key) is Tensor and key.device.type == "cpu" and not torch.compiler.is_compiling():
+        first, second = key.tolist()  # some forty small tensors less, which counts in a layer
+        return torch.tensor(derive_words((first, second), stream))
     halves = (key[0], key[1])
     halves = _absorb(halves, 10, stream & MASK)
     halves = _absorb(halves, 11, stream >> 32)

@@ -24,12 +24,14 @@ from ds_quant.zero.initialize import (  # noqa: E402
 from ds_quant.zero.moments import attach_moments  # noqa: E402
 from ds_quant.zero.seams import find_seams  # noqa: E402
 from ds_quant.zero.steps import attach_steps  # noqa: E402
+from ds_quant.zero.weights import attach_weights  # noqa: E402
 
 __all__ = [
     "accelerator",
     "attach_communication",
     "attach_moments",
     "attach_steps",
+    "attach_weights",
     "check_model",
     "check_seams",
     "check_version",

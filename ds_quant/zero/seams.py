@@ -24,7 +24,13 @@ SEAMS: tuple[tuple[str, str, str], ...] = (
     ("deepspeed.runtime.engine", "DeepSpeedEngine._get_optimizer_ckpt_name", "the same with a mixture of experts"),
     ("deepspeed.utils.groups", "_get_expert_parallel_rank", "which of these files"),
     ("deepspeed.utils.groups", "_get_max_expert_size_name", "which of these files"),
-    ("deepspeed.runtime.engine", "DeepSpeedEngine.step", "links the moments after the first one"),
+    ("deepspeed.runtime.engine", "DeepSpeedEngine.step", "links the moments after the first one; writes the weights"),
+    ("deepspeed.runtime.engine", "DeepSpeedEngine.load_module_state_dict", "writes the weights"),
+    (
+        "deepspeed.runtime.zero.partition_parameters",
+        "GatheredParameters.__exit__",
+        "the end of a user's edit of the weights",
+    ),
     ("deepspeed.runtime.engine", "DeepSpeedEngine.offload_states", "refused at stage 3"),
     ("deepspeed.runtime.engine", "DeepSpeedEngine.reload_states", "links the moments again"),
     (

@@ -33,6 +33,7 @@ def attach_steps(engine: Any, step_key: StepKey) -> None:
     seed = torch.tensor([step_key.seed], dtype=torch.int64, device=engine.device)
     dist.broadcast(seed, src=0)
     step_key.reseed(int(seed.item()), dist.get_rank())
+    step_key.local(torch.device(engine.device))  # keys are made there from now on
     remove_forward_counter(engine.module)
     engine.ds_quant_step_key = step_key
     mix_in(engine, _StepNamingEngine)

@@ -311,3 +311,53 @@ def test_refusals(function, arguments, options, message):
 def test_unknown_instruction_set():
     with pytest.raises(ValueError, match=r"quantize\(isa\): got 'neon'"):
         products_cpu.quantize_rows(X, 8, isa="neon")
+
+
+@needs_compiler
+@pytest.mark.parametrize("shape", [*SHAPES, (0, 5), (5, 0)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_dequantize(rng, shape, dtype):
+    codes = tensor(rng.integers(-127, 128, size=shape), torch.int8)
+    # Usual scales, and those whose values pass the largest number of the dtype by less and by more than a scale.
+    largest = torch.finfo(dtype).max
+    special = [0.0, np.nan, 1e-42, largest / 127 * 1.003, largest / 126.5, largest / 100, 3e38]
+    for name, count in (("row_scale", shape[0]), ("column_scale", shape[1]), ("row_scale", 1), ("column_scale", 1)):
+        scale = scales(rng, count)
+        drawn = rng.choice(special, size=count).astype(np.float32)
+        scale = torch.where(torch.from_numpy(rng.uniform(size=count) < 0.3), torch.from_numpy(drawn), scale)
+        expected = reference.dequantize(codes, **{name: scale}, dtype=dtype)
+        assert torch.equal(bits_of(products.dequantize(codes, **{name: scale}, dtype=dtype)), bits_of(expected))
+        for isa in ISAS:
+            got = products_cpu.dequantize(codes, **{name: scale}, dtype=dtype, isa=isa)
+            assert_same([got], [expected], f"{isa} {name} of {count}")
+            strided = codes.repeat(1, 2)[:, : shape[1]]
+            assert_same([products_cpu.dequantize(strided, **{name: scale}, dtype=dtype, isa=isa)], [expected], isa)
+
+
+def test_what_dequantize_refuses():
+    codes, scale = torch.zeros(3, 4, dtype=torch.int8), torch.ones(3)
+    for arguments, match in (
+        ({"codes": codes.int()}, r"dequantize\(codes\): got torch.int32"),
+        ({"codes": codes[0]}, r"dequantize\(codes\): .*of two dimensions"),
+        ({"row_scale": None}, r"dequantize\(row_scale, column_scale\): got none; allowed: one of the two"),
+        ({"column_scale": torch.ones(4)}, r"got both; allowed: one of the two"),
+        ({"row_scale": torch.ones(4)}, r"dequantize\(row_scale\): .*shape \(3,\)"),
+        ({"dtype": torch.float64}, r"dequantize\(dtype\): got torch.float64"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            products.dequantize(**{"codes": codes, "row_scale": scale, "dtype": torch.float32, **arguments})
+
+
+def test_epilogue_writes_where_it_is_told(rng):
+    integers = tensor(rng.integers(-(2**20), 2**20, size=(5, 7)), torch.int32)
+    scale, out = scales(rng, 5), torch.empty(9, 7, dtype=torch.bfloat16)
+    expected = products.epilogue(integers, row_scale=scale, dtype=torch.bfloat16)
+    for module in (products, reference):
+        out.fill_(-1)
+        got = module.epilogue(integers, row_scale=scale, dtype=torch.bfloat16, out=out[2:7])
+        assert got.data_ptr() == out[2:7].data_ptr()
+        assert torch.equal(out[2:7], expected)
+        assert (out[[0, 1, 7, 8]] == -1).all()
+    for wrong in (out[:5].float(), out[:4], out[:5].t().contiguous().t()):
+        with pytest.raises(ValueError, match=r"epilogue\(out\): got .*bfloat16 of shape \(5, 7\)"):
+            products.epilogue(integers, row_scale=scale, dtype=torch.bfloat16, out=wrong)

@@ -1,11 +1,11 @@
-"""The definition of the fused operations against the oracle, and against the codes and results of linear.py."""
+"""The definition of the fused operations against the oracle, and against the codes and results of simulated.py."""
 
 import numpy as np
 import pytest
 import torch
 from numerics import oracle
 
-from ds_quant import linear
+from ds_quant import linear, plan, simulated
 from ds_quant.numerics import products
 from ds_quant.numerics.random import derive_key, fold_key
 
@@ -138,13 +138,13 @@ def test_epilogue(rng, shape):
 def test_linear_has_these_operands_and_results(monkeypatch, rounding, layout, weight, activation, gradient):
     """Every sum of products of this size is exact in fp32, so that results are equal as well."""
     calls = []
-    product = linear._product
+    product = simulated._product
 
     def recording(a, b, dtype, bias=None):
         calls.append((a, b, bias, product(a, b, dtype, bias)))
         return calls[-1][-1]
 
-    monkeypatch.setattr(linear, "_product", recording)
+    monkeypatch.setattr(simulated, "_product", recording)
     torch.manual_seed(0)
     config = {
         "weight": {"bits": 8, "granularity": weight},
@@ -171,8 +171,8 @@ def test_linear_has_these_operands_and_results(monkeypatch, rounding, layout, we
     if rounding == "stochastic":
         local, stream = module.step_key.local(x.device), module._quant_plan.stream
         keys = (
-            derive_key(local, stream + linear._STREAM_GRAD_INPUT),
-            derive_key(local, stream + linear._STREAM_GRAD_WEIGHT),
+            derive_key(local, stream + plan.STREAM_GRAD_INPUT),
+            derive_key(local, stream + plan.STREAM_GRAD_WEIGHT),
         )
     if gradient == "outer":
         g_rows, g_scale, g_columns, g_column_scale = products.quantize_both(

@@ -1,0 +1,133 @@
+"""Operands and results of int8 products on CUDA devices: `numerics.products` under torch.compile. Not run on a GPU yet.
+
+Results are meant to be the reference's, bit for bit: the tests show so of what is compiled for the CPU. On GPUs
+Inductor would fuse a product into the sum that follows, which is the epilogue's bias; `emulate_precision_casts` keeps
+it from that (it may say that CUDA_HOME is not set, which concerns functions that are not used here). Divisions are
+those of `numerics.integer.divide`, rounded to nearest.
+
+Each function compiles at its first call, up to ten seconds, for each `bits` or result dtype, dtype of the matrix,
+rounding, scale (none, one number, many) and bias dtype; once more where its first matrix was square. Nothing compiles
+again for new shapes, keys or scales. To keep it so
+
+- matrices with less than two rows or columns go to the reference: 0 and 1 are sizes that torch.compile makes constant;
+- matrices that are not contiguous are copied first, in their own dtype;
+- scales have no dimension, if they are one number, or one.
+
+What `kernels.products` checks is not checked again here.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ds_quant.numerics import products as reference
+
+
+@torch.no_grad()
+def quantize_rows(
+    x: Tensor, bits: int, *, column_scale: Tensor | None = None, key: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """`numerics.products.quantize_rows`."""
+    return _call(reference.quantize_rows, x, bits, column_scale=_scale(column_scale), key=_data(key))
+
+
+@torch.no_grad()
+def quantize_columns(
+    x: Tensor, bits: int, *, row_scale: Tensor | None = None, key: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """`numerics.products.quantize_columns`."""
+    return _call(reference.quantize_columns, x, bits, row_scale=_scale(row_scale), key=_data(key))
+
+
+@torch.no_grad()
+def quantize_both(
+    g: Tensor,
+    bits: int,
+    *,
+    column_scale: Tensor | None = None,
+    row_scale: Tensor | None = None,
+    keys: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`numerics.products.quantize_both`."""
+    plain = None if keys is None else (_data(keys[0]), _data(keys[1]))
+    scales = {"column_scale": _scale(column_scale), "row_scale": _scale(row_scale)}
+    return _call(reference.quantize_both, g, bits, **scales, keys=plain)
+
+
+@torch.no_grad()
+def quantize_tensor(x: Tensor, bits: int, *, key: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """`numerics.products.quantize_tensor`."""
+    return _call(reference.quantize_tensor, x, bits, key=_data(key))
+
+
+@torch.no_grad()
+def dequantize(
+    codes: Tensor, *, row_scale: Tensor | None = None, column_scale: Tensor | None = None, dtype: torch.dtype
+) -> Tensor:
+    """`numerics.products.dequantize`, contiguous."""
+    return _call(_dequantize, codes, dtype, row_scale=_scale(row_scale), column_scale=_scale(column_scale))
+
+
+@torch.no_grad()
+def epilogue(
+    products: Tensor,
+    *,
+    row_scale: Tensor | None = None,
+    column_scale: Tensor | None = None,
+    bias: Tensor | None = None,
+    dtype: torch.dtype,
+    out: Tensor | None = None,
+) -> Tensor:
+    """`numerics.products.epilogue`, contiguous."""
+    tensors = {"row_scale": _scale(row_scale), "column_scale": _scale(column_scale), "bias": _data(bias)}
+    result = _call(_epilogue, products, dtype, **tensors)
+    return result if out is None else out.copy_(result)
+
+
+def _epilogue(products: Tensor, dtype: torch.dtype, **tensors: Tensor | None) -> Tensor:
+    return reference.epilogue(products, dtype=dtype, **tensors)
+
+
+def _dequantize(codes: Tensor, dtype: torch.dtype, **scales: Tensor | None) -> Tensor:
+    return reference.dequantize(codes, dtype=dtype, **scales)
+
+
+def _call(function: Callable, matrix: Tensor, constant: int | torch.dtype, **tensors: Any) -> Any:
+    matrix = matrix.contiguous().data
+    is_small = min(matrix.shape) < 2
+    return function(matrix, constant, **tensors) if is_small else _compiled(function, constant)(matrix, **tensors)
+
+
+def _data(tensor: Tensor | None) -> Tensor | None:
+    """Not a view or a Parameter, for torch.compile would guard what it is of."""
+    return None if tensor is None else tensor.contiguous().data
+
+
+def _scale(scale: Tensor | None) -> Tensor | None:
+    return _data(scale if scale is None else scale.reshape(() if scale.numel() == 1 else (-1,)))
+
+
+@functools.cache
+def _compiled(function: Callable, value: int | torch.dtype, backend: str | Callable = "inductor") -> Callable[..., Any]:
+    # Called once, while compiling: what it returns is constant, whereas integers of a closure may become symbols.
+    @torch.compiler.assume_constant_result
+    def constant() -> int | torch.dtype:
+        return value
+
+    def call(matrix: Tensor, **tensors: Any) -> Any:
+        return function(matrix, constant(), **tensors)
+
+    # A copy, because the number of compilations is limited for all functions of one code object together. There are
+    # 108 kinds of calls of `quantize_both` with the same bits, with square matrices first, and fewer of all others.
+    call.__code__ = call.__code__.replace()
+    return torch.compile(  # type: ignore[call-overload]  # its overloads leave out the last one
+        call,
+        fullgraph=True,
+        dynamic=True,
+        backend=backend,
+        options={"emulate_precision_casts": True} if backend == "inductor" else None,
+        recompile_limit=256,
+    )

@@ -1,0 +1,117 @@
+"""What one linear layer quantizes: its configuration in the terms of its three products.
+
+With tokens as rows, X [tokens, in], W [out, in] and the output gradient G [tokens, out]:
+
+    forward   Y  = X W^T + b     contracts `in`
+    dX        dX = G W           contracts `out`
+    dW        dW = G^T X         contracts `tokens`
+
+Each of X, W and G is quantized or left alone as the configuration says. A scale that does not lie on the contracted
+axis commutes with the sum, so that such a product needs the integer values only, and the scales once at its end.
+
+Gradient granularity `outer` keeps every scale off the contracted axis: for dX the scale of W (one per output feature)
+is multiplied into G, which is then quantized per token; for dW the scale of X (one per token) is multiplied into G,
+which is then quantized per output feature. The other operand then takes part with its integer values alone, and X and
+W are quantized once for all three products.
+
+With `backward_operands: original` the backward sees the unquantized X and W, as in the published version of
+Chitsaz et al., EMNLP 2024 (arXiv 2407.11722); the bias gradient is always the sum of the unquantized G. Gradients pass
+the quantizers of X and W unchanged (straight-through estimator without a clipping mask).
+
+`simulated` and `int8` compute these products.
+"""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from ds_quant.config import LinearConfig
+from ds_quant.numerics.integer import Quantized, quantize
+from ds_quant.numerics.random import derive_key
+
+# The four quantizers of one layer draw from streams of their own.
+STREAM_WEIGHT, STREAM_ACTIVATION, STREAM_GRAD_INPUT, STREAM_GRAD_WEIGHT = range(4)
+NUM_STREAMS = 4
+
+# The JSON's granularities as those of a matrix: W [out, in], X and G [tokens, features].
+_WEIGHT = {"tensor": "tensor", "channel": "row", "block": "block"}
+_ACTIVATION = {"tensor": "tensor", "token": "row", "channel": "column", "block": "block"}
+_GRADIENT = {"tensor": "tensor", "token": "row", "channel": "column"}
+
+
+class Quantizer(NamedTuple):
+    """How one operand is quantized; `fold`: after the other operand's scale was multiplied in."""
+
+    bits: int
+    granularity: str
+    symmetric: bool
+    rounding: str
+    block_size: int = 128
+    fold: bool = False
+
+    def __call__(self, x: Tensor, key: Tensor | None, stream: int) -> Quantized:
+        return quantize(
+            x,
+            self.bits,
+            granularity=self.granularity,
+            block_size=self.block_size,
+            symmetric=self.symmetric,
+            rounding=self.rounding,
+            key=derive_key(key, stream) if key is not None and self.rounding == "stochastic" else None,
+        )
+
+
+class Codes(NamedTuple):
+    """A quantized operand: codes int8 [rows, features], and what its rows or features or all of them share."""
+
+    codes: Tensor
+    scale: Tensor
+    """fp32, flat."""
+
+
+class Plan(NamedTuple):
+    """What one layer quantizes, in the terms of its three products."""
+
+    weight: Quantizer | None
+    activation: Quantizer | None
+    grad_input: Quantizer | None
+    grad_weight: Quantizer | None
+    original_operands: bool
+    transposed: bool
+    stream: int
+
+    @property
+    def stochastic(self) -> bool:
+        quantizers = (self.weight, self.activation, self.grad_input, self.grad_weight)
+        return any(q is not None and q.rounding == "stochastic" for q in quantizers)
+
+    @property
+    def both_quantized(self) -> tuple[str, ...]:
+        """Those of ("Y", "dX", "dW") whose two operands are quantized."""
+        w, x = bool(self.weight), bool(self.activation)
+        backward = not self.original_operands
+        found = {
+            "Y": w and x,
+            "dX": bool(self.grad_input) and w and backward,
+            "dW": bool(self.grad_weight) and x and backward,
+        }
+        return tuple(name for name, both in found.items() if both)
+
+
+def plan_of(config: LinearConfig, *, transposed: bool, stream: int) -> Plan:
+    """The plan of a layer whose weight is [in, out] if `transposed`. It draws from `stream` and the next three."""
+    w, a, g = config.weight, config.activation, config.gradient
+    weight = activation = grad_input = grad_weight = None
+    if w:
+        weight = Quantizer(w.bits, _WEIGHT[w.granularity], w.symmetric, w.rounding, w.block_size)
+    if a:
+        activation = Quantizer(a.bits, _ACTIVATION[a.granularity], a.symmetric, a.rounding, a.block_size)
+    if g:
+        outer = g.granularity == "outer"
+        if "input" in g.used_for:
+            rows = "row" if outer else _GRADIENT[g.granularity]
+            grad_input = Quantizer(g.bits, rows, g.symmetric, g.rounding, fold=outer)
+        if "weight" in g.used_for:
+            columns = "column" if outer else _GRADIENT[g.granularity]
+            grad_weight = Quantizer(g.bits, columns, g.symmetric, g.rounding, fold=outer)
+    return Plan(weight, activation, grad_input, grad_weight, config.backward_operands == "original", transposed, stream)

@@ -1,0 +1,182 @@
+"""Products of int8 matrices are exact on every way, and what a layer makes of them is the reference's."""
+
+import logging
+import os
+import platform
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from ds_quant.kernels import int8_matmul, integer_units, ops
+from ds_quant.kernels.int8_matmul import MAX_CONTRACTION, fp32_products, int_mm, scaled_matmul
+from ds_quant.numerics import products as reference
+from ds_quant.numerics.random import fold_key
+
+SHAPES = ((1, 1, 1), (5, 7, 3), (16, 8, 8), (17, 33, 65), (31, 1030, 9), (64, 96, 48), (3, 2050, 1))
+WAYS = {"int_mm": int_mm, "fp32": fp32_products, "padded": int8_matmul._padded_int_mm}
+
+
+def codes(*shape):
+    return torch.randint(-127, 128, shape, dtype=torch.int8)
+
+
+def layouts(x):
+    """The same matrix as it may lie in memory."""
+    yield x
+    yield x.t().contiguous().t()
+    yield x.repeat_interleave(2, dim=1)[:, ::2]
+    yield torch.cat([x, x], dim=1)[:, : x.shape[1]]
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_products_are_exact(shape, way):
+    m, k, n = shape
+    a, b = codes(m, k), codes(k, n)
+    a[0], b[:, 0] = 127, -127
+    expected = a.long() @ b.long()
+    for left in layouts(a):
+        for right in layouts(b):
+            got = WAYS[way](left, right)
+            assert got.dtype == torch.int32
+            assert torch.equal(got.long(), expected)
+
+
+@pytest.mark.parametrize("shape", [(0, 5, 3), (4, 0, 3), (4, 5, 0)], ids=str)
+def test_empty_products(shape):
+    m, k, n = shape
+    assert torch.equal(int_mm(codes(m, k), codes(k, n)), torch.zeros(m, n, dtype=torch.int32))
+    bias = torch.randn(n)
+    got = scaled_matmul(codes(m, k), codes(k, n), row_scale=torch.ones(m), bias=bias, dtype=torch.float32)
+    assert torch.equal(got, bias.expand(m, n))
+
+
+@pytest.mark.parametrize("length", [MAX_CONTRACTION, MAX_CONTRACTION + 1, 2 * MAX_CONTRACTION + 37])
+def test_long_contractions_do_not_overflow(length):
+    """All products at their largest, of either sign, and mixed; 133,145 of them pass int32."""
+    a = torch.full((3, length), 127, dtype=torch.int8)
+    a[1] = -127
+    a[2] = codes(length)
+    b = torch.full((length, 2), 127, dtype=torch.int8)
+    b[:, 1] = codes(length)
+    expected = a.long() @ b.long()
+    if length > 2 * MAX_CONTRACTION:
+        assert expected[0, 0] > 2**31 - 1
+    products = int_mm(a, b)
+    assert torch.equal(products.long(), expected)
+    row_scale, column_scale = torch.rand(3), torch.rand(2)
+    got = scaled_matmul(a, b, row_scale=row_scale, column_scale=column_scale, dtype=torch.float32)
+    assert torch.equal(got, expected.float() * row_scale[:, None] * column_scale)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("scratch", [1, 2**20], ids=["rows in parts", "all rows at once"])
+def test_scaled_products(monkeypatch, dtype, scratch):
+    monkeypatch.setattr(int8_matmul, "_SCRATCH_BYTES", scratch)
+    monkeypatch.setattr(int8_matmul, "_LEAST_ROWS", 4)
+    for m, k, n in SHAPES:
+        a, b = codes(m, k), codes(k, n)
+        expected = (a.long() @ b.long()).to(torch.int32)
+        for scales in (
+            {"row_scale": torch.rand(m), "column_scale": torch.rand(n), "bias": torch.randn(n).to(dtype)},
+            {"row_scale": torch.rand(1), "column_scale": torch.rand(1)},
+            {"row_scale": torch.rand(m)},
+            {"column_scale": torch.rand(n)},
+            {},
+        ):
+            for left, right in zip(layouts(a), layouts(b), strict=True):
+                got = scaled_matmul(left, right, **scales, dtype=dtype)
+                assert got.dtype == dtype
+                assert torch.equal(got, reference.epilogue(expected, **scales, dtype=dtype))
+
+
+def test_results_do_not_share_the_scratch_memory():
+    a, b = codes(20, 8), codes(8, 12)
+    one = torch.ones(1)
+    with torch.inference_mode():
+        scaled_matmul(codes(64, 8), b, row_scale=one, dtype=torch.float32)
+    first = scaled_matmul(a, b, row_scale=one, dtype=torch.float32)
+    kept = first.clone()
+    scaled_matmul(codes(20, 8), b, row_scale=one, dtype=torch.float32)
+    assert torch.equal(first, kept)
+
+
+def test_without_integer_units_products_stay_exact(monkeypatch):
+    """Also under autocast, which would round products of fp32 to bf16."""
+    a, b = codes(9, 3000), codes(3000, 5)
+    expected = (a.long() @ b.long()).float()
+    units = integer_units.IntegerUnits(is_exact=False, names="")
+    monkeypatch.setattr(int8_matmul, "integer_units", lambda device: units)
+    monkeypatch.setattr(torch, "_int_mm", None)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = scaled_matmul(a, b, row_scale=torch.ones(1), dtype=torch.float32)
+    assert torch.equal(got, expected)
+
+
+PROBE = """
+import torch
+from ds_quant.kernels import integer_units, int8_matmul
+a = torch.full((40, 600), 127, dtype=torch.int8)
+print("saturates", torch._int_mm(a, a.t())[0, 0].item() != 600 * 127**2)
+print("exact", integer_units.is_int_mm_exact(torch.device("cpu")))
+for _ in range(2):
+    print("right", bool((int8_matmul.int_mm(a, a.t()) == 600 * 127**2).all()))
+"""
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="oneDNN's instruction sets of x86")
+@pytest.mark.parametrize("isa", ["AVX2", "AVX512_CORE"])
+def test_processors_whose_sums_saturate_are_found_out(isa):
+    """oneDNN as it is on a processor without VNNI."""
+    environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": isa}
+    run = subprocess.run(
+        [sys.executable, "-c", PROBE], env=environment, capture_output=True, text=True, timeout=120, check=True
+    )
+    assert "saturates True" in run.stdout, "the probe shows nothing on this processor"
+    assert "exact False" in run.stdout
+    assert run.stdout.count("right True") == 2
+    assert run.stderr.count("int8 products run in fp32, exact but slower than bf16") == 1
+
+
+def test_what_devices_have(monkeypatch, caplog):
+    cpu = torch.device("cpu")
+    for flags, names in (
+        ({"avx512f", "avx512_vnni"}, "AVX-512 VNNI"),
+        ({"avx_vnni"}, "AVX-VNNI"),
+        ({"asimddp", "i8mm"}, "NEON dot products, NEON int8 matrix products"),
+        ({"avx2"}, ""),
+    ):
+        monkeypatch.setattr(integer_units, "_cpu_flags", lambda flags=flags: frozenset(flags))
+        assert integer_units.unit_names(cpu) == names
+    assert integer_units.unit_names(torch.device("meta")) == ""
+    integer_units.integer_units.cache_clear()
+    monkeypatch.setattr(integer_units, "is_int_mm_exact", lambda device: True)
+    with caplog.at_level(logging.WARNING, logger="ds_quant"):
+        found = integer_units.integer_units(cpu)
+        assert not found.is_fast
+    assert "no integer dot products were found" in caplog.text
+    integer_units.integer_units.cache_clear()
+    monkeypatch.setattr(torch.version, "hip", None)
+    for capability, names in (((7, 0), ""), ((7, 5), "tensor cores"), ((9, 0), "tensor cores")):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, capability=capability: capability)
+        assert integer_units.unit_names(torch.device("cuda", 0)) == names
+
+
+def test_operators_hold_what_they_promise_to_compilers():
+    key = fold_key(1)
+    x, scale = torch.randn(6, 10, dtype=torch.bfloat16), torch.rand(10)
+    a, b = codes(6, 10), codes(10, 4)
+    for operator, arguments in (
+        (ops._quantize_rows_op, (x, 8, scale, key)),
+        (ops._quantize_rows_op, (x, 8, None, None)),
+        (ops._quantize_columns_op, (x, 4, torch.rand(6), None)),
+        (ops._quantize_both_op, (x, 8, scale, torch.rand(6), key, key)),
+        (ops._quantize_both_op, (x, 8, None, None, None, None)),
+        (ops._quantize_tensor_op, (x, 8, key)),
+        (ops._dequantize_op, (a, torch.rand(6), None, torch.bfloat16)),
+        (ops._scaled_matmul_op, (a, b, torch.rand(6), torch.rand(4), torch.randn(4), torch.bfloat16)),
+        (ops._scaled_matmul_op, (a.t(), codes(6, 4), None, None, None, torch.float32)),
+    ):
+        torch.library.opcheck(operator, arguments)

@@ -1,0 +1,179 @@
+"""The int8 products of `triton_int8` without a GPU: in Triton's interpreter, and compiled for two of them."""
+
+import importlib.util
+import os
+import platform
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+HERE = Path(__file__).parent
+# M and N for which the table gives each tile, multiples of it and not.
+SIZES = {"128x256": 4096, "128x128": 1536, "64x128": 1024, "64x64": 512}
+LAYOUTS = {"forward": "NT", "dX": "NN", "dW": "TN"}
+MOST_REGISTERS = {
+    80: {"128x256": 255, "128x128": 255, "64x128": 255, "64x64": 128},
+    90: {"128x256": 255, "128x128": 128, "64x128": 168, "64x64": 128},
+}
+"""Of a thread. With 65536 on a multiprocessor: 1, 2, 3 and 4 programs for sm_90, 1, 1, 2 and 4 for sm_80."""
+MOST_SHARED_MEMORY = 99 * 1024
+"""Bytes that sm_86 and sm_89 have for one program."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def needs_triton():
+    if (sys.platform, platform.machine()) != ("linux", "x86_64"):
+        pytest.skip("the extra dev has triton for Linux on x86_64 only")
+    assert importlib.util.find_spec("triton"), "triton is missing: pip install -e '.[dev]'"
+
+
+def test_interpreter():
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", HERE / "int8_triton_in_interpreter.py"]
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+    print(done.stdout)
+    assert done.returncode == 0, done.stdout[-10000:] + done.stderr[-2000:]
+    assert re.search(r"[1-9]\d* passed", done.stdout)
+    assert "skipped" not in done.stdout
+
+
+@pytest.fixture
+def compile_for(monkeypatch, tmp_path):
+    """Compiles a launch exactly as if it were made on a GPU of a compute capability."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    from ds_quant.kernels.triton_int8 import kernel
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+
+    class Offline:
+        def __init__(self, capability):
+            self.capability = capability
+
+        def get_current_target(self):
+            return GPUTarget("cuda", self.capability, 32)
+
+        def get_current_device(self):
+            return self.capability
+
+        def get_current_stream(self, device):
+            return 0
+
+    def compile_launch(launch, capability):
+        monkeypatch.setattr(triton.runtime.driver, "_active", Offline(capability))
+        return kernel.warmup(*launch.arguments, grid=launch.grid, **launch.options)
+
+    return compile_launch
+
+
+def launch_of(layout, m, n, k, dtype=torch.bfloat16, has_vectors=True):
+    from ds_quant.kernels.triton_int8 import launch
+
+    a = torch.empty((m, k) if layout[0] == "N" else (k, m), dtype=torch.int8)
+    b = torch.empty((k, n) if layout[1] == "N" else (n, k), dtype=torch.int8)
+    vectors = (torch.empty(m), torch.empty(n), torch.empty(n, dtype=torch.bfloat16)) if has_vectors else ()
+    return launch(
+        a if layout[0] == "N" else a.t(),
+        b if layout[1] == "N" else b.t(),
+        torch.empty(m, n, dtype=dtype),
+        *vectors,
+    )
+
+
+def resources(cubin, folder):
+    """Registers and bytes of stack and of spills to local memory of each thread, as cuobjdump names them."""
+    import triton
+
+    path = folder / "kernel.cubin"
+    path.write_bytes(cubin)
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    done = subprocess.run([tool, "-res-usage", path], capture_output=True, text=True, check=True, timeout=60)
+    found = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", done.stdout))
+    return {name: int(count) for name, count in found.items()}
+
+
+def assert_instructions(ptx, capability, layout):
+    """All products on the integer tensor cores, and what each layout costs as the module docstring has it."""
+    products = set(re.findall(r"\bw?g?mma\.(?:mma_async\.)?sync\.aligned\.\S+", ptx))
+    if capability == 90:
+        pattern = r"wgmma\.mma_async\.sync\.aligned\.m64n\d+k32\.s32\.s8\.s8"
+    else:
+        pattern = r"mma\.sync\.aligned\.m16n8k32\.row\.col(\.satfinite)?\.s32\.s8\.s8\.s32"
+    assert products
+    assert all(re.fullmatch(pattern, name) for name in products), products
+    assert not re.search(r"\bfma\.|\bmad\.\w*\.?f32", ptx)
+    num_along_k = (layout[0] == "N") + (layout[1] == "T")
+    # Whole 16 bytes at a time wherever they are contiguous along k.
+    assert ("cp.async.cg" in ptx) == (num_along_k > 0)
+    assert ("ld.shared.b8" in ptx) == (capability == 80 and num_along_k < 2)
+    assert ("cp.async.ca" in ptx) == (capability == 80 and num_along_k < 2)
+    assert ("st.shared.b8" in ptx) == (capability == 90 and num_along_k < 2)
+    # Nothing loads single bytes.
+    assert not re.search(r"\bld\.global\S*b8", ptx)
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("product", LAYOUTS)
+@pytest.mark.parametrize("name", SIZES)
+def test_compiles(name, product, capability, compile_for, tmp_path):
+    layout = LAYOUTS[product]
+    for size in (SIZES[name], SIZES[name] + 16):
+        compiled = compile_for(launch_of(layout, size, size, 4 * size), capability)
+        used, shared = resources(compiled.asm["cubin"], tmp_path), compiled.metadata.shared
+        print(name, product, f"sm_{capability}", size, used, shared)
+        assert (used["STACK"], used["LOCAL"]) == (0, 0)
+        assert used["REG"] <= MOST_REGISTERS[capability][name]
+        assert shared <= MOST_SHARED_MEMORY
+        assert_instructions(compiled.asm["ptx"], capability, layout)
+
+
+def test_table():
+    from ds_quant.kernels.triton_int8 import TILES, choose_tile
+
+    names = dict(zip(SIZES, TILES, strict=True))
+    for name, size in SIZES.items():
+        assert f"{names[name].m}x{names[name].n}" == name
+        assert choose_tile(size, size) == choose_tile(size + 16, size + 16) == names[name]
+    assert choose_tile(1, 1) == choose_tile(1, 100_000) == choose_tile(100_000, 1) == TILES[-1]
+    assert choose_tile(64, 100_000) == names["64x128"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.int32], ids=str)
+@pytest.mark.parametrize("capability", [80, 90])
+def test_other_results(dtype, capability, compile_for, tmp_path):
+    compiled = compile_for(launch_of("NT", 512, 512, 512, dtype, has_vectors=False), capability)
+    assert resources(compiled.asm["cubin"], tmp_path)["LOCAL"] == 0
+    assert_instructions(compiled.asm["ptx"], capability, "NT")
+    # fp16 without a detour is the same: what fp32 does not hold is Inf.
+    conversions = set(re.findall(r"\bcvt\.r\S*s32", compiled.asm["ptx"]))
+    expected = {torch.int32: set(), torch.float32: {"cvt.rn.f32.s32"}, torch.float16: {"cvt.rn.f16.s32"}}
+    assert conversions == expected[dtype]
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_odd_sizes(capability, compile_for, tmp_path):
+    """Copied operands: no size is a multiple of anything, and one row or column."""
+    for m, n, k in ((1000 - 1, 50257, 77), (1, 33, 15), (33, 1, 4097)):
+        compiled = compile_for(launch_of("TN", m, n, k), capability)
+        used = resources(compiled.asm["cubin"], tmp_path)
+        print(m, n, k, used)
+        assert (used["STACK"], used["LOCAL"]) == (0, 0)
+        assert_instructions(compiled.asm["ptx"], capability, "NT")
+
+
+def test_launches_do_not_compile_again(compile_for):
+    """New numbers of tokens are the same kernel, save that the tile divides them or not."""
+    from ds_quant.kernels.triton_int8 import kernel
+
+    kernel.device_caches.clear()
+    for num_tokens in (4096, 8192, 16384):
+        compile_for(launch_of("NT", num_tokens, 4096, 1024), 90)
+    assert len(kernel.device_caches[90][0]) == 1
+    for num_tokens in (4096 + 16, 8192 + 48):
+        compile_for(launch_of("NT", num_tokens, 4096, 1024), 90)
+    assert len(kernel.device_caches[90][0]) == 2

@@ -1,0 +1,159 @@
+"""The three products of a quantized linear by their definition in ds_quant/plan.py, in float64, with error bounds."""
+
+import numpy as np
+import torch
+from numerics import oracle
+
+import ds_quant
+
+TOKENS, IN, OUT = 11, 37, 19
+
+
+class Side:
+    """One operand of a product as a matrix [free, contracted]: values in float64, and whether its scale may wait."""
+
+    def __init__(self, steps, scale, contracted_scale, is_plain=False):
+        self.steps, self.scale, self.contracted_scale, self.is_plain = steps, scale, contracted_scale, is_plain
+
+    @classmethod
+    def plain(cls, x):
+        return cls(x.double(), torch.ones((), dtype=torch.float64), False, is_plain=True)
+
+    @classmethod
+    def quantized(cls, x, config, granularity, *, transposed=False):
+        """Quantize x [rows, features]; contracted over the features, or over the rows if transposed."""
+        block = config.get("block_size", 128)
+        array = x.float().numpy()
+        codes, scale, zero = oracle.quantize(
+            array,
+            config["bits"],
+            granularity=granularity,
+            block_size=block,
+            symmetric=config.get("symmetric", True),
+        )
+        zeros = oracle.expand(zero, array.shape, granularity, block)
+        scales = torch.from_numpy(oracle.expand(scale, array.shape, granularity, block)).double()
+        steps = torch.from_numpy(codes.astype(np.float32) - zeros).double()
+        contracted = granularity == "block" or granularity == ("column" if not transposed else "row")
+        return cls(steps.t(), scales.t(), contracted) if transposed else cls(steps, scales, contracted)
+
+    def values(self):
+        return self.steps * self.scale
+
+
+def _of_rows(scale):
+    """Of each row, where it does not vary along the row."""
+    return scale if scale.dim() == 0 else scale[:, :1]
+
+
+def product(a, b, dtype, bias=None, *, integer=False):
+    """(float64 result of a b^T + bias, bound of the rounding error that an fp32 accumulation to dtype may make).
+
+    With `integer` two quantized operands are multiplied without any error, and a lone one is dequantized.
+    """
+    left, right = a.values(), b.values()
+    operands_round = a.contracted_scale or b.contracted_scale
+    if integer and not (a.is_plain or b.is_plain):
+        assert not operands_round
+        # Whole numbers first: they are exact, whereas sums of rounded values need not cancel.
+        sums = (a.steps @ b.steps.t()) * _of_rows(a.scale) * _of_rows(b.scale).t()
+        exact = sums
+        if bias is not None:
+            exact = exact + bias.double()
+        # The sum to fp32, two scales and a bias; then one rounding to dtype.
+        bound = 3 * 2.0**-24 * sums.abs() * (1 + 2.0**-20) + 2.0**-24 * exact.abs() * (1 + 2.0**-20)
+        unit = torch.finfo(dtype).eps / 2 * (1 + 2.0**-20)
+        return exact, bound + unit * (exact.abs() + bound) + torch.finfo(torch.float32).tiny
+    operands_round = operands_round or (integer and a.is_plain != b.is_plain)
+    if operands_round:
+        # Each was rounded to the model's dtype once, from a product that was fp32.
+        left, right = left.float().to(dtype).double(), right.float().to(dtype).double()
+    exact = left @ right.t()
+    magnitude = left.abs() @ right.abs().t()
+    if bias is not None:
+        exact = exact + bias.double()
+        magnitude = magnitude + bias.double().abs()
+    # Accumulating K terms in fp32, two scales and a bias: (K + 4) roundings of 2^-24; then one to dtype, whose unit
+    # roundoff is eps / 2. An operand rounded to dtype from fp32 may land one unit off where fp32 hit a tie.
+    unit = torch.finfo(dtype).eps / 2
+    bound = (left.shape[1] + 4) * 2.0**-24 * magnitude + unit * exact.abs() * (1 + 2.0**-10)
+    if operands_round and dtype != torch.float32:
+        bound = bound + unit * magnitude * 2.0**-7
+    return exact, bound + torch.finfo(torch.float32).tiny
+
+
+def expected(x, w, bias, g, config, dtype):
+    """(y, dX, dW), each with its bound. x [tokens, in], w [out, in], g [tokens, out], all in dtype."""
+    names_w = {"tensor": "tensor", "channel": "row", "block": "block"}
+    names_x = {"tensor": "tensor", "token": "row", "channel": "column", "block": "block"}
+    weight, activation, gradient = config.get("weight"), config.get("activation"), config.get("gradient")
+    integer = config.get("backend") == "int8"
+
+    def of_weight(transposed):
+        if not weight:
+            return Side.plain(w.t() if transposed else w)
+        return Side.quantized(w, weight, names_w[weight.get("granularity", "channel")], transposed=transposed)
+
+    def of_activation(transposed):
+        if not activation:
+            return Side.plain(x.t() if transposed else x)
+        return Side.quantized(x, activation, names_x[activation.get("granularity", "token")], transposed=transposed)
+
+    y = product(of_activation(False), of_weight(False), dtype, bias, integer=integer)
+    original = config.get("backward_operands") == "original"
+    other_w = Side.plain(w.t()) if original else of_weight(True)
+    other_x = Side.plain(x.t()) if original else of_activation(True)
+    used = gradient.get("used_for", ("weight", "input")) if gradient else ()
+    granularity = gradient.get("granularity", "outer") if gradient else None
+
+    def with_gradient(other, other_is_quantized, outer_name, transposed):
+        """other [free, contracted]; g is contracted over its features, or over its rows if transposed."""
+        folded = g.float()
+        if granularity == "outer" and other_is_quantized:
+            scale = other.scale[0].float()  # the same for every free index: it belongs to the contracted one
+            folded = folded * (scale.reshape(-1, 1) if transposed else scale)
+            other = Side(other.steps, torch.ones((), dtype=torch.float64), False)
+        name = outer_name if granularity == "outer" else names_x[granularity]
+        return product(Side.quantized(folded, gradient, name, transposed=transposed), other, dtype, integer=integer)
+
+    if "input" in used:
+        dx = with_gradient(other_w, bool(weight) and not original, "row", False)
+    else:
+        dx = product(Side.plain(g), other_w, dtype, integer=integer)
+    if "weight" in used:
+        dw = with_gradient(other_x, bool(activation) and not original, "column", True)
+    else:
+        dw = product(Side.plain(g.t()), other_x, dtype, integer=integer)
+    return y, dx, dw
+
+
+def run(config, x, w, bias, g, layout):
+    """(y, dX, dW as [out, in], db) of the module."""
+    if layout == "linear":
+        module = ds_quant.QuantLinear(IN, OUT, dtype=x.dtype, config=config)
+    else:
+        module = ds_quant.QuantConv1D(OUT, IN, config=config).to(x.dtype)
+    with torch.no_grad():
+        module.weight.copy_(w if layout == "linear" else w.t())
+        module.bias.copy_(bias)
+    x = x.clone().requires_grad_()
+    y = module(x)
+    y.backward(g)
+    dw = module.weight.grad if layout == "linear" else module.weight.grad.t()
+    return y.detach(), x.grad, dw, module.bias.grad
+
+
+def assert_within(got, want, what):
+    exact, bound = want
+    excess = ((got.double() - exact).abs() - bound).max()
+    assert excess <= 0, f"{what}: off by {(got.double() - exact).abs().max():.3e}, {excess:.3e} above the bound"
+
+
+def random_case(dtype, seed):
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape):
+        rows = torch.exp(torch.randn(shape[0], 1, generator=generator))
+        return (torch.randn(*shape, generator=generator) * rows).to(dtype)
+
+    return draw(TOKENS, IN), draw(OUT, IN), draw(OUT, 1).flatten(), draw(TOKENS, OUT)
