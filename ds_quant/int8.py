@@ -100,8 +100,6 @@ class Int8Linear(torch.autograd.Function):
                 w_codes, w_scale = quantize_weight(weight, plan)
             for_input = plan.grad_input if wants_x else None
             for_weight = plan.grad_weight if wants_weight else None
-            for_input = plan.grad_input if wants_x else None
-            for_weight = plan.grad_weight if wants_weight else None
             rows, columns = _quantize_gradient(g, plan, key, w_scale, x_scale, for_input, for_weight)
             if wants_x:
                 if rows is not None and w_codes is not None:

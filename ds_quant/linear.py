@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ds_quant.config import GradientConfig, LinearConfig
 from ds_quant.int8 import Int8Linear, quantize_input, quantize_weight
 from ds_quant.plan import NUM_STREAMS, Codes, Plan, plan_of
-from ds_quant.shared_inputs import SharedInputs
+from ds_quant.shared_inputs import ArrivingInput, SharedInputs
 from ds_quant.simulated import SimulatedLinear
 from ds_quant.stepkey import StepKey
 from ds_quant.weight_codes import WeightCodes
@@ -48,6 +48,13 @@ class QuantizedModule(nn.Module):
         self._quant_plan = plan_of(config, transposed=self.transposed, stream=NUM_STREAMS * index)
         self._shared_inputs = shared_inputs or SharedInputs()
         self._weight_codes = WeightCodes()
+        self._arriving_input: ArrivingInput | None = None
+
+    def watch_input(self) -> None:
+        """Know inputs by the tensors that the module is called with, where hooks of others hand on aliases of them."""
+        if self._arriving_input is None:
+            self._arriving_input = ArrivingInput()
+            self.register_forward_pre_hook(self._arriving_input, prepend=True)
 
     def quantized_forward(self, x: Tensor) -> Tensor:
         """x [..., in] to [..., out], in the autocast dtype where autocast is on and in x's dtype otherwise.
@@ -92,10 +99,11 @@ class QuantizedModule(nn.Module):
         if torch.compiler.is_compiling() or activation is None or activation.rounding == "stochastic":
             return quantize_input(x, plan, dtype, key)
         how = (activation.bits, activation.granularity, dtype)
-        codes = self._shared_inputs.find(x, how)
+        source = x if self._arriving_input is None else self._arriving_input.of(x)
+        codes = self._shared_inputs.find(source, how)
         if codes is None:
             codes = quantize_input(x, plan, dtype, key)
-            self._shared_inputs.keep(x, how, codes)
+            self._shared_inputs.keep(source, how, codes)
         return codes
 
     def describe(self) -> str:

@@ -9,7 +9,7 @@ from collections import deque
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ds_quant.plan import Codes
 
@@ -21,6 +21,34 @@ class _Entry(NamedTuple):
     source: "weakref.ref[Tensor]"
     state: tuple[Any, ...]
     codes: Codes
+
+
+class ArrivingInput:
+    """Forward pre-hook that comes before all others: notes the tensor that a layer is called with.
+
+    ZeRO-3's hooks hand each layer an alias of its own. What the layer is to know the input by is the one that its
+    neighbours were called with.
+    """
+
+    def __init__(self) -> None:
+        self._seen: weakref.ref[Tensor] | None = None
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if args and isinstance(args[0], Tensor) and not torch.compiler.is_compiling():
+            self._seen = weakref.ref(args[0])
+
+    def of(self, x: Tensor) -> Tensor:
+        """The tensor that arrived, if it is alive and `x` is an alias of it; else `x`."""
+        seen = self._seen() if self._seen is not None else None
+        return (
+            x if seen is None or seen.is_inference() or _state(seen, (seen.dtype,)) != _state(x, (x.dtype,)) else seen
+        )
+
+    def __deepcopy__(self, memo: dict) -> "ArrivingInput":
+        return ArrivingInput()
+
+    def __reduce__(self) -> tuple[type, tuple]:
+        return ArrivingInput, ()
 
 
 class SharedInputs:

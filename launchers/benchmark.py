@@ -1,6 +1,8 @@
 """Measure what is fast beside what others do, on one machine.
 
     python launchers/benchmark.py optimizer [--sizes 1M,10M,50M,2000x1024] [--rounds 15]
+    python launchers/benchmark.py linear [--shapes 768x3072,3072x768] [--tokens 2048]
+    python launchers/benchmark.py step [--models gpt2,llama] [--batch 4] [--sequence 512] [--profile]
     python launchers/benchmark.py comm [--sizes 25M] [--ranks 2] [--links loopback,1gbit,100mbit]
     python launchers/benchmark.py comm-step [--configs A.json,B.json] [--stages 0,1,2] [--links 1gbit,100mbit]
 
@@ -13,7 +15,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from benchmarking import comm, comm_step, optimizer
+from benchmarking import comm, comm_step, linear, optimizer, step
 from benchmarking.errors import BenchmarkError
 
 
@@ -24,6 +26,8 @@ def main(argv: list[str] | None = None) -> int:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     optimizer.add_arguments(commands.add_parser("optimizer", help=optimizer.HELP))
+    linear.add_arguments(commands.add_parser("linear", help=linear.HELP))
+    step.add_arguments(commands.add_parser("step", help=step.HELP))
     comm.add_arguments(commands.add_parser("comm", help=comm.HELP))
     comm_step.add_arguments(commands.add_parser("comm-step", help=comm_step.HELP))
     options = parser.parse_args(argv)

@@ -539,6 +539,27 @@ def test_layers_that_quantize_otherwise_do_not_share():
     assert not torch.equal(in_bf16, model.k(x))
 
 
+def test_aliases_that_hooks_hand_on_are_one_input(count):
+    """As ZeRO-3 does it: each layer gets a tensor of its own, which lives no longer than its call."""
+    model = attention(gradient={"bits": 8})
+    for layer in (model.q, model.k, model.v):
+        layer.register_forward_pre_hook(lambda module, args: tuple(x.view_as(x) for x in args))
+        layer.watch_input()
+        layer.watch_input()
+    x = torch.randn(64, IN, requires_grad=True)
+    _, size = held(model, x)
+    assert count["quantize_input"] == 1
+    assert size == 64 * IN + 64 * 4
+    with torch.no_grad():
+        model(x.clone(), lambda x: x.mul_(2))
+    assert count["quantize_input"] == 3
+    model.q.register_forward_pre_hook(lambda module, args: (args[0] * 2,))
+    doubled = model.q(x)
+    assert count["quantize_input"] == 4
+    assert torch.equal(doubled, model.q.forward(x * 2)), "an input that a hook replaced is no alias"
+    assert copy.deepcopy(model).q._arriving_input is not model.q._arriving_input
+
+
 def test_stochastic_inputs_are_drawn_by_each_layer(count):
     model = attention(activation={"bits": 8, "rounding": "stochastic"})
     model(torch.randn(5, IN))

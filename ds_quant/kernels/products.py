@@ -1,7 +1,7 @@
 """Operands and results of int8 matrix products: C++ on the CPU, `products_cuda` on CUDA, elsewhere the reference.
 
-`numerics.products` has the definition, and is the reference. What is asked for is checked here: ValueError. Autograd sees nothing.
-`kernels.choice` has what the environment may say about it.
+`numerics.products` has the definition, and is the reference. What is asked for is checked here: ValueError. Autograd
+sees nothing. `kernels.choice` has what the environment may say about it.
 
 Matrices are read in place if consecutive elements of a row are neighbours in memory, at any distance from row to row;
 any other, a transposed one say, is copied first, in its own dtype. Quantize the other dimension of what is transposed

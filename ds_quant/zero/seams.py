@@ -25,6 +25,7 @@ SEAMS: tuple[tuple[str, str, str], ...] = (
     ("deepspeed.utils.groups", "_get_expert_parallel_rank", "which of these files"),
     ("deepspeed.utils.groups", "_get_max_expert_size_name", "which of these files"),
     ("deepspeed.runtime.engine", "DeepSpeedEngine.step", "links the moments after the first one; writes the weights"),
+    ("deepspeed.runtime.engine", "DeepSpeedEngine.zero_optimization_partition_weights", "its hooks alias inputs"),
     ("deepspeed.runtime.engine", "DeepSpeedEngine.load_module_state_dict", "writes the weights"),
     (
         "deepspeed.runtime.zero.partition_parameters",

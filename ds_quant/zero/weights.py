@@ -9,6 +9,7 @@ from typing import Any
 
 import deepspeed
 
+from ds_quant.linear import QuantizedModule
 from ds_quant.weight_codes import weights_changed
 from ds_quant.zero.engine_class import mix_in
 from ds_quant.zero.seams import check_live
@@ -64,7 +65,11 @@ def _tell_of_gathered_parameters() -> None:
 
 
 def attach_weights(engine: Any) -> None:
-    """Have the layers of the live engine quantize their weights once for each step."""
+    """Have the layers of the live engine quantize their weights once for each step, and shared inputs once."""
     check_live([(engine, "global_steps")])
     _tell_of_gathered_parameters()
     mix_in(engine, _WeightsEngine)
+    if engine.zero_optimization_partition_weights():
+        for module in engine.module.modules():
+            if isinstance(module, QuantizedModule):
+                module.watch_input()

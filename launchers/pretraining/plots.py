@@ -20,7 +20,7 @@ def series(rows: Rows, column: str) -> tuple[list[float], list[float]]:
 
 def draw_curves(rows: Rows, path: Path, title: str) -> bool:
     """Training and validation loss, gradient norm and learning rate of one run. False without matplotlib."""
-    figure = _figure(width=9.0, height=3.6)
+    figure = new_figure(width=9.0, height=3.6)
     if figure is None:
         return False
     left, right = figure.subplots(1, 2)
@@ -34,13 +34,13 @@ def draw_curves(rows: Rows, path: Path, title: str) -> bool:
     twin = right.twinx()
     twin.plot(*series(rows, "lr"), color="tab:red")
     twin.set_ylabel("learning rate", color="tab:red")
-    _save(figure, [left, right], path)
+    save_figure(figure, [left, right], path)
     return True
 
 
 def draw_comparison(runs: dict[str, Rows], gap: tuple[list[float], list[float]], path: Path) -> bool:
     """Validation curves of two runs above the gap between them. False without matplotlib."""
-    figure = _figure(width=7.0, height=6.0)
+    figure = new_figure(width=7.0, height=6.0)
     if figure is None:
         return False
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
@@ -53,11 +53,12 @@ def draw_comparison(runs: dict[str, Rows], gap: tuple[list[float], list[float]],
     below.set(xlabel="step", ylabel="gap (nats)")
     names = list(runs)
     below.set_title(f"{names[1]} minus {names[0]}", fontsize=9)
-    _save(figure, [above, below], path)
+    save_figure(figure, [above, below], path)
     return True
 
 
-def _figure(*, width: float, height: float) -> Any:
+def new_figure(*, width: float, height: float) -> Any:
+    """A matplotlib Figure of that size in inches; None without matplotlib."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -69,7 +70,8 @@ def _figure(*, width: float, height: float) -> Any:
     return figure
 
 
-def _save(figure: Any, axes: Iterable[Any], path: Path) -> None:
+def save_figure(figure: Any, axes: Iterable[Any], path: Path) -> None:
+    """Write it as a PNG, with a faint grid on the axes."""
     for axis in axes:
         axis.grid(alpha=0.3)
     picture = io.BytesIO()

@@ -1,0 +1,23 @@
+"""The `linear` sections that the benchmarks measure, in one place."""
+
+from __future__ import annotations
+
+from typing import Any
+
+BACKENDS = ("int8", "simulated")
+
+Section = dict[str, Any]
+
+
+def w8a8(backend: str) -> Section:
+    """Weights and activations in 8 bits: the backward products are floating-point ones."""
+    return {
+        "weight": {"bits": 8, "granularity": "channel"},
+        "activation": {"bits": 8, "granularity": "token"},
+        "backend": backend,
+    }
+
+
+def w8a8g8(backend: str, *, rounding: str = "nearest") -> Section:
+    """All three products in 8 bits. `rounding` is that of the gradient."""
+    return {**w8a8(backend), "gradient": {"bits": 8, "granularity": "outer", "rounding": rounding}}
