@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/.cache/torch_extensions
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help venv pretrain baseline compare moments communication test lint pytest clean
+.PHONY: help venv pretrain baseline compare moments communication int8 test lint pytest clean
 
 help:
 	@echo "make pretrain   pre-train the tiny model in W8A8 (sets everything up first)"
@@ -14,6 +14,7 @@ help:
 	@echo "make compare    both runs and their curves in one picture"
 	@echo "make moments    losses of the recipes of the moments, some 30 runs of two minutes"
 	@echo "make communication   losses with gradients in few bits on the wire, 4 ranks, some 15 runs"
+	@echo "make int8       losses with int8 linear layers, 15 runs of two minutes"
 	@echo "make clean      remove the environment and the build caches (not runs/)"
 
 venv: $(VENV)/.installed
@@ -39,6 +40,9 @@ moments: venv
 
 communication: venv
 	python tests/convergence/communication_losses.py
+
+int8: venv
+	python tests/convergence/int8_losses.py
 
 test: lint pytest
 

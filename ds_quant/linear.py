@@ -90,6 +90,8 @@ class QuantizedModule(nn.Module):
             weights = self._weight_codes.get(self.weight, functools.partial(quantize_weight, plan=plan))
         elif plan.weight:
             weights = quantize_weight(self.weight, plan)
+        if not plan.activation or plan.original_operands:
+            x = x.to(dtype)  # it is held for the backward: in the narrower dtype
         bias = getattr(self, "bias", None)
         return Int8Linear.apply(x, self.weight, bias, *inputs, *weights, keeps, plan, dtype, key)
 

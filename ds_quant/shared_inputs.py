@@ -4,7 +4,6 @@ An input is known by a weak reference to the tensor and by its version, never by
 or written to is not found. (Writing through `.data` between two layers that read one tensor is not seen.)
 """
 
-import weakref
 from collections import deque
 from typing import Any, NamedTuple
 
@@ -12,14 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from ds_quant.plan import Codes
+from ds_quant.tensor_state import TensorState
 
 _MOST = 4
 """Inputs that are remembered: a decoder's own, and the encoder's output that all its layers share."""
 
 
 class _Entry(NamedTuple):
-    source: "weakref.ref[Tensor]"
-    state: tuple[Any, ...]
+    state: TensorState
+    how: tuple[Any, ...]
     codes: Codes
 
 
@@ -31,18 +31,19 @@ class ArrivingInput:
     """
 
     def __init__(self) -> None:
-        self._seen: weakref.ref[Tensor] | None = None
+        self._seen: TensorState | None = None
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        if args and isinstance(args[0], Tensor) and not torch.compiler.is_compiling():
-            self._seen = weakref.ref(args[0])
+        if torch.compiler.is_compiling():
+            return
+        self._seen = TensorState(args[0]) if args and isinstance(args[0], Tensor) and _has_version(args[0]) else None
 
     def of(self, x: Tensor) -> Tensor:
         """The tensor that arrived, if it is alive and `x` is an alias of it; else `x`."""
-        seen = self._seen() if self._seen is not None else None
-        return (
-            x if seen is None or seen.is_inference() or _state(seen, (seen.dtype,)) != _state(x, (x.dtype,)) else seen
-        )
+        if self._seen is None or not _has_version(x) or not self._seen.is_of_alias(x):
+            return x
+        seen = self._seen.tensor
+        return x if seen is None else seen
 
     def __deepcopy__(self, memo: dict) -> "ArrivingInput":
         return ArrivingInput()
@@ -59,19 +60,18 @@ class SharedInputs:
 
     def find(self, x: Tensor, how: tuple[Any, ...]) -> Codes | None:
         """The codes that `keep` was given for this tensor, in its present state, with the same `how`."""
-        if x.is_inference() or torch.is_inference_mode_enabled():
-            return None  # has no version; or what is kept could not serve a backward
-        state = _state(x, how)
-        return next((entry.codes for entry in self._entries if entry.source() is x and entry.state == state), None)
+        if not _has_version(x):
+            return None
+        return next((entry.codes for entry in self._entries if entry.how == how and entry.state.is_of(x)), None)
 
     def keep(self, x: Tensor, how: tuple[Any, ...], codes: Codes) -> None:
         """Remember the codes of `x` for as long as it lives, or until others took their place."""
-        if not (x.is_inference() or torch.is_inference_mode_enabled()):
-            self._entries.append(_Entry(weakref.ref(x, self._forget), _state(x, how), codes))
+        if _has_version(x):
+            self._entries.append(_Entry(TensorState(x, self._forget), how, codes))
 
-    def _forget(self, source: "weakref.ref[Tensor]") -> None:
+    def _forget(self, state: TensorState) -> None:
         # By identity: entries that are compared would compare tensors.
-        self._entries = deque((entry for entry in self._entries if entry.source is not source), maxlen=_MOST)
+        self._entries = deque((entry for entry in self._entries if entry.state is not state), maxlen=_MOST)
 
     def __deepcopy__(self, memo: dict) -> "SharedInputs":
         return SharedInputs()
@@ -80,5 +80,6 @@ class SharedInputs:
         return SharedInputs, ()
 
 
-def _state(x: Tensor, how: tuple[Any, ...]) -> tuple[Any, ...]:
-    return (x._version, x.data_ptr(), x.shape, x.stride(), *how)
+def _has_version(x: Tensor) -> bool:
+    """Without one nothing tells whether it was written to. In inference mode, what is kept could serve no backward."""
+    return not (x.is_inference() or torch.is_inference_mode_enabled())

@@ -8,15 +8,14 @@ What neither shows is an edit through `weight.data` in between two training forw
 so. Evaluation (`module.eval()`) never reads or keeps codes, so that weights may be swapped for an average meanwhile.
 """
 
-import weakref
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ds_quant.plan import Codes
+from ds_quant.tensor_state import TensorState
 
 _epoch = 0
 
@@ -38,8 +37,8 @@ class WeightCodes:
     """The codes of one layer's weight, while they are true. Neither copied nor pickled with the layer."""
 
     def __init__(self) -> None:
-        self._weight: weakref.ref[Tensor] | None = None
-        self._state: tuple[Any, ...] = ()
+        self._epoch = -1
+        self._state: TensorState | None = None
         self._codes: Codes | None = None
 
     @staticmethod
@@ -51,11 +50,10 @@ class WeightCodes:
 
     def get(self, weight: Tensor, quantize: Callable[[Tensor], Codes]) -> Codes:
         """Those of `weight`, from `quantize` where the last ones are not true any more."""
-        state = (_epoch, weight._version, weight.data_ptr(), weight.device, weight.dtype, weight.shape, weight.stride())
-        if self._codes is None or self._weight is None or self._weight() is not weight or self._state != state:
+        if self._codes is None or self._state is None or self._epoch != _epoch or not self._state.is_of(weight):
             self._codes = None  # before the new ones are made: never two
             self._codes = quantize(weight)
-            self._weight, self._state = weakref.ref(weight), state
+            self._epoch, self._state = _epoch, TensorState(weight)
         return self._codes
 
     def __deepcopy__(self, memo: dict) -> "WeightCodes":

@@ -342,7 +342,7 @@ def edits():
         module.load_state_dict({key: value * 3 for key, value in module.state_dict().items()})
 
     def other_dtype(module):
-        module.double().float().weight.data.mul_(0.5)
+        module.bfloat16().float()
 
     return [data, new_storage, new_parameter, in_place, through_a_view, loaded, other_dtype]
 
@@ -472,6 +472,50 @@ def test_a_shared_input_is_quantized_and_held_once(count, autocast):
     assert count["quantize_input"] == 4, "of three tensors, though of the same memory"
     for a, b in zip(shared, [x.grad, *(parameter.grad for parameter in model.parameters())], strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("changes", [{"activation": None}, {"backward_operands": "original"}], ids=str)
+def test_an_unquantized_input_is_held_in_the_dtype_of_autocast(changes):
+    layer = attention(**changes).q
+    x = torch.randn(64, IN, requires_grad=True)
+    saved = []
+
+    def pack(tensor):
+        saved.append(tensor)
+        return tensor
+
+    hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+    with torch.autocast("cpu", dtype=torch.bfloat16), hooks:
+        y = layer(x)
+    assert [tensor.dtype for tensor in saved if tensor.numel() == x.numel()] == [torch.bfloat16]
+    y.sum().backward()
+    assert x.grad.dtype == torch.float32
+
+
+def test_an_input_whose_memory_comes_back_is_quantized_anew():
+    """A tensor that is handed other memory time and again meets the first one's address, with other elements."""
+    layer = attention().q
+    x = torch.randn(64, IN)
+    seen, again = set(), 0
+    for _ in range(30):
+        again += x.data_ptr() in seen
+        seen.add(x.data_ptr())
+        with torch.no_grad():
+            assert torch.equal(layer(x), layer(x.clone()))
+        x.data = torch.randn(64, IN)
+    assert again, "no address came back: nothing was tested"
+
+
+def test_a_weight_whose_memory_comes_back_is_quantized_anew():
+    layer = attention().q
+    x = torch.randn(3, IN)
+    seen, again = set(), 0
+    for _ in range(30):
+        again += layer.weight.data_ptr() in seen
+        seen.add(layer.weight.data_ptr())
+        assert torch.equal(layer(x), copy.deepcopy(layer)(x))
+        layer.weight.data = torch.randn(OUT, IN)
+    assert again, "no address came back: nothing was tested"
 
 
 def test_an_input_that_was_written_to_is_quantized_anew(count):

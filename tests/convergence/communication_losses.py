@@ -7,12 +7,10 @@ seed share initialisation and data; the global batch is that of `make pretrain`,
 """
 
 import argparse
-import json
-import statistics
 import sys
 from pathlib import Path
 
-from loss_runs import ROOT, cell, final, summary, train
+from loss_runs import changed_config, gap_table, summary, train
 
 BASELINE = "baseline"
 GLOBAL_BATCH = 32
@@ -31,31 +29,12 @@ SEEDS = (42, 7, 1234)
 
 def config_of(runs: Path, recipe: str) -> Path:
     """A shipped config, or one that differs from it in the section's communication.gradient."""
-    if recipe == BASELINE or not RECIPES[recipe][2]:
-        return ROOT / "ds_configs" / f"{recipe}.json"
-    _, shipped, changes = RECIPES[recipe]
-    config = json.loads((ROOT / "ds_configs" / f"{shipped}.json").read_text())
-    config["ds_quant"]["communication"]["gradient"] |= changes
-    path = runs / f"{recipe}.json"
-    path.write_text(json.dumps(config, indent=2) + "\n")
-    return path
+    _, shipped, changes = RECIPES.get(recipe, ("", BASELINE, {}))
+    return changed_config(runs, recipe, shipped, ("communication", "gradient"), changes)
 
 
-def table(runs: Path) -> str:
-    seeds = [seed for seed in SEEDS if final(runs / f"{BASELINE}-s{seed}") is not None]
-    base = {seed: final(runs / f"{BASELINE}-s{seed}") for seed in seeds}
-    lines = [f"| | {' | '.join(f'seed {seed}' for seed in seeds)} | mean gap | relative error |"]
-    lines += [f"|---|{'---|' * len(seeds)}---|---|"]
-    lines.append(f"| full precision | {' | '.join(f'{base[seed]:.4f}' for seed in seeds)} | | |")
-    for recipe, (name, _, _) in RECIPES.items():
-        losses = {seed: final(runs / f"{recipe}-s{seed}") for seed in seeds}
-        found = [seed for seed in seeds if losses[seed] is not None]
-        if found:
-            mean = statistics.mean(losses[seed] - base[seed] for seed in found)
-            of_runs = [summary(runs / f"{recipe}-s{seed}")["communication"]["quantization_error"] for seed in found]
-            cells = " | ".join(cell(losses[seed], base[seed]) for seed in seeds)
-            lines.append(f"| {name} | {cells} | {mean:+.4f} | {statistics.mean(of_runs):.4f} |")
-    return "\n".join(lines)
+def relative_error(run: Path) -> float:
+    return summary(run)["communication"]["quantization_error"]
 
 
 def main() -> int:
@@ -72,7 +51,8 @@ def main() -> int:
                 flags = ("--seed", str(seed), "--per_device_train_batch_size", batch, "--save_strategy", "no")
                 output = arguments.runs / f"{recipe}-s{seed}"
                 train(output, config_of(arguments.runs, recipe), *flags, ranks=arguments.ranks)
-    print(table(arguments.runs))
+    names = {recipe: name for recipe, (name, _, _) in RECIPES.items()}
+    print(gap_table(arguments.runs, names, SEEDS, BASELINE, {"relative error": relative_error}))
     return 0
 
 

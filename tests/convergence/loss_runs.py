@@ -3,7 +3,9 @@
 import csv
 import json
 import os
+import statistics
 import subprocess
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent.parent
@@ -45,3 +47,44 @@ def gaps(output: Path, baseline: Path) -> dict[int, float]:
 
 def cell(loss: float | None, base: float) -> str:
     return "" if loss is None else f"{loss:.4f} ({loss - base:+.4f})"
+
+
+def changed_config(runs: Path, name: str, shipped: str, where: Sequence[str], changes: dict) -> Path:
+    """A shipped config; with `changes`, one in `runs` that differs from it by them at `where` in the section."""
+    source = ROOT / "ds_configs" / f"{shipped}.json"
+    if not changes:
+        return source
+    config = json.loads(source.read_text())
+    changed = config["ds_quant"]
+    for key in where:
+        changed = changed[key]
+    changed |= changes
+    path = runs / f"{name}.json"
+    path.write_text(json.dumps(config, indent=2) + "\n")
+    return path
+
+
+def gap_table(
+    runs: Path,
+    recipes: Mapping[str, str],
+    seeds: Sequence[int],
+    baseline: str,
+    columns: Mapping[str, Callable[[Path], float]] | None = None,
+) -> str:
+    """Losses of runs RECIPE-sSEED, their gaps to the baseline with the same seed, and the means of `columns`."""
+    columns = columns or {}
+    base = {seed: loss for seed in seeds if (loss := final(runs / f"{baseline}-s{seed}")) is not None}
+    lines = ["| | " + " | ".join([*(f"seed {seed}" for seed in base), "mean gap", *columns]) + " |"]
+    lines.append("|---|" + "---|" * (len(base) + 1 + len(columns)))
+    lines.append(
+        "| full precision | " + " | ".join(f"{loss:.4f}" for loss in base.values()) + " |" * (2 + len(columns))
+    )
+    for recipe, name in recipes.items():
+        losses = {seed: final(runs / f"{recipe}-s{seed}") for seed in base}
+        found = [seed for seed in base if losses[seed] is not None]
+        if found:
+            mean = statistics.mean(losses[seed] - base[seed] for seed in found)
+            more = [statistics.mean(of(runs / f"{recipe}-s{seed}") for seed in found) for of in columns.values()]
+            cells = [*(cell(losses[seed], base[seed]) for seed in base), f"{mean:+.4f}", *(f"{x:.4f}" for x in more)]
+            lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
