@@ -46,7 +46,8 @@ def held_bytes(model: nn.Module, forward: Callable[[], object], within: Iterable
     depth = 0
 
     def pack(tensor: Tensor) -> _Saved:
-        item = _Saved(tensor, depth > 0)
+        # Detached: an operator that saves its own result would be held by it in a circle that nothing breaks.
+        item = _Saved(tensor.detach(), depth > 0)
         saved.add(item)
         return item
 

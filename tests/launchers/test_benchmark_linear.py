@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import csv
+import gc
 import sys
 import types
+import weakref
 
 import benchmark
 import pytest
@@ -77,6 +79,16 @@ def test_what_is_kept_in_attributes_is_found():
     model = nn.Sequential(nn.ReLU())
     model[0].cache = {"a": [types.SimpleNamespace(b=torch.zeros(100))]}
     assert held.held_bytes(model, lambda: None).kept == 400
+
+
+def test_nothing_is_held_afterwards():
+    """Also what saves its own result, as tanh does."""
+    model = nn.Sequential(nn.Linear(8, 8), nn.Tanh())
+    results = []
+    model.register_forward_hook(lambda module, args, result: results.append(weakref.ref(result)))
+    assert held.held_bytes(model, lambda: model(torch.randn(4, 8))).saved > 0
+    gc.collect()
+    assert results[0]() is None
 
 
 # ---- contenders
