@@ -94,6 +94,7 @@ def contenders(backend: str) -> list[Contender]:
         Contender("torchao int8", _torchao, needs="torchao"),
         Contender("torchao int8, compiled", _torchao, compiled=True, needs="torchao"),
         *(Contender(f"ds_quant {name}", _ours(section)) for name, section in ours.items()),
+        Contender("ds_quant W8A8G8, compiled", _ours(w8a8g8), compiled=True),
     ]
 
 
