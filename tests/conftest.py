@@ -42,3 +42,22 @@ def rng():
     seed = int(os.environ.get("DS_QUANT_TEST_SEED", random.SystemRandom().randrange(2**32)))
     print(f"DS_QUANT_TEST_SEED={seed}")
     return np.random.default_rng(seed)
+
+
+@pytest.fixture
+def quantizer_calls(monkeypatch):
+    """Calls of the quantizers of weights and inputs, by name."""
+    from ds_quant import linear
+
+    calls = {"quantize_weight": 0, "quantize_input": 0}
+
+    def counting(name, original):
+        def call(*args, **kwargs):
+            calls[name] += 1
+            return original(*args, **kwargs)
+
+        return call
+
+    for name in calls:
+        monkeypatch.setattr(linear, name, counting(name, getattr(linear, name)))
+    return calls

@@ -7,6 +7,12 @@ from numerics import oracle
 import ds_quant
 
 TOKENS, IN, OUT = 11, 37, 19
+W8A8G8_INT8 = {
+    "weight": {"bits": 8},
+    "activation": {"bits": 8},
+    "gradient": {"bits": 8, "rounding": "stochastic"},
+    "backend": "int8",
+}
 
 
 class Side:
