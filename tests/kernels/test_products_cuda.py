@@ -220,9 +220,9 @@ def test_square_first_compiles_once_more(rng, counters):
     assert max(counter.frame_count for counter in counters.values()) <= 2
 
 
-def test_limits_of_compilations_are_each_functions_own(rng, counters, monkeypatch):
+@torch._dynamo.config.patch(accumulated_recompile_limit=3)
+def test_limits_of_compilations_are_each_functions_own(rng, counters):
     """Kinds of calls that share a code object would add up to the limit, and raise."""
-    monkeypatch.setattr(torch._dynamo.config, "accumulated_recompile_limit", 3)
     x = numbers(rng, (3, 8))
     for bits, key in itertools.product((8, 4, 3), (None, KEYS[0])):
         products_cuda.quantize_rows(x, bits, key=key)

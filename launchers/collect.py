@@ -1,0 +1,111 @@
+"""Collect the runs of launchers/pretrain.py into one table.
+
+    python launchers/collect.py ROOT [ROOT ...] [--baseline baseline] [--expect w8a8=0-4 baseline=1,2,3] [--output DIR]
+
+A run is a folder at or below ROOT with a summary.json, a metrics.csv or a checkpoint-N/ in it. Its config and seed:
+
+    .../CONFIG/seed-N/  config CONFIG, seed N
+    .../CONFIG-sN/      config CONFIG, seed N
+    any other folder    config: the name of the folder above it, or its own name if it is ROOT or lies directly in ROOT;
+                        seed: the one of its summary.json, unknown without
+
+A run is
+    done      summary.json has a finite final validation loss
+    diverged  a loss in metrics.csv or summary.json is NaN or Inf
+    running   no summary.json yet, and metrics.csv changed in the last --stale-after seconds
+    failed    it has begun, and is none of these
+    missing   --expect names it, and it is not there
+
+Means are taken over the runs that are done; seeds that are not known enter means, and no pairs. It writes
+collected.csv (a row a run), collected.md (configs, runs, problems) and curves.png, and prints the table of configs.
+Exit code: 0 if every run is done; 1 if one is diverged, failed or missing, or is still running; 2 for wrong arguments.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+from benchmarking.results import print_table
+from collecting import configs, curves, names, runs, table
+from collecting.errors import CollectError
+from pretraining.metrics import write_atomically
+from rich.markup import escape
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Collect once; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="collect.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("roots", metavar="ROOT", type=Path, nargs="+", help="where to look for runs")
+    parser.add_argument("--baseline", help="the config that gaps are taken to (default: baseline)")
+    parser.add_argument(
+        "--expect",
+        metavar="CONFIG=SEEDS",
+        nargs="+",
+        action="extend",
+        default=[],
+        help="runs that should be there; SEEDS: 1,2,3 or 0-4",
+    )
+    parser.add_argument("--stale-after", type=float, default=600.0, help="seconds (default: %(default)s)")
+    parser.add_argument("--output", type=Path, help="folder for the table and the picture (default: the first ROOT)")
+    try:
+        return _collect(parser.parse_args(argv))
+    except CollectError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _collect(options: argparse.Namespace) -> int:
+    expect = names.expected(options.expect)
+    output: Path = options.output or options.roots[0]
+    _check(options, output)
+    found, problems = runs.collect(options.roots, expect, now=time.time(), stale_after=options.stale_after)
+    if not found:
+        got = ", ".join(map(names.shown, options.roots))
+        raise CollectError(f"ROOT: got {got}, with no run below; allowed: folders with runs of pretrain.py; correct it")
+    known = sorted({run.config for run in found})
+    if options.baseline is not None and options.baseline not in known:
+        raise CollectError(f"--baseline: got {options.baseline!r}; allowed: {', '.join(known)}; correct it")
+    baseline: str = options.baseline or "baseline"
+    problems += configs.contradictions(found, baseline)
+    summarized = configs.summarize(found, baseline)
+    rows = table.config_rows(summarized)
+    # A name with brackets is no markup.
+    print_table("Collected runs", list(table.CONFIG_COLUMNS), [[escape(cell) for cell in row] for row in rows])
+    if problems:
+        print(f"problems: {len(problems)}, listed in collected.md")
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        write_atomically(output / "collected.csv", table.to_csv(found).encode())
+        write_atomically(output / "collected.md", table.to_markdown(found, summarized, problems, baseline).encode())
+        drawn = curves.draw(found, output / "curves.png")
+    except OSError as error:
+        reason = error.strerror or error
+        raise CollectError(
+            f"--output: got {names.shown(output)} ({reason}); allowed: a folder that can be written to; give another"
+        ) from error
+    print(f"written: {names.shown(output)}: collected.csv, collected.md{', curves.png' if drawn else ''}")
+    if not drawn:
+        print("no picture: matplotlib is missing (pip install 'ds_quant[plot]')")
+    return 0 if all(run.state == runs.DONE for run in found) else 1
+
+
+def _check(options: argparse.Namespace, output: Path) -> None:
+    for root in options.roots:
+        if not root.is_dir():
+            raise CollectError(f"ROOT: got {names.shown(root)}; allowed: folders that are there; correct it")
+    if not options.stale_after >= 0:
+        raise CollectError(f"--stale-after: got {options.stale_after}; allowed: seconds, 0 or more; correct it")
+    if runs.is_run(output):
+        # Its own curves.png would be lost.
+        raise CollectError(
+            f"--output: got {names.shown(output)}, the folder of a run; allowed: any other folder; give one"
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

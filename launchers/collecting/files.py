@@ -1,0 +1,139 @@
+"""What can be read of the summary.json and metrics.csv of a run that may have been killed at any moment.
+
+Nothing here raises because of a file's content. Of a broken file the words that say what is wrong with it come back.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pretraining.plots import Rows
+
+_NEEDED = ("step", "train_loss", "eval_loss")
+# No figure of a run comes near; squares of it still fit into a float.
+_LARGEST = 1e100
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """A metrics.csv. `rows` is None where there is none, or nothing in it can be read."""
+
+    rows: Rows | None = None
+    num_unreadable: int = 0
+    problems: list[str] = field(default_factory=list)
+
+    def evaluations(self) -> dict[int, float]:
+        """Validation loss in nats a token by step; NaN and Inf are among them."""
+        found: dict[int, float] = {}
+        for row in self.rows or []:
+            step, loss = row["step"], row["eval_loss"]
+            if step is not None and loss is not None:
+                found[int(step)] = loss
+        return found
+
+    def last_step(self) -> int | None:
+        steps = [int(row["step"]) for row in self.rows or [] if row["step"] is not None]
+        return max(steps, default=None)
+
+    def all_finite(self) -> bool:
+        """Whether no training or validation loss is NaN or Inf."""
+        losses = (row[column] for row in self.rows or [] for column in ("train_loss", "eval_loss"))
+        return all(loss is None or math.isfinite(loss) for loss in losses)
+
+
+def number(value: object) -> float | None:
+    """A number, NaN and Inf included; None for anything else and for what is too large to be a figure of a run."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    if isinstance(value, int) and abs(value) > _LARGEST:
+        return None
+    found = float(value)
+    return None if math.isfinite(found) and abs(found) > _LARGEST else found
+
+
+def read_summary(path: Path) -> tuple[dict[str, Any] | None, list[str]]:
+    """A summary.json and what is wrong with it. None: there is none, or it does not say how the run ended."""
+    content, problems = _content(path)
+    if content is None:
+        return None, problems
+    if not content.strip():
+        return None, [f"{path}: it is empty"]
+    try:
+        # Nesting that is too deep is what a file of brackets amounts to.
+        found = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        return None, [f"{path}: it is no JSON, or was cut short ({_one_line(error)})"]
+    if not isinstance(found, dict) or "final_eval_loss" not in found:
+        return None, [f"{path}: it is no summary of pretrain.py, since it has no final_eval_loss"]
+    if number(found["final_eval_loss"]) is None:
+        return None, [f"{path}: its final_eval_loss is no number"]
+    return found, []
+
+
+def read_metrics(path: Path) -> Metrics:
+    """A metrics.csv. A row that is not whole is left out and counted; so is a last line without its end."""
+    content, problems = _content(path)
+    if content is None:
+        return Metrics(problems=problems)
+    if not content.strip():
+        return Metrics(problems=[f"{path}: it is empty"])
+    # Fields are never quoted; with csv.reader one stray quotation mark would swallow all lines after it.
+    lines = content.decode("utf-8-sig", errors="replace").split("\n")
+    header = lines[0].strip("\r").split(",")
+    if not set(_NEEDED) <= set(header):
+        return Metrics(
+            problems=[f"{path}: it is no metrics.csv of pretrain.py: no line {','.join(_NEEDED)} at its top"]
+        )
+    rows: Rows = []
+    bad: list[int] = []
+    for position, line in enumerate(lines[1:], start=2):
+        if not line.strip():
+            continue
+        row = _row(header, line.strip("\r"))
+        # The last of `lines` is what follows the last end of a line: a number in it may lack digits.
+        if row is None or position == len(lines):
+            bad.append(position)
+        else:
+            rows.append(row)
+    if bad:
+        where = f"line {bad[0]}" if len(bad) == 1 else f"lines {bad[0]} to {bad[-1]}"
+        problems = [f"{path}: {len(bad)} of {len(bad) + len(rows)} rows cannot be read ({where})"]
+    return Metrics(rows, len(bad), problems)
+
+
+def _row(header: list[str], line: str) -> dict[str, float | None] | None:
+    fields = line.split(",")
+    if len(fields) != len(header):
+        return None
+    try:
+        row = {name: float(text) if text else None for name, text in zip(header, fields, strict=True)}
+    except ValueError:
+        return None
+    step = row["step"]
+    if step is None or not 0 <= step < 2**53 or step != int(step):
+        return None
+    if any(value is not None and number(value) is None for value in row.values()):
+        return None
+    return row
+
+
+def _content(path: Path) -> tuple[bytes | None, list[str]]:
+    """None and no words: there is no such file."""
+    if not os.path.lexists(path):
+        return None, []
+    if not path.is_file():
+        # Reading a pipe would wait for ever.
+        return None, [f"{path}: it is no regular file"]
+    try:
+        return path.read_bytes(), []
+    except OSError as error:
+        return None, [f"{path}: {_one_line(error.strerror or error)}"]
+
+
+def _one_line(reason: object) -> str:
+    return (str(reason).splitlines() or [""])[0]

@@ -1,0 +1,179 @@
+"""Finding the folders of runs, and what each of them tells about its run."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from collecting import files, names
+from collecting.files import number
+
+DONE, RUNNING, DIVERGED, FAILED, MISSING = STATES = ("done", "running", "diverged", "failed", "missing")
+_CHECKPOINT = re.compile(r"checkpoint-([0-9]+)")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run. What could not be read is None."""
+
+    config: str
+    seed: int | None
+    state: str
+    """One of STATES."""
+    folder: str = ""
+    steps: int | None = None
+    """Optimizer steps taken, as far as is known."""
+    final_eval_loss: float | None = None
+    """Nats a token; of a run that is not done the last one that it measured."""
+    best_eval_loss: float | None = None
+    """Nats a token, the lowest of metrics.csv."""
+    tokens_per_second: float | None = None
+    wire_bytes_per_step: int | None = None
+    """Bytes that rank 0 sent a step; None where gradients crossed no wire, or crossed it in full precision."""
+    seconds: float | None = None
+    peak_memory_bytes: int | None = None
+    num_unreadable_rows: int = 0
+    """Rows of metrics.csv that were left out."""
+    evaluations: dict[int, float] = field(default_factory=dict)
+    """Validation loss in nats a token by step."""
+
+
+def collect(
+    roots: Iterable[Path], expect: Mapping[str, set[int]], *, now: float, stale_after: float
+) -> tuple[list[Run], list[str]]:
+    """All runs below `roots` and those of `expect` that are not there, sorted; and the problems met, a line each.
+
+    Args:
+        roots: folders to look into.
+        expect: seeds that each config should have.
+        now: the time, in seconds since the epoch.
+        stale_after: seconds after which a metrics.csv without a new line is that of a dead run.
+    """
+    runs: list[Run] = []
+    problems: list[str] = []
+    seen: set[str] = set()
+    for root in roots:
+        for folder in _find(root, seen, problems):
+            run, wrong = read(folder, root, now=now, stale_after=stale_after)
+            runs.append(run)
+            problems += wrong
+    there = {(run.config, run.seed) for run in runs}
+    runs += [
+        Run(config, seed, MISSING) for config, seeds in expect.items() for seed in seeds if (config, seed) not in there
+    ]
+    # Unknown seeds come last.
+    runs.sort(key=lambda run: (run.config, math.inf if run.seed is None else run.seed, run.folder))
+    return runs, [names.shown(problem) for problem in problems]
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a run left something here."""
+    try:
+        return any(_is_trace(entry.name, entry.is_dir()) for entry in folder.iterdir())
+    except OSError:
+        return False
+
+
+def read(folder: Path, root: Path, *, now: float, stale_after: float) -> tuple[Run, list[str]]:
+    """The run in `folder`, found below `root`, and the problems met. Times in seconds, as for `collect`."""
+    summary, broken = files.read_summary(folder / "summary.json")
+    metrics = files.read_metrics(folder / "metrics.csv")
+    problems = broken + metrics.problems
+    config, seed = names.of_folder(folder, root)
+    evaluations = metrics.evaluations()
+    told = summary or {}
+    own_seed = _whole(told.get("seed"))
+    if seed is not None and own_seed is not None and seed != own_seed:
+        problems.append(f"{folder}: it is named as seed {seed}, but its summary.json tells seed {own_seed}")
+    steps, last_step = _whole(told.get("steps")), metrics.last_step()
+    if steps is not None and last_step is not None and last_step > steps:
+        problems.append(f"{folder}: metrics.csv goes to step {last_step}, summary.json to {steps}: it was resumed")
+    final = number(told.get("final_eval_loss"))
+    if final is None and evaluations:
+        final = evaluations[max(evaluations)]
+    # A broken summary.json is the end of a run as well: it is written when all is over.
+    fresh = not broken and _age(folder / "metrics.csv", now) <= stale_after
+    communication = told.get("communication")
+    if not isinstance(communication, dict):
+        communication = {}
+    run = Run(
+        config=config,
+        seed=own_seed if seed is None else seed,
+        state=_state(summary, metrics, fresh=fresh),
+        folder=names.shown(folder),
+        steps=next((known for known in (steps, last_step, _last_checkpoint(folder)) if known is not None), None),
+        final_eval_loss=final,
+        best_eval_loss=min(filter(math.isfinite, evaluations.values()), default=None),
+        tokens_per_second=_finite(told.get("tokens_per_second")),
+        wire_bytes_per_step=_whole(communication.get("wire_bytes_per_step")),
+        seconds=_finite(told.get("seconds")),
+        peak_memory_bytes=_whole(told.get("peak_memory_bytes")),
+        num_unreadable_rows=metrics.num_unreadable,
+        evaluations=evaluations,
+    )
+    return run, problems
+
+
+def _state(summary: dict[str, Any] | None, metrics: files.Metrics, *, fresh: bool) -> str:
+    final = None if summary is None else number(summary["final_eval_loss"])
+    if not metrics.all_finite() or (final is not None and not math.isfinite(final)):
+        return DIVERGED
+    if final is not None:
+        return DONE
+    return RUNNING if fresh and metrics.rows is not None else FAILED
+
+
+def _age(path: Path, now: float) -> float:
+    """Seconds since the file was changed; infinite where there is none."""
+    try:
+        return now - path.stat().st_mtime
+    except OSError:
+        return math.inf
+
+
+def _find(root: Path, seen: set[str], problems: list[str]) -> Iterator[Path]:
+    def complain(error: OSError) -> None:
+        problems.append(f"{error.filename}: {error.strerror}")
+
+    # Links are followed, since runs often lie on another disk; `seen` ends their circles.
+    for place, folders, plain in os.walk(root, onerror=complain, followlinks=True):
+        real = os.path.realpath(place)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folder = Path(place)
+        found = any(_is_trace(name, True) for name in folders) or any(_is_trace(name, False) for name in plain)
+        if found:
+            yield folder
+        elif names.names_a_seed(folder):
+            problems.append(f"{folder}: it is named as a run, but has no summary.json, metrics.csv or checkpoint")
+        inside = [name for name in folders if not name.startswith(".") and not _CHECKPOINT.fullmatch(name)]
+        folders[:] = sorted(name for name in inside if not (found and name == "model"))
+
+
+def _is_trace(name: str, is_folder: bool) -> bool:
+    return _CHECKPOINT.fullmatch(name) is not None if is_folder else name in ("summary.json", "metrics.csv")
+
+
+def _last_checkpoint(folder: Path) -> int | None:
+    try:
+        matches = [_CHECKPOINT.fullmatch(path.name) for path in folder.iterdir() if path.is_dir()]
+    except OSError:
+        return None
+    return max((int(match[1]) for match in matches if match), default=None)
+
+
+def _finite(value: object) -> float | None:
+    found = number(value)
+    return found if found is not None and math.isfinite(found) else None
+
+
+def _whole(value: object) -> int | None:
+    found = _finite(value)
+    return int(found) if found is not None and found == int(found) else None
