@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from ds_quant.kernels import build, cpu, products, products_cpu
+from ds_quant.kernels import build, cpu, products, products_cpu, products_cuda
 from ds_quant.numerics import products as reference
 from ds_quant.numerics.random import fold_key
 
@@ -247,7 +247,7 @@ def test_dispatch(rng, monkeypatch):
     expected = results(reference, *arguments)
     assert_same(results(products, *arguments), expected, "")
     assert products._serving(torch.device("cpu")) is (products_cpu if ISAS else reference)
-    assert products._serving(torch.device("cuda")) is reference
+    assert products._serving(torch.device("cuda")) is products_cuda
     assert products._serving(torch.device("meta")) is reference
     monkeypatch.setenv("DS_QUANT_KERNELS", "reference")
     assert products._serving(torch.device("cpu")) is reference

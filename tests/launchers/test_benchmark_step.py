@@ -146,13 +146,15 @@ def test_a_real_profile_finds_what_was_done():
 def test_step_from_end_to_end(tmp_path, capsys):
     output = tmp_path / "step.csv"
     arguments = ["--models", "tiny-gpt2,tiny-llama", "--batch", "2", "--sequence", "32", "--rounds", "2"]
-    arguments += ["--warm-up", "0", "--threads", "1", "--only", "fp32,autocast,ds_quant", "--device", "cpu"]
+    arguments += ["--warm-up", "0", "--threads", "1", "--only", "fp32,autocast,stochastic,lm_head", "--device", "cpu"]
     arguments += ["--profile", "--optimizer", "--output", str(output)]
     assert benchmark.main(["step", *arguments]) == 0
     rows = read(output)
     base = step_contenders.BASE
     names = ["fp32", "bf16 autocast", base]
-    names += [c.name for c in step_contenders.contenders("int8") if c.name.startswith("ds_quant")]
+    ours = [c.name for c in step_contenders.contenders("int8") if "stochastic" in c.name or "lm_head" in c.name]
+    assert len(ours) == 3
+    names += ours
     assert [(row["model"], row["contender"]) for row in rows] == [
         (model, name) for model in ("tiny-gpt2", "tiny-llama") for name in names
     ]
