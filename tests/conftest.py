@@ -61,3 +61,13 @@ def quantizer_calls(monkeypatch):
     for name in calls:
         monkeypatch.setattr(linear, name, counting(name, getattr(linear, name)))
     return calls
+
+
+@pytest.fixture
+def keep_threads():
+    """Commands that set torch's number of threads set it for their process."""
+    import torch
+
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)

@@ -14,7 +14,7 @@ from ds_quant.kernels.spans import span
 
 def _operator(function: Callable[..., Any]) -> Any:
     """Registers torch.ops.ds_quant.<name>, which a graph holds as one node; it never alters its arguments."""
-    return torch.library.custom_op(f"ds_quant::{function.__name__.lstrip('_')}", function, mutates_args=())
+    return torch.library.custom_op(f"ds_quant::{function.__name__}", function, mutates_args=())
 
 
 def quantize_rows(

@@ -9,7 +9,7 @@ With s = round-to-scale of `numerics.integer` (symmetric, n = 2^(bits-1) - 1) an
     epilogue           result[m, n] = ((products[m, n] * row_scale[m]) * column_scale[n]) + bias[n], rounded to `dtype`
 
 The factors column_scale and row_scale of the quantizers fold the scale of a product's other operand into this one (see
-`linear`); None leaves their product out, as it does in the epilogue. Each is fp32, one number a column or row, or one
+`plan`); None leaves their product out, as it does in the epilogue. Each is fp32, one number a column or row, or one
 number for all. round() is to nearest, ties to even, or stochastic where a `key` is given: with u = uniform(key), the
 element at row m and column k takes number m * x.shape[1] + k. A group of zeros has scale 0, one with an Inf or a NaN
 has scale NaN; the codes of both are 0.

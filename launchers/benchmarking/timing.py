@@ -58,6 +58,11 @@ def ratios(seconds: dict[str, list[float]], base: str) -> dict[str, Spread]:
     return {name: spread([a / b for a, b in zip(own, seconds[base], strict=True)]) for name, own in seconds.items()}
 
 
+def columns(name: str, of: Spread) -> dict[str, float]:
+    """Percentiles as columns of a row: NAME_p20, NAME_p50, NAME_p80."""
+    return {f"{name}_{percentile}": value for percentile, value in of._asdict().items()}
+
+
 def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -1,15 +1,11 @@
 """The int8 products of `triton_int8` without a GPU: in Triton's interpreter, and compiled for two of them."""
 
-import importlib.util
-import os
-import platform
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from offline_triton import compiler, require_triton, resources, run_in_interpreter
 
 HERE = Path(__file__).parent
 # M and N for which the table gives each tile, multiples of it and not.
@@ -26,49 +22,18 @@ MOST_SHARED_MEMORY = 99 * 1024
 
 @pytest.fixture(scope="module", autouse=True)
 def needs_triton():
-    if (sys.platform, platform.machine()) != ("linux", "x86_64"):
-        pytest.skip("the extra dev has triton for Linux on x86_64 only")
-    assert importlib.util.find_spec("triton"), "triton is missing: pip install -e '.[dev]'"
+    require_triton()
 
 
 def test_interpreter():
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", HERE / "int8_triton_in_interpreter.py"]
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
-    print(done.stdout)
-    assert done.returncode == 0, done.stdout[-10000:] + done.stderr[-2000:]
-    assert re.search(r"[1-9]\d* passed", done.stdout)
-    assert "skipped" not in done.stdout
+    run_in_interpreter(HERE / "int8_triton_in_interpreter.py")
 
 
 @pytest.fixture
 def compile_for(monkeypatch, tmp_path):
-    """Compiles a launch exactly as if it were made on a GPU of a compute capability."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-
     from ds_quant.kernels.triton_int8 import kernel
 
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
-
-    class Offline:
-        def __init__(self, capability):
-            self.capability = capability
-
-        def get_current_target(self):
-            return GPUTarget("cuda", self.capability, 32)
-
-        def get_current_device(self):
-            return self.capability
-
-        def get_current_stream(self, device):
-            return 0
-
-    def compile_launch(launch, capability):
-        monkeypatch.setattr(triton.runtime.driver, "_active", Offline(capability))
-        return kernel.warmup(*launch.arguments, grid=launch.grid, **launch.options)
-
-    return compile_launch
+    return compiler(kernel, monkeypatch, tmp_path)
 
 
 def launch_of(layout, m, n, k, dtype=torch.bfloat16, has_vectors=True):
@@ -83,18 +48,6 @@ def launch_of(layout, m, n, k, dtype=torch.bfloat16, has_vectors=True):
         torch.empty(m, n, dtype=dtype),
         *vectors,
     )
-
-
-def resources(cubin, folder):
-    """Registers and bytes of stack and of spills to local memory of each thread, as cuobjdump names them."""
-    import triton
-
-    path = folder / "kernel.cubin"
-    path.write_bytes(cubin)
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    done = subprocess.run([tool, "-res-usage", path], capture_output=True, text=True, check=True, timeout=60)
-    found = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", done.stdout))
-    return {name: int(count) for name, count in found.items()}
 
 
 def assert_instructions(ptx, capability, layout):

@@ -1,16 +1,12 @@
 """The Triton kernel without a GPU: in Triton's interpreter, and compiled for two of them."""
 
 import collections
-import importlib.util
-import os
-import platform
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from offline_triton import compiler, require_triton, resources, run_in_interpreter
 
 from ds_quant.kernels.work import AdamWWork
 from ds_quant.numerics import code_map, fold_key, quantize_blockwise
@@ -23,19 +19,11 @@ MOST_REGISTERS = 64
 
 @pytest.fixture(scope="module", autouse=True)
 def needs_triton():
-    if (sys.platform, platform.machine()) != ("linux", "x86_64"):
-        pytest.skip("the extra dev has triton for Linux on x86_64 only")
-    assert importlib.util.find_spec("triton"), "triton is missing: pip install -e '.[dev]'"
+    require_triton()
 
 
 def test_interpreter():
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", HERE / "triton_in_interpreter.py"]
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
-    print(done.stdout)
-    assert done.returncode == 0, done.stdout[-10000:] + done.stderr[-2000:]
-    assert re.search(r"[1-9]\d* passed", done.stdout)
-    assert "skipped" not in done.stdout
+    run_in_interpreter(HERE / "triton_in_interpreter.py")
 
 
 FORMATS = {
@@ -70,43 +58,10 @@ def make_work(length, layouts, dtype=torch.float32, grad_dtype=None, stochastic=
 @pytest.fixture
 def compile_for(monkeypatch, tmp_path):
     """Compiles a launch exactly as if it were made on a GPU of a compute capability, and gives the PTX and cubin."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-
     from ds_quant.kernels.triton import kernel
 
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
-
-    class Offline:
-        def __init__(self, capability):
-            self.capability = capability
-
-        def get_current_target(self):
-            return GPUTarget("cuda", self.capability, 32)
-
-        def get_current_device(self):
-            return self.capability
-
-        def get_current_stream(self, device):
-            return 0
-
-    def compile_launch(launch, capability):
-        monkeypatch.setattr(triton.runtime.driver, "_active", Offline(capability))
-        return kernel.warmup(*launch.arguments, grid=launch.grid, **launch.options).asm
-
-    return compile_launch
-
-
-def resources(cubin, folder):
-    """Registers and bytes of stack and of spills to local memory of each thread, as cuobjdump names them."""
-    import triton
-
-    path = folder / "kernel.cubin"
-    path.write_bytes(cubin)
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    done = subprocess.run([tool, "-res-usage", path], capture_output=True, text=True, check=True, timeout=60)
-    found = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", done.stdout))
-    return {name: int(count) for name, count in found.items()}
+    compile_launch = compiler(kernel, monkeypatch, tmp_path)
+    return lambda launch, capability: compile_launch(launch, capability).asm
 
 
 def accesses(ptx):

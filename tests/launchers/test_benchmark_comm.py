@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 import os
@@ -14,6 +13,7 @@ import time
 import benchmark
 import pytest
 import torch
+from benchmark_files import read
 from benchmarking import comm, comm_contenders, comm_step, links, slow_link, timing
 from benchmarking.errors import BenchmarkError
 from benchmarking.ranks import run_ranks
@@ -30,11 +30,6 @@ with slow_link("1gbit", 2) as link:
     print(*link.namespaces, flush=True)
     time.sleep(100)
 """
-
-
-def read(path):
-    with path.open() as file:
-        return list(csv.DictReader(file))
 
 
 def namespaces():

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import csv
 import gc
 import sys
 import types
@@ -9,6 +8,7 @@ import weakref
 import benchmark
 import pytest
 import torch
+from benchmark_files import PNG, TIMED, read
 from benchmarking import choices, held, linear_contenders, recipes
 from benchmarking.linear_contenders import BASE, CEILING, Operands
 from torch import nn
@@ -16,20 +16,7 @@ from torch import nn
 from ds_quant import QuantLinear
 
 CPU = torch.device("cpu")
-TIMED = {"seconds_p20", "seconds_p50", "seconds_p80", "ratio_p20", "ratio_p50", "ratio_p80", "speed_up", "rounds"}
-PNG = b"\x89PNG"
-
-
-@pytest.fixture(autouse=True)
-def _keep_threads():
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
-def read(path):
-    with path.open() as file:
-        return list(csv.DictReader(file))
+pytestmark = pytest.mark.usefixtures("keep_threads")
 
 
 # ---- bytes that are held

@@ -1,31 +1,18 @@
 from __future__ import annotations
 
-import csv
 import types
 
 import benchmark
 import pytest
 import torch
+from benchmark_files import PNG, TIMED, read
 from benchmarking import recipes, step_contenders, step_models, step_profile
 from torch import nn
 
 from ds_quant import QuantLinear, convert
 
 CPU = torch.device("cpu")
-TIMED = {"seconds_p20", "seconds_p50", "seconds_p80", "ratio_p20", "ratio_p50", "ratio_p80", "speed_up", "rounds"}
-PNG = b"\x89PNG"
-
-
-@pytest.fixture(autouse=True)
-def _keep_threads():
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
-def read(path):
-    with path.open() as file:
-        return list(csv.DictReader(file))
+pytestmark = pytest.mark.usefixtures("keep_threads")
 
 
 # ---- models and contenders

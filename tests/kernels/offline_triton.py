@@ -1,0 +1,67 @@
+"""Triton kernels without a GPU: run by Triton's interpreter in a process of its own, or compiled for a GPU."""
+
+import importlib.util
+import os
+import platform
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+def require_triton():
+    if (sys.platform, platform.machine()) != ("linux", "x86_64"):
+        pytest.skip("the extra dev has triton for Linux on x86_64 only")
+    assert importlib.util.find_spec("triton"), "triton is missing: pip install -e '.[dev]'"
+
+
+def run_in_interpreter(file):
+    """Run the tests of a file; all must pass."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", file]
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+    print(done.stdout)
+    assert done.returncode == 0, done.stdout[-10000:] + done.stderr[-2000:]
+    assert re.search(r"[1-9]\d* passed", done.stdout)
+    assert "skipped" not in done.stdout
+
+
+def compiler(kernel, monkeypatch, folder):
+    """Compiles a launch of `kernel` exactly as if it were made on a GPU of a compute capability."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(folder / "cache"))
+
+    class Offline:
+        def __init__(self, capability):
+            self.capability = capability
+
+        def get_current_target(self):
+            return GPUTarget("cuda", self.capability, 32)
+
+        def get_current_device(self):
+            return self.capability
+
+        def get_current_stream(self, device):
+            return 0
+
+    def compile_launch(launch, capability):
+        monkeypatch.setattr(triton.runtime.driver, "_active", Offline(capability))
+        return kernel.warmup(*launch.arguments, grid=launch.grid, **launch.options)
+
+    return compile_launch
+
+
+def resources(cubin, folder):
+    """Registers and bytes of stack and of spills to local memory of each thread, as cuobjdump names them."""
+    import triton
+
+    path = folder / "kernel.cubin"
+    path.write_bytes(cubin)
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    done = subprocess.run([tool, "-res-usage", path], capture_output=True, text=True, check=True, timeout=60)
+    found = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", done.stdout))
+    return {name: int(count) for name, count in found.items()}
