@@ -8,26 +8,43 @@ from __future__ import annotations
 import sys
 
 from pretraining import environment
-from pretraining.errors import LaunchError
+from pretraining.errors import Diverged, LaunchError, RunEnded, Stopped
+from pretraining.signals import StopAtOnce, StopRequest
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one pre-training job; returns the exit code."""
+    """Run one pre-training job; returns the exit status.
+
+    0: done. 2: wrong arguments. 3: diverged. 4: failed. 75: stopped by SIGUSR1 or SIGTERM with a checkpoint to go on
+    from. status.json in the output folder tells more.
+    """
     environment.let_threads_sleep()
     environment.ensure_process_group_variables()
     use_cpu = environment.without_accelerator()
+    request = StopRequest()
+    request.install()
 
     # Imported here: they load deepspeed, which looks for its device when it is imported.
-    from pretraining import job
+    try:
+        from pretraining import job
 
-    import ds_quant
+        import ds_quant
+    except StopAtOnce as stop:
+        environment.complain(str(stop))
+        return Stopped.exit_status
 
     try:
         ds_quant.enable()
-        job.run(sys.argv[1:] if argv is None else argv, use_cpu=use_cpu)
+        job.run(sys.argv[1:] if argv is None else argv, use_cpu=use_cpu, request=request)
     except (LaunchError, ds_quant.ConfigError) as error:
         environment.complain(str(error))
-        return 2
+        return LaunchError.exit_status
+    except RunEnded as end:
+        environment.complain(str(end), everywhere=not isinstance(end, (Stopped, Diverged)))
+        return end.exit_status
+    except StopAtOnce as stop:
+        environment.complain(str(stop))
+        return Stopped.exit_status
     finally:
         environment.leave_process_group()
     return 0

@@ -6,11 +6,12 @@ import argparse
 import dataclasses
 import difflib
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NoReturn
 
 from transformers import HfArgumentParser, TrainingArguments
 
-from pretraining import batches
+from pretraining import batches, resize
 from pretraining.deepspeed_json import DeepSpeedJson
 from pretraining.errors import LaunchError
 from pretraining.presets import PRESETS
@@ -53,6 +54,9 @@ class DataArguments:
     context_length: int = _flag("Tokens in a training sequence.", default=1024, aliases=["--block_size"])
     max_eval_sequences: int | None = _flag("Validate on so many sequences, spread evenly. Default: all.")
     global_batch_size: int | None = _flag("Sequences per step over all ranks; sets the accumulation steps.")
+    max_loss_rise: float | None = _flag(
+        "End the run as diverged when the training loss stays so many nats above the best it had reached."
+    )
     overwrite_output_dir: bool = _flag("Start over where an earlier run left checkpoints.", default=False)
 
 
@@ -67,9 +71,25 @@ class Arguments:
     explicit: frozenset[str]
     """Names of the flags that were given by the user."""
 
+    def go_on_from(self, checkpoint: Path, config: DeepSpeedJson, *, world_size: int) -> str | None:
+        """Cut the checkpoint's global batch for this number of ranks; a line for the user where that changes flags."""
+        values = {**self.training, "global_batch_size": self.data.global_batch_size}
+        line = resize.keep_global_batch(
+            values,
+            checkpoint,
+            explicit=self.explicit,
+            fixed=frozenset(config.fixed_flags()),
+            world_size=world_size,
+        )
+        self.data.global_batch_size = values.pop("global_batch_size")
+        self.training.update(values)
+        return line
+
     def build_training_arguments(self, config: DeepSpeedJson) -> TrainingArguments:
         """Build TrainingArguments; from here on the process group exists."""
         values = dict(self.training)
+        # Which checkpoint that is has been decided, and is handed to `train`.
+        values.pop("resume_from_checkpoint", None)
         values["deepspeed"] = None if config.from_accelerate else config.filled()
         try:
             training = TrainingArguments(**values)
@@ -204,6 +224,8 @@ def _check(model: ModelArguments, data: DataArguments) -> None:
         raise LaunchError(f"--context_length {data.context_length} is too short: at least 2 tokens.")
     if data.validation_file is None and not 0 < data.validation_fraction < 1:
         raise LaunchError(f"--validation_fraction {data.validation_fraction} must lie between 0 and 1.")
+    if data.max_loss_rise is not None and not data.max_loss_rise > 0:
+        raise LaunchError(f"--max_loss_rise {data.max_loss_rise} must be above 0 nats; leave it out for no limit.")
     if data.streaming and data.dataset_name is None:
         raise LaunchError("--streaming needs --dataset_name; files are read as they are.")
 

@@ -21,7 +21,7 @@ def resolve(values: dict[str, Any], *, explicit: frozenset[str], world_size: int
     if total < 1 or total % world_size:
         raise LaunchError(
             f"A global batch of {total} sequences cannot be divided among {world_size} processes. "
-            f"Give a --global_batch_size that is a multiple of {world_size}."
+            f"{_sizes(total)}Give a --global_batch_size that is a multiple of {world_size}."
         )
     per_rank = total // world_size
     if accumulation in explicit:
@@ -41,3 +41,11 @@ def resolve(values: dict[str, Any], *, explicit: frozenset[str], world_size: int
             "Change one of the three."
         )
     values[per_device], values[accumulation] = size, steps
+
+
+def _sizes(total: int) -> str:
+    """Which numbers of processes would do."""
+    divisors = [str(n) for n in range(1, total + 1) if total % n == 0]
+    if not divisors:
+        return ""
+    return f"It can be among {', '.join(divisors[:-1])} or {divisors[-1]}. " if len(divisors) > 1 else ""

@@ -5,56 +5,103 @@ from __future__ import annotations
 import re
 import shutil
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
+from pretraining import manifest
 from pretraining.errors import LaunchError
 
 _NAME = re.compile(r"checkpoint-(\d+)")
+_FRESH = ("", "false", "none")
+_NEWEST = ("last", "true")
 
 
-def resolve(argument: str | None, output_dir: str, *, world_size: int, config: dict[str, Any]) -> str | None:
-    """The folder to resume from, checked; None for a fresh start. `last` is the newest whole checkpoint."""
-    if argument is None or argument.lower() == "false":
+def choose(
+    argument: str | None, output_dir: Path, *, contents: bool, say: Callable[[str], None] = print
+) -> Path | None:
+    """The checkpoint to resume from; None for a fresh start.
+
+    Args:
+        argument: of --resume_from_checkpoint. `last`: the newest whole one. `auto`: likewise, or a fresh start where
+            there is none. Otherwise a folder.
+        output_dir: where `last` and `auto` look.
+        contents: whether to read and compare every byte, and not only the sizes of the files.
+        say: told of each checkpoint that is passed over.
+
+    Raises LaunchError where there is none to resume from.
+    """
+    word = (argument or "").lower()
+    if word in _FRESH:
         return None
-    if argument.lower() not in ("last", "true"):
-        problem = defect(Path(argument))
-        if problem is not None:
-            other = newest_whole(Path(argument).parent)
-            remedy = f"The newest whole one is {other}." if other else "Start afresh, without --resume_from_checkpoint."
-            raise LaunchError(f"Cannot resume from {argument}: {problem}. {remedy}")
-        chosen = Path(argument)
-    else:
-        found = newest_whole(Path(output_dir))
-        if found is None:
-            seen = listed(Path(output_dir))
-            why = f"{seen[-1]}: {defect(seen[-1])}" if seen else "there is none"
-            raise LaunchError(
-                f"--resume_from_checkpoint {argument}: {output_dir} holds no whole checkpoint ({why}). "
-                "Check --output_dir, name the checkpoint's folder, or start afresh without this flag."
-            )
-        chosen = found
-    _check_world_size(chosen, world_size, config)
-    return str(chosen)
+    if word in _NEWEST or word == "auto":
+        found = newest_whole(output_dir, contents=contents, say=say)
+        if found is not None or word == "auto":
+            return found
+        seen = listed(output_dir)
+        why = f"{seen[-1]}: {defect(seen[-1], ours=True)}" if seen else "there is none"
+        raise LaunchError(
+            f"--resume_from_checkpoint {argument}: {output_dir} holds no whole checkpoint ({why}). "
+            "Check --output_dir, name the checkpoint's folder, or start afresh without this flag."
+        )
+    chosen = Path(str(argument))
+    problem = defect(chosen, contents=contents)
+    if problem is not None:
+        other = newest_whole(chosen.parent, contents=contents, say=lambda _: None)
+        remedy = f"The newest whole one is {other}." if other else "Start afresh, without --resume_from_checkpoint."
+        raise LaunchError(f"Cannot resume from {argument}: {problem}. {remedy}")
+    return chosen
 
 
 def listed(output_dir: Path) -> list[Path]:
     """The checkpoint folders in `output_dir`, oldest step first."""
     if not output_dir.is_dir():
         return []
-    numbered = [(int(match[1]), path) for path in output_dir.iterdir() if (match := _NAME.fullmatch(path.name))]
-    return [path for _, path in sorted(numbered)]
+    return sorted((path for path in output_dir.iterdir() if _NAME.fullmatch(path.name)), key=step_of)
 
 
-def newest_whole(output_dir: Path) -> Path | None:
-    """The newest checkpoint that nothing is missing from: one cut short by a kill is passed over."""
-    return next((path for path in reversed(listed(output_dir)) if defect(path) is None), None)
+def step_of(checkpoint: Path) -> int:
+    """The step in a checkpoint folder's name."""
+    match = _NAME.fullmatch(checkpoint.name)
+    if match is None:
+        raise ValueError(f"{checkpoint} is not named checkpoint-N")
+    return int(match[1])
 
 
-def defect(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint folder, in words; None if it is whole."""
+def newest_whole(output_dir: Path, *, contents: bool = False, say: Callable[[str], None] = print) -> Path | None:
+    """The newest checkpoint of this program that nothing is wrong with; `say` is told of those passed over."""
+    for path in reversed(listed(output_dir)):
+        problem = defect(path, contents=contents, ours=True)
+        if problem is None:
+            return path
+        say(f"Passing over {path}: {problem}.")
+    return None
+
+
+def defect(checkpoint: Path, *, contents: bool = False, ours: bool = False) -> str | None:
+    """What is wrong with a checkpoint folder, in words; None if it is whole.
+
+    Args:
+        contents: whether to read every byte and compare it with the manifest.
+        ours: whether a folder without a manifest is broken; otherwise it is looked at for what the Trainer writes.
+    """
     if not checkpoint.is_dir():
         return "there is no such folder"
+    try:
+        found = manifest.read(checkpoint)
+    except ValueError as error:
+        return str(error)
+    if found is None and ours:
+        return f"it has no {manifest.NAME}, so that it was cut short or is of another program"
+    if found is not None:
+        problem = manifest.defect_of_sizes(checkpoint, found["files"])
+        if problem is None and contents:
+            problem = manifest.defect_of_contents(checkpoint, found["files"])
+        if problem is not None:
+            return problem
+    return _defect_of_structure(checkpoint)
+
+
+def _defect_of_structure(checkpoint: Path) -> str | None:
     state = checkpoint / "trainer_state.json"
     if not state.is_file() or state.stat().st_size == 0:
         # The Trainer writes it last.
@@ -62,11 +109,11 @@ def defect(checkpoint: Path) -> str | None:
     latest = checkpoint / "latest"
     if not latest.is_file():
         return "it has no file `latest`, so that it is no DeepSpeed checkpoint or was cut short"
-    states = checkpoint / latest.read_text().strip()
+    states = states_of(checkpoint)
     files = sorted(states.glob("*.pt")) if states.is_dir() else []
     if not any("model_states" in file.name for file in files):
         return f"its folder {states.name} with the model states is missing or empty"
-    ranks = _optimizer_ranks(states)
+    ranks = optimizer_ranks(checkpoint)
     if ranks and ranks != list(range(max(ranks) + 1)):
         missing = min(set(range(max(ranks) + 1)) - set(ranks))
         return f"the optimizer states of rank {missing} are missing in {states.name}"
@@ -75,6 +122,18 @@ def defect(checkpoint: Path) -> str | None:
         if not zipfile.is_zipfile(file):
             return f"{file.relative_to(checkpoint)} was cut short ({file.stat().st_size} bytes, no end of archive)"
     return None
+
+
+def states_of(checkpoint: Path) -> Path:
+    """The folder of DeepSpeed's own files in a checkpoint."""
+    return checkpoint / (checkpoint / "latest").read_text().strip()
+
+
+def optimizer_ranks(checkpoint: Path) -> list[int]:
+    """The ranks whose optimizer states a checkpoint holds in files of their own; none at stage 0."""
+    # [bf16_]zero_pp_rank_3_mp_rank_00_optim_states.pt
+    names = [file.name for file in states_of(checkpoint).glob("*_optim_states.pt")]
+    return sorted(int(match[1]) for name in names if (match := re.search(r"zero_pp_rank_(\d+)_", name)))
 
 
 def refuse_mixing(output_dir: Path, *, resume: bool, overwrite: bool) -> None:
@@ -94,27 +153,3 @@ def clear(output_dir: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
     for name in ("metrics.csv", "summary.json", "curves.png"):
         (output_dir / name).unlink(missing_ok=True)
-
-
-def _optimizer_ranks(states: Path) -> list[int]:
-    # [bf16_]zero_pp_rank_3_mp_rank_00_optim_states.pt; at stage 0 there are none.
-    matches = [re.search(r"zero_pp_rank_(\d+)_", file.name) for file in states.glob("*_optim_states.pt")]
-    return sorted(int(match[1]) for match in matches if match)
-
-
-def _check_world_size(checkpoint: Path, world_size: int, config: dict[str, Any]) -> None:
-    if config.get("checkpoint", {}).get("load_universal") or config.get("zero_optimization", {}).get(
-        "elastic_checkpoint"
-    ):
-        return
-    states = checkpoint / (checkpoint / "latest").read_text().strip()
-    saved = len(_optimizer_ranks(states))
-    if not saved:
-        return
-    if saved != world_size:
-        raise LaunchError(
-            f"The checkpoint {checkpoint} was saved by {saved} processes, this run has {world_size}; DeepSpeed cannot "
-            f"share its optimizer states out again. Resume with {saved} processes, or convert it with "
-            "`python -m deepspeed.checkpoint.ds_to_universal` and set "
-            '"checkpoint": {"load_universal": true} in the JSON.'
-        )

@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import logging
 import os
+import re
+import resource
 import socket
+import subprocess
 import sys
 import warnings
+from datetime import timedelta
 from pathlib import Path
 
 _RANK_VARIABLES = ("RANK", "WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 
 
 def ensure_process_group_variables() -> None:
-    """Make a plain `python pretrain.py` a job of one process; a launcher's own variables stay."""
+    """Make a plain `python pretrain.py` a job of one process; a launcher's own variables stay, and srun's are read."""
     if any(name in os.environ for name in _RANK_VARIABLES):
+        return
+    if "SLURM_STEP_NUM_TASKS" in os.environ:
+        os.environ.update(_of_slurm_step())
         return
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -22,6 +29,40 @@ def ensure_process_group_variables() -> None:
     os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     os.environ.setdefault("MASTER_PORT", str(port))
+
+
+def _of_slurm_step() -> dict[str, str]:
+    """What torch wants to know, in a task that srun started: `deepspeed --launcher slurm` sets none of it.
+
+    MASTER_ADDR and MASTER_PORT stay where they are set.
+    """
+    slurm = os.environ
+    return {
+        "RANK": slurm["SLURM_PROCID"],
+        "WORLD_SIZE": slurm["SLURM_STEP_NUM_TASKS"],
+        "LOCAL_RANK": slurm["SLURM_LOCALID"],
+        # "2(x3),1": tasks of each node; nodes of unlike numbers have ranks of unlike places.
+        "LOCAL_WORLD_SIZE": re.split(r"[(,]", slurm.get("SLURM_STEP_TASKS_PER_NODE", "1"))[0],
+        "MASTER_ADDR": slurm.get("MASTER_ADDR") or _first_host(slurm.get("SLURM_STEP_NODELIST", "localhost")),
+        # Steps of one job may run at the same time: both numbers, in a range that systems leave to programs.
+        "MASTER_PORT": slurm.get("MASTER_PORT")
+        or str(20000 + (int(slurm.get("SLURM_JOB_ID", 0)) * 16 + int(slurm.get("SLURM_STEP_ID", 0)) % 16) % 10000),
+    }
+
+
+def _first_host(nodes: str) -> str:
+    """The first name of a list in Slurm's notation, such as node[3-5,8]; 127.0.0.1 where it is this very machine."""
+    try:
+        done = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
+        name = done.stdout.split()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        name = re.sub(r"\[([0-9]+).*", r"\1", nodes.split(",")[0] if "[" not in nodes else nodes)
+    try:
+        socket.gethostbyname(name)
+    except OSError:
+        # Slurm may call nodes by names that nothing else knows; with one host that is no loss.
+        return os.environ.get("SLURM_LAUNCH_NODE_IPADDR") or "127.0.0.1"
+    return name
 
 
 def let_threads_sleep() -> None:
@@ -36,6 +77,11 @@ def let_threads_sleep() -> None:
 def rank() -> int:
     """The number of this process among all."""
     return int(os.environ.get("RANK", os.environ.get("OMPI_COMM_WORLD_RANK", "0")))
+
+
+def hostname() -> str:
+    """The name of this machine."""
+    return socket.gethostname()
 
 
 def world_size() -> int:
@@ -76,10 +122,19 @@ def say(message: str) -> None:
         print(message, flush=True)
 
 
-def complain(message: str) -> None:
-    """Print an error, once in the whole job."""
-    if rank() == 0:
+def complain(message: str, *, everywhere: bool = False) -> None:
+    """Print an error: once in the whole job, or on every rank that meets one of its own."""
+    if everywhere or rank() == 0:
         print(f"error: {message}", file=sys.stderr, flush=True)
+
+
+def join_process_group(timeout_seconds: float) -> None:
+    """Meet the other ranks; collectives that take longer than the time-out fail."""
+    import deepspeed
+
+    # NCCL's first collective takes the current device.
+    deepspeed.get_accelerator().set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    deepspeed.init_distributed(timeout=timedelta(seconds=timeout_seconds))
 
 
 def leave_process_group() -> None:
@@ -92,3 +147,12 @@ def leave_process_group() -> None:
     name = f"deepspeed_allreduce_buffer_*_{os.environ.get('MASTER_PORT')}_{os.environ.get('RANK')}"
     for left in Path("/dev/shm").glob(name):
         left.unlink(missing_ok=True)
+
+
+def peak_memory_bytes() -> int:
+    """The most that this process has held: of its accelerator's memory where it trains on one, else resident."""
+    import torch
+
+    if os.environ.get("DS_ACCELERATOR") != "cpu" and torch.accelerator.is_available():
+        return int(torch.accelerator.max_memory_allocated())
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

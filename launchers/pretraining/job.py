@@ -4,23 +4,32 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import deepspeed
 from transformers import TrainingArguments
 
 import ds_quant
 from ds_quant import report
 from ds_quant.comm.reducer import describe_wire
 from ds_quant.optimizer_setup import describe_moments
-from pretraining import arguments, checkpoints, data, documents, environment, metrics, model, outputs
+from pretraining import arguments, checkpoints, data, documents, environment, metrics, model, outputs, resize
 from pretraining.arguments import Arguments
+from pretraining.control import Control
 from pretraining.deepspeed_json import DeepSpeedJson, fill_gaps
-from pretraining.trainer import PretrainTrainer, last_eval_loss
+from pretraining.ending import ending, give_up, take_folder
+from pretraining.guard import Guard
+from pretraining.lease import Lease
+from pretraining.saving import CheckpointSaver
+from pretraining.signals import StopRequest
+from pretraining.trainer import PretrainTrainer, RestoreProgress, last_eval_loss
+from pretraining.watchdog import Watchdog
 
 
-def run(argv: list[str], *, use_cpu: bool) -> None:
-    """Train, save, and report; raises LaunchError or ConfigError for what the user can mend."""
+def run(argv: list[str], *, use_cpu: bool, request: StopRequest) -> None:
+    """Train, save, and report.
+
+    Raises LaunchError or ConfigError for what the user can mend, RunEnded where the run ends before its last step.
+    """
     world_size = environment.world_size()
     args, config = arguments.parse(argv, world_size=world_size)
     environment.quiet(verbose="log_level" in args.explicit)
@@ -28,24 +37,62 @@ def run(argv: list[str], *, use_cpu: bool) -> None:
     args.training.setdefault("use_cpu", use_cpu)
     documents.check_files(args.data)
     output_dir = Path(args.training["output_dir"])
-    resume = checkpoints.resolve(
-        args.training.get("resume_from_checkpoint"), str(output_dir), world_size=world_size, config=config.content
-    )
+    wish = args.training.get("resume_from_checkpoint")
+    # A first look at the sizes of files; every byte is read when the other jobs are known to keep away.
+    found = checkpoints.choose(wish, output_dir, contents=False, say=lambda _: None)
+    auto = (wish or "").lower() == "auto"
+    checkpoints.refuse_mixing(output_dir, resume=found is not None or auto, overwrite=args.data.overwrite_output_dir)
+
+    environment.join_process_group(args.training.get("ddp_timeout", 1800))
+    control = Control(args.training.get("ddp_timeout", 1800))
+    lease = take_folder(output_dir, control)
+    with ending(lease, control, request):
+        _run(args, config, lease, control, request, wish)
+
+
+def _run(
+    args: Arguments, config: DeepSpeedJson, lease: Lease, control: Control, request: StopRequest, wish: str | None
+) -> None:
+    resume = control.from_first(lambda: checkpoints.choose(wish, lease.output_dir, contents=True))
+    universal = False
     if resume is not None:
         # The checkpoint's own history has this evaluation.
         args.training["eval_on_start"] = False
         environment.say(f"Resuming from {resume}.")
-    checkpoints.refuse_mixing(output_dir, resume=resume is not None, overwrite=args.data.overwrite_output_dir)
-
+        line = args.go_on_from(resume, config, world_size=control.world_size)
+        if line is not None:
+            environment.say(line)
+        universal = resize.needs_universal(resume, control.world_size, config.content)
+        if universal:
+            environment.say(
+                f"{resume} was saved by {len(checkpoints.optimizer_ranks(resume))} ranks, this run has "
+                f"{control.world_size}: converting its optimizer states to DeepSpeed's universal format."
+            )
+            control.from_first(lambda: resize.make_universal(resume, lease))
     training = args.build_training_arguments(config)
-    fill_gaps(training.deepspeed_plugin.hf_ds_config.config)
-    # With use_cpu nobody else has done it by the time that zero.Init asks for the world's size.
-    deepspeed.init_distributed()
+    plugin = training.deepspeed_plugin.hf_ds_config.config
+    fill_gaps(plugin)
+    if universal:
+        plugin.setdefault("checkpoint", {})["load_universal"] = True
     trainer = _trainer(args, training)
-    if resume is None and training.process_index == 0:
-        checkpoints.clear(output_dir)
-    trainer.accelerator.wait_for_everyone()
-    _train(trainer, args, config, resume)
+    if resume is None:
+        control.from_first(lambda: _start_over(lease, overwrite=args.data.overwrite_output_dir))
+    _train(trainer, args, config, resume, _Run(lease, control, request))
+
+
+class _Run(NamedTuple):
+    """What survives of a run, and with whom."""
+
+    lease: Lease
+    control: Control
+    request: StopRequest
+
+
+def _start_over(lease: Lease, *, overwrite: bool) -> None:
+    lease.check()
+    # Broken checkpoints alone are no reason to delete: they are replaced when their step is reached.
+    if overwrite or not checkpoints.listed(lease.output_dir):
+        checkpoints.clear(lease.output_dir)
 
 
 def _trainer(args: Arguments, training: TrainingArguments) -> PretrainTrainer:
@@ -61,25 +108,43 @@ def _trainer(args: Arguments, training: TrainingArguments) -> PretrainTrainer:
     )
 
 
-def _train(trainer: PretrainTrainer, args: Arguments, config: DeepSpeedJson, resume: str | None) -> None:
+def _train(trainer: PretrainTrainer, args: Arguments, config: DeepSpeedJson, resume: Path | None, run: _Run) -> None:
     training = trainer.args
-    output_dir = Path(training.output_dir)
+    lease, control = run.lease, run.control
+    output_dir = lease.output_dir
     tokens_per_step = (
         args.data.context_length
         * training.per_device_train_batch_size
         * training.gradient_accumulation_steps
         * training.world_size
     )
-    written = metrics.MetricsCallback(output_dir / "metrics.csv", tokens_per_step)
+    about = {
+        "world_size": training.world_size,
+        "global_batch_size": args.data.global_batch_size,
+        "context_length": args.data.context_length,
+        "generation": lease.generation,
+    }
+    trainer.saver = CheckpointSaver(lease, control, about, training.save_total_limit)
+    trainer.guard = Guard(control, lease, run.request, args.data.max_loss_rise)
+    written = metrics.MetricsCallback(output_dir / "metrics.csv", tokens_per_step, lambda: not lease.lost())
+    trainer.add_callback(trainer.guard)
+    trainer.add_callback(Watchdog(control.timeout_seconds, lambda idle: give_up(lease, control, idle)))
     trainer.add_callback(written)
+    if resume is not None:
+        trainer.add_callback(RestoreProgress(trainer, resume))
     begin = time.monotonic()
-    trainer.train(resume_from_checkpoint=resume)
+    trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+    if trainer.guard.outcome is not None:
+        written.flush()
+        raise trainer.guard.outcome
     step = trainer.state.global_step
     if last_eval_loss(trainer.state.log_history, step) is None:
         trainer.evaluate()
     written.flush()
     seconds = time.monotonic() - begin
+    control.on_all(lease.check)
     outputs.save_model(trainer, output_dir / "model")
+    peak_memory = max(control.gather(environment.peak_memory_bytes()))
     if not trainer.is_world_process_zero():
         return
     evaluated = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
@@ -97,6 +162,7 @@ def _train(trainer: PretrainTrainer, args: Arguments, config: DeepSpeedJson, res
         "seconds": round(seconds, 2),
         "seconds_evaluating": round(trainer.seconds_evaluating, 2),
         "tokens_per_second": round(steps_here * tokens_per_step / max(seconds - trainer.seconds_evaluating, 1e-9), 1),
+        "peak_memory_bytes": peak_memory,
         "first_eval_loss": evaluated[0],
         "final_eval_loss": last_eval_loss(trainer.state.log_history, step),
         "converted_modules": dict(coverage.converted),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +18,22 @@ Row = dict[str, Any]
 
 
 class MetricsCallback(TrainerCallback):
-    """Writes metrics.csv on rank 0. A step's line is written when the step is over, its evaluation included."""
+    """Writes metrics.csv on rank 0. A step's line is written when the step is over, its evaluation included.
 
-    def __init__(self, path: Path, tokens_per_step: int) -> None:
+    `may_write` is asked each time: another job may have taken the folder over.
+    """
+
+    def __init__(self, path: Path, tokens_per_step: int, may_write: Callable[[], bool] = lambda: True) -> None:
         self._path = path
         self._tokens_per_step = tokens_per_step
+        self._may_write = may_write
         self._row: Row | None = None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Start the file with what the checkpoint remembers: lines after it are of steps that will be taken again."""
-        if state.is_world_process_zero:
+        if state.is_world_process_zero and self._may_write():
             rows = rows_of(state.log_history, self._tokens_per_step)
             write_atomically(self._path, to_csv(rows, header=True).encode())
 
@@ -61,10 +65,10 @@ class MetricsCallback(TrainerCallback):
 
     def flush(self) -> None:
         """Append the pending line."""
-        if self._row is not None:
+        if self._row is not None and self._may_write():
             with self._path.open("a", newline="") as file:
                 file.write(to_csv([self._row], header=False))
-            self._row = None
+        self._row = None
 
 
 def rows_of(log_history: Iterable[dict[str, Any]], tokens_per_step: int) -> list[Row]:

@@ -2,18 +2,33 @@
 
 from __future__ import annotations
 
+import json
 import time
+from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate.utils import DummyOptim
 from torch import nn
-from transformers import Trainer
+from torch.utils.data import RandomSampler
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from pretraining.guard import Guard
+from pretraining.saving import CheckpointSaver
+
+_PROGRESS = "progress_rank{}.json"
 
 
 class PretrainTrainer(Trainer):
-    """Decays matrices only, also with the optimizer of the DeepSpeed JSON; knows how long evaluation took."""
+    """Decays matrices only, also with the optimizer of the DeepSpeed JSON; knows how long evaluation took.
+
+    Checkpoints go through `saver`, and every loss past `guard`, where there are such.
+    """
 
     seconds_evaluating = 0.0
+    saver: CheckpointSaver | None = None
+    guard: Guard | None = None
+    _part: Path | None = None
 
     @property
     def first_step(self) -> int:
@@ -37,6 +52,13 @@ class PretrainTrainer(Trainer):
         finally:
             self.args.dataloader_drop_last = drop_last
 
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """As in Trainer; the guard sees the loss."""
+        loss = super().training_step(*args, **kwargs)
+        if self.guard is not None:
+            self.guard.observe(loss, self.deepspeed)
+        return loss
+
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """As in Trainer, with the time added up."""
         begin = time.monotonic()
@@ -44,6 +66,79 @@ class PretrainTrainer(Trainer):
             return super().evaluate(*args, **kwargs)
         finally:
             self.seconds_evaluating += time.monotonic() - begin
+
+    def restore_progress(self, checkpoint: Path) -> None:
+        """Take up the losses since the last log, so that the next logged mean is the undisturbed run's."""
+        found = sorted(checkpoint.glob(_PROGRESS.format("*")))
+        if not found:
+            return
+        # Of another number of ranks: their mean, since the ranks' mean is what is logged.
+        own = checkpoint / _PROGRESS.format(self.args.process_index)
+        same = len(found) == self.args.world_size and own in found
+        parts = [json.loads(path.read_text()) for path in ([own] if same else found)]
+        self._tr_loss = torch.tensor(
+            sum(part["loss_sum"] for part in parts) / len(parts), dtype=torch.float32, device=self.args.device
+        )
+        self._globalstep_last_logged = parts[0]["last_logged_step"]
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """As in Trainer; an epoch ends with its last whole global batch, for any number of ranks the same one."""
+        sampler = super()._get_train_sampler(train_dataset)
+        size = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        if type(sampler) is not RandomSampler or len(sampler) < size:
+            return sampler
+        return RandomSampler(sampler.data_source, num_samples=len(sampler) // size * size)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return super()._get_output_dir(trial) if self._part is None else str(self._part)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """As in Trainer, into a folder beside, which becomes the checkpoint when it is whole."""
+        if self.saver is None:
+            super()._save_checkpoint(model, trial)
+            return
+        best = self.state.best_global_step
+        self.saver.save(
+            self.state.global_step,
+            lambda part: self._write_checkpoint(part, model, trial),
+            keep=f"checkpoint-{best}" if best else None,
+        )
+
+    def _write_checkpoint(self, part: Path, model: nn.Module, trial: Any) -> None:
+        # The Trainer puts `checkpoint-N` below the folder that it asks for.
+        self._part = part.parent
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._part = None
+        own = part / _PROGRESS.format(self.args.process_index)
+        own.write_text(
+            json.dumps({"loss_sum": self._tr_loss.item(), "last_logged_step": self._globalstep_last_logged}) + "\n"
+        )
+        self._name_best(part)
+
+    def _name_best(self, part: Path) -> None:
+        """Set the best checkpoint's path, which the Trainer looked for beside the unfinished one."""
+        if not self.state.best_global_step:
+            return
+        best = Path(self.args.output_dir) / f"checkpoint-{self.state.best_global_step}"
+        there = best.name == part.name or best.is_dir()
+        self.state.best_model_checkpoint = str(best) if there else None
+        if self.args.should_save:
+            self.state.save_to_json(str(part / "trainer_state.json"))
+
+
+class RestoreProgress(TrainerCallback):
+    """Calls `restore_progress` after the Trainer has set its own counters back."""
+
+    def __init__(self, trainer: PretrainTrainer, checkpoint: Path) -> None:
+        self._trainer = trainer
+        self._checkpoint = checkpoint
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._trainer.restore_progress(self._checkpoint)
 
 
 def decay_groups(model: nn.Module, decayed: set[str]) -> list[dict[str, Any]]:

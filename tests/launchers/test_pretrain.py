@@ -77,7 +77,11 @@ def test_plain_python_leaves_everything_behind(corpus: Path, tmp_path: Path) -> 
     assert all(row["grad_norm"] and row["lr"] is not None for row in rows[1:])
     with Image.open(out / "curves.png") as picture:
         assert min(picture.size) > 300
-    assert not list(out.glob(".*"))
+    # Nothing unfinished; the folder was given back to whoever comes next.
+    assert [path.name for path in out.glob(".*")] == [".lease-1"]
+    assert json.loads((out / ".lease-1").read_text())["released"]
+    assert json.loads((out / "status.json").read_text())["state"] == "done"
+    assert summary["peak_memory_bytes"] > 100 << 20
 
     model = AutoModelForCausalLM.from_pretrained(out / "model", dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(out / "model")

@@ -1,0 +1,33 @@
+"""SIGUSR1 and SIGTERM: a cluster's warning that the end is near, taken as a request to stop at the next step."""
+
+from __future__ import annotations
+
+import signal
+from types import FrameType
+
+SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
+
+
+class StopAtOnce(BaseException):
+    """A signal came while no steps are taken, when there is nothing to save. No Exception: libraries swallow those."""
+
+
+class StopRequest:
+    """Remembers the first signal; installed in the main thread."""
+
+    def __init__(self) -> None:
+        self.signal: signal.Signals | None = None
+        self.training = False
+        """Whether steps are being taken, so that there will be a next one to stop at."""
+
+    def install(self) -> None:
+        """Take the signals from now on."""
+        for number in SIGNALS:
+            signal.signal(number, self._receive)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        # Only noted while training: a handler runs between any two lines, where no collective can be begun.
+        if self.signal is None:
+            self.signal = signal.Signals(number)
+        if not self.training:
+            raise StopAtOnce(f"asked to stop by {self.signal.name} while no steps were taken")
