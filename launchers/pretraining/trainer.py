@@ -89,6 +89,13 @@ class PretrainTrainer(Trainer):
             return sampler
         return RandomSampler(sampler.data_source, num_samples=len(sampler) // size * size)
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """As in Trainer, which would take one step too many from a checkpoint of the last one."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
     def _get_output_dir(self, trial: Any) -> str:
         return super()._get_output_dir(trial) if self._part is None else str(self._part)
 

@@ -170,7 +170,9 @@ def test_other_numbers_of_ranks_go_on_with_the_same_batches(
 ) -> None:
     out = tmp_path / "run"
     shutil.copytree(undisturbed / "checkpoint-60", out / "checkpoint-60")
-    output = end(start(out, "--resume_from_checkpoint", "auto", ranks=1))
+    # One sequence at a time: other micro-batches, and an epoch that is no multiple of the global batch.
+    one = ["--per_device_train_batch_size", "1"]
+    output = end(start(out, "--resume_from_checkpoint", "auto", *one, ranks=1))
     assert "was saved by 2 ranks, this run has 1: converting" in output
     moved = json.loads((out / "summary.json").read_text())
     assert (moved["world_size"], moved["resumed_from_step"], moved["tokens"]) == (1, 60, STEPS * 4 * 32)

@@ -1,0 +1,51 @@
+"""What the trainer does beyond Hugging Face's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from pretraining.trainer import PretrainTrainer
+from torch.utils.data import Dataset
+from transformers import TrainingArguments
+
+
+class Numbers(Dataset[dict[str, torch.Tensor]]):
+    """Nineteen sequences, each of its own number."""
+
+    def __len__(self) -> int:
+        return 19
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {"input_ids": torch.tensor([index])}
+
+
+def epochs(tmp_path: Path, per_device: int, accumulation: int) -> list[list[int]]:
+    """The sequences of two epochs, in the order of training."""
+    args = TrainingArguments(
+        output_dir=str(tmp_path),
+        use_cpu=True,
+        per_device_train_batch_size=per_device,
+        gradient_accumulation_steps=accumulation,
+        dataloader_drop_last=True,
+        remove_unused_columns=False,
+        report_to="none",
+        data_seed=42,
+    )
+    trainer = PretrainTrainer(model=torch.nn.Linear(1, 1), args=args, train_dataset=Numbers())
+    loader = trainer.get_train_dataloader()
+    found = []
+    for epoch in range(2):
+        loader.set_epoch(epoch)
+        found.append([int(number) for batch in loader for number in batch["input_ids"]])
+    return found
+
+
+@pytest.mark.usefixtures("single_rank")
+def test_epochs_are_the_same_however_the_global_batch_is_cut(tmp_path: Path) -> None:
+    whole = epochs(tmp_path, 4, 1)
+    assert [len(set(epoch)) for epoch in whole] == [16, 16], "four whole batches of four"
+    assert whole[0] != whole[1]
+    assert epochs(tmp_path, 2, 2) == whole
+    assert epochs(tmp_path, 1, 4) == whole
