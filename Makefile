@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/.cache/torch_extensions
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help venv pretrain baseline compare moments communication int8 test lint pytest clean
+.PHONY: help venv pretrain baseline compare moments communication int8 test test-kills lint pytest clean
 
 help:
 	@echo "make pretrain   pre-train the tiny model in W8A8 (sets everything up first)"
@@ -15,6 +15,7 @@ help:
 	@echo "make moments    losses of the recipes of the moments, some 30 runs of two minutes"
 	@echo "make communication   losses with gradients in few bits on the wire, 4 ranks, some 15 runs"
 	@echo "make int8       losses with int8 linear layers, 15 runs of two minutes"
+	@echo "make test-kills  kill a run of two ranks at 200 points drawn from a seed, some 40 minutes"
 	@echo "make clean      remove the environment and the build caches (not runs/)"
 
 venv: $(VENV)/.installed
@@ -45,6 +46,9 @@ int8: venv
 	python tests/convergence/int8_losses.py
 
 test: lint pytest
+
+test-kills: venv
+	python tests/launchers/kill_points.py --kills 200
 
 lint: venv
 	ruff check .

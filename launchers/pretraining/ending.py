@@ -13,7 +13,7 @@ from ds_quant import ConfigError
 from pretraining import disk, environment, status
 from pretraining.control import Control
 from pretraining.errors import Failed, Fenced, LaunchError, RunEnded
-from pretraining.lease import Lease
+from pretraining.lease import Lease, not_writable
 from pretraining.signals import StopAtOnce, StopRequest
 
 _SEEN_SECONDS = 90.0
@@ -29,8 +29,12 @@ def take_folder(output_dir: Path, control: Control) -> Lease:
 
     def acquire() -> int:
         taken.append(Lease.acquire(output_dir))
+        try:
+            status.write(output_dir, status.RUNNING)
+        except OSError as error:
+            taken[0].release()
+            raise not_writable(output_dir, error) from error
         taken[0].keep_alive()
-        status.write(output_dir, status.RUNNING)
         return taken[0].generation
 
     generation = control.from_first(acquire)

@@ -46,23 +46,21 @@ class Lease:
     ) -> Lease:
         """Take the folder over, waiting to see whether its owner lives where that is in doubt. For one process a job.
 
-        Raises LaunchError where a living job of another kind owns it.
+        Raises LaunchError where another job that lives owns it, or nothing can be written there.
         """
-        output_dir.mkdir(parents=True, exist_ok=True)
         while True:
             generation = newest(output_dir)
             if generation is not None:
                 _wait_for_the_dead(output_dir, generation, patience, say)
             lease = cls(output_dir, (generation or 0) + 1)
             try:
+                output_dir.mkdir(parents=True, exist_ok=True)
                 with lease._path.open("x") as file:
                     file.write(lease._content())
             except FileExistsError:
                 continue  # another job was faster: look at it
             except OSError as error:
-                raise LaunchError(
-                    f"--output_dir {output_dir} cannot be written to: {error.strerror or error}. Give another one."
-                ) from error
+                raise not_writable(output_dir, error) from error
             lease._clear_away_older()
             return lease
 
@@ -107,10 +105,7 @@ class Lease:
         while not self._ended.wait(BEAT_SECONDS):
             if self.lost():
                 return
-            try:
-                self._write(self._owner())
-            except OSError:
-                continue  # a full disk, for one: saving will say so
+            self._write(self._owner())
 
     def _write(self, content: dict[str, Any]) -> None:
         # In place: a rename could bring back the file of a generation that was cleared away.
@@ -118,8 +113,8 @@ class Lease:
             with self._path.open("r+") as file:
                 file.write(json.dumps(content))
                 file.truncate()
-        except FileNotFoundError:
-            return
+        except OSError:
+            return  # it is another's now, or the disk is full, which saving will say
 
     def _content(self) -> str:
         return json.dumps(self._owner())
@@ -143,6 +138,11 @@ class Lease:
                     shutil.rmtree(path, ignore_errors=True)
                 else:
                     path.unlink(missing_ok=True)
+
+
+def not_writable(output_dir: Path, error: OSError) -> LaunchError:
+    """The error of an output folder that takes nothing."""
+    return LaunchError(f"--output_dir {output_dir} cannot be written to: {error.strerror or error}. Give another one.")
 
 
 def newest(output_dir: Path) -> int | None:

@@ -190,13 +190,13 @@ def test_other_numbers_of_ranks_go_on_with_the_same_batches(
 
 
 def check_losses(out: Path, other: Path) -> None:
-    """Equal but for the order of sums in bf16: 0.01; batches in another order differ by 0.1 in single losses."""
+    """Equal but for the order of sums in bf16: 7e-4 was seen at most; with batches in another order 0.04 to 0.07."""
     mine, theirs = (
         {row["step"]: row["train_loss"] for row in metrics.read(run / "metrics.csv")} for run in (out, other)
     )
     assert mine.keys() == theirs.keys()
     for step, loss in mine.items():
-        assert loss == pytest.approx(theirs[step], abs=0.01), step
+        assert loss == pytest.approx(theirs[step], abs=0.004), step
 
 
 def test_the_second_writer_is_fenced_off(start: Callable[..., Any], tmp_path: Path) -> None:
