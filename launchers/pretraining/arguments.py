@@ -42,6 +42,13 @@ class DataArguments:
     dataset_name: str | None = _flag("A data set of the hub, a folder that `datasets` reads, or `python-source`.")
     dataset_config_name: str | None = _flag("Configuration of that data set.")
     streaming: bool = _flag("Read the data set while training instead of tokenizing it first.", default=False)
+    stream_lanes: int | None = _flag(
+        "With --streaming: parts that are read side by side; any number of processes that divides it can go on with "
+        "the run. Default: as many as there are files, up to 64."
+    )
+    train_shards: str | None = _flag(
+        "Folder of tokens that launchers/tokenize_corpus.py made; their tokenizer is used."
+    )
     train_file: list[str] | None = field(
         default=None, metadata={"help": "Files or patterns: .txt (a document each), .jsonl, .json or .parquet."}
     )
@@ -135,6 +142,11 @@ def parse(argv: list[str], *, world_size: int) -> tuple[Arguments, DeepSpeedJson
     if values.get("data_seed") is None:
         values["data_seed"] = values.get("seed", 42)
 
+    if values.get("auto_find_batch_size"):
+        raise LaunchError(
+            "--auto_find_batch_size would change the global batch behind the schedule and the data order. Give a smaller "
+            "--per_device_train_batch_size instead: accumulation makes up for it."
+        )
     model = ModelArguments(**_fields_of(ModelArguments, values))
     data = DataArguments(**_fields_of(DataArguments, values))
     _check(model, data)
@@ -202,9 +214,9 @@ def _preset_flags(given: dict[str, Any]) -> dict[str, Any]:
         return {}
     flags = dict(PRESETS[name].flags)
     replaced: set[str] = set()
-    if "train_file" in given or "dataset_name" in given:
+    if {"train_file", "dataset_name", "train_shards"} & given.keys():
         replaced |= {"dataset_name", "dataset_config_name", "streaming"}
-    if {"model_name_or_path", "tokenizer_name", "vocab_size"} & given.keys():
+    if {"model_name_or_path", "tokenizer_name", "vocab_size", "train_shards"} & given.keys():
         replaced |= {"tokenizer_name", "vocab_size"}
     return {key: value for key, value in flags.items() if key not in replaced}
 
@@ -218,8 +230,23 @@ def _check(model: ModelArguments, data: DataArguments) -> None:
         raise LaunchError(
             "--model_name_or_path goes on from trained weights and --config_name starts from scratch: give one of them."
         )
-    if data.train_file is None and data.dataset_name is None:
-        raise LaunchError("There is no text to train on: give --train_file, --dataset_name or --preset.")
+    if data.train_file is None and data.dataset_name is None and data.train_shards is None:
+        raise LaunchError(
+            "There is no text to train on: give --train_file, --dataset_name, --train_shards or --preset."
+        )
+    if data.train_shards is not None:
+        given: dict[str, Any] = {
+            "train_file": data.train_file,
+            "dataset_name": data.dataset_name,
+            "streaming": data.streaming,
+        }
+        given |= {"validation_file": data.validation_file, "vocab_size": model.vocab_size}
+        for name in [name for name, value in given.items() if value]:
+            raise LaunchError(
+                f"--train_shards {data.train_shards} brings text, validation text and tokenizer: leave --{name} out."
+            )
+    if data.stream_lanes is not None and not data.streaming:
+        raise LaunchError("--stream_lanes is for --streaming.")
     if data.context_length < 2:
         raise LaunchError(f"--context_length {data.context_length} is too short: at least 2 tokens.")
     if data.validation_file is None and not 0 < data.validation_fraction < 1:

@@ -1,14 +1,16 @@
-"""From arguments to data sets of packed sequences, prepared by the first process of each machine."""
+"""From arguments to training and validation data of packed sequences."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from itertools import chain
 from typing import Any, NamedTuple
 
 import datasets
 import torch
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
-from pretraining import documents, packing
+from pretraining import document_stream, documents, environment, packing, shards, streaming
 from pretraining import tokenizer as tokenizers
 from pretraining.arguments import Arguments
 from pretraining.errors import LaunchError
@@ -17,28 +19,86 @@ from pretraining.errors import LaunchError
 class Data(NamedTuple):
     """What the Trainer reads."""
 
-    train: packing.PackedDataset | packing.PackedStream
-    validation: packing.PackedDataset | packing.EvenSubset
+    train: packing.PackedDataset | shards.PackedShards | streaming.LaneStream
+    validation: packing.PackedDataset | shards.PackedShards | packing.EvenSubset
     tokenizer: PreTrainedTokenizerBase
 
 
 def prepare(args: Arguments, training: TrainingArguments) -> Data:
     """Load, split, tokenize and pack; raises LaunchError for text that cannot be trained on."""
-    # The first process fills the caches of `datasets`; the others find them filled.
-    with training.main_process_first(desc="preparing the data"):
-        parts = documents.load(args.data, seed=training.data_seed or 0)
-        tokenizer = _tokenizer(args, parts.train)
-        length = args.data.context_length
-        if args.data.streaming:
-            train: Any = packing.PackedStream(parts.train, packing.encoder(tokenizer), length)
-            rows = [row["text"] for row in parts.validation]
-            parts = parts._replace(validation=datasets.Dataset.from_dict({"text": rows}))
-        else:
-            train = packing.PackedDataset(packing.tokenize(parts.train, tokenizer, what="training"), length)
-        validation = packing.PackedDataset(packing.tokenize(parts.validation, tokenizer, what="validation"), length)
-    _check_lengths(train, validation, length, training)
+    if args.data.train_shards is not None:
+        prepared = _from_shards(args)
+    else:
+        # The first process of each machine fills the caches of `datasets`; the others find them filled.
+        with training.main_process_first(desc="preparing the data"):
+            prepared = _from_stream(args, training) if args.data.streaming else _from_documents(args, training)
+    _check_lengths(prepared.train, prepared.validation, args.data.context_length, training)
     limit = args.data.max_eval_sequences
-    return Data(train, validation if limit is None else packing.EvenSubset(validation, limit), tokenizer)
+    return prepared if limit is None else prepared._replace(validation=packing.EvenSubset(prepared.validation, limit))
+
+
+def _from_documents(args: Arguments, training: TrainingArguments) -> Data:
+    parts = documents.load(args.data, seed=training.data_seed or 0)
+    tokenizer = _tokenizer(args, (row["text"] for row in parts.train))
+    length = args.data.context_length
+    train = packing.PackedDataset(packing.tokenize(parts.train, tokenizer, what="training"), length)
+    validation = packing.PackedDataset(packing.tokenize(parts.validation, tokenizer, what="validation"), length)
+    return Data(train, validation, tokenizer)
+
+
+def _from_shards(args: Arguments) -> Data:
+    index = shards.load(str(args.data.train_shards))
+    tokenizer = shards.load_tokenizer(index, asked_for=args.model.tokenizer_name)
+    train, validation = (
+        shards.PackedShards(index, files, args.data.context_length) for files in (index.train, index.validation)
+    )
+    return Data(train, validation, tokenizer)
+
+
+def _from_stream(args: Arguments, training: TrainingArguments) -> Data:
+    asked, length = args.data, args.data.context_length
+    parts = document_stream.from_hub(str(asked.dataset_name), asked.dataset_config_name, asked.text_column)
+    stream, global_batch = parts["train"], int(asked.global_batch_size or 1)
+    if stream.num_parts < min(global_batch, streaming.MOST_LANES):
+        stream = stream.in_smaller_parts()
+    kept_out: dict[int, int] = {}
+    if asked.validation_file is not None:
+        held = documents.read_files(asked.validation_file, asked.text_column, "--validation_file")
+    else:
+        if "validation" in parts:
+            texts = [text for part in range(parts["validation"].num_parts) for text in parts["validation"].texts(part)]
+        else:
+            texts, kept_out = document_stream.first_documents(stream, asked.validation_documents)
+        held = datasets.Dataset.from_dict({"text": texts})
+    every = chain.from_iterable(stream.texts(part, kept_out.get(part, 0)) for part in range(stream.num_parts))
+    tokenizer = _tokenizer(args, every)
+    lanes = streaming.choose_lanes(
+        asked.stream_lanes, parts=stream.num_parts, global_batch=global_batch, world_size=training.world_size
+    )
+    plan = streaming.Plan(
+        source=f"{asked.dataset_name} {asked.dataset_config_name or ''} {asked.text_column}",
+        parts=stream.num_parts,
+        lanes=lanes,
+        context_length=length,
+        seed=training.data_seed or 0,
+        group=max(1, streaming.SHUFFLED_TOGETHER // lanes),
+        kept_out={str(part): count for part, count in kept_out.items()},
+        tokenizer=packing.fingerprint(tokenizer),
+    )
+    train = streaming.LaneStream(
+        stream,
+        packing.encoder(tokenizer),
+        plan,
+        global_batch=global_batch,
+        rank=training.process_index,
+        world_size=training.world_size,
+    )
+    if stream.num_parts < lanes:
+        environment.say(
+            f"The stream has {stream.num_parts} parts for {lanes} lanes: several lanes read the same part and keep "
+            "some of its documents each. More files, or fewer --stream_lanes, would save reading."
+        )
+    return Data(train, packing.PackedDataset(packing.tokenize(held, tokenizer, what="validation"), length), tokenizer)
 
 
 def collate(examples: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
@@ -46,21 +106,19 @@ def collate(examples: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     return {key: torch.stack([example[key] for example in examples]) for key in examples[0]}
 
 
-def _tokenizer(args: Arguments, train: Any) -> PreTrainedTokenizerBase:
+def _tokenizer(args: Arguments, texts: Iterable[str]) -> PreTrainedTokenizerBase:
     model = args.model
     name = model.tokenizer_name or (None if model.vocab_size else model.model_name_or_path or model.config_name)
     if name is not None:
         return tokenizers.load(name)
     if model.vocab_size is None:
         raise LaunchError("There is no tokenizer: give --tokenizer_name, or --vocab_size to train one on the text.")
-    return tokenizers.train((row["text"] for row in train), vocab_size=model.vocab_size)
+    return tokenizers.train(texts, vocab_size=model.vocab_size)
 
 
-def _check_lengths(train: Any, validation: packing.PackedDataset, length: int, training: TrainingArguments) -> None:
+def _check_lengths(train: Any, validation: Any, length: int, training: TrainingArguments) -> None:
     remedy = f"Give more text, or a shorter --context_length than {length}."
-    if isinstance(train, packing.PackedStream):
-        if next(iter(train), None) is None:
-            raise LaunchError(f"The stream holds less than one sequence of {length} tokens. {remedy}")
+    if isinstance(train, streaming.LaneStream):
         if training.max_steps <= 0:
             raise LaunchError("A stream has no known length: give --max_steps.")
     else:
@@ -69,6 +127,8 @@ def _check_lengths(train: Any, validation: packing.PackedDataset, length: int, t
                 f"The training text is shorter than one sequence: {train.num_tokens} of {length} tokens. {remedy}"
             )
         needed = training.per_device_train_batch_size * training.world_size
+        if isinstance(train, shards.PackedShards):
+            needed *= training.gradient_accumulation_steps  # an epoch is cut to whole global batches
         if len(train) < needed:
             raise LaunchError(
                 f"The training text has {len(train)} sequences of {length} tokens, fewer than the {needed} that one "

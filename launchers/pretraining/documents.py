@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import datasets
 
+from pretraining import shards
 from pretraining.arguments import DataArguments
 from pretraining.errors import LaunchError
 from pretraining.presets import PYTHON_SOURCE
@@ -26,22 +27,20 @@ _NOT_SOURCE = {
 
 
 class Documents(NamedTuple):
-    """Documents to train and to validate on: map-style data sets, or both iterable when streaming."""
+    """Documents to train and to validate on."""
 
-    train: Any
-    validation: Any
+    train: datasets.Dataset
+    validation: datasets.Dataset
 
 
 def load(args: DataArguments, *, seed: int) -> Documents:
     """The documents of both parts; no document is in both, and the same arguments always give the same parts."""
-    if args.streaming:
-        return _stream(args, seed=seed)
     if args.train_file is not None:
         train = read_files(args.train_file, args.text_column, "--train_file")
     elif args.dataset_name == PYTHON_SOURCE:
         train = read_files(python_source(), "text", PYTHON_SOURCE)
     else:
-        hub = _from_hub(args)
+        hub = from_hub(args.dataset_name, args.dataset_config_name)
         train = _with_text(hub["train"], args.text_column, str(args.dataset_name))
         if args.validation_file is None and "validation" in hub:
             return Documents(train, _with_text(hub["validation"], args.text_column, str(args.dataset_name)))
@@ -51,10 +50,12 @@ def load(args: DataArguments, *, seed: int) -> Documents:
 
 
 def check_files(args: DataArguments) -> None:
-    """Raise for files that are missing, empty or of an unknown kind: known before anything is started."""
+    """Raise for files that are missing, empty, cut or of an unknown kind: known before anything is started."""
     for flag in ("train_file", "validation_file"):
         if getattr(args, flag) is not None:
-            _files_of(getattr(args, flag), f"--{flag}")
+            files_of(getattr(args, flag), f"--{flag}")
+    if args.train_shards is not None:
+        shards.load(args.train_shards)
 
 
 def python_source() -> list[str]:
@@ -67,15 +68,12 @@ def python_source() -> list[str]:
 
 def read_files(patterns: list[str], text_column: str, flag: str) -> datasets.Dataset:
     """The documents of the files that match; a .txt file is one document, a row of the other kinds is one."""
-    by_reader: dict[str, list[str]] = {}
-    for file in _files_of(patterns, flag):
-        by_reader.setdefault(_READERS[Path(file).suffix.lower()], []).append(file)
     parts = []
-    for reader, files in sorted(by_reader.items()):
+    for reader, files in by_reader(patterns, flag):
         text = reader == "text"
         if text:
             _check_utf8(files, flag)
-        loaded = _guarded(
+        loaded = guarded(
             partial(
                 datasets.load_dataset,
                 reader,
@@ -104,31 +102,20 @@ def split(documents: datasets.Dataset, fraction: float, *, seed: int) -> Documen
     return Documents(parts["train"], parts["test"])
 
 
-def _stream(args: DataArguments, *, seed: int) -> Documents:
-    hub = _from_hub(args)
-    name = str(args.dataset_name)
-    train = _with_text(hub["train"], args.text_column, name)
-    if args.validation_file is not None:
-        validation = read_files(args.validation_file, args.text_column, "--validation_file")
-    elif "validation" in hub:
-        validation = _with_text(hub["validation"], args.text_column, name)
-    else:
-        validation, train = train.take(args.validation_documents), train.skip(args.validation_documents)
-    return Documents(train.shuffle(seed=seed, buffer_size=10_000), validation)
-
-
-def _from_hub(args: DataArguments) -> Any:
-    loaded = _guarded(
-        lambda: datasets.load_dataset(args.dataset_name, args.dataset_config_name, streaming=args.streaming),
-        f"The data set {args.dataset_name!r} could not be loaded",
+def from_hub(name: str | None, config: str | None, *, streaming: bool = False) -> Any:
+    """The data set of that name; it has a part `train`."""
+    loaded = guarded(
+        lambda: datasets.load_dataset(name, config, streaming=streaming),
+        f"The data set {name!r} could not be loaded",
         "Check the name and that the Hugging Face hub can be reached, or train on files with --train_file.",
     )
     if "train" not in loaded:
-        raise LaunchError(f"The data set {args.dataset_name!r} has no part 'train', only: {', '.join(loaded)}.")
+        raise LaunchError(f"The data set {name!r} has no part 'train', only: {', '.join(loaded)}.")
     return loaded
 
 
-def _guarded(load_it: Callable[[], Any], what: str, remedy: str) -> Any:
+def guarded(load_it: Callable[[], Any], what: str, remedy: str) -> Any:
+    """The result of `load_it`; whatever it raises becomes a LaunchError that begins with `what`."""
     try:
         return load_it()
     except Exception as error:
@@ -140,7 +127,16 @@ def _guarded(load_it: Callable[[], Any], what: str, remedy: str) -> Any:
         raise LaunchError(f"{what}: {text[0] if text else type(cause).__name__}\n{remedy}") from error
 
 
-def _files_of(patterns: list[str], flag: str) -> list[str]:
+def by_reader(patterns: list[str], flag: str) -> list[tuple[str, list[str]]]:
+    """The files that match, by the kind of reader that they need; always in the same order."""
+    by_reader: dict[str, list[str]] = {}
+    for file in files_of(patterns, flag):
+        by_reader.setdefault(_READERS[Path(file).suffix.lower()], []).append(file)
+    return sorted(by_reader.items())
+
+
+def files_of(patterns: list[str], flag: str) -> list[str]:
+    """The files that match, in a fixed order; raises LaunchError for missing, empty or unknown ones."""
     files = [file for pattern in patterns for file in _expand(pattern, flag)]
     for file in files:
         if Path(file).suffix.lower() not in _READERS:
@@ -176,14 +172,19 @@ def _check_utf8(files: Iterable[str], flag: str) -> None:
             ) from error
 
 
-def _with_text(loaded: Any, column: str, where: str) -> Any:
+def _with_text(loaded: datasets.Dataset, column: str, where: str) -> datasets.Dataset:
+    loaded = only(loaded, column, where)
+    return loaded if column == "text" else loaded.rename_column(column, "text")
+
+
+def only(loaded: Any, column: str, where: str) -> Any:
+    """The documents without any other column; raises LaunchError if it is missing."""
     names = loaded.column_names
     if names is None:  # a stream may not know its columns before the first row
-        first = next(iter(loaded), None)
-        names = list(first or {})
+        remedy = "Check that it is whole and of the kind its name says, and that it can be reached."
+        names = list(guarded(lambda: next(iter(loaded), None), f"{where} cannot be read", remedy) or {})
     if column not in names:
         raise LaunchError(
             f"{where} has no column {column!r}; its columns are: {', '.join(names)}. Name one with --text_column."
         )
-    loaded = loaded.select_columns([column])
-    return loaded if column == "text" else loaded.rename_column(column, "text")
+    return loaded.select_columns([column])

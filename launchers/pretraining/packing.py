@@ -5,30 +5,31 @@ Nothing is lost or repeated but the last incomplete sequence. Labels are the inp
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from collections.abc import Callable
+from functools import partial
+from typing import Protocol
 
 import datasets
 import numpy as np
 import torch
 from datasets.fingerprint import Hasher
-from torch.utils.data import Dataset, IterableDataset, get_worker_info
+from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 Encode = Callable[[list[str]], list[list[int]]]
 
 
 def encoder(tokenizer: PreTrainedTokenizerBase) -> Encode:
-    """Texts to token ids, each document closed by EOS."""
-    eos = tokenizer.eos_token_id
+    """Texts to token ids, each document closed by EOS; may be sent to another process."""
+    return partial(_encode, tokenizer)
 
-    def encode(texts: list[str]) -> list[list[int]]:
-        # verbose: a document longer than the model's context is what packing is for.
-        batch = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
-        return [[*ids, eos] for ids in batch["input_ids"]]
 
-    return encode
+def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    # verbose: a document longer than the model's context is what packing is for.
+    batch = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
+    return [[*ids, tokenizer.eos_token_id] for ids in batch["input_ids"]]
 
 
 def tokenize(documents: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, *, what: str) -> datasets.Dataset:
@@ -45,14 +46,29 @@ def tokenize(documents: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, *,
     )
 
 
-def _fingerprint(documents: datasets.Dataset, tokenizer: PreTrainedTokenizerBase) -> str | None:
+def rules(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """All that decides which ids a text becomes, as JSON; None for a tokenizer without a `tokenizers` backend."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return None
     # The last call's padding and truncation are in there too.
-    rules = {key: value for key, value in json.loads(backend.to_str()).items() if key not in ("padding", "truncation")}
+    kept = {key: value for key, value in json.loads(backend.to_str()).items() if key not in ("padding", "truncation")}
+    return json.dumps(kept, sort_keys=True)
+
+
+def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Equal for tokenizers that give every text the same ids, in any process and on any machine."""
+    known = rules(tokenizer) or json.dumps([type(tokenizer).__name__, tokenizer.get_vocab()], sort_keys=True)
+    special = [tokenizer.eos_token_id, len(tokenizer), getattr(tokenizer, "split_special_tokens", False)]
+    return hashlib.sha256(json.dumps([known, special]).encode()).hexdigest()
+
+
+def _fingerprint(documents: datasets.Dataset, tokenizer: PreTrainedTokenizerBase) -> str | None:
+    text = rules(tokenizer)
+    if text is None:
+        return None
     special = (tokenizer.eos_token_id, getattr(tokenizer, "split_special_tokens", False))
-    return Hasher.hash(("tokens", documents._fingerprint, json.dumps(rules, sort_keys=True), special))
+    return Hasher.hash(("tokens", documents._fingerprint, text, special))
 
 
 def example(tokens: np.ndarray) -> dict[str, torch.Tensor]:
@@ -101,10 +117,18 @@ class PackedDataset(Dataset[dict[str, torch.Tensor]]):
         return example(np.concatenate(parts))
 
 
+class Packed(Protocol):
+    """Sequences by their number."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]: ...
+
+
 class EvenSubset(Dataset[dict[str, torch.Tensor]]):
     """`count` sequences spread evenly over `packed`: the same ones at every evaluation."""
 
-    def __init__(self, packed: PackedDataset, count: int) -> None:
+    def __init__(self, packed: Packed, count: int) -> None:
         self._packed = packed
         self.indices = np.linspace(0, len(packed) - 1, num=min(count, len(packed)), dtype=np.int64)
 
@@ -113,49 +137,3 @@ class EvenSubset(Dataset[dict[str, torch.Tensor]]):
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         return self._packed[int(self.indices[index])]
-
-
-class PackedStream(IterableDataset[dict[str, torch.Tensor]]):
-    """The same sequences from a stream of documents, whose end is carried over into the next sequence.
-
-    With `repeat` the stream starts again at its end, in the next epoch's order, so that a run of any length is one
-    reproducible sequence: resuming skips what was seen.
-    """
-
-    def __init__(self, documents: Any, encode: Encode, context_length: int, *, repeat: bool = True) -> None:
-        super().__init__()
-        self._documents = documents
-        self._encode = encode
-        self.context_length = context_length
-        self._repeat = repeat
-
-    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
-        worker = get_worker_info()
-        for number, tokens in enumerate(pack(self._tokens(), self.context_length)):
-            # Every worker reads the whole stream; each hands out its share, or sequences would come several times.
-            if worker is None or number % worker.num_workers == worker.id:
-                yield example(tokens)
-
-    def _tokens(self) -> Iterator[list[int]]:
-        epoch = 0
-        while True:
-            if hasattr(self._documents, "set_epoch"):
-                self._documents.set_epoch(epoch)
-            seen = False
-            for document in self._documents:
-                seen = True
-                yield self._encode([document["text"]])[0]
-            if not (self._repeat and seen):
-                return
-            epoch += 1
-
-
-def pack(documents: Iterable[list[int]], context_length: int) -> Iterator[np.ndarray]:
-    """Cut documents laid end to end into sequences of `context_length`."""
-    carry: list[int] = []
-    for ids in documents:
-        carry.extend(ids)
-        whole = len(carry) - len(carry) % context_length
-        for begin in range(0, whole, context_length):
-            yield np.array(carry[begin : begin + context_length], dtype=np.int32)
-        del carry[:whole]

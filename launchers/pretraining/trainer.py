@@ -11,15 +11,16 @@ import torch
 from accelerate.utils import DummyOptim
 from torch import nn
 from torch.utils.data import RandomSampler
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from pretraining.guard import Guard
+from pretraining.loading import ExactLoading
 from pretraining.saving import CheckpointSaver
 
 _PROGRESS = "progress_rank{}.json"
 
 
-class PretrainTrainer(Trainer):
+class PretrainTrainer(ExactLoading):
     """Decays matrices only, also with the optimizer of the DeepSpeed JSON; knows how long evaluation took.
 
     Checkpoints go through `saver`, and every loss past `guard`, where there are such.

@@ -84,6 +84,8 @@ def test_a_model_without_a_preset_takes_none(plain_json: Path) -> None:
         (["--model_name_or_path", "a", "--config_name", "b", "--train_file", "c.txt"], "one of them"),
         (["--train_file", "a.txt", "--streaming"], "--streaming needs"),
         (["--context_length", "1"], "at least 2"),
+        (["--max_loss_rise", "0"], "--max_loss_rise 0.0 must be above 0"),
+        (["--auto_find_batch_size", "true"], "would change the global batch"),
         (["stray"], "'stray' belongs to no flag"),
     ],
 )

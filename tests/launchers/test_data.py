@@ -1,19 +1,21 @@
 from __future__ import annotations
 
 import json
+from itertools import islice
 from pathlib import Path
 
 import datasets
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pretraining import data, documents, packing, tokenizer
+from pretraining import arguments, data, documents, packing, shard_writer, shards, streaming, tokenizer
 from pretraining.arguments import DataArguments
+from pretraining.corpus import CorpusArguments
 from pretraining.errors import LaunchError
 from samples import write_corpus
-from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast, TrainingArguments
 
 EOS = 1
@@ -23,25 +25,6 @@ FEATURES = datasets.Features({"input_ids": datasets.Sequence(datasets.Value("int
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_corpus(tmp_path_factory.mktemp("corpus") / "documents.jsonl")
-
-
-class WordStream(torch.utils.data.IterableDataset):
-    """A stream of documents whose text is their ids, in another order each epoch."""
-
-    def __init__(self, ids: list[list[int]]) -> None:
-        self.ids = ids
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __iter__(self):
-        order = self.ids if self.epoch % 2 == 0 else self.ids[::-1]
-        return iter([{"text": json.dumps(ids)} for ids in order])
-
-
-def encode(texts: list[str]) -> list[list[int]]:
-    return [[*json.loads(text), EOS] for text in texts]
 
 
 @settings(max_examples=60, deadline=None)
@@ -56,8 +39,6 @@ def test_packing_loses_nothing_but_the_tail(ids: list[list[int]], length: int, d
     packed = packing.PackedDataset(datasets.concatenate_datasets(tables), length)
     assert packed.num_tokens == len(flat)
     assert [t for i in range(len(packed)) for t in packed[i]["input_ids"].tolist()] == whole
-    stream = packing.PackedStream(WordStream(ids), encode, length, repeat=False)
-    assert [t for item in stream for t in item["input_ids"].tolist()] == whole
 
 
 def test_a_sequence_as_the_model_takes_it() -> None:
@@ -79,22 +60,6 @@ def test_packing_follows_a_selection_of_rows() -> None:
     tokens = datasets.Dataset.from_dict({"input_ids": [[1, 2], [3, 4], [5, 6]]}, features=FEATURES)
     packed = packing.PackedDataset(tokens.select([2, 0]), 2)
     assert [packed[i]["input_ids"].tolist() for i in range(len(packed))] == [[5, 6], [1, 2]]
-
-
-def test_a_repeated_stream_goes_on_across_epochs() -> None:
-    stream = packing.PackedStream(WordStream([[2, 3], [4]]), encode, 2)
-    items = iter(stream)
-    tokens = [t for _ in range(5) for t in next(items)["input_ids"].tolist()]
-    assert tokens == [2, 3, EOS, 4, EOS, 4, EOS, 2, 3, EOS]
-    assert next(iter(packing.PackedStream(WordStream([]), encode, 2)), None) is None
-
-
-def test_workers_share_a_stream() -> None:
-    ids = [[n, n, n] for n in range(2, 40)]
-    alone = [x["input_ids"].tolist() for x in packing.PackedStream(WordStream(ids), encode, 8, repeat=False)]
-    stream = packing.PackedStream(WordStream(ids), encode, 8, repeat=False)
-    shared = [x["input_ids"][0].tolist() for x in DataLoader(stream, batch_size=1, num_workers=2)]
-    assert sorted(shared) == sorted(alone)
 
 
 def test_evaluation_sequences_are_fixed_and_spread() -> None:
@@ -172,17 +137,6 @@ def test_a_hub_that_cannot_be_reached_is_one_clear_error(monkeypatch: pytest.Mon
         tokenizer.load("nobody/nothing")
 
 
-def test_streaming_takes_validation_from_the_start(corpus: Path) -> None:
-    args = DataArguments(dataset_name=str(corpus.parent), streaming=True, validation_documents=5)
-    first, again = documents.load(args, seed=3), documents.load(args, seed=3)
-    kept = [row["text"] for row in first.validation]
-    train = [row["text"] for row in first.train]
-    assert (len(kept), len(train)) == (5, 35)
-    assert not set(kept) & set(train)
-    assert train == [row["text"] for row in again.train]
-    assert train != sorted(train), "shuffled"
-
-
 @pytest.fixture(scope="module")
 def small_tokenizer(corpus: Path) -> PreTrainedTokenizerFast:
     texts = [json.loads(line)["text"] for line in corpus.read_text().splitlines()]
@@ -218,3 +172,64 @@ def test_text_that_is_too_short(tmp_path: Path, sequences: int, validation: int,
     training = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, per_device_train_batch_size=4)
     with pytest.raises(LaunchError, match=words):
         data._check_lengths(packed(sequences), packed(validation), 8, training)
+
+
+def prepared(tmp_path: Path, *argv: object, batch: int = 4) -> tuple[data.Data, TrainingArguments]:
+    config = ["--deepspeed", str(ROOT / "ds_configs" / "baseline.json")]
+    batches = ["--context_length", "32", "--global_batch_size", str(batch), "--max_steps", "5"]
+    args, _ = arguments.parse([*config, *batches, *map(str, argv)], world_size=1)
+    size = args.training["per_device_train_batch_size"]
+    training = TrainingArguments(
+        output_dir=str(tmp_path), use_cpu=True, max_steps=5, per_device_train_batch_size=size, data_seed=1
+    )
+    return data.prepare(args, training), training
+
+
+@pytest.fixture(scope="module")
+def tokens(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tokens")
+    values = {"vocab_size": 320, "validation_documents": 5, "shard_tokens": 5000}
+    shard_writer.write(CorpusArguments(output_dir=str(folder), train_file=[str(corpus)], **values))
+    return folder
+
+
+def test_shards_bring_all_that_training_needs(tokens: Path, tmp_path: Path) -> None:
+    ready, _ = prepared(tmp_path, "--train_shards", tokens, "--preset", "paper", "--max_eval_sequences", 3)
+    index = shards.load(str(tokens))
+    assert isinstance(ready.train, shards.PackedShards)
+    assert ready.train.num_tokens == sum(file.tokens for file in index.train)
+    assert len(ready.tokenizer) == index.vocab_size < 400
+    assert len(ready.validation) == 3
+    with pytest.raises(LaunchError, match="fewer than the 4096"):
+        prepared(tmp_path, "--train_shards", tokens, "--per_device_train_batch_size", 4096, batch=4096)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [("--train_file", "a.txt"), ("--streaming", "true"), ("--vocab_size", "300"), ("--validation_file", "a.txt")],
+)
+def test_shards_leave_no_room_for_other_text(tokens: Path, tmp_path: Path, flags: tuple[str, str]) -> None:
+    with pytest.raises(LaunchError, match=f"brings text.*leave {flags[0]} out"):
+        prepared(tmp_path, "--train_shards", tokens, *flags)
+
+
+def test_a_stream_keeps_its_first_documents_for_validation(corpus: Path, tmp_path: Path) -> None:
+    flags = ["--dataset_name", corpus.parent, "--streaming", "true", "--vocab_size", "320"]
+    ready, training = prepared(tmp_path, *flags, "--validation_documents", 5, "--stream_lanes", 2)
+    texts = [json.loads(line)["text"] for line in corpus.read_text().splitlines()]
+    assert isinstance(ready.train, streaming.LaneStream)
+    assert (ready.train.plan.lanes, ready.train.plan.kept_out) == (2, {"0": 5})
+    held = [ready.validation[n]["input_ids"].tolist() for n in range(len(ready.validation))]
+    assert ready.tokenizer.decode(held[0]) == ready.tokenizer.decode(ready.tokenizer.encode(texts[0])[:32])
+    lanes = [streaming.Lane(ready.train._stream, ready.train._encode, ready.train.plan, n) for n in (0, 1)]
+    # The 35 others: the first lane has one more of them.
+    seen = [
+        ready.tokenizer.decode(ids[:-1])
+        for lane, count in zip(lanes, (18, 17), strict=True)
+        for _, ids in islice(lane._documents(streaming.Position()), count)
+    ]
+    assert sorted(seen) == sorted(texts[5:])
+    with pytest.raises(LaunchError, match="give --max_steps"):
+        data._check_lengths(ready.train, ready.validation, 32, training.set_training(num_epochs=1))
+    with pytest.raises(LaunchError, match="--stream_lanes is for --streaming"):
+        prepared(tmp_path, "--train_file", corpus, "--stream_lanes", 2)

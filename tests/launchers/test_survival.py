@@ -26,12 +26,13 @@ SCRIPT = ROOT / "launchers" / "pretrain.py"
 BASELINE = ROOT / "ds_configs" / "baseline.json"
 FLAGS = [
     *("--config_overrides", "num_hidden_layers=2,hidden_size=32,intermediate_size=64"),
-    *("--vocab_size", "320", "--context_length", "32", "--global_batch_size", "4", "--max_eval_sequences", "8"),
-    *("--validation_fraction", "0.2", "--warmup_steps", "1", "--disable_tqdm", "true"),
+    *("--context_length", "32", "--global_batch_size", "4", "--max_eval_sequences", "8"),
+    *("--warmup_steps", "1", "--disable_tqdm", "true"),
     # Not at every step: what was summed up since the last log must survive as well.
     *("--logging_steps", "7", "--eval_steps", "20", "--save_steps", "20", "--save_total_limit", "10"),
     *("--overwrite_output_dir", "false"),
 ]
+TEXT = ["--vocab_size", "320", "--validation_fraction", "0.2"]
 STEPS = 150
 """More than one epoch of 135: its end must be the same for any number of ranks."""
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(280)]
@@ -48,13 +49,20 @@ def start(corpus: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
     processes = []
 
     def begin(
-        out: Path, *flags: object, ranks: int = 1, steps: int = STEPS, config: Path = BASELINE, **env: str
+        out: Path,
+        *flags: object,
+        ranks: int = 1,
+        steps: int = STEPS,
+        config: Path = BASELINE,
+        text: bool = True,
+        **env: str,
     ) -> subprocess.Popen[str]:
         command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", ranks]
         command += ["--master-port", free_port(), "--signals-to-handle", "SIGTERM,SIGINT,SIGUSR1"]
         command += ["--shutdown-timeout", 60] if ranks > 1 else []
         command = command if ranks > 1 else [sys.executable]
-        command += [SCRIPT, "--deepspeed", config, *FLAGS, "--max_steps", steps, "--train_file", corpus]
+        command += [SCRIPT, "--deepspeed", config, *FLAGS, "--max_steps", steps]
+        command += [*TEXT, "--train_file", corpus] if text else []
         environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
         environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
         process = subprocess.Popen(
@@ -113,7 +121,7 @@ def undisturbed(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     out = tmp_path_factory.mktemp("undisturbed") / "run"
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", 2, "--master-port", free_port()]
-    command += [SCRIPT, "--deepspeed", BASELINE, *FLAGS, "--max_steps", STEPS, "--train_file", corpus]
+    command += [SCRIPT, "--deepspeed", BASELINE, *FLAGS, *TEXT, "--max_steps", STEPS, "--train_file", corpus]
     launch([*command, "--output_dir", out], timeout=200, env={"OMP_WAIT_POLICY": "PASSIVE"})
     return out
 
@@ -197,6 +205,32 @@ def check_losses(out: Path, other: Path) -> None:
     assert mine.keys() == theirs.keys()
     for step, loss in mine.items():
         assert loss == pytest.approx(theirs[step], abs=0.004), step
+
+
+@pytest.mark.parametrize("kind", ["shards", "stream"])
+def test_shards_and_streams_go_on_exactly(start: Callable[..., Any], corpus: Path, tmp_path: Path, kind: str) -> None:
+    if kind == "shards":
+        tokens = tmp_path / "tokens"
+        tokenize = [SCRIPT.with_name("tokenize_corpus.py"), "--train_file", corpus, "--vocab_size", 320]
+        tokenize += ["--output_dir", tokens, "--validation_fraction", "0.2", "--shard_tokens", "5000"]
+        subprocess.run([sys.executable, *map(str, tokenize)], check=True, timeout=100, env={**os.environ})
+        flags: list[object] = ["--train_shards", tokens]
+    else:
+        folder = tmp_path / "folder"
+        folder.mkdir()
+        shutil.copy(corpus, folder / "train.jsonl")
+        flags = ["--dataset_name", folder, "--streaming", "--validation_documents", "8", "--vocab_size", "320"]
+    whole, out = tmp_path / "whole", tmp_path / "run"
+    end(start(whole, *flags, text=False))
+    first = start(out, *flags, "--resume_from_checkpoint", "auto", text=False)
+    wait_for(lambda: step_of(out) >= 28, first)
+    first.send_signal(signal.SIGUSR1)
+    end(first, 75)
+    stopped = step_of(out)
+    # Workers that read ahead must not have used what no step did.
+    output = end(start(out, *flags, "--resume_from_checkpoint", "auto", "--dataloader_num_workers", "1", text=False))
+    assert f"checkpoint-{stopped}" in output
+    assert metrics_of(out) == metrics_of(whole)
 
 
 def test_the_second_writer_is_fenced_off(start: Callable[..., Any], tmp_path: Path) -> None:

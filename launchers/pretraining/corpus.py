@@ -1,0 +1,169 @@
+"""The corpus that is to be tokenized once: its documents in order, and which of them are for validation."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pretraining import document_stream, documents
+from pretraining.document_stream import Stream
+from pretraining.errors import LaunchError
+from pretraining.presets import PYTHON_SOURCE
+
+TRAIN, VALIDATION = "train", "validation"
+_GROUP = 64
+"""Documents that are tokenized together: enough to keep a process busy, few enough to hold a hundred such groups."""
+
+
+def _flag(help_text: str, default: Any = None) -> Any:
+    return field(default=default, metadata={"help": help_text})
+
+
+@dataclass
+class CorpusArguments:
+    """Which text becomes which token files."""
+
+    output_dir: str | None = _flag("Folder for the token files; it may hold an unfinished run with the same flags.")
+    train_file: list[str] | None = field(
+        default=None, metadata={"help": "Files or patterns: .txt and .py (a document each), .jsonl, .json, .parquet."}
+    )
+    dataset_name: str | None = _flag("A data set of the hub, a folder that `datasets` reads, or `python-source`.")
+    dataset_config_name: str | None = _flag("Configuration of that data set.")
+    text_column: str = _flag("Column that holds the text of a document.", default="text")
+    tokenizer_name: str | None = _flag("Tokenizer: a folder or a hub name.")
+    vocab_size: int | None = _flag("Train a SentencePiece BPE tokenizer of this size on the first documents.")
+    validation_file: list[str] | None = field(
+        default=None, metadata={"help": "Files to validate on. Default: a part of the documents."}
+    )
+    validation_documents: int | None = _flag("Keep so many documents from the start for validation.")
+    validation_fraction: float = _flag("Share of the documents kept for validation, chosen by --seed.", default=0.0005)
+    seed: int = _flag("Chooses the documents for validation.", default=42)
+    shard_tokens: int = _flag("A file is closed by the document that makes it this long.", default=100_000_000)
+    num_proc: int = _flag("Processes that tokenize. The files are the same for any number.", default=1)
+    verify: bool = _flag("Only read the files in --output_dir and compare their checksums.", default=False)
+
+    def check(self) -> None:
+        """Raise LaunchError for what does not fit together."""
+        if self.output_dir is None:
+            raise LaunchError("There is no --output_dir for the token files.")
+        if self.verify:
+            return
+        if (self.train_file is None) == (self.dataset_name is None):
+            raise LaunchError("Give the text as --train_file or as --dataset_name, one of them.")
+        if (self.tokenizer_name is None) == (self.vocab_size is None):
+            raise LaunchError("Give --tokenizer_name, or --vocab_size to train one on the text: one of them.")
+        if self.validation_file is not None and self.validation_documents is not None:
+            raise LaunchError("--validation_file and --validation_documents both name the validation text: give one.")
+        if not 0 < self.validation_fraction < 1:
+            raise LaunchError(f"--validation_fraction {self.validation_fraction} must lie between 0 and 1.")
+        for flag in ("validation_documents", "shard_tokens", "num_proc"):
+            if getattr(self, flag) is not None and getattr(self, flag) < 1:
+                raise LaunchError(f"--{flag} {getattr(self, flag)} is too small: at least 1.")
+
+    def identity(self) -> dict[str, Any]:
+        """What the bytes of the files depend on, as JSON; the sizes of the text files stand for their contents."""
+        values = dataclasses.asdict(self)
+        for name in ("output_dir", "num_proc", "verify"):
+            del values[name]
+        for flag in ("train_file", "validation_file"):
+            if values[flag] is not None:
+                files = documents.files_of(values[flag], f"--{flag}")
+                values[flag] = [[str(Path(file).resolve()), Path(file).stat().st_size] for file in files]
+        return values
+
+
+class Place(NamedTuple):
+    """A document of the corpus, and how to come back to it."""
+
+    source: int = 0
+    part: int = 0
+    before: dict[str, Any] | None = None
+    """Where the group of documents that it is in begins, as `datasets` knows it."""
+    number: int = 0
+    """The group's first document, counted over all sources of the training text."""
+    skip: int = 0
+    """Documents of the group that come before it."""
+
+
+class Group(NamedTuple):
+    """Documents that are tokenized together."""
+
+    place: Place
+    texts: list[str]
+    parts: list[str]
+    """For each document: `train` or `validation`."""
+
+
+class Corpus:
+    """All documents in a fixed order. What is read is dropped; any `Place` can be gone on from."""
+
+    def __init__(self, args: CorpusArguments) -> None:
+        self._args = args
+        name, column = args.dataset_name, args.text_column
+        validation: list[Stream] = []
+        if args.train_file is not None:
+            train = document_stream.from_files(args.train_file, column, "--train_file")
+        elif name == PYTHON_SOURCE:
+            train = document_stream.from_files(documents.python_source(), "text", PYTHON_SOURCE)
+        else:
+            hub = document_stream.from_hub(str(name), args.dataset_config_name, column)
+            train = [hub[TRAIN]]
+            if VALIDATION in hub and args.validation_documents is None:
+                validation = [hub[VALIDATION]]
+        if args.validation_file is not None:
+            validation = document_stream.from_files(args.validation_file, column, "--validation_file")
+        # Validation first: it is small, and a mistake in it should be known before days of tokenizing.
+        self._sources = [*((VALIDATION, stream) for stream in validation), *((TRAIN, stream) for stream in train)]
+        self._whole = bool(validation)
+        counted = args.validation_documents is not None
+        self._book = None if validation or counted else self._only_document(train)
+
+    def groups(self, begin: Place) -> Iterator[Group]:
+        """Documents from the group of `begin` on; those before `begin.skip` are in it too."""
+        if self._book is not None:
+            yield Group(begin, self._book, [TRAIN, VALIDATION])
+            return
+        number = begin.number
+        for source in range(begin.source, len(self._sources)):
+            kind, stream = self._sources[source]
+            for part in range(begin.part if source == begin.source else 0, stream.num_parts):
+                before = begin.before if (source, part) == (begin.source, begin.part) else None
+                for group in stream.groups(part, _GROUP, before):
+                    numbers = range(number, number + len(group.texts))
+                    place = Place(source, part, group.before, number, begin.skip if number == begin.number else 0)
+                    yield Group(place, group.texts, [self._kind(kind, n) for n in numbers])
+                    number += len(group.texts)
+
+    def training_texts(self) -> Iterator[str]:
+        """The texts to train a tokenizer on, from the first."""
+        for group in self.groups(Place()):
+            yield from (text for text, kind in zip(group.texts, group.parts, strict=True) if kind == TRAIN)
+
+    def _kind(self, kind: str, number: int) -> str:
+        args = self._args
+        if self._whole:
+            return kind
+        if args.validation_documents is not None:
+            return VALIDATION if number < args.validation_documents else TRAIN
+        digest = hashlib.sha256(f"{args.seed} {number}".encode()).digest()
+        return VALIDATION if int.from_bytes(digest[:8], "big") < args.validation_fraction * 2**64 else TRAIN
+
+    def _only_document(self, train: list[Stream]) -> list[str] | None:
+        """The two pieces of a corpus of one document: its end is for validation."""
+        texts: list[str] = []
+        for stream in train:
+            for part in range(stream.num_parts):
+                # One at a time, for a document may be a whole book; the second one ends the search.
+                for group in stream.groups(part, 1):
+                    texts += group.texts
+                    if len(texts) == 2:
+                        return None
+        if not texts:
+            return None
+        # As documents.split does, so that both ways of training see the same text.
+        cut = max(1, int(len(texts[0]) * (1 - self._args.validation_fraction)))
+        return [texts[0][:cut], texts[0][cut:]]

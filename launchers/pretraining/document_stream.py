@@ -1,0 +1,105 @@
+"""Documents that are read along instead of being loaded, part by part, from any position in them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from itertools import chain
+from typing import Any, NamedTuple
+
+import datasets
+
+from pretraining import documents
+from pretraining.errors import LaunchError
+
+
+class Group(NamedTuple):
+    """Some consecutive documents of a stream."""
+
+    before: dict[str, Any] | None
+    """Where the first of them is, as `Stream.groups` takes it; None: at the start of the part."""
+    texts: list[str]
+
+
+class Stream(NamedTuple):
+    """Documents that are read one after the other; its parts (files, or row groups of Parquet) are independent."""
+
+    rows: datasets.IterableDataset
+    column: str
+    where: str
+    """Named in errors."""
+    files: Sequence[str] = ()
+    """The file of each part, if these are files of the user."""
+
+    @property
+    def num_parts(self) -> int:
+        """How many parts there are."""
+        return int(self.rows.num_shards)
+
+    def groups(self, part: int, size: int, begin: dict[str, Any] | None = None) -> Iterator[Group]:
+        """The documents of a part from `begin` on, `size` at a time (the last group may have fewer)."""
+        rows = self.rows.shard(self.num_parts, part)
+        if begin is not None:
+            rows.load_state_dict(begin)
+        where = self.files[part] if self.files else f"part {part} of {self.where}"
+        remedy = "Check that it is whole and of the kind its name says, and that it can be reached."
+        # iter() and not __iter__: in a worker of a DataLoader the latter would share one part out once more.
+        batches = rows.iter(batch_size=size)
+        before = begin
+        while batch := documents.guarded(lambda: next(batches, None), f"{where} cannot be read", remedy):
+            texts = batch.get(self.column)
+            if texts is None or any(not isinstance(text, str) for text in texts):
+                raise LaunchError(
+                    f"{where} has documents without text in the column {self.column!r}; the columns are: "
+                    f"{', '.join(batch)}. Name another with --text_column, or leave these documents out."
+                )
+            yield Group(before, texts)
+            before = rows.state_dict()
+
+    def texts(self, part: int, begin: int = 0) -> Iterator[str]:
+        """The texts of a part from the document `begin` on."""
+        for number, text in enumerate(chain.from_iterable(group.texts for group in self.groups(part, 64))):
+            if number >= begin:
+                yield text
+
+    def in_smaller_parts(self) -> Stream:
+        """The same documents in as many parts as the kind of file allows: Parquet has row groups, others have none."""
+        rows = self.rows.reshard()
+        return self if rows.num_shards == self.num_parts else self._replace(rows=rows, files=())
+
+
+def from_files(patterns: list[str], text_column: str, flag: str) -> list[Stream]:
+    """The documents that `read_files` gives, in the same order, without loading them: a stream for each kind."""
+    streams = []
+    for reader, files in documents.by_reader(patterns, flag):
+        text = reader == "text"
+        options = {"sample_by": "document"} if text else {}
+        rows = documents.guarded(
+            partial(datasets.load_dataset, reader, data_files=files, split="train", streaming=True, **options),
+            f"{flag} {' '.join(patterns)} cannot be read as {reader}",
+            "Check that the files are whole and of the kind their names say.",
+        )
+        where = f"{flag} {files[0]}"
+        column = "text" if text else text_column
+        streams.append(Stream(documents.only(rows, column, where), column, where, files))
+    return streams
+
+
+def from_hub(name: str, config: str | None, text_column: str) -> dict[str, Stream]:
+    """The parts `train` and, if there is one, `validation` of a data set of the hub or a folder."""
+    loaded = documents.from_hub(name, config, streaming=True)
+    parts = [part for part in ("train", "validation") if part in loaded]
+    return {part: Stream(documents.only(loaded[part], text_column, name), text_column, name) for part in parts}
+
+
+def first_documents(stream: Stream, count: int) -> tuple[list[str], dict[int, int]]:
+    """The texts of the first documents of a stream, and how many these are of each part."""
+    texts: list[str] = []
+    taken: dict[int, int] = {}
+    for part in range(stream.num_parts):
+        for text in stream.texts(part):
+            if len(texts) == count:
+                return texts, taken
+            texts.append(text)
+            taken[part] = taken.get(part, 0) + 1
+    return texts, taken

@@ -1,0 +1,187 @@
+"""A corpus that was tokenized once, read through memory maps: files of token ids, an index, and the tokenizer.
+
+FOLDER/index.json names the files; FOLDER/train-00000.bin and so on hold nothing but token ids, little-endian, each
+document closed by EOS. `launchers/tokenize_corpus.py` writes them, pretraining/shard_writer.py says how.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import mmap
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from pretraining import packing
+from pretraining import tokenizer as tokenizers
+from pretraining.errors import LaunchError
+
+FORMAT = 1
+INDEX, PROGRESS, TOKENIZER = "index.json", "progress.json", "tokenizer"
+_MOST_OPEN = 256
+"""Maps that are kept open: each holds a file descriptor, of which a process has some thousand."""
+
+
+class Shard(NamedTuple):
+    """One file of token ids."""
+
+    file: str
+    tokens: int
+    documents: int
+    sha256: str
+
+
+class Index(NamedTuple):
+    """What index.json says."""
+
+    folder: Path
+    dtype: np.dtype[Any]
+    vocab_size: int
+    """Ids lie below this."""
+    tokenizer: str
+    """Fingerprint of the tokenizer that made the ids."""
+    train: list[Shard]
+    validation: list[Shard]
+
+
+class PackedShards(Dataset[dict[str, torch.Tensor]]):
+    """Sequence i is tokens i*context to (i+1)*context of all files end to end.
+
+    Memory does not grow with the corpus: files are mapped while they are read, and the pages are the kernel's to drop.
+    """
+
+    def __init__(self, index: Index, files: list[Shard], context_length: int) -> None:
+        self._folder = index.folder
+        self._dtype = index.dtype
+        self._names = [shard.file for shard in files]
+        self._starts = np.cumsum([0, *(shard.tokens for shard in files)], dtype=np.int64)
+        self._maps: OrderedDict[int, np.ndarray] = OrderedDict()
+        self._contents = hashlib.sha256("".join(shard.sha256 for shard in files).encode()).hexdigest()
+        self.context_length = context_length
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all documents, the incomplete tail included."""
+        return int(self._starts[-1])
+
+    def __len__(self) -> int:
+        return self.num_tokens // self.context_length
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        begin = index * self.context_length
+        end = begin + self.context_length
+        number = int(np.searchsorted(self._starts, begin, side="right")) - 1
+        parts = []
+        while begin < end:
+            offset = begin - int(self._starts[number])
+            parts.append(self._tokens(number)[offset : offset + end - begin])
+            begin += len(parts[-1])
+            number += 1
+        return packing.example(np.concatenate(parts))
+
+    def state(self, seed: int) -> dict[str, Any]:
+        """What the order of the sequences depends on, beside the step: a checkpoint keeps it for comparison."""
+        return {"format": FORMAT, "contents": self._contents, "context_length": self.context_length, "seed": seed}
+
+    def _tokens(self, number: int) -> np.ndarray:
+        """The ids of one file."""
+        tokens = self._maps.pop(number, None)
+        if tokens is None:
+            tokens = self._open(number)
+            if len(self._maps) >= _MOST_OPEN:
+                self._maps.popitem(last=False)
+        self._maps[number] = tokens
+        return tokens
+
+    def _open(self, number: int) -> np.ndarray:
+        size = int(self._starts[number + 1] - self._starts[number])
+        if size == 0:
+            return np.empty(0, self._dtype)
+        with (self._folder / self._names[number]).open("rb") as opened:
+            mapped = mmap.mmap(opened.fileno(), size * self._dtype.itemsize, access=mmap.ACCESS_READ)
+        # A sequence is a few KiB at a random place: reading ahead would fetch many times as much from the disk.
+        mapped.madvise(mmap.MADV_RANDOM)
+        return np.frombuffer(mapped, dtype=self._dtype)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A worker process opens its own maps; pickling these would copy their contents.
+        return {**self.__dict__, "_maps": OrderedDict()}
+
+
+def load(folder: str) -> Index:
+    """Read the index and compare it with the files; raises LaunchError for what is missing or cut short."""
+    root = Path(folder)
+    if not (root / INDEX).is_file():
+        if (root / PROGRESS).is_file():
+            raise LaunchError(
+                f"--train_shards {folder}: the corpus is not tokenized to its end. Start launchers/tokenize_corpus.py "
+                "again with the same arguments; it goes on where it was."
+            )
+        raise LaunchError(f"--train_shards {folder}: there is no {INDEX}. Make it with launchers/tokenize_corpus.py.")
+    try:
+        content = json.loads((root / INDEX).read_text())
+        if content["format"] != FORMAT:
+            raise LaunchError(f"{root / INDEX} has format {content['format']}, this program reads {FORMAT}.")
+        parts = {part: [Shard(**shard) for shard in content[part]] for part in ("train", "validation")}
+        dtype = np.dtype(content["dtype"]).newbyteorder("<")
+        index = Index(root, dtype, content["vocab_size"], content["tokenizer"], **parts)
+    except (ValueError, KeyError, TypeError) as error:
+        raise LaunchError(f"{root / INDEX} is damaged ({error}). Tokenize the corpus again.") from error
+    for shard in [*index.train, *index.validation]:
+        _check_size(root / shard.file, shard.tokens * dtype.itemsize)
+    return index
+
+
+def verify(index: Index) -> None:
+    """Read every file and compare its checksum; raises LaunchError for the first that differs."""
+    for shard in [*index.train, *index.validation]:
+        with (index.folder / shard.file).open("rb") as opened:
+            found = hashlib.file_digest(opened, "sha256").hexdigest()
+        if found != shard.sha256:
+            raise LaunchError(
+                f"{index.folder / shard.file} has changed: its SHA-256 is {found}, {INDEX} says {shard.sha256}. "
+                "Copy it again, or tokenize the corpus again."
+            )
+
+
+def load_tokenizer(index: Index, *, asked_for: str | None) -> PreTrainedTokenizerBase:
+    """The tokenizer that made the ids; `asked_for` may name the same one, and nothing else."""
+    tokenizer = tokenizers.load(str(index.folder / TOKENIZER))
+    if packing.fingerprint(tokenizer) != index.tokenizer or len(tokenizer) != index.vocab_size:
+        raise LaunchError(
+            f"{index.folder / TOKENIZER} is not the tokenizer that these shards were made with. Restore it, or "
+            "tokenize the corpus again."
+        )
+    if asked_for is not None and packing.fingerprint(tokenizers.load(asked_for)) != index.tokenizer:
+        raise LaunchError(
+            f"--tokenizer_name {asked_for} is another tokenizer than the one that --train_shards {index.folder} was "
+            "made with. Leave --tokenizer_name out, or tokenize the corpus with it."
+        )
+    return tokenizer
+
+
+def smallest_dtype(vocab_size: int) -> np.dtype[Any]:
+    """The dtype of the ids of a vocabulary on disk."""
+    return np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.int32).newbyteorder("<")
+
+
+def _check_size(path: Path, expected: int) -> None:
+    try:
+        found = path.stat().st_size
+    except OSError as error:
+        raise LaunchError(
+            f"--train_shards: {path} cannot be read ({error.strerror}). Copy it again, or tokenize the corpus again."
+        ) from error
+    if found != expected:
+        raise LaunchError(
+            f"--train_shards: {path} has {found} bytes, {INDEX} says {expected}. Copy it again, or tokenize the corpus "
+            "again."
+        )

@@ -1,0 +1,278 @@
+"""Training on a stream of documents that is shared out among lanes, and goes on exactly where it was stopped.
+
+A lane is a part of the stream with a place in every global batch. The number of lanes belongs to the run and not to
+the ranks: each rank serves an equal share of them, each worker process of a rank an equal share of these, and reads
+nothing else. A lane's position is a handful of numbers, which every sequence carries with it: what workers have read
+ahead and no step has used is not counted. Any number of ranks that divides the lanes goes on with the same batches.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import fsspec.asyn  # type: ignore[import-untyped]
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from pretraining import packing
+from pretraining.document_stream import Stream
+from pretraining.errors import LaunchError
+from pretraining.permutation import Permutation
+
+FORMAT = 1
+MOST_LANES = 64
+"""Unless more are asked for: each keeps a file open and some documents in memory."""
+SHUFFLED_TOGETHER = 8192
+"""Documents that are shuffled among each other, over all lanes."""
+
+
+class Position(NamedTuple):
+    """The next token of a lane. It is enough to go on from: a sequence that ended left nothing behind."""
+
+    epoch: int = 0
+    turn: int = 0
+    """The place in this epoch's order of parts."""
+    before: dict[str, Any] | None = None
+    """Where the group of documents begins, as `datasets` knows it."""
+    row: int = 0
+    """The group's first document within the part."""
+    document: int = 0
+    """The place in the group's order of documents."""
+    token: int = 0
+
+
+class Share(NamedTuple):
+    """One lane's sequences of one step."""
+
+    lane: int
+    sequences: np.ndarray
+    """Token ids [sequences, context]."""
+    after: Position
+
+
+class Plan(NamedTuple):
+    """What decides which sequences come when. Two runs with equal plans read the same."""
+
+    source: str
+    parts: int
+    lanes: int
+    context_length: int
+    seed: int
+    group: int
+    """Documents of a lane that are shuffled among each other."""
+    kept_out: dict[str, int]
+    """Documents at the start of each part (by its number) that are for validation."""
+    tokenizer: str
+
+
+class Lane:
+    """One lane's sequences, without end: a new epoch takes the parts and the documents in another order."""
+
+    def __init__(self, stream: Stream, encode: packing.Encode, plan: Plan, number: int) -> None:
+        self._stream = stream
+        self._encode = encode
+        self._plan = plan
+        self._number = number
+        # Where there are fewer parts than lanes, the lanes of a part take every so many documents of it.
+        sharing = next(n for n in range(min(plan.parts, plan.lanes), 0, -1) if plan.lanes % n == 0)
+        self._parts = range(number % sharing, plan.parts, sharing)
+        self._stride, self._offset = plan.lanes // sharing, number // sharing
+
+    def sequences(self, begin: Position) -> Iterator[tuple[np.ndarray, Position]]:
+        """Sequences [context] from `begin` on, each with the position after it."""
+        pieces: list[np.ndarray] = []
+        missing = self._plan.context_length
+        first = begin.token
+        for position, ids in self._documents(begin):
+            offset, first = first, 0
+            while offset < len(ids):
+                pieces.append(ids[offset : offset + missing])
+                offset += len(pieces[-1])
+                missing -= len(pieces[-1])
+                if missing == 0:
+                    yield np.concatenate(pieces), position._replace(token=offset)
+                    pieces, missing = [], self._plan.context_length
+
+    def _documents(self, begin: Position) -> Iterator[tuple[Position, np.ndarray]]:
+        position = begin
+        while True:
+            order = Permutation(len(self._parts), self._plan.seed, position.epoch, self._number)
+            turns = order(np.arange(len(self._parts)))
+            empty = position == Position(epoch=position.epoch)
+            for turn in range(position.turn, len(turns)):
+                for place, ids in self._part(self._parts[int(turns[turn])], position._replace(turn=turn)):
+                    empty = False
+                    yield place, ids
+                position = Position(epoch=position.epoch)
+            if empty:
+                raise LaunchError(
+                    f"{self._stream.where}: lane {self._number} of {self._plan.lanes} has no document to read. Give "
+                    "fewer --stream_lanes, or more documents."
+                )
+            position = Position(epoch=position.epoch + 1)
+
+    def _part(self, part: int, begin: Position) -> Iterator[tuple[Position, np.ndarray]]:
+        row, first = begin.row, begin.document
+        kept_out = self._plan.kept_out.get(str(part), 0)
+        for before, texts in self._stream.groups(part, self._plan.group * self._stride, begin.before):
+            own = [
+                text
+                for number, text in enumerate(texts, row - kept_out)
+                if number >= 0 and number % self._stride == self._offset
+            ]
+            if own:
+                order = Permutation(len(own), self._plan.seed, begin.epoch, part, row)(np.arange(len(own)))
+                for document in range(first, len(own)):
+                    place = Position(begin.epoch, begin.turn, before, row, document)
+                    yield place, np.array(self._encode([own[order[document]]])[0], dtype=np.int32)
+            row, first = row + len(texts), 0
+
+
+class LaneStream(IterableDataset[Share]):
+    """The lanes of one rank, from `positions` on; each worker process of a DataLoader reads a share of them."""
+
+    def __init__(
+        self, stream: Stream, encode: packing.Encode, plan: Plan, *, global_batch: int, rank: int, world_size: int
+    ) -> None:
+        super().__init__()
+        self._stream = stream
+        self._encode = encode
+        self.global_batch = global_batch
+        self.rank = rank
+        self.world_size = world_size
+        self._take(plan)
+        self.positions = dict.fromkeys(self.lanes, Position())
+
+    def _take(self, plan: Plan) -> None:
+        if plan.lanes % self.world_size or self.global_batch % plan.lanes:
+            fitting = [n for n in range(1, plan.lanes + 1) if plan.lanes % n == 0]
+            raise LaunchError(
+                f"{plan.lanes} lanes of the stream cannot be shared by {self.world_size} processes in a global batch "
+                f"of {self.global_batch}: the processes must divide the lanes (numbers that do: "
+                f"{', '.join(map(str, fitting))}), and the lanes the batch. Start with another number of processes, or "
+                "give a new run other --stream_lanes."
+            )
+        self.plan = plan
+        self.lanes = range(self.rank, plan.lanes, self.world_size)
+
+    def workers(self, asked_for: int) -> int:
+        """The most worker processes, up to `asked_for`, that can share the lanes evenly."""
+        return next((n for n in range(min(asked_for, len(self.lanes)), 0, -1) if len(self.lanes) % n == 0), 0)
+
+    def __iter__(self) -> Iterator[Share]:
+        worker = get_worker_info()
+        if worker is not None:
+            # A forked process must not wait for locks of threads that it does not have.
+            fsspec.asyn.reset_lock()
+            os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        # A DataLoader asks its workers in turn; so do lanes follow each other in a step.
+        own = self.lanes if worker is None else self.lanes[worker.id :: worker.num_workers]
+        reading = {n: Lane(self._stream, self._encode, self.plan, n).sequences(self.positions[n]) for n in own}
+        count = self.global_batch // self.plan.lanes
+        while True:
+            for number, lane in reading.items():
+                taken = [next(lane) for _ in range(count)]
+                yield Share(number, np.stack([ids for ids, _ in taken]), taken[-1][1])
+
+    def state(self, positions: dict[int, Position]) -> dict[str, Any]:
+        """What a checkpoint keeps of this rank."""
+        return {
+            "format": FORMAT,
+            "rank": self.rank,
+            "world_size": self.world_size,
+            "plan": self.plan._asdict(),
+            "positions": {str(lane): position._asdict() for lane, position in positions.items()},
+        }
+
+    def load(self, checkpoint: str) -> None:
+        """Go on from the files of all ranks in a checkpoint; raises LaunchError where the data are not the same."""
+        files = sorted(Path(checkpoint).glob("data_state_rank*.json"))
+        try:
+            states = [json.loads(file.read_text()) for file in files]
+            plans = [Plan(**state["plan"]) for state in states if state["format"] == FORMAT]
+            found = {int(n): Position(**at) for state in states for n, at in state["positions"].items()}
+        except (ValueError, KeyError, TypeError) as error:
+            raise LaunchError(f"{checkpoint}: the position in the stream is damaged ({error}).") from error
+        if not plans or len(plans) != len(states) or set(found) != set(range(plans[0].lanes)):
+            raise LaunchError(
+                f"{checkpoint} does not hold the positions of all lanes of the stream: {len(files)} files "
+                "data_state_rank*.json. Resume from another checkpoint."
+            )
+        for name, old in plans[0]._asdict().items():
+            new = getattr(self.plan, name)
+            if new != old and name not in ("lanes", "group"):
+                raise LaunchError(
+                    f"{checkpoint} was reading another stream: its {name} is {old!r}, here it is {new!r}. Resume with "
+                    "the same data, seed, tokenizer and --context_length, or start afresh."
+                )
+        self._take(plans[0])
+        self.positions = {lane: found[lane] for lane in self.lanes}
+
+
+class LaneLoader:
+    """This rank's micro-batches of a `LaneStream`, without end. It remembers what the steps have used."""
+
+    def __init__(
+        self,
+        stream: LaneStream,
+        *,
+        batch_size: int,
+        workers: int,
+        prefetch_factor: int | None = None,
+        start_method: str | None = None,
+    ) -> None:
+        self.dataset = stream
+        self.batch_size = batch_size
+        self._workers = stream.workers(workers)
+        self._prefetch_factor = prefetch_factor if self._workers else None
+        self._start_method = start_method if self._workers else None
+        self.positions = stream.positions
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        loader = DataLoader(
+            self.dataset,
+            batch_size=None,
+            collate_fn=_as_it_is,
+            num_workers=self._workers,
+            prefetch_factor=self._prefetch_factor,
+            multiprocessing_context=self._start_method,
+            # Its own, or the seeds of the workers would be drawn from the one that dropout uses.
+            generator=torch.Generator().manual_seed(0),
+        )
+        shares = iter(loader)
+        while True:
+            step = [next(shares) for _ in self.dataset.lanes]
+            ids = torch.from_numpy(np.concatenate([share.sequences for share in step]).astype(np.int64))
+            *earlier, last = ids.split(self.batch_size)
+            for part in earlier:
+                yield {"input_ids": part, "labels": part.clone()}
+            # The Trainer takes all micro-batches of a step before it computes: handed out is as good as used.
+            self.positions = {share.lane: share.after for share in step}
+            yield {"input_ids": last, "labels": last.clone()}
+
+    def save(self, folder: str) -> None:
+        """Write this rank's position into a checkpoint's folder."""
+        state = self.dataset.state(self.positions)
+        (Path(folder) / f"data_state_rank{self.dataset.rank}.json").write_text(json.dumps(state))
+
+
+def choose_lanes(asked_for: int | None, *, parts: int, global_batch: int, world_size: int) -> int:
+    """The number of lanes: `asked_for`, or as many as there are parts to read, within what batch and ranks allow."""
+    if asked_for is not None:
+        if asked_for < 1 or global_batch % asked_for or asked_for % world_size:
+            raise LaunchError(
+                f"--stream_lanes {asked_for} must divide the global batch of {global_batch} and be a multiple of the "
+                f"{world_size} processes."
+            )
+        return asked_for
+    limit = max(world_size, min(parts, MOST_LANES))
+    return next(n for n in range(limit, 0, -1) if global_batch % n == 0 and n % world_size == 0)
+
+
+def _as_it_is(share: Any) -> Any:
+    return share
