@@ -144,8 +144,8 @@ def parse(argv: list[str], *, world_size: int) -> tuple[Arguments, DeepSpeedJson
 
     if values.get("auto_find_batch_size"):
         raise LaunchError(
-            "--auto_find_batch_size would change the global batch behind the schedule and the data order. Give a smaller "
-            "--per_device_train_batch_size instead: accumulation makes up for it."
+            "--auto_find_batch_size would change the global batch behind the schedule and the data order. Give a "
+            "smaller --per_device_train_batch_size instead: accumulation makes up for it."
         )
     model = ModelArguments(**_fields_of(ModelArguments, values))
     data = DataArguments(**_fields_of(DataArguments, values))

@@ -14,7 +14,7 @@ from pretraining import disk, environment, status
 from pretraining.control import Control
 from pretraining.errors import Failed, Fenced, LaunchError, RunEnded
 from pretraining.lease import Lease, not_writable
-from pretraining.signals import StopAtOnce, StopRequest
+from pretraining.signals import StopAtOnce
 
 _SEEN_SECONDS = 90.0
 _CONNECTION = (
@@ -56,7 +56,7 @@ def _see(lease: Lease) -> None:
 
 
 @contextmanager
-def ending(lease: Lease, control: Control, request: StopRequest) -> Iterator[None]:
+def ending(lease: Lease, control: Control) -> Iterator[None]:
     """Write the end state to status.json and give the folder back; an error of any kind goes on its way afterwards.
 
     Errors of broken connections leave as Interrupted, those of a full disk as Failed.
@@ -67,6 +67,9 @@ def ending(lease: Lease, control: Control, request: StopRequest) -> Iterator[Non
         _write(lease, control, status.DONE)
     except StopAtOnce as stop:
         _write(lease, control, status.STOPPED, str(stop), retry=True)
+        raise
+    except KeyboardInterrupt:
+        _write(lease, control, status.FAILED, "interrupted from the keyboard", retry=True)
         raise
     except Fenced:
         raise
@@ -117,10 +120,10 @@ def _write(lease: Lease, control: Control, state: str, reason: str = "", *, retr
     """Write the state unless another rank, whose end was the cause of this one, has written its own."""
     if lease.lost():
         return
-    before = status.read(lease.output_dir) or {}
     if control.rank != 0 and state in (status.DONE, status.STOPPED, status.DIVERGED):
         return  # all ranks end alike, and rank 0 says so
-    if before.get("state") == status.FAILED and (retry or not before.get("retry")):
+    before = status.read(lease.output_dir) or {}
+    if before.get("state", status.RUNNING) != status.RUNNING and (retry or not before.get("retry")):
         return
     try:
         status.write(lease.output_dir, state, reason=reason, step=control.step, retry=retry, rank=control.rank)

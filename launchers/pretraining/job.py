@@ -46,13 +46,20 @@ def run(argv: list[str], *, use_cpu: bool, request: StopRequest) -> None:
     environment.join_process_group(args.training.get("ddp_timeout", 1800))
     control = Control(args.training.get("ddp_timeout", 1800))
     lease = take_folder(output_dir, control)
-    with ending(lease, control, request):
-        _run(args, config, lease, control, request, wish)
+    with ending(lease, control):
+        _run(args, config, wish, _Run(lease, control, request))
 
 
-def _run(
-    args: Arguments, config: DeepSpeedJson, lease: Lease, control: Control, request: StopRequest, wish: str | None
-) -> None:
+class _Run(NamedTuple):
+    """What a run needs beside its arguments to survive and to end clearly."""
+
+    lease: Lease
+    control: Control
+    request: StopRequest
+
+
+def _run(args: Arguments, config: DeepSpeedJson, wish: str | None, run: _Run) -> None:
+    lease, control = run.lease, run.control
     resume = control.from_first(lambda: checkpoints.choose(wish, lease.output_dir, contents=True))
     universal = False
     if resume is not None:
@@ -77,15 +84,7 @@ def _run(
     trainer = _trainer(args, training)
     if resume is None:
         control.from_first(lambda: _start_over(lease, overwrite=args.data.overwrite_output_dir))
-    _train(trainer, args, config, resume, _Run(lease, control, request))
-
-
-class _Run(NamedTuple):
-    """What survives of a run, and with whom."""
-
-    lease: Lease
-    control: Control
-    request: StopRequest
+    _train(trainer, args, config, resume, run)
 
 
 def _start_over(lease: Lease, *, overwrite: bool) -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import importlib
 import os
 import random
 import signal
@@ -233,7 +234,10 @@ def preload() -> None:
         DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1", OMP_WAIT_POLICY="PASSIVE", TOKENIZERS_PARALLELISM="false"
     )
     os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(ROOT / ".cache" / "torch_extensions"))
-    from pretraining import job  # noqa: F401
+    # What a run imports on its way, some of it late.
+    for name in ("pretraining.job", "ds_quant.engine", "deepspeed.runtime.zero.muon.original_muon"):
+        importlib.import_module(name)
+    importlib.import_module("matplotlib.backends.backend_agg")
 
 
 def main() -> int:
