@@ -15,7 +15,7 @@ help:
 	@echo "make moments    losses of the recipes of the moments, some 30 runs of two minutes"
 	@echo "make communication   losses with gradients in few bits on the wire, 4 ranks, some 15 runs"
 	@echo "make int8       losses with int8 linear layers, 15 runs of two minutes"
-	@echo "make test-kills  kill a run of two ranks at 200 points drawn from a seed, some 40 minutes"
+	@echo "make test-kills  kill a run of two ranks at 200 points drawn from a seed, 15 minutes"
 	@echo "make clean      remove the environment and the build caches (not runs/)"
 
 venv: $(VENV)/.installed

@@ -78,6 +78,11 @@ def start(corpus: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
 
     yield begin
     for process in processes:
+        # torchrun's workers have sessions of their own, and may be stopped.
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for child in psutil.Process(process.pid).children(recursive=True):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    child.kill()
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
