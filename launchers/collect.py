@@ -2,7 +2,8 @@
 
     python launchers/collect.py ROOT [ROOT ...] [--baseline baseline] [--expect w8a8=0-4 baseline=1,2,3] [--output DIR]
 
-A run is a folder at or below ROOT with a summary.json, a metrics.csv or a checkpoint-N/ in it. Its config and seed:
+A run is a folder at or below ROOT with a summary.json, metrics.csv, status.json or checkpoint-N/ in it. Its config and
+seed:
 
     .../CONFIG/seed-N/  config CONFIG, seed N
     .../CONFIG-sN/      config CONFIG, seed N
@@ -10,15 +11,18 @@ A run is a folder at or below ROOT with a summary.json, a metrics.csv or a check
                         seed: the one of its summary.json, unknown without
 
 A run is
-    done      summary.json has a finite final validation loss
-    diverged  a loss in metrics.csv or summary.json is NaN or Inf
-    running   no summary.json yet, and metrics.csv changed in the last --stale-after seconds
+    done      summary.json has a finite final validation loss, and status.json says nothing else
+    running   status.json says so or is not there, and it or metrics.csv changed in the last --stale-after seconds
+    stopped   a signal ended it after a checkpoint: to be started again
+    diverged  status.json says so, or a loss in metrics.csv or summary.json is NaN or Inf
     failed    it has begun, and is none of these
     missing   --expect names it, and it is not there
 
+The table of runs gives the reason of what is stopped, diverged or failed.
+
 Means are taken over the runs that are done; seeds that are not known enter means, and no pairs. It writes
 collected.csv (a row a run), collected.md (configs, runs, problems) and curves.png, and prints the table of configs.
-Exit code: 0 if every run is done; 1 if one is diverged, failed or missing, or is still running; 2 for wrong arguments.
+Exit code: 0 if every run is done; 1 if one is not; 2 for wrong arguments.
 """
 
 from __future__ import annotations

@@ -19,7 +19,11 @@ def main(argv: list[str] | None = None) -> int:
     from. status.json in the output folder tells more.
     """
     environment.let_threads_sleep()
-    environment.ensure_process_group_variables()
+    try:
+        environment.ensure_process_group_variables()
+    except LaunchError as error:
+        environment.complain(str(error))
+        return LaunchError.exit_status
     use_cpu = environment.without_accelerator()
     request = StopRequest()
     request.install()
@@ -46,6 +50,7 @@ def main(argv: list[str] | None = None) -> int:
         environment.complain(str(stop))
         return Stopped.exit_status
     finally:
+        request.end()
         environment.leave_process_group()
     return 0
 

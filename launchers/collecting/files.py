@@ -1,4 +1,4 @@
-"""What can be read of the summary.json and metrics.csv of a run that may have been killed at any moment.
+"""What can be read of the status.json, summary.json and metrics.csv of a run that may have been killed at any moment.
 
 Nothing here raises because of a file's content. Of a broken file the words that say what is wrong with it come back.
 """
@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pretraining import status
 from pretraining.plots import Rows
 
 _NEEDED = ("step", "train_loss", "eval_loss")
@@ -56,18 +57,21 @@ def number(value: object) -> float | None:
     return None if math.isfinite(found) and abs(found) > _LARGEST else found
 
 
+def read_status(path: Path) -> tuple[dict[str, Any] | None, list[str]]:
+    """A status.json and what is wrong with it. None: there is none, or it tells no state."""
+    found, problems = _json(path)
+    if problems or found is None:
+        return None, problems
+    if not isinstance(found, dict) or found.get("state") not in status.STATES:
+        return None, [f"{path}: it is no status of pretrain.py, since it has no state {', '.join(status.STATES)}"]
+    return found, []
+
+
 def read_summary(path: Path) -> tuple[dict[str, Any] | None, list[str]]:
     """A summary.json and what is wrong with it. None: there is none, or it does not say how the run ended."""
-    content, problems = _content(path)
-    if content is None:
+    found, problems = _json(path)
+    if problems or found is None:
         return None, problems
-    if not content.strip():
-        return None, [f"{path}: it is empty"]
-    try:
-        # Nesting that is too deep is what a file of brackets amounts to.
-        found = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        return None, [f"{path}: it is no JSON, or was cut short ({_one_line(error)})"]
     if not isinstance(found, dict) or "final_eval_loss" not in found:
         return None, [f"{path}: it is no summary of pretrain.py, since it has no final_eval_loss"]
     if number(found["final_eval_loss"]) is None:
@@ -120,6 +124,21 @@ def _row(header: list[str], line: str) -> dict[str, float | None] | None:
     if any(value is not None and number(value) is None for value in row.values()):
         return None
     return row
+
+
+def _json(path: Path) -> tuple[Any, list[str]]:
+    """What a JSON file holds; None and no words: there is no such file."""
+    content, problems = _content(path)
+    if content is None:
+        return None, problems
+    if not content.strip():
+        return None, [f"{path}: it is empty"]
+    try:
+        # Nesting that is too deep is what a file of brackets amounts to.
+        found = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        return None, [f"{path}: it is no JSON, or was cut short ({_one_line(error)})"]
+    return (found, []) if found is not None else (None, [f"{path}: it is no JSON object"])
 
 
 def _content(path: Path) -> tuple[bytes | None, list[str]]:

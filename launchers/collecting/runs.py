@@ -10,10 +10,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pretraining import status
+
 from collecting import files, names
 from collecting.files import number
 
-DONE, RUNNING, DIVERGED, FAILED, MISSING = STATES = ("done", "running", "diverged", "failed", "missing")
+DONE, RUNNING, STOPPED, DIVERGED, FAILED, MISSING = STATES = (
+    *("done", "running", "stopped", "diverged", "failed", "missing"),
+)
+_TRACES = ("summary.json", "metrics.csv", status.NAME)
 _CHECKPOINT = re.compile(r"checkpoint-([0-9]+)")
 
 
@@ -25,6 +30,8 @@ class Run:
     seed: int | None
     state: str
     """One of STATES."""
+    reason: str = ""
+    """Why it is stopped, diverged or failed, as far as is known."""
     folder: str = ""
     steps: int | None = None
     """Optimizer steps taken, as far as is known."""
@@ -52,7 +59,7 @@ def collect(
         roots: folders to look into.
         expect: seeds that each config should have.
         now: the time, in seconds since the epoch.
-        stale_after: seconds after which a metrics.csv without a new line is that of a dead run.
+        stale_after: seconds after which a metrics.csv and status.json without a change are those of a dead run.
     """
     runs: list[Run] = []
     problems: list[str] = []
@@ -83,7 +90,8 @@ def read(folder: Path, root: Path, *, now: float, stale_after: float) -> tuple[R
     """The run in `folder`, found below `root`, and the problems met. Times in seconds, as for `collect`."""
     summary, broken = files.read_summary(folder / "summary.json")
     metrics = files.read_metrics(folder / "metrics.csv")
-    problems = broken + metrics.problems
+    told_state, unclear = files.read_status(folder / status.NAME)
+    problems = broken + metrics.problems + unclear
     config, seed = names.of_folder(folder, root)
     evaluations = metrics.evaluations()
     told = summary or {}
@@ -96,17 +104,23 @@ def read(folder: Path, root: Path, *, now: float, stale_after: float) -> tuple[R
     final = number(told.get("final_eval_loss"))
     if final is None and evaluations:
         final = evaluations[max(evaluations)]
+    changed = {name: _changed(folder / name) for name in _TRACES}
+    if told_state is not None and changed["summary.json"] > changed[status.NAME]:
+        # Killed after its summary and before its last status; what the summary says came later.
+        told_state = None
     # A broken summary.json is the end of a run as well: it is written when all is over.
-    fresh = not broken and _age(folder / "metrics.csv", now) <= stale_after
+    alive = not broken and now - max(changed["metrics.csv"], changed[status.NAME]) <= stale_after
+    state, reason = _state(summary, metrics, told_state, alive=alive)
     communication = told.get("communication")
     if not isinstance(communication, dict):
         communication = {}
     run = Run(
         config=config,
         seed=own_seed if seed is None else seed,
-        state=_state(summary, metrics, fresh=fresh),
+        state=state,
+        reason=names.shown(reason),
         folder=names.shown(folder),
-        steps=next((known for known in (steps, last_step, _last_checkpoint(folder)) if known is not None), None),
+        steps=steps if steps is not None else _most(last_step, _whole((told_state or {}).get("step")), folder),
         final_eval_loss=final,
         best_eval_loss=min(filter(math.isfinite, evaluations.values()), default=None),
         tokens_per_second=_finite(told.get("tokens_per_second")),
@@ -119,21 +133,39 @@ def read(folder: Path, root: Path, *, now: float, stale_after: float) -> tuple[R
     return run, problems
 
 
-def _state(summary: dict[str, Any] | None, metrics: files.Metrics, *, fresh: bool) -> str:
+def _state(
+    summary: dict[str, Any] | None, metrics: files.Metrics, told: dict[str, Any] | None, *, alive: bool
+) -> tuple[str, str]:
+    """State and reason. `told` is what status.json says, `alive` whether a file changed not long ago."""
     final = None if summary is None else number(summary["final_eval_loss"])
-    if not metrics.all_finite() or (final is not None and not math.isfinite(final)):
-        return DIVERGED
-    if final is not None:
-        return DONE
-    return RUNNING if fresh and metrics.rows is not None else FAILED
+    state = None if told is None else told["state"]
+    reason = str((told or {}).get("reason") or "")
+    if state == status.DIVERGED:
+        return DIVERGED, reason
+    if final is not None and not math.isfinite(final):
+        return DIVERGED, f"its last validation loss is {final}"
+    if not metrics.all_finite():
+        return DIVERGED, reason or "a loss in metrics.csv is NaN or Inf"
+    if state in (status.STOPPED, status.FAILED):
+        return (STOPPED if state == status.STOPPED else FAILED), reason
+    if final is not None and state in (None, status.DONE):
+        return DONE, ""
+    if state == status.RUNNING or (state is None and metrics.rows is not None):
+        return (RUNNING, "") if alive else (FAILED, "killed: its files stopped changing without a word")
+    return FAILED, "it says done, and left no summary" if state == status.DONE else "it ended without a word"
 
 
-def _age(path: Path, now: float) -> float:
-    """Seconds since the file was changed; infinite where there is none."""
+def _changed(path: Path) -> float:
+    """When the file was changed, in seconds since the epoch; before all times where there is none."""
     try:
-        return now - path.stat().st_mtime
+        return path.stat().st_mtime
     except OSError:
-        return math.inf
+        return -math.inf
+
+
+def _most(last_step: int | None, told: int | None, folder: Path) -> int | None:
+    known = [step for step in (last_step, told) if step is not None]
+    return max(known) if known else _last_checkpoint(folder)
 
 
 def _find(root: Path, seen: set[str], problems: list[str]) -> Iterator[Path]:
@@ -152,13 +184,15 @@ def _find(root: Path, seen: set[str], problems: list[str]) -> Iterator[Path]:
         if found:
             yield folder
         elif names.names_a_seed(folder):
-            problems.append(f"{folder}: it is named as a run, but has no summary.json, metrics.csv or checkpoint")
+            problems.append(
+                f"{folder}: it is named as a run, but has no summary.json, metrics.csv, status.json or checkpoint"
+            )
         inside = [name for name in folders if not name.startswith(".") and not _CHECKPOINT.fullmatch(name)]
         folders[:] = sorted(name for name in inside if not (found and name == "model"))
 
 
 def _is_trace(name: str, is_folder: bool) -> bool:
-    return _CHECKPOINT.fullmatch(name) is not None if is_folder else name in ("summary.json", "metrics.csv")
+    return _CHECKPOINT.fullmatch(name) is not None if is_folder else name in _TRACES
 
 
 def _last_checkpoint(folder: Path) -> int | None:

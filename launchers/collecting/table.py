@@ -13,6 +13,7 @@ RUN_COLUMNS = (
     "config",
     "seed",
     "state",
+    "reason",
     "steps",
     "final_eval_loss",
     "best_eval_loss",
@@ -85,7 +86,7 @@ def to_markdown(runs: Sequence[Run], configs: Sequence[Config], problems: Sequen
     parts = ["# Collected runs", "", _UNITS.format(baseline=_escaped(baseline)), ""]
     parts += [*_markdown_table(CONFIG_COLUMNS, config_rows(configs)), "", "## Runs", "", _RUN_UNITS, ""]
     columns = ("config", "seed", "state", "steps", "final loss", "best loss", "tokens/s", "wire bytes/step")
-    parts += _markdown_table((*columns, "seconds", "peak bytes", "folder"), [_run_row(run) for run in runs])
+    parts += _markdown_table((*columns, "seconds", "peak bytes", "folder", "reason"), [_run_row(run) for run in runs])
     parts += ["", "## Problems", ""]
     parts += [f"- {_escaped(problem)}" for problem in problems] or ["None."]
     return "\n".join(parts) + "\n"
@@ -104,6 +105,7 @@ def _run_row(run: Run) -> list[str]:
         "" if run.seconds is None else f"{run.seconds:.1f}",
         _count(run.peak_memory_bytes),
         run.folder,
+        run.reason,
     ]
 
 

@@ -160,6 +160,8 @@ _LAUNCHER_DEFAULTS: dict[str, Any] = {
     "logging_nan_inf_filter": False,
     # Every step has the same number of tokens.
     "dataloader_drop_last": True,
+    # One line a loss, and not one a node.
+    "log_on_each_node": False,
     # The summary tells where the run began.
     "eval_on_start": True,
     "output_dir": "runs/pretrain",

@@ -13,6 +13,8 @@ import warnings
 from datetime import timedelta
 from pathlib import Path
 
+from pretraining.errors import LaunchError
+
 _RANK_VARIABLES = ("RANK", "WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 
 
@@ -43,7 +45,7 @@ def _of_slurm_step() -> dict[str, str]:
         "LOCAL_RANK": slurm["SLURM_LOCALID"],
         # "2(x3),1": tasks of each node; nodes of unlike numbers have ranks of unlike places.
         "LOCAL_WORLD_SIZE": re.split(r"[(,]", slurm.get("SLURM_STEP_TASKS_PER_NODE", "1"))[0],
-        "MASTER_ADDR": slurm.get("MASTER_ADDR") or _first_host(slurm.get("SLURM_STEP_NODELIST", "localhost")),
+        "MASTER_ADDR": slurm.get("MASTER_ADDR") or _first_host(slurm["SLURM_STEP_NODELIST"]),
         # Steps of one job may run at the same time: both numbers, in a range that systems leave to programs.
         "MASTER_PORT": slurm.get("MASTER_PORT")
         or str(20000 + (int(slurm.get("SLURM_JOB_ID", 0)) * 16 + int(slurm.get("SLURM_STEP_ID", 0)) % 16) % 10000),
@@ -51,18 +53,26 @@ def _of_slurm_step() -> dict[str, str]:
 
 
 def _first_host(nodes: str) -> str:
-    """The first name of a list in Slurm's notation, such as node[3-5,8]; 127.0.0.1 where it is this very machine."""
-    try:
-        done = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
-        name = done.stdout.split()[0]
-    except (OSError, subprocess.CalledProcessError, IndexError):
-        name = re.sub(r"\[([0-9]+).*", r"\1", nodes.split(",")[0] if "[" not in nodes else nodes)
+    """The first node of a list in Slurm's notation, such as node[3-5,8]: its name, or its address as Slurm knows it."""
+    name = _scontrol("show", "hostnames", nodes).split()[0]
     try:
         socket.gethostbyname(name)
     except OSError:
-        # Slurm may call nodes by names that nothing else knows; with one host that is no loss.
-        return os.environ.get("SLURM_LAUNCH_NODE_IPADDR") or "127.0.0.1"
+        # Slurm may call nodes by names that nothing else knows.
+        address = re.search(r"NodeAddr=(\S+)", _scontrol("--oneliner", "show", "node", name))
+        return address[1] if address else name
     return name
+
+
+def _scontrol(*arguments: str) -> str:
+    command = ["scontrol", *arguments]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+    except (OSError, subprocess.SubprocessError) as error:
+        raise LaunchError(
+            f"The first node of this Slurm step is not known, since `{' '.join(command)}` failed ({error}). Set MASTER_ADDR "
+            "to the name or address of the node where rank 0 runs."
+        ) from error
 
 
 def let_threads_sleep() -> None:

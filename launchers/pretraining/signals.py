@@ -25,6 +25,11 @@ class StopRequest:
         for number in SIGNALS:
             signal.signal(number, self._receive)
 
+    def end(self) -> None:
+        """Ignore the signals: the process is about to exit, and its status is settled."""
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+
     def _receive(self, number: int, frame: FrameType | None) -> None:
         # Only noted while training: a handler runs between any two lines, where no collective can be begun.
         if self.signal is None:

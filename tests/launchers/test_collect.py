@@ -16,7 +16,7 @@ import pytest
 from collecting import configs, files, names, runs
 from collecting.errors import CollectError
 from PIL import Image
-from pretraining import metrics
+from pretraining import metrics, status
 
 HOUR = 3600.0
 OUTPUTS = {"collected.csv", "collected.md", "curves.png"}
@@ -117,6 +117,98 @@ def test_a_run_without_a_new_line_is_dead(tmp_path: Path, age: float, stale_afte
     write_metrics(tmp_path / "w8a8" / "seed-1", [7.5, 5.5], age=age)
     assert collect.main([str(tmp_path), "--stale-after", stale_after]) == 1
     assert rows_of(tmp_path)["w8a8/seed-1"]["state"] == state
+
+
+def a_told_run(root: Path, state: str, *, reason: str = "", age: float = HOUR, told_age: float = HOUR) -> Path:
+    """A run with metrics.csv and status.json, changed so many seconds ago."""
+    folder = root / "w8a8" / "seed-1"
+    write_metrics(folder, [7.5, 5.5], age=age)
+    status.write(folder, state, reason=reason, step=57)
+    os.utime(folder / "status.json", (time.time() - told_age,) * 2)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("state", "age", "told_age", "expected"),
+    [
+        ("running", 5.0, HOUR, "running"),
+        ("running", HOUR, 5.0, "running"),
+        ("running", HOUR, HOUR, "failed"),
+        ("stopped", 5.0, 5.0, "stopped"),
+        ("stopped", HOUR, HOUR, "stopped"),
+        ("diverged", 5.0, 5.0, "diverged"),
+        ("failed", 5.0, 5.0, "failed"),
+        # It wrote its last status without a summary.
+        ("done", 5.0, 5.0, "failed"),
+    ],
+)
+def test_status_tells_how_a_run_stands(tmp_path: Path, state: str, age: float, told_age: float, expected: str) -> None:
+    a_told_run(tmp_path, state, age=age, told_age=told_age)
+    assert collect.main([str(tmp_path)]) == 1
+    row = rows_of(tmp_path)["w8a8/seed-1"]
+    assert (row["state"], row["steps"]) == (expected, "57")
+    assert bool(row["reason"]) == (expected == "failed" and state != "failed")
+    assert f"| w8a8 | 1 {expected} |" in (tmp_path / "collected.md").read_text()
+
+
+@pytest.mark.parametrize("state", ["stopped", "diverged", "failed"])
+def test_the_reason_is_in_the_table(tmp_path: Path, state: str) -> None:
+    a_told_run(tmp_path, state, reason="rank 1, step 57:\nthe disk | is full")
+    assert collect.main([str(tmp_path)]) == 1
+    assert rows_of(tmp_path)["w8a8/seed-1"]["reason"] == "rank 1, step 57: the disk | is full"
+    assert r"| rank 1, step 57: the disk \| is full |" in (tmp_path / "collected.md").read_text()
+
+
+def test_a_done_run_has_no_reason_and_what_came_after_it_counts(tmp_path: Path) -> None:
+    folder = a_told_run(tmp_path, "done", reason="no reason")
+    write_summary(folder)
+    run, _ = only_run(tmp_path)
+    assert (run.state, run.reason, run.steps) == ("done", "", 40)
+    # Killed between its summary and its last status.
+    a_told_run(tmp_path, "running", told_age=60.0)
+    os.utime(folder / "summary.json", (time.time() - 30.0,) * 2)
+    assert only_run(tmp_path)[0].state == "done"
+    # Its folder was used again, and failed since.
+    a_told_run(tmp_path, "failed", reason="the disk is full", told_age=10.0)
+    run, _ = only_run(tmp_path)
+    assert (run.state, run.reason) == ("failed", "the disk is full")
+
+
+def test_a_run_of_a_status_alone_is_found(tmp_path: Path) -> None:
+    status.write(tmp_path / "w8a8" / "seed-1", "failed", reason="--vocab_size 3 is too small")
+    run, problems = only_run(tmp_path)
+    assert (run.state, run.reason, problems) == ("failed", "--vocab_size 3 is too small", [])
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "it is empty"),
+        (b'{"state": "run', "cut short"),
+        (b"null", "it is no JSON object"),
+        (b"[1]", "no status of pretrain.py"),
+        (b'{"state": "sleeping"}', "no status of pretrain.py"),
+        (b'{"state": ["done"]}', "no status of pretrain.py"),
+    ],
+)
+def test_a_broken_status_is_a_problem_and_no_crash(tmp_path: Path, content: bytes, said: str) -> None:
+    folder = tmp_path / "w8a8" / "seed-1"
+    write_metrics(folder, [7.5, 5.25], age=5.0)
+    (folder / "status.json").write_bytes(content)
+    run, (problem,) = only_run(tmp_path)
+    assert (run.state, run.steps) == ("running", 40)
+    assert problem.startswith(f"{folder}/status.json: ")
+    assert said in problem
+    write_summary(folder)
+    assert only_run(tmp_path)[0].state == "done"
+
+
+def test_foreign_values_of_a_status_are_no_crash(tmp_path: Path) -> None:
+    folder = tmp_path / "w8a8" / "seed-1"
+    folder.mkdir(parents=True)
+    (folder / "status.json").write_text('{"state": "stopped", "reason": {"a": [1]}, "step": "many", "retry": 7}')
+    run, problems = only_run(tmp_path)
+    assert (run.state, run.reason, run.steps, problems) == ("stopped", "{'a': [1]}", None, [])
 
 
 @pytest.mark.parametrize("final", [math.nan, math.inf, -math.inf])
@@ -275,7 +367,8 @@ def test_an_empty_folder_is_no_run(tmp_path: Path) -> None:
     assert collect.main([str(tmp_path)]) == 0
     (problem,) = problems_of(tmp_path)
     assert problem == (
-        f"{tmp_path}/baseline/seed-2: it is named as a run, but has no summary.json, metrics.csv or checkpoint"
+        f"{tmp_path}/baseline/seed-2: it is named as a run, but has no summary.json, metrics.csv, "
+        "status.json or checkpoint"
     )
     assert collect.main([str(tmp_path), "--expect", "baseline=1,2"]) == 1
     assert rows_of(tmp_path)["baseline/seed-2"]["state"] == "missing"

@@ -1,0 +1,1 @@
+"""Parts of launchers/sweep.py."""

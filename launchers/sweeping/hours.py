@@ -1,0 +1,48 @@
+"""Whether the flags of runs are ones that pretrain.py takes, and how many tokens they amount to."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+from sweeping.errors import SweepError
+
+_OWN = ("--deepspeed", "--deepspeed_config", "--seed", "--output_dir", "--resume_from_checkpoint")
+
+
+def refuse_own(more: Sequence[str]) -> None:
+    """Refuse flags that the sweep itself sets for each run. Raises SweepError."""
+    for word in more:
+        if word.split("=", 1)[0] in _OWN:
+            raise SweepError(
+                f"PRETRAIN_ARGS: got {word}, which the sweep sets for each run; allowed: other flags of pretrain.py; "
+                "use CONFIGS, SEEDS and SWEEP_DIR instead"
+            )
+
+
+def tokens(arguments: Sequence[str], world_size: int) -> int | None:
+    """Tokens that a run with these arguments of pretrain.py trains on: steps x global batch x context length.
+
+    None where the number of steps follows from the data. The first call takes seconds, to import pretrain.py's parser.
+
+    Raises:
+        SweepError: pretrain.py would refuse the arguments.
+    """
+    # Nothing but parsing: no device is needed for it.
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    from pretraining import arguments as pretrain_arguments
+    from pretraining.errors import LaunchError
+
+    import ds_quant
+
+    try:
+        parsed, config = pretrain_arguments.parse(list(arguments), world_size=world_size)
+        ds_quant.QuantConfig.load(config.content)
+    except (LaunchError, ds_quant.ConfigError) as error:
+        raise SweepError(f"pretrain.py refuses a run with {' '.join(arguments)}: {error}") from error
+    training = parsed.training
+    steps = int(training.get("max_steps", -1))
+    if steps <= 0:
+        return None
+    sequences = training["per_device_train_batch_size"] * training.get("gradient_accumulation_steps", 1) * world_size
+    return steps * int(sequences) * parsed.data.context_length

@@ -1,0 +1,89 @@
+"""Which configs and seeds were asked for."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from sweeping.errors import SweepError
+
+_SEEDS = re.compile(r"([0-9]+)(?:-([0-9]+))?")
+_MOST_SEEDS = 10_000
+# A folder of this name must be one that collect.py takes for a config, and one word for --expect.
+_NAME = re.compile(r"[A-Za-z0-9_.+-]+")
+
+
+@dataclass(frozen=True)
+class Config:
+    """A DeepSpeed JSON, and the name that its runs are collected under."""
+
+    name: str
+    path: str
+
+
+def configs(text: str, folder: Path) -> list[Config]:
+    """The configs named in `text`: words such as `w8a8`, `paper_*` or `my/own.json`; all of `folder` where it is empty.
+
+    Raises:
+        SweepError: a word means no config, or two configs have one name.
+    """
+    shipped = {path.stem: path for path in sorted(folder.glob("*.json"))}
+    if not shipped:
+        raise SweepError(f"ds_configs: got {folder}, with no .json in it; allowed: the repository's own; restore it")
+    found: dict[str, Path] = {}
+    for word in text.replace(",", " ").split() or shipped:
+        for path in _matching(word, shipped):
+            if found.setdefault(path.stem, path) != path:
+                raise SweepError(
+                    f"CONFIGS: got {found[path.stem]} and {path}, whose runs would share a folder; allowed: each name "
+                    "once; rename one"
+                )
+            if not _NAME.fullmatch(path.stem):
+                raise SweepError(
+                    f"CONFIGS: got {path}; allowed: names of letters, digits and . _ + -, since it names a folder; "
+                    "rename it"
+                )
+    return [Config(name, str(path)) for name, path in found.items()]
+
+
+def _matching(word: str, shipped: dict[str, Path]) -> list[Path]:
+    if "/" in word:
+        path = Path(word)
+        if path.suffix != ".json" or not path.is_file():
+            raise SweepError(f"CONFIGS: got {word!r}; allowed: the path of a .json file that is there; correct it")
+        return [path]
+    name = word.removesuffix(".json")
+    matches = [path for stem, path in shipped.items() if fnmatch.fnmatchcase(stem, name)]
+    if not matches:
+        close = difflib.get_close_matches(name, shipped, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"there are: {', '.join(shipped)}"
+        raise SweepError(
+            f"CONFIGS: got {word!r}; allowed: names and patterns of files in ds_configs, and paths with a / of others; "
+            f"{hint}"
+        )
+    return matches
+
+
+def seeds(text: str) -> list[int]:
+    """The seeds in `text`, in its order: numbers and ranges such as 0-4, between blanks or commas.
+
+    Raises:
+        SweepError: a part is neither, or there is none.
+    """
+    found: dict[int, None] = {}
+    for part in text.replace(",", " ").split():
+        match = _SEEDS.fullmatch(part)
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (0, -1)
+        # torch and numpy take seeds of 32 bits.
+        if not first <= last < min(first + _MOST_SEEDS, 2**32):
+            raise SweepError(
+                f"SEEDS: got {part!r}; allowed: numbers and ranges such as '0 1 2', '1,2,3' or '0-4' "
+                f"(at most {_MOST_SEEDS} in a range); correct it"
+            )
+        found.update(dict.fromkeys(range(first, last + 1)))
+    if not found:
+        raise SweepError(f"SEEDS: got {text!r}; allowed: at least one, such as '0 1 2' or '0-4'; give one")
+    return list(found)

@@ -1,0 +1,141 @@
+"""Small pre-training jobs on the test cluster, watched and compared."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from conftest import ROOT
+from pretraining import metrics
+from slurm_cluster import Cluster, wait_for
+
+STEPS, EVERY = 120, 10
+# A model so small that a step takes some 50 ms, with rounding that depends on the step, and data read twice.
+FLAGS = (
+    *("--config_overrides", "num_hidden_layers=2,hidden_size=32,intermediate_size=64"),
+    *("--vocab_size", "512", "--context_length", "32", "--global_batch_size", "4", "--max_eval_sequences", "8"),
+    *("--warmup_steps", "1", "--validation_fraction", "0.2", "--logging_steps", "1", "--disable_tqdm", "true"),
+    *("--save_total_limit", "3", "--overwrite_output_dir", "false"),
+)
+
+
+def write_corpus(path: Path) -> Path:
+    """The package's own source as documents, .jsonl."""
+    sources = sorted((ROOT / "ds_quant").rglob("*.py"))
+    texts = [source.read_text().encode("ascii", "ignore").decode()[:4000] for source in sources]
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return path
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job of slurm/pretrain.sbatch."""
+
+    cluster: Cluster
+    id: int
+    output_dir: Path
+
+    def log(self) -> str:
+        """What its batch script and its ranks printed."""
+        path = self.output_dir.with_suffix(".out")
+        return path.read_text(errors="replace") if path.exists() else "(no output)"
+
+    def explain(self) -> str:
+        """All that a failed test should show."""
+        return f"{self.log()[-6000:]}\n{self.cluster.log()}"
+
+    def newest_checkpoint(self) -> int:
+        """Step of the newest checkpoint, -1 without one."""
+        numbers = [int(path.name.split("-")[1]) for path in self.output_dir.glob("checkpoint-*")]
+        return max(numbers, default=-1)
+
+    def wait_for_checkpoint(self, timeout: float = 150) -> int:
+        """Wait until the first checkpoint is there; the newest one's step."""
+
+        def holds() -> bool:
+            assert self.cluster.job(self.id).get("JobState") in ("PENDING", "RUNNING"), self.explain()
+            return self.newest_checkpoint() > 0
+
+        wait_for(holds, timeout, f"a checkpoint in {self.output_dir}", self.explain)
+        return self.newest_checkpoint()
+
+    def wait(self, timeout: float = 240) -> dict[str, str]:
+        """Wait until it has ended for good; what `scontrol show job` says then."""
+        return self.cluster.wait_for_job(self.id, timeout, self.explain)
+
+    def resumed_from(self) -> list[int]:
+        """The steps that it resumed from, in order."""
+        return [int(step) for step in re.findall(r"Resuming from \S*checkpoint-([0-9]+)", self.log())]
+
+    def ranks(self, node: str) -> list[int]:
+        """Process ids of the ranks on a node."""
+        found = []
+        for pid in self.cluster.processes(node):
+            try:
+                words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+            except OSError:
+                continue
+            # The command lines of torchrun, srun and the batch shell name the folder as well.
+            is_rank = words[0].endswith(b"python") and b"torch.distributed.run" not in words
+            if is_rank and str(self.output_dir).encode() in words:
+                found.append(pid)
+        return found
+
+    def nodes(self) -> list[str]:
+        """The nodes that it runs on, its batch script on the first."""
+        _, printed = self.cluster.run("scontrol", "show", "hostnames", self.cluster.job(self.id)["NodeList"])
+        return printed.split()
+
+
+def arguments(config: Path | str, corpus: Path, output_dir: Path, *more: object, every: int = EVERY) -> list[str]:
+    """Arguments of pretrain.py for a run of STEPS steps with a checkpoint at each `every`."""
+    counts = ("--max_steps", STEPS, "--eval_steps", STEPS // 4, "--save_steps", every)
+    files = ("--train_file", corpus, "--output_dir", output_dir)
+    return [str(word) for word in ("--deepspeed", config, *FLAGS, *counts, *files, *more)]
+
+
+def submit(
+    cluster: Cluster,
+    corpus: Path,
+    output_dir: Path,
+    *options: object,
+    every: int = EVERY,
+    more: Sequence[object] = (),
+    **environment: str,
+) -> Job:
+    """Submit slurm/pretrain.sbatch with options of sbatch, and `more` flags of pretrain.py."""
+    command = arguments("ds_configs/w8a8g8.json", corpus, output_dir, *more, every=every)
+    log = f"--output={output_dir.with_suffix('.out')}"
+    job = cluster.submit(log, *options, "slurm/pretrain.sbatch", *command, PYTHONPATH=str(ROOT), **environment)
+    return Job(cluster, job, output_dir)
+
+
+def assert_equal_runs(job: Job, reference: Job) -> None:
+    """Both are done, with the same training loss at each step and the same last validation loss, bit for bit."""
+    for one in (job, reference):
+        assert json.loads((one.output_dir / "status.json").read_text())["state"] == "done", one.explain()
+    losses = {}
+    for one in (job, reference):
+        rows = metrics.read(one.output_dir / "metrics.csv")
+        assert [row["step"] for row in rows] == list(range(STEPS + 1)), "each step once"
+        losses[one.id] = [row["train_loss"] for row in rows]
+    assert losses[job.id] == losses[reference.id]
+    first, second = (json.loads((one.output_dir / "summary.json").read_text()) for one in (job, reference))
+    assert first["final_eval_loss"] == second["final_eval_loss"]
+    assert first["final_eval_loss"] < first["first_eval_loss"] - 1
+    assert not list(job.output_dir.glob(".checkpoint*")) + list(job.output_dir.glob(".writing*"))
+
+
+def wait_until_running(job: Job, restarts: int, timeout: float = 120) -> None:
+    """Wait until a job runs for the `restarts`-th time again."""
+
+    def holds() -> bool:
+        shown = job.cluster.job(job.id)
+        return shown.get("JobState") == "RUNNING" and int(shown["Restarts"]) >= restarts
+
+    wait_for(holds, timeout, f"restart {restarts} of job {job.id}", job.explain)
+    time.sleep(0.5)
