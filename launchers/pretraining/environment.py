@@ -70,8 +70,8 @@ def _scontrol(*arguments: str) -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
     except (OSError, subprocess.SubprocessError) as error:
         raise LaunchError(
-            f"The first node of this Slurm step is not known, since `{' '.join(command)}` failed ({error}). Set MASTER_ADDR "
-            "to the name or address of the node where rank 0 runs."
+            f"The first node of this Slurm step is not known, since `{' '.join(command)}` failed ({error}). "
+            "Set MASTER_ADDR to the name or address of the node where rank 0 runs."
         ) from error
 
 
