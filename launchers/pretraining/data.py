@@ -19,8 +19,8 @@ from pretraining.errors import LaunchError
 class Data(NamedTuple):
     """What the Trainer reads."""
 
-    train: packing.PackedDataset | shards.PackedShards | streaming.LaneStream
-    validation: packing.PackedDataset | shards.PackedShards | packing.EvenSubset
+    train: packing.Packed | streaming.LaneStream
+    validation: packing.Packed | packing.EvenSubset
     tokenizer: PreTrainedTokenizerBase
 
 

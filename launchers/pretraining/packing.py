@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Protocol
 
 import datasets
 import numpy as np
@@ -77,21 +76,21 @@ def example(tokens: np.ndarray) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "labels": ids.clone()}
 
 
-class PackedDataset(Dataset[dict[str, torch.Tensor]]):
-    """Sequence i is tokens i*context to (i+1)*context of all documents end to end.
+class Packed(Dataset[dict[str, torch.Tensor]]):
+    """Sequence i is tokens i*context to (i+1)*context of pieces of text laid end to end.
 
-    The tokens stay in the memory-mapped Arrow file; only the sequence asked for is copied.
+    Args:
+        sizes: tokens of each piece.
+        context_length: tokens of a sequence.
     """
 
-    def __init__(self, tokenized: datasets.Dataset, context_length: int) -> None:
-        if getattr(tokenized, "_indices", None) is not None:
-            # A shuffled or selected data set is a list of row numbers on top of Arrow; the flat view needs the rows.
-            tokenized = tokenized.flatten_indices()
-        self._tokenized = tokenized  # keeps the memory map alive
-        chunks = tokenized.data.column("input_ids").chunks
-        self._flat = [chunk.flatten().to_numpy(zero_copy_only=True) for chunk in chunks if len(chunk)]
-        self._starts = np.cumsum([0, *(len(flat) for flat in self._flat)])
+    def __init__(self, sizes: Iterable[int], context_length: int) -> None:
+        self._starts = np.cumsum([0, *sizes], dtype=np.int64)
         self.context_length = context_length
+
+    def _tokens(self, number: int) -> np.ndarray:
+        """The ids of one piece, not copied."""
+        raise NotImplementedError
 
     @property
     def num_tokens(self) -> int:
@@ -106,29 +105,40 @@ class PackedDataset(Dataset[dict[str, torch.Tensor]]):
             raise IndexError(index)
         begin = index * self.context_length
         end = begin + self.context_length
-        chunk = int(np.searchsorted(self._starts, begin, side="right")) - 1
+        number = int(np.searchsorted(self._starts, begin, side="right")) - 1
         parts = []
         while begin < end:
-            offset = begin - int(self._starts[chunk])
-            part = self._flat[chunk][offset : offset + end - begin]
-            parts.append(part)
-            begin += len(part)
-            chunk += 1
+            offset = begin - int(self._starts[number])
+            parts.append(self._tokens(number)[offset : offset + end - begin])
+            begin += len(parts[-1])
+            number += 1
         return example(np.concatenate(parts))
 
 
-class Packed(Protocol):
-    """Sequences by their number."""
+class PackedDataset(Packed):
+    """The documents of a tokenized data set.
 
-    def __len__(self) -> int: ...
+    The tokens stay in the memory-mapped Arrow file; only the sequence asked for is copied.
+    """
 
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]: ...
+    def __init__(self, tokenized: datasets.Dataset, context_length: int) -> None:
+        if getattr(tokenized, "_indices", None) is not None:
+            # A shuffled or selected data set is a list of row numbers on top of Arrow; the flat view needs the rows.
+            tokenized = tokenized.flatten_indices()
+        self._tokenized = tokenized  # keeps the memory map alive
+        chunks = tokenized.data.column("input_ids").chunks
+        self._flat = [chunk.flatten().to_numpy(zero_copy_only=True) for chunk in chunks if len(chunk)]
+        super().__init__(map(len, self._flat), context_length)
+
+    def _tokens(self, number: int) -> np.ndarray:
+        tokens: np.ndarray = self._flat[number]
+        return tokens
 
 
 class EvenSubset(Dataset[dict[str, torch.Tensor]]):
     """`count` sequences spread evenly over `packed`: the same ones at every evaluation."""
 
-    def __init__(self, packed: Packed, count: int) -> None:
+    def __init__(self, packed: Packed | EvenSubset, count: int) -> None:
         self._packed = packed
         self.indices = np.linspace(0, len(packed) - 1, num=min(count, len(packed)), dtype=np.int64)
 

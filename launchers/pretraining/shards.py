@@ -14,8 +14,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
-from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from pretraining import packing
@@ -50,8 +48,8 @@ class Index(NamedTuple):
     validation: list[Shard]
 
 
-class PackedShards(Dataset[dict[str, torch.Tensor]]):
-    """Sequence i is tokens i*context to (i+1)*context of all files end to end.
+class PackedShards(packing.Packed):
+    """The documents of all files.
 
     Memory does not grow with the corpus: files are mapped while they are read, and the pages are the kernel's to drop.
     """
@@ -60,32 +58,9 @@ class PackedShards(Dataset[dict[str, torch.Tensor]]):
         self._folder = index.folder
         self._dtype = index.dtype
         self._names = [shard.file for shard in files]
-        self._starts = np.cumsum([0, *(shard.tokens for shard in files)], dtype=np.int64)
         self._maps: OrderedDict[int, np.ndarray] = OrderedDict()
         self._contents = hashlib.sha256("".join(shard.sha256 for shard in files).encode()).hexdigest()
-        self.context_length = context_length
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens of all documents, the incomplete tail included."""
-        return int(self._starts[-1])
-
-    def __len__(self) -> int:
-        return self.num_tokens // self.context_length
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        if not 0 <= index < len(self):
-            raise IndexError(index)
-        begin = index * self.context_length
-        end = begin + self.context_length
-        number = int(np.searchsorted(self._starts, begin, side="right")) - 1
-        parts = []
-        while begin < end:
-            offset = begin - int(self._starts[number])
-            parts.append(self._tokens(number)[offset : offset + end - begin])
-            begin += len(parts[-1])
-            number += 1
-        return packing.example(np.concatenate(parts))
+        super().__init__((shard.tokens for shard in files), context_length)
 
     def state(self, seed: int) -> dict[str, Any]:
         """What the order of the sequences depends on, beside the step: a checkpoint keeps it for comparison."""
