@@ -1,0 +1,44 @@
+"""A folder that is there whole or not at all: written beside its place and renamed into it."""
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from ds_quant.errors import fail
+
+
+def check_new(out: Path) -> Path:
+    """The whole path of a folder to make. Raises ConfigError unless it is new or empty, in a folder that exists."""
+    out = out.resolve()
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise fail(str(out), "something that is there", "a new or an empty folder", "name another, or remove it")
+    if not out.parent.is_dir():
+        raise fail(str(out.parent), "no such folder", "a folder to write in", "make it, or correct the path")
+    return out
+
+
+@contextlib.contextmanager
+def whole_folder(out: Path) -> Iterator[Path]:
+    """A folder to write into that becomes `out` at the end, or vanishes."""
+    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    temporary.mkdir()
+    try:
+        yield temporary
+        for path in (*temporary.iterdir(), temporary):
+            _sync(path)
+        os.rename(temporary, out)  # onto an empty folder, or none
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    _sync(out.parent)
+
+
+def _sync(path: Path) -> None:
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # some network file systems have no such call for folders
+            os.fsync(opened)
+    finally:
+        os.close(opened)
