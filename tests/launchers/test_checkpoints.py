@@ -134,10 +134,11 @@ def flags(**changed: int) -> dict[str, int]:
     } | changed
 
 
-def keep(values: dict[str, int], saved: Path, world_size: int, *explicit: str, fixed: str | None = None) -> str | None:
-    json_flags = frozenset() if fixed is None else frozenset({fixed})
+def keep(
+    values: dict[str, int], saved: Path, world_size: int, *explicit: str, fixed: tuple[str, ...] = ()
+) -> str | None:
     return resize.keep_global_batch(
-        values, saved, explicit=frozenset(explicit), fixed=json_flags, world_size=world_size
+        values, saved, explicit=frozenset(explicit), fixed=frozenset(fixed), world_size=world_size
     )
 
 
@@ -164,8 +165,16 @@ def test_the_global_batch_stays(tmp_path: Path) -> None:
         keep(flags(), saved, 3)
     with pytest.raises(LaunchError, match="--global_batch_size 32, or start afresh"):
         keep(flags(), saved, 2, "global_batch_size")
+    # What the DeepSpeed JSON fixes stays: the other one follows, and both together may not fit.
+    per_device, accumulation = "per_device_train_batch_size", "gradient_accumulation_steps"
+    cut = flags()
+    keep(cut, saved, 2, fixed=(accumulation,))
+    assert cut == flags(global_batch_size=32, per_device_train_batch_size=8)
+    cut = flags()
+    keep(cut, saved, 4, fixed=(per_device,))
+    assert cut == flags(global_batch_size=32)
     with pytest.raises(LaunchError, match="--gradient_accumulation_steps 2 does not make"):
-        keep(flags(per_device_train_batch_size=1), saved, 2, fixed="gradient_accumulation_steps")
+        keep(flags(), saved, 2, fixed=(per_device, accumulation))
 
 
 def test_two_runs_are_not_mixed(tmp_path: Path) -> None:
