@@ -13,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -236,19 +237,22 @@ class Cluster:
 
 
 @contextlib.contextmanager
-def running(folder: Path) -> Iterator[Cluster]:
-    """A cluster in `folder`, gone afterwards; skips where Slurm is not installed."""
+def running() -> Iterator[Cluster]:
+    """A cluster in a folder of its own, gone afterwards; skips where Slurm is not installed."""
     missing = [name for name in _PROGRAMS if not shutil.which(name, path=f"{os.environ['PATH']}:{_SYSTEM}")]
     if missing:
         pytest.skip(f"Slurm is not installed: no {', '.join(missing)} (apt-get install slurm-wlm munge)")
     if os.geteuid() != 0:
         pytest.skip("a Slurm cluster on one host needs root")
+    # Not below pytest's folders: the sockets of the steps are in it, whose paths may have 108 bytes.
+    folder = Path(tempfile.mkdtemp(prefix="slurm-", dir="/tmp"))
     cluster = Cluster(folder)
     try:
         cluster.start()
         yield cluster
     finally:
         cluster.stop()
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def wait_for(holds: Callable[[], object], timeout: float, what: str, explain: Callable[[], str] | None = None) -> None:

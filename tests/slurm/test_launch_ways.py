@@ -53,7 +53,7 @@ def summary_of(output_dir: Path) -> dict[str, object]:
 
 
 def test_jobs_of_deepspeed_and_accelerate(tmp_path: Path, corpus: Path) -> None:
-    with running(tmp_path / "cluster") as cluster:
+    with running() as cluster:
         deepspeed = ("--deepspeed", "ds_configs/w8a8.json", *arguments(corpus, tmp_path / "deepspeed"))
         accelerate = arguments(corpus, tmp_path / "accelerate")
         jobs = [

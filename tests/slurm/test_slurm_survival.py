@@ -17,8 +17,8 @@ pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    with running(tmp_path_factory.mktemp("cluster")) as started:
+def cluster() -> Iterator[Cluster]:
+    with running() as started:
         yield started
 
 
