@@ -27,15 +27,16 @@ def whole_folder(out: Path) -> Iterator[Path]:
     try:
         yield temporary
         for path in (*temporary.iterdir(), temporary):
-            _sync(path)
+            sync(path)
         os.rename(temporary, out)  # onto an empty folder, or none
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    _sync(out.parent)
+    sync(out.parent)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Bring a file, or a folder's own entries, to the disk: a rename survives a power cut only then."""
     opened = os.open(path, os.O_RDONLY)
     try:
         with contextlib.suppress(OSError):  # some network file systems have no such call for folders

@@ -6,16 +6,10 @@ python launchers/tokenize_corpus.py --train_file 'corpus/*.jsonl' --tokenizer_na
 from __future__ import annotations
 
 import sys
-from typing import NoReturn
 
 from pretraining import environment
 from pretraining.errors import LaunchError
-from transformers import HfArgumentParser
-
-
-class _Parser(HfArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise LaunchError(f"{message} (--help lists every flag)")
+from pretraining.parser import Parser
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -26,7 +20,7 @@ def main(argv: list[str] | None = None) -> int:
 
     environment.quiet(verbose=False)
     try:
-        parser = _Parser(CorpusArguments, allow_abbrev=False, prog="tokenize_corpus.py", description=__doc__)
+        parser = Parser(CorpusArguments, allow_abbrev=False, prog="tokenize_corpus.py", description=__doc__)
         (args,) = parser.parse_args_into_dataclasses(sys.argv[1:] if argv is None else argv)
         args.check()
         if args.verify:

@@ -7,13 +7,14 @@ import dataclasses
 import difflib
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from transformers import HfArgumentParser, TrainingArguments
+from transformers import TrainingArguments
 
 from pretraining import batches, resize
 from pretraining.deepspeed_json import DeepSpeedJson
 from pretraining.errors import LaunchError
+from pretraining.parser import Parser
 from pretraining.presets import PRESETS
 
 
@@ -112,15 +113,9 @@ class Arguments:
         return training
 
 
-class _Parser(HfArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        # argparse would print the usage of some two hundred flags in front of the one line that matters.
-        raise LaunchError(f"{message} (--help lists every flag)")
-
-
 def parse(argv: list[str], *, world_size: int) -> tuple[Arguments, DeepSpeedJson]:
     """Read the command line; raises LaunchError. Touches no device and no network."""
-    parser = _Parser((ModelArguments, DataArguments, TrainingArguments), allow_abbrev=False, prog="pretrain.py")
+    parser = Parser((ModelArguments, DataArguments, TrainingArguments), allow_abbrev=False, prog="pretrain.py")
     for action in parser._actions:
         # What is absent from the namespace was not given: this is how a preset knows what it may fill.
         if action.dest != "help":

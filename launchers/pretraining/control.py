@@ -31,8 +31,6 @@ class Event(enum.IntFlag):
     """The training loss has risen and stayed there."""
     FENCED = 8
     """The output folder has another owner."""
-    FAILED = 16
-    """This rank could not do its part of what all were doing."""
 
 
 class Control:
@@ -51,13 +49,9 @@ class Control:
 
     def agree(self, events: Event = Event.NONE) -> Event:
         """All events of all ranks; every rank calls it, and none goes on before the others have."""
-        flags = torch.tensor([int(bool(events & event)) for event in Event], dtype=torch.int32)
-        self._together(lambda: dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self._group))
-        found = Event.NONE
-        for event, flag in zip(Event, flags.tolist(), strict=True):
-            if flag:
-                found |= event
-        return found
+        flags = torch.tensor(int(events), dtype=torch.int32)
+        self._together(lambda: dist.all_reduce(flags, op=dist.ReduceOp.BOR, group=self._group))
+        return Event(int(flags))
 
     def gather(self, value: T) -> list[T]:
         """The values of all ranks, on all ranks."""

@@ -43,8 +43,9 @@ def run(argv: list[str], *, use_cpu: bool, request: StopRequest) -> None:
     auto = (wish or "").lower() == "auto"
     checkpoints.refuse_mixing(output_dir, resume=found is not None or auto, overwrite=args.data.overwrite_output_dir)
 
-    environment.join_process_group(args.training.get("ddp_timeout", 1800))
-    control = Control(args.training.get("ddp_timeout", 1800))
+    timeout = args.training.get("ddp_timeout", 1800)
+    environment.join_process_group(timeout)
+    control = Control(timeout)
     lease = take_folder(output_dir, control)
     with ending(lease, control):
         _run(args, config, wish, _Run(lease, control, request))

@@ -56,7 +56,7 @@ class Lease:
             try:
                 output_dir.mkdir(parents=True, exist_ok=True)
                 with lease._path.open("x") as file:
-                    file.write(lease._content())
+                    file.write(json.dumps(lease._owner()))
             except FileExistsError:
                 continue  # another job was faster: look at it
             except OSError as error:
@@ -115,9 +115,6 @@ class Lease:
                 file.truncate()
         except OSError:
             return  # it is another's now, or the disk is full, which saving will say
-
-    def _content(self) -> str:
-        return json.dumps(self._owner())
 
     def _owner(self) -> dict[str, Any]:
         return {

@@ -13,6 +13,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ds_quant.whole_folder import sync
+from pretraining import durable
+
 NAME = "manifest.json"
 FORMAT = 1
 
@@ -52,15 +55,9 @@ def digest(folder: Path, paths: Iterable[str]) -> list[FileEntry]:
 def write(folder: Path, entries: Iterable[FileEntry], about: dict[str, Any]) -> None:
     """Write the manifest; `about` tells of the run what a restart needs (step, world_size, global_batch_size)."""
     content = {"format": FORMAT, **about, "files": [entry._asdict() for entry in sorted(entries)]}
-    temporary = folder / f".{NAME}.tmp"
-    with temporary.open("w") as file:
-        json.dump(content, file, indent=1)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, folder / NAME)
-    for inner in (folder, *{(folder / entry.path).parent for entry in entries}):
-        sync_folder(inner)
+    durable.write_json(folder / NAME, content)
+    for inner in {(folder / entry.path).parent for entry in entries}:
+        sync(inner)
 
 
 def read(folder: Path) -> dict[str, Any] | None:
@@ -104,14 +101,3 @@ def defect_of_contents(folder: Path, entries: Iterable[FileEntry]) -> str | None
         if found != entry.sha256:
             return f"{entry.path} is not what was written (its SHA-256 differs)"
     return None
-
-
-def sync_folder(folder: Path) -> None:
-    """Bring a folder's own entries to the disk: a rename survives a power cut only then."""
-    opened = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(opened)
-    except OSError:
-        return  # some network file systems have no such call, and need none
-    finally:
-        os.close(opened)

@@ -9,7 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from pretraining import batches, checkpoints, manifest
+from ds_quant.whole_folder import sync
+from pretraining import batches, checkpoints, manifest, metrics
 from pretraining.errors import LaunchError
 from pretraining.lease import Lease
 
@@ -92,7 +93,5 @@ def make_universal(checkpoint: Path, lease: Lease) -> None:
     lease.check()
     shutil.rmtree(universal, ignore_errors=True)
     os.replace(part, universal)
-    manifest.sync_folder(checkpoint)
-    temporary = pointer.with_suffix(".tmp")
-    temporary.write_text(universal.name)
-    os.replace(temporary, pointer)
+    sync(checkpoint)
+    metrics.write_atomically(pointer, universal.name.encode())

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ds_quant.whole_folder import sync
 from pretraining import checkpoints, disk, manifest
 from pretraining.control import Control
 from pretraining.errors import Failed, RunEnded
@@ -69,15 +70,13 @@ class CheckpointSaver:
     def _publish(self, part: Path, final: Path, entries: list[manifest.FileEntry], step: int) -> None:
         manifest.write(part, entries, {"step": step, **self._about})
         self._lease.check()
+        replaced = self._lease.writing / f"replaced-{step}"
         if final.exists():
             # Left by a run before, and broken or out of date, or this run would have begun after it.
-            replaced = self._lease.writing / f"replaced-{step}"
             os.replace(final, replaced)
-            os.replace(part, final)
-            shutil.rmtree(replaced, ignore_errors=True)
-        else:
-            os.replace(part, final)
-        manifest.sync_folder(final.parent)
+        os.replace(part, final)
+        shutil.rmtree(replaced, ignore_errors=True)
+        sync(final.parent)
 
     def _prune(self, newest: Path, keep: str | None) -> None:
         if self._limit is None or self._limit <= 0:

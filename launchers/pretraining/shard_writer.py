@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from pretraining import environment, packing, shards
+from pretraining import durable, environment, packing, shards
 from pretraining import tokenizer as tokenizers
 from pretraining.corpus import TRAIN, VALIDATION, Corpus, CorpusArguments, Group, Place
 from pretraining.errors import LaunchError
@@ -78,7 +78,7 @@ def _tokenize(folder: Path, args: CorpusArguments) -> None:
                 tokens += _add(done, chunk.close())
                 number += 1
                 after = group.place._replace(skip=document + 1)._asdict()
-                _replace(folder / shards.PROGRESS, {**done, "next": after, "chunks": number})
+                durable.write_json(folder / shards.PROGRESS, {**done, "next": after, "chunks": number})
                 rate = tokens / (time.monotonic() - begin)
                 environment.say(f"chunk {number}: {tokens} tokens so far, {rate:.0f} tokens/s")
                 chunk = _Chunk(folder, number, dtype)
@@ -89,7 +89,7 @@ def _tokenize(folder: Path, args: CorpusArguments) -> None:
                 f"No document of the corpus is for {part}. {remedy}, or name a --validation_file, and start over in an "
                 "empty --output_dir."
             )
-    _replace(folder / shards.INDEX, done)
+    durable.write_json(folder / shards.INDEX, done)
     (folder / shards.PROGRESS).unlink(missing_ok=True)
 
 
@@ -236,20 +236,6 @@ def _refuse_others(path: Path, args: CorpusArguments) -> None:
             f"({differing[0]}: {earlier.get(differing[0])!r}, now {now[differing[0]]!r}). Give the same arguments and "
             "text, or another --output_dir."
         )
-
-
-def _replace(path: Path, content: dict[str, Any]) -> None:
-    beside = path.with_name(f".{path.name}.tmp")
-    with beside.open("w") as file:
-        json.dump(content, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
-    descriptor = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @contextmanager

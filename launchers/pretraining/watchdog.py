@@ -10,7 +10,8 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-EXIT_STATUS = 4
+from pretraining.errors import Interrupted
+
 _SPARE_SECONDS = 5.0
 """The time-outs of collectives go first: they say what was waited for."""
 
@@ -63,4 +64,4 @@ class Watchdog(TrainerCallback):
                     self._give_up(idle)
                 finally:
                     # The main thread waits in a library, where no exception reaches it.
-                    os._exit(EXIT_STATUS)
+                    os._exit(Interrupted.exit_status)

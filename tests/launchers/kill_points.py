@@ -17,6 +17,7 @@ import collections
 import importlib
 import os
 import random
+import shutil
 import signal
 import sys
 import tempfile
@@ -84,7 +85,7 @@ def run(folder: Path, *, kills: int, seed: int, ranks: int, config: Path, say: b
         if all(status == 0 for status in statuses):
             # It came to its end before the point: the next ones begin anew.
             _compare(whole, killed)
-            _remove(killed)
+            shutil.rmtree(killed)
             newest = 0
             continue
         assert -signal.SIGKILL in statuses, (
@@ -126,12 +127,6 @@ def _compare(whole: Path, killed: Path) -> None:
         assert (killed / name).read_bytes() == (whole / name).read_bytes(), f"{name} differs"
 
 
-def _remove(folder: Path) -> None:
-    import shutil
-
-    shutil.rmtree(folder)
-
-
 def _count_touches(folder: Path, command: list[str], out: Path, ranks: int) -> int:
     """Run undisturbed; how often the first rank touches the output folder."""
     count = folder / "touches.txt"
@@ -147,8 +142,7 @@ def _start(
     from conftest import free_port
 
     port = str(free_port())
-    with log.open("w"):
-        pass
+    log.write_text("")
     children = []
     for rank in range(ranks):
         child = os.fork()

@@ -18,6 +18,7 @@ import psutil
 import pytest
 import torch
 from conftest import ROOT, free_port
+from launching import launch
 from pretraining import checkpoints, metrics, status
 from samples import write_corpus
 from transformers import AutoModelForCausalLM
@@ -122,8 +123,6 @@ def metrics_of(out: Path) -> str:
 @pytest.fixture(scope="module")
 def undisturbed(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run of two ranks that all others are compared with."""
-    from launching import launch
-
     out = tmp_path_factory.mktemp("undisturbed") / "run"
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", 2, "--master-port", free_port()]
     command += [SCRIPT, "--deepspeed", BASELINE, *FLAGS, *TEXT, "--max_steps", STEPS, "--train_file", corpus]

@@ -1,0 +1,17 @@
+"""Hugging Face's parser of dataclasses, with errors for people."""
+
+from __future__ import annotations
+
+from typing import NoReturn
+
+from transformers import HfArgumentParser
+
+from pretraining.errors import LaunchError
+
+
+class Parser(HfArgumentParser):
+    """Raises LaunchError for what cannot be parsed."""
+
+    def error(self, message: str) -> NoReturn:
+        # argparse would print the usage of some two hundred flags in front of the one line that matters.
+        raise LaunchError(f"{message} (--help lists every flag)")
