@@ -137,11 +137,9 @@ def parse(argv: list[str], *, world_size: int) -> tuple[Arguments, DeepSpeedJson
     if values.get("data_seed") is None:
         values["data_seed"] = values.get("seed", 42)
 
-    if values.get("auto_find_batch_size"):
-        raise LaunchError(
-            "--auto_find_batch_size would change the global batch behind the schedule and the data order. Give a "
-            "smaller --per_device_train_batch_size instead: accumulation makes up for it."
-        )
+    for name, reason in _REFUSED.items():
+        if values.get(name):
+            raise LaunchError(f"--{name} {reason}")
     model = ModelArguments(**_fields_of(ModelArguments, values))
     data = DataArguments(**_fields_of(DataArguments, values))
     _check(model, data)
@@ -161,6 +159,21 @@ _LAUNCHER_DEFAULTS: dict[str, Any] = {
     "eval_on_start": True,
     "output_dir": "runs/pretrain",
 }
+
+
+_REFUSED = {
+    "auto_find_batch_size": (
+        "would change the global batch behind the schedule and the data order. Give a smaller "
+        "--per_device_train_batch_size instead: accumulation makes up for it."
+    ),
+    "enable_jit_checkpoint": (
+        "would take SIGTERM away from this program, which writes a checkpoint of all ranks for it. Leave it out."
+    ),
+    "save_on_each_node": (
+        "would have all nodes write the same files: --output_dir lies on a file system that they share. Leave it out."
+    ),
+}
+"""Flags of the Trainer that work against what this program does itself, and why."""
 
 
 def join_deepspeed_flags(argv: list[str]) -> list[str]:

@@ -63,6 +63,9 @@ class Guard(TrainerCallback):
         self._control.step = state.global_step
         events = self._noticed(state, control)
         agreed = self._control.agree(events)
+        if agreed & Event.STOP and not _looks(control):
+            # A step that would not have been saved: what is saved for the signal must be as sound as at any other.
+            agreed |= self._control.agree(self._ruined(state))
         last = state.global_step >= state.max_steps
         if agreed & Event.FENCED:
             self._end(control, Fenced(f"step {state.global_step}: {self._fenced_reason()}"))
@@ -93,14 +96,18 @@ class Guard(TrainerCallback):
         self._count_skipped()
         if self._request.signal is not None:
             events |= Event.STOP
-        if control.should_log or control.should_save:
-            # Reading the loss waits for the device, which logging and saving do anyway.
-            if not self._all_finite() or self._skipped >= MOST_SKIPPED:
-                events |= Event.NOT_FINITE
-            if self._rise(state) is not None:
-                events |= Event.RISEN
-        if self._control.rank == 0 and (events or control.should_log or control.should_save) and self._lease.lost():
+        if _looks(control):
+            events |= self._ruined(state)
+        if self._control.rank == 0 and (events or _looks(control)) and self._lease.lost():
             events |= Event.FENCED
+        return events
+
+    def _ruined(self, state: TrainerState) -> Event:
+        events = Event.NONE
+        if not self._all_finite() or self._skipped >= MOST_SKIPPED:
+            events |= Event.NOT_FINITE
+        if self._rise(state) is not None:
+            events |= Event.RISEN
         return events
 
     def _all_finite(self) -> bool:
@@ -155,3 +162,8 @@ class Guard(TrainerCallback):
                 status.write(self._lease.output_dir, status.RUNNING, step=state.global_step)
             except OSError:
                 return  # a full disk: saving will end the run and say so
+
+
+def _looks(control: TrainerControl) -> bool:
+    """Whether the losses are looked at: that waits for the device, which logging and saving do anyway."""
+    return bool(control.should_log or control.should_save)

@@ -86,6 +86,8 @@ def test_a_model_without_a_preset_takes_none(plain_json: Path) -> None:
         (["--context_length", "1"], "at least 2"),
         (["--max_loss_rise", "0"], "--max_loss_rise 0.0 must be above 0"),
         (["--auto_find_batch_size", "true"], "would change the global batch"),
+        (["--enable_jit_checkpoint", "true"], "would take SIGTERM away"),
+        (["--save_on_each_node", "true"], "would have all nodes write the same files"),
         (["stray"], "'stray' belongs to no flag"),
     ],
 )

@@ -302,6 +302,15 @@ def test_a_ruined_run_ends_as_diverged(start: Callable[..., Any], tmp_path: Path
     assert "nan" in metrics_of(nan), "it is seen in the curve"
     assert not checkpoints.listed(nan), "nothing of it is saved"
 
+    # A signal before the loss was looked at: the checkpoint that it asks for would be of ruined weights.
+    unseen = tmp_path / "unseen"
+    rarely = ["--logging_steps", "100000", "--save_steps", "100000", "--eval_steps", "100000"]
+    run = start(unseen, *flags, *rarely, steps=100_000)
+    wait_for((unseen / "metrics.csv").exists, run)
+    run.send_signal(signal.SIGUSR1)
+    assert "the training loss was NaN or Inf" in end(run, 3)
+    assert not checkpoints.listed(unseen)
+
     # Gradients that overflow at every step: none is taken, and the loss would stay as it is for ever.
     stuck = tmp_path / "stuck"
     output = end(start(stuck, "--learning_rate", "1e30", "--max_grad_norm", "0", steps=100), 3)
