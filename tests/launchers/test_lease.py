@@ -68,6 +68,14 @@ def test_the_one_before_is_fenced_off(tmp_path: Path, monkeypatch: pytest.Monkey
     assert new.lost()
 
 
+def test_a_higher_generation_fences_though_the_own_file_is_still_there(tmp_path: Path) -> None:
+    own = Lease.acquire(tmp_path, patience=0)
+    (tmp_path / ".lease-2").write_text("{}")
+    assert (tmp_path / ".lease-1").exists()
+    with pytest.raises(Fenced):
+        own.check()
+
+
 def test_a_dead_owner_on_this_machine_is_known_to_be_dead(tmp_path: Path) -> None:
     child = subprocess.Popen([sys.executable, "-c", "pass"])
     child.wait()

@@ -95,3 +95,15 @@ def test_who_was_taken_over_while_it_wrote_renames_nothing(
     with pytest.raises(Fenced, match="was taken over by another job"):
         own.save(1, taken_over_meanwhile)
     assert names(tmp_path) == []
+
+
+def test_a_take_over_that_could_remove_nothing_fences_as_well(tmp_path: Path, control: Control) -> None:
+    own = saver(tmp_path, control, 1)
+
+    def taken_over_meanwhile(part: Path) -> None:
+        write(part)
+        (tmp_path / ".lease-2").write_text("{}")
+
+    with pytest.raises(Fenced):
+        own.save(1, taken_over_meanwhile)
+    assert names(tmp_path) == []
