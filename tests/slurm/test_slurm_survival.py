@@ -161,6 +161,15 @@ def test_what_would_not_get_further_ends(cluster: Cluster, corpus: Path, tmp_pat
     assert "back into the queue" not in cancelled.log()
     assert cluster.job(cancelled.id)["Restarts"] == "0"
 
+    # Submitted again on twice as many nodes, it goes on with the same global batch.
+    grown = submit(cluster, corpus, tmp_path / "cancelled", "--nodes=2", "--time=10")
+    assert grown.wait()["JobState"] == "COMPLETED", grown.explain()
+    assert "was saved by 1 ranks, this run has 2: converting" in grown.log()
+    summary = json.loads((grown.output_dir / "summary.json").read_text())
+    assert summary["world_size"] == 2
+    assert summary["resumed_from_step"] > 0
+    assert summary["tokens"] == STEPS * 4 * 32
+
 
 def _living(pids: list[int]) -> list[int]:
     return [pid for pid in pids if Path(f"/proc/{pid}").exists()]
