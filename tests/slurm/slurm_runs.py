@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import re
+import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -85,15 +88,26 @@ class Job:
                 found.append(pid)
         return found
 
+    @contextlib.contextmanager
+    def frozen(self) -> Iterator[list[int]]:
+        """Stop the clock of its ranks meanwhile, that it does not end before something happens to it; their ids."""
+        ranks = [rank for node in self.nodes() for rank in self.ranks(node)]
+        assert ranks, self.explain()
+        _signal(ranks, signal.SIGSTOP)
+        try:
+            yield ranks
+        finally:
+            _signal(ranks, signal.SIGCONT)
+
     def nodes(self) -> list[str]:
         """The nodes that it runs on, its batch script on the first."""
         _, printed = self.cluster.run("scontrol", "show", "hostnames", self.cluster.job(self.id)["NodeList"])
         return printed.split()
 
 
-def arguments(config: Path | str, corpus: Path, output_dir: Path, *more: object, every: int = EVERY) -> list[str]:
-    """Arguments of pretrain.py for a run of STEPS steps with a checkpoint at each `every`."""
-    counts = ("--max_steps", STEPS, "--eval_steps", STEPS // 4, "--save_steps", every)
+def arguments(config: Path | str, corpus: Path, output_dir: Path, *more: object) -> list[str]:
+    """Arguments of pretrain.py for a run of STEPS steps with a checkpoint at each EVERY of them."""
+    counts = ("--max_steps", STEPS, "--eval_steps", STEPS // 4, "--save_steps", EVERY)
     files = ("--train_file", corpus, "--output_dir", output_dir)
     return [str(word) for word in ("--deepspeed", config, *FLAGS, *counts, *files, *more)]
 
@@ -103,12 +117,11 @@ def submit(
     corpus: Path,
     output_dir: Path,
     *options: object,
-    every: int = EVERY,
     more: Sequence[object] = (),
     **environment: str,
 ) -> Job:
     """Submit slurm/pretrain.sbatch with options of sbatch, and `more` flags of pretrain.py."""
-    command = arguments("ds_configs/w8a8g8.json", corpus, output_dir, *more, every=every)
+    command = arguments("ds_configs/w8a8g8.json", corpus, output_dir, *more)
     log = f"--output={output_dir.with_suffix('.out')}"
     job = cluster.submit(log, *options, "slurm/pretrain.sbatch", *command, PYTHONPATH=str(ROOT), **environment)
     return Job(cluster, job, output_dir)
@@ -139,3 +152,15 @@ def wait_until_running(job: Job, restarts: int, timeout: float = 120) -> None:
 
     wait_for(holds, timeout, f"restart {restarts} of job {job.id}", job.explain)
     time.sleep(0.5)
+
+
+def is_pending(signum: int, pid: int) -> bool:
+    """Whether a stopped process has a signal to take when it goes on."""
+    masks = re.findall(r"^(?:Sig|Shd)Pnd:\s*(\S+)", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
+    return any(int(mask, 16) >> (signum - 1) & 1 for mask in masks)
+
+
+def _signal(pids: list[int], signum: int) -> None:
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signum)

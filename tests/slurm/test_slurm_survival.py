@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
@@ -11,7 +12,16 @@ from pathlib import Path
 import pytest
 from pretraining import status
 from slurm_cluster import Cluster, running, wait_for
-from slurm_runs import EVERY, STEPS, Job, assert_equal_runs, submit, wait_until_running, write_corpus
+from slurm_runs import (
+    EVERY,
+    STEPS,
+    Job,
+    assert_equal_runs,
+    is_pending,
+    submit,
+    wait_until_running,
+    write_corpus,
+)
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
 
@@ -36,8 +46,10 @@ def reference(cluster: Cluster, corpus: Path, tmp_path_factory: pytest.TempPathF
 def test_signals_to_the_steps_and_a_killed_rank(cluster: Cluster, corpus: Path, reference: Job, tmp_path: Path) -> None:
     signalled = submit(cluster, corpus, tmp_path / "signalled", "--nodes=2", "--time=10")
     before = signalled.wait_for_checkpoint()
-    # Without --batch it reaches the steps only: the batch script learns of it from status.json.
-    cluster.run("scancel", "--signal=USR1", signalled.id)
+    with signalled.frozen() as ranks:
+        # Without --batch it reaches the steps only: the batch script learns of it from status.json.
+        cluster.run("scancel", "--signal=USR1", signalled.id)
+        _wait_until_asked(signalled, ranks)
     assert reference.wait()["JobState"] == "COMPLETED", reference.explain()
     assert reference.resumed_from() == []
 
@@ -64,17 +76,21 @@ def test_signals_to_the_steps_and_a_killed_rank(cluster: Cluster, corpus: Path, 
 
 
 def test_time_limit_and_preemption(cluster: Cluster, corpus: Path, reference: Job, tmp_path: Path) -> None:
-    # A checkpoint at every step makes it slow enough to meet its limit, and changes no loss. Slurm sends the warning up
-    # to half a minute early: with a limit of a minute from the beginning it could come before the first step.
+    # The warning may come half a minute early: with a limit of a minute from the beginning it could come before
+    # the first step.
     options = ("--nodes=2", "--time=10", "--signal=B:USR1@30", "-wn1,n2")
-    limited = submit(cluster, corpus, tmp_path / "limited", *options, every=1)
+    limited = submit(cluster, corpus, tmp_path / "limited", *options)
     limited.wait_for_checkpoint()
-    cluster.run("scontrol", "update", f"jobid={limited.id}", "timelimit=1")
-    wait_for(lambda: cluster.job(limited.id).get("Restarts") == "1", 90, "the time limit", limited.explain)
+    with limited.frozen() as ranks:
+        cluster.run("scontrol", "update", f"jobid={limited.id}", "timelimit=1")
+        _wait_until_asked(limited, ranks)
+    wait_for(lambda: cluster.job(limited.id).get("Restarts") == "1", 30, "the requeue", limited.explain)
     cluster.run("scontrol", "update", f"jobid={limited.id}", "timelimit=10")
     preempted = submit(cluster, corpus, tmp_path / "preempted", "--nodes=2", "--time=10", "-wn3,n4")
     last = preempted.wait_for_checkpoint()
-    urgent = cluster.submit("-phigh", "-wn3,n4", "--exclusive", "--time=1", "-o/dev/null", "--wrap=sleep 5")
+    with preempted.frozen():
+        urgent = cluster.submit("-phigh", "-wn3,n4", "--exclusive", "--time=1", "-o/dev/null", "--wrap=sleep 5")
+        wait_for(lambda: cluster.job(preempted.id)["JobState"] != "RUNNING", 60, "preemption", preempted.explain)
     ended = preempted.wait()
     assert cluster.wait_for_job(urgent, 10)["JobState"] == "COMPLETED"
     assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), preempted.explain()
@@ -169,6 +185,12 @@ def test_what_would_not_get_further_ends(cluster: Cluster, corpus: Path, tmp_pat
     assert summary["world_size"] == 2
     assert summary["resumed_from_step"] > 0
     assert summary["tokens"] == STEPS * 4 * 32
+
+
+def _wait_until_asked(job: Job, ranks: list[int]) -> None:
+    """Wait until stopped ranks have SIGUSR1, which asks them for a checkpoint."""
+    asked = functools.partial(is_pending, signal.SIGUSR1)
+    wait_for(lambda: all(map(asked, ranks)), 90, "SIGUSR1 at the ranks", job.explain)
 
 
 def _living(pids: list[int]) -> list[int]:
