@@ -17,10 +17,10 @@ from ds_quant.kernels.spans import span
 from ds_quant.numerics import products as reference
 
 MAX_CONTRACTION = 131_072
-"""Products of codes up to 127 overflow int32 from 133,145 terms on: 133,145 * 127^2 > 2^31 - 1."""
+"""Products of codes overflow int32 from 132,105 terms on where one operand has -128: 132,105 * 128 * 127 > 2^31."""
 
 _FP32_CONTRACTION = 1024
-"""So many products of codes sum up exactly in fp32, in any order: 1024 * 127^2 < 2^24."""
+"""So many products of codes sum up exactly in fp32, in any order: 1024 * 128 * 127 < 2^24."""
 _CUDA_MULTIPLE = 16
 """torch._int_mm on CUDA wants more than 16 rows, and multiples of 8 in the other sizes; 16 keeps rows aligned."""
 _SCRATCH_BYTES = 128 * 2**20
@@ -33,7 +33,8 @@ _kept = threading.local()
 def int_mm(a: Tensor, b: Tensor) -> Tensor:
     """a [M, K] times b [K, N], int8, exact: int32 [M, N], or int64 where K is above MAX_CONTRACTION.
 
-    Codes are from -127 to 127; -128 may overflow. Strides and sizes are arbitrary.
+    One operand may have the code -128, as activations in the full range do; two would overflow at MAX_CONTRACTION.
+    Strides and sizes are arbitrary.
     """
     if a.shape[1] <= MAX_CONTRACTION:
         return _products(a, b)
@@ -76,15 +77,25 @@ def _in_parts(a: Tensor, b: Tensor, row_scale: Tensor | None, finish: functools.
 
     Fewer rows would have b packed more often than it pays.
     """
+    b = _flat(b)
     result = torch.empty((a.shape[0], b.shape[1]), dtype=finish.keywords["dtype"])
     num_rows = max(_LEAST_ROWS, _SCRATCH_BYTES // 4 // b.shape[1])
     for begin in range(0, a.shape[0], num_rows):
         end = min(begin + num_rows, a.shape[0])
-        products = torch._int_mm(a[begin:end], b, out=_scratch(end - begin, b.shape[1]))
+        products = torch._int_mm(_flat(a[begin:end]), b, out=_scratch(end - begin, b.shape[1]))
         scale = row_scale if row_scale is None or row_scale.numel() == 1 else row_scale[begin:end]
         with span("epilogue"):
             finish(products, row_scale=scale, out=result[begin:end])
     return result
+
+
+def _flat(x: Tensor) -> Tensor:
+    """`x`, with the strides of a contiguous matrix where it is a single row or column.
+
+    By other ones, which mean nothing there, torch 2.13 on CPUs takes it for transposed, and multiplies nothing: it
+    returns memory as it found it. A transposed column has such strides: codes.t() of one output feature or one token.
+    """
+    return x.flatten().contiguous().view(x.shape) if 1 in x.shape else x
 
 
 def _scratch(rows: int, columns: int) -> Tensor:
@@ -106,7 +117,7 @@ def _products(a: Tensor, b: Tensor) -> Tensor:
     if not (a.numel() and b.numel()):
         return torch.zeros((a.shape[0], b.shape[1]), dtype=torch.int32, device=a.device)
     if a.device.type == "meta" or _int_mm_serves(a.device):
-        return _padded_int_mm(a, b) if a.device.type == "cuda" else torch._int_mm(a, b)
+        return _padded_int_mm(a, b) if a.device.type == "cuda" else torch._int_mm(_flat(a), _flat(b))
     return fp32_products(a, b)
 
 
@@ -125,7 +136,7 @@ def _padded_int_mm(a: Tensor, b: Tensor) -> Tensor:
 def fp32_products(a: Tensor, b: Tensor) -> Tensor:
     """int32 [M, N] by fp32 products of at most `_FP32_CONTRACTION` terms: exact, whatever the units make of fp32.
 
-    Codes have 7 bits, which bf16 and TF32 hold as well.
+    Codes have 7 bits or are -128, which bf16 and TF32 hold as well.
     """
     total = torch.zeros((a.shape[0], b.shape[1]), dtype=torch.int32, device=a.device)
     parts = zip(a.split(_FP32_CONTRACTION, dim=1), b.split(_FP32_CONTRACTION, dim=0), strict=True)

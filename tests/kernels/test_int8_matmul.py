@@ -14,12 +14,15 @@ from ds_quant.kernels.int8_matmul import MAX_CONTRACTION, fp32_products, int_mm,
 from ds_quant.numerics import products as reference
 from ds_quant.numerics.random import fold_key
 
-SHAPES = ((1, 1, 1), (5, 7, 3), (16, 8, 8), (17, 33, 65), (31, 1030, 9), (64, 96, 48), (3, 2050, 1))
+SHAPES = (
+    *((1, 1, 1), (1, 64, 5), (5, 1, 3), (33, 40, 1), (5, 7, 3), (16, 8, 8)),
+    *((17, 33, 65), (31, 1030, 9), (64, 96, 48), (3, 2050, 1)),
+)
 WAYS = {"int_mm": int_mm, "fp32": fp32_products, "padded": int8_matmul._padded_int_mm}
 
 
-def codes(*shape):
-    return torch.randint(-127, 128, shape, dtype=torch.int8)
+def codes(*shape, lowest=-127):
+    return torch.randint(lowest, 128, shape, dtype=torch.int8)
 
 
 def layouts(x):
@@ -28,20 +31,25 @@ def layouts(x):
     yield x.t().contiguous().t()
     yield x.repeat_interleave(2, dim=1)[:, ::2]
     yield torch.cat([x, x], dim=1)[:, : x.shape[1]]
+    yield x.contiguous().view(-1).as_strided(x.shape, (1, 1)) if 1 in x.shape else x
 
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_products_are_exact(shape, way):
     m, k, n = shape
-    a, b = codes(m, k), codes(k, n)
-    a[0], b[:, 0] = 127, -127
-    expected = a.long() @ b.long()
-    for left in layouts(a):
-        for right in layouts(b):
-            got = WAYS[way](left, right)
-            assert got.dtype == torch.int32
-            assert torch.equal(got.long(), expected)
+    for lowest in (-127, -128):
+        a, b = codes(m, k, lowest=lowest), codes(k, n)
+        a[0], b[:, 0] = 127, -127
+        a[-1] = lowest
+        expected = a.long() @ b.long()
+        for left in layouts(a):
+            for right in layouts(b):
+                got = WAYS[way](left, right)
+                assert got.dtype == torch.int32
+                assert torch.equal(got.long(), expected)
+                # Activations are the second operand in dW.
+                assert torch.equal(WAYS[way](right.t(), left.t()).long(), expected.t())
 
 
 @pytest.mark.parametrize("shape", [(0, 5, 3), (4, 0, 3), (4, 5, 0)], ids=str)
@@ -55,10 +63,11 @@ def test_empty_products(shape):
 
 @pytest.mark.parametrize("length", [MAX_CONTRACTION, MAX_CONTRACTION + 1, 2 * MAX_CONTRACTION + 37])
 def test_long_contractions_do_not_overflow(length):
-    """All products at their largest, of either sign, and mixed; 133,145 of them pass int32."""
-    a = torch.full((3, length), 127, dtype=torch.int8)
+    """All products at their largest, of either sign, and mixed; 132,105 of -128 * 127 pass int32."""
+    a = torch.full((4, length), 127, dtype=torch.int8)
     a[1] = -127
-    a[2] = codes(length)
+    a[2] = codes(length, lowest=-128)
+    a[3] = -128
     b = torch.full((length, 2), 127, dtype=torch.int8)
     b[:, 1] = codes(length)
     expected = a.long() @ b.long()
@@ -66,7 +75,7 @@ def test_long_contractions_do_not_overflow(length):
         assert expected[0, 0] > 2**31 - 1
     products = int_mm(a, b)
     assert torch.equal(products.long(), expected)
-    row_scale, column_scale = torch.rand(3), torch.rand(2)
+    row_scale, column_scale = torch.rand(4), torch.rand(2)
     got = scaled_matmul(a, b, row_scale=row_scale, column_scale=column_scale, dtype=torch.float32)
     assert torch.equal(got, expected.float() * row_scale[:, None] * column_scale)
 
@@ -105,7 +114,8 @@ def test_results_do_not_share_the_scratch_memory():
 
 def test_without_integer_units_products_stay_exact(monkeypatch):
     """Also under autocast, which would round products of fp32 to bf16."""
-    a, b = codes(9, 3000), codes(3000, 5)
+    a, b = codes(9, 3000, lowest=-128), codes(3000, 5)
+    a[0] = -128
     expected = (a.long() @ b.long()).float()
     units = integer_units.IntegerUnits(is_exact=False, names="")
     monkeypatch.setattr(int8_matmul, "integer_units", lambda device: units)
@@ -175,6 +185,8 @@ def test_operators_hold_what_they_promise_to_compilers():
         (ops._quantize_both_op, (x, 8, scale, torch.rand(6), key, key)),
         (ops._quantize_both_op, (x, 8, None, None, None, None)),
         (ops._quantize_tensor_op, (x, 8, key)),
+        (ops._quantize_rows_op, (x, 8, None, None, True)),
+        (ops._quantize_tensor_op, (x, 8, key, True)),
         (ops._dequantize_op, (a, torch.rand(6), None, torch.bfloat16)),
         (ops._scaled_matmul_op, (a, b, torch.rand(6), torch.rand(4), torch.randn(4), torch.bfloat16)),
         (ops._scaled_matmul_op, (a.t(), codes(6, 4), None, None, None, torch.float32)),
