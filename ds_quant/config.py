@@ -131,10 +131,19 @@ class ActivationConfig(BlockSection):
     block_size: LinearBlock = 128
     """Consecutive input features that share a scale; a tail block where it does not divide. For granularity `block`."""
     symmetric: bool = True
-    """Codes -(2^(b-1)-1) to 2^(b-1)-1 around zero, or all 2^b levels between minimum and maximum."""
+    """Symmetric codes around zero (see `range`), or all 2^b levels between minimum and maximum."""
+    range: Literal["narrow", "full"] = "narrow"
+    """Of symmetric codes: `narrow`, -(2^(b-1)-1) to 2^(b-1)-1 with a scale of absmax / (2^(b-1)-1); or `full`, all 2^b
+    codes from -2^(b-1) on with a scale of absmax / ((2^b-1)/2), as servers of compressed-tensors quantize."""
     rounding: Rounding = "nearest"
     """`nearest` (ties to even) or `stochastic`."""
 
+
+    def rules(self) -> Iterator[Rule]:
+        yield from super().rules()
+        if self.range == "full" and not self.symmetric:
+            reason = '"narrow" with symmetric false: asymmetric codes use all 2^b levels anyway'
+            yield "range", "full", reason, "remove it, or set symmetric to true"
 
 class GradientConfig(Section):
     """How the output gradient of a linear is quantized in its backward products."""

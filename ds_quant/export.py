@@ -35,7 +35,14 @@ from ds_quant.hf_checkpoint import (
     tied_names,
 )
 from ds_quant.linear import QuantLinear
-from ds_quant.serving_format import ServingFormat, encode, left_behind, quantization_config, serving_format
+from ds_quant.serving_format import (
+    ServingFormat,
+    activation_note,
+    encode,
+    left_behind,
+    quantization_config,
+    serving_format,
+)
 from ds_quant.whole_folder import check_new, whole_folder
 
 FORMATS = ("compressed-tensors", "bf16")
@@ -160,6 +167,8 @@ def _plan(source: HFCheckpoint, linear: LinearConfig | None) -> _Plan:
         plain[key] = [name for name in others if name in source.tensors] or others[:1]
     training_only = left_behind(linear)
     notes = [f"of training only, and left behind: {', '.join(training_only)}"] if training_only else []
+    if note := activation_note(linear):
+        notes.append(note)
     if any(plain.values()):
         if "tie_word_embeddings" not in source.config:
             remedy = 'exclude the output embedding in training ("exclude": null), or use --format bf16'
@@ -226,6 +235,8 @@ def _write_weights(source: HFCheckpoint, plan: _Plan | None, folder: Path, repor
 
 def _write_config(source: HFCheckpoint, plan: _Plan | None, folder: Path) -> None:
     config: dict[str, Any] = {key: value for key, value in source.config.items() if key != SECTION}
+    if config.get("use_cache") is False:
+        config["use_cache"] = True  # the Trainer turns it off to train, and saves it so
     if plan is None:
         config.pop("torch_dtype", None)
         config["dtype"] = "bfloat16"

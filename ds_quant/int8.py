@@ -28,12 +28,13 @@ from ds_quant.plan import STREAM_ACTIVATION, STREAM_GRAD_INPUT, STREAM_GRAD_WEIG
 
 def quantize_input(x: Tensor, plan: Plan, dtype: torch.dtype, key: Tensor | None) -> Codes:
     """Codes [tokens, in] and scale [tokens] or [1] of x [..., in], seen in `dtype`."""
-    assert plan.activation is not None
+    quantizer = plan.activation
+    assert quantizer is not None
     x2 = x.detach().to(dtype).reshape(-1, x.shape[-1])
-    subkey = _subkey(plan.activation, key, plan.stream + STREAM_ACTIVATION)
-    if plan.activation.granularity == "tensor":
-        return Codes(*ops.quantize_tensor(x2, plan.activation.bits, subkey))
-    return Codes(*ops.quantize_rows(x2, plan.activation.bits, None, subkey))
+    subkey = _subkey(quantizer, key, plan.stream + STREAM_ACTIVATION)
+    if quantizer.granularity == "tensor":
+        return Codes(*ops.quantize_tensor(x2, quantizer.bits, subkey, quantizer.full_range))
+    return Codes(*ops.quantize_rows(x2, quantizer.bits, None, subkey, quantizer.full_range))
 
 
 def quantize_weight(weight: Tensor, plan: Plan) -> Codes:

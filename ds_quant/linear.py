@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ds_quant.config import GradientConfig, LinearConfig
+from ds_quant.config import ActivationConfig, GradientConfig, LinearConfig
 from ds_quant.int8 import Int8Linear, quantize_input, quantize_weight
 from ds_quant.plan import NUM_STREAMS, Codes, Plan, plan_of
 from ds_quant.shared_inputs import ArrivingInput, SharedInputs
@@ -100,7 +100,7 @@ class QuantizedModule(nn.Module):
         # Layers that round stochastically each draw their own bits, as in the simulated backend.
         if torch.compiler.is_compiling() or activation is None or activation.rounding == "stochastic":
             return quantize_input(x, plan, dtype, key)
-        how = (activation.bits, activation.granularity, dtype)
+        how = (activation, dtype)
         source = x if self._arriving_input is None else self._arriving_input.of(x)
         codes = self._shared_inputs.find(source, how)
         if codes is None:
@@ -152,6 +152,8 @@ def describe(config: LinearConfig) -> str:
             text += f" of {operand.block_size}"
         if not operand.symmetric:
             text += " asymmetric"
+        if isinstance(operand, ActivationConfig) and operand.range == "full":
+            text += " full range"
         if operand.rounding != "nearest":
             text += f" {operand.rounding}"
         parts.append(text)

@@ -48,6 +48,7 @@ class Quantizer(NamedTuple):
     rounding: str
     block_size: int = 128
     fold: bool = False
+    full_range: bool = False
 
     def __call__(self, x: Tensor, key: Tensor | None, stream: int) -> Quantized:
         return quantize(
@@ -58,6 +59,7 @@ class Quantizer(NamedTuple):
             symmetric=self.symmetric,
             rounding=self.rounding,
             key=derive_key(key, stream) if key is not None and self.rounding == "stochastic" else None,
+            full_range=self.full_range,
         )
 
 
@@ -105,7 +107,14 @@ def plan_of(config: LinearConfig, *, transposed: bool, stream: int) -> Plan:
     if w:
         weight = Quantizer(w.bits, _WEIGHT[w.granularity], w.symmetric, w.rounding, w.block_size)
     if a:
-        activation = Quantizer(a.bits, _ACTIVATION[a.granularity], a.symmetric, a.rounding, a.block_size)
+        activation = Quantizer(
+            a.bits,
+            _ACTIVATION[a.granularity],
+            a.symmetric,
+            a.rounding,
+            a.block_size,
+            full_range=a.range == "full",
+        )
     if g:
         outer = g.granularity == "outer"
         if "input" in g.used_for:

@@ -7,7 +7,8 @@
 
 Codes and scales are those of training: `numerics.integer.quantize` of the weight, the scale in fp32. Their product is
 the weight that training multiplied by. One scale for the whole tensor is repeated for each output feature; blocks along
-the input features are the format's groups. The activation's scale is not stored: a server makes one for each token.
+the input features are the format's groups. The activation's scale is not stored: a server makes one for each token, as
+training does with `"range": "full"` (compressed-tensors in transformers) or without (vLLM).
 
 The package compressed-tensors (extra `export`) is imported on first use.
 """
@@ -104,6 +105,21 @@ def left_behind(config: LinearConfig) -> list[str]:
     if config.backend == "int8":
         found.append("backend int8")
     return found
+
+
+def activation_note(config: LinearConfig) -> str | None:
+    """How servers quantize the activations, beside how training did; None without such.
+
+    As read and run in compressed-tensors 0.20; as read in vLLM (docs/export.md).
+    """
+    if config.activation is None:
+        return None
+    if config.activation.range == "full":
+        return "activations: absmax / 127.5 a token in training and in transformers; absmax / 127 in vLLM"
+    return (
+        "activations: absmax / 127 a token in training and in vLLM; absmax / 127.5 in transformers, whose logits "
+        'differ a little unless training has "range": "full"'
+    )
 
 
 def encode(name: str, weight: Tensor, form: ServingFormat) -> dict[str, Tensor]:

@@ -4,7 +4,6 @@ An input is known by a weak reference to the tensor and by its version, never by
 or written to is not found. (Writing through `.data` between two layers that read one tensor is not seen.)
 """
 
-from collections import deque
 from typing import Any, NamedTuple
 
 import torch
@@ -56,7 +55,7 @@ class SharedInputs:
     """The last inputs of a model's layers. Codes go when their input does. Neither copied nor pickled."""
 
     def __init__(self) -> None:
-        self._entries: deque[_Entry] = deque(maxlen=_MOST)
+        self._entries: list[_Entry] = []
 
     def find(self, x: Tensor, how: tuple[Any, ...]) -> Codes | None:
         """The codes that `keep` was given for this tensor, in its present state, with the same `how`."""
@@ -67,11 +66,11 @@ class SharedInputs:
     def keep(self, x: Tensor, how: tuple[Any, ...], codes: Codes) -> None:
         """Remember the codes of `x` for as long as it lives, or until others took their place."""
         if _has_version(x):
-            self._entries.append(_Entry(TensorState(x, self._forget), how, codes))
+            self._entries = [*self._entries, _Entry(TensorState(x, self._forget), how, codes)][-_MOST:]
 
     def _forget(self, state: TensorState) -> None:
         # By identity: entries that are compared would compare tensors.
-        self._entries = deque((entry for entry in self._entries if entry.state is not state), maxlen=_MOST)
+        self._entries = [entry for entry in self._entries if entry.state is not state]
 
     def __deepcopy__(self, memo: dict) -> "SharedInputs":
         return SharedInputs()

@@ -4,6 +4,10 @@ Where no scale lies on the contracted axis the products multiply integer values,
 there and round once to the model's dtype. Operands with a scale on the contracted axis are dequantized, rounded to the
 model's dtype and multiplied as usual. A product of two unquantized operands is the one of nn.Linear, bit for bit.
 
+Activations in the full range are a server's, and so is the forward of a model in fp32: it multiplies the dequantized
+operands, with the very operations of compressed-tensors and transformers. The full range puts the largest magnitude of
+each group on a tie between two codes, so that inputs that differ in their last bit soon have other codes.
+
 For the backward the codes of X are held, one byte an element, and of W nothing but the Parameter itself.
 """
 
@@ -97,11 +101,14 @@ class SimulatedLinear(torch.autograd.Function):
             x2 = x.reshape(-1, x.shape[-1])
             qx = plan.activation(x2, local_key, plan.stream + STREAM_ACTIVATION) if plan.activation else None
             qw = plan.weight(w, replicated_key, plan.stream + STREAM_WEIGHT) if plan.weight else None
+            a = _Operand(x2 if qx is None else qx, 1)
+            b = _Operand(w if qw is None else qw, 1)
+            cast_bias = None if bias is None else bias.to(dtype)
             if qx is None and qw is None:
-                y = F.linear(x, w.to(dtype), None if bias is None else bias.to(dtype))
+                y = F.linear(x, w.to(dtype), cast_bias)
+            elif plan.activation and plan.activation.full_range and dtype == torch.float32:
+                y = F.linear(a.dense(dtype).reshape(x.shape), b.dense(dtype), cast_bias)
             else:
-                a = _Operand(x2 if qx is None else qx, 1)
-                b = _Operand(w if qw is None else qw, 1)
                 y = _product(a, b, dtype, bias).reshape(*x.shape[:-1], w.shape[0])
         ctx.plan, ctx.dtype, ctx.x_shape = plan, dtype, x.shape
         ctx.has_bias = bias is not None

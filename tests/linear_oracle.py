@@ -36,6 +36,7 @@ class Side:
             granularity=granularity,
             block_size=block,
             symmetric=config.get("symmetric", True),
+            full_range=config.get("range") == "full",
         )
         zeros = oracle.expand(zero, array.shape, granularity, block)
         scales = torch.from_numpy(oracle.expand(scale, array.shape, granularity, block)).double()

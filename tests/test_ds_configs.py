@@ -37,9 +37,10 @@ ROWS = {
     "g4_tensor": {"gradient": (4, "tensor")},
     "g4_token": {"gradient": (4, "token")},
     "w8a8": {"weight": (8, "channel"), "activation": (8, "token")},
+    "w8a8_full_range": {"weight": (8, "channel"), "activation": (8, "token")},
     "w8a8g8": {"weight": (8, "channel"), "activation": (8, "token"), "gradient": (8, "outer")},
 }
-PAPER_ROWS = {f"paper_{name}": row for name, row in ROWS.items()} | {
+PAPER_ROWS = {f"paper_{name}": row for name, row in ROWS.items() if name != "w8a8_full_range"} | {
     "paper_w8a8g8": {**ROWS["w8a8"], "gradient": (8, "token")}
 }
 
@@ -151,6 +152,8 @@ def test_each_says_what_its_name_says(name):
     assert linear.backward_operands == ("original" if paper else "quantized")
     assert linear.include == ("*",)
     assert linear.exclude == (() if paper else None)
+    if linear.activation:
+        assert linear.activation.range == ("full" if name.endswith("full_range") else "narrow")
     for operand in found:
         assert getattr(linear, operand).symmetric is not name.endswith("asymmetric")
         stochastic = name == "w8a8g8" and operand == "gradient"

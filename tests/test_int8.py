@@ -17,7 +17,13 @@ from ds_quant.conversion import convert, remove_forward_counter, step_key_of
 from ds_quant.kernels import int8_matmul, ops
 
 WEIGHTS = {"none": None, "8 channel": {"bits": 8}, "4 tensor": {"bits": 4, "granularity": "tensor"}}
-ACTIVATIONS = {"none": None, "8 token": {"bits": 8}, "5 tensor": {"bits": 5, "granularity": "tensor"}}
+ACTIVATIONS = {
+    "none": None,
+    "8 token": {"bits": 8},
+    "5 tensor": {"bits": 5, "granularity": "tensor"},
+    "8 token full": {"bits": 8, "range": "full"},
+    "4 tensor full": {"bits": 4, "granularity": "tensor", "range": "full"},
+}
 GRADIENTS = [None, {"bits": 8}, {"bits": 4}, {"bits": 8, "granularity": "tensor"}]
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -62,7 +68,10 @@ def test_the_three_products(dtype, layout):
 @pytest.mark.parametrize("layout", ["linear", "conv1d"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_simulated_computes_the_same(dtype, layout, rounding):
-    """Bit for bit: sums of this size are exact in fp32, and both draw the same random bits."""
+    """Bit for bit: sums of this size are exact in fp32, and both draw the same random bits.
+
+    But for Y of activations in the full range in fp32, which `simulated` multiplies as a server does.
+    """
     for config in CONFIGS:
         operands = [name for name in ("weight", "activation", "gradient") if name in config]
         if len(operands) < 2 or config["backward_operands"] == "original":
@@ -77,15 +86,19 @@ def test_simulated_computes_the_same(dtype, layout, rounding):
         want = run({**config, "backend": "simulated"}, x, w, bias, g, layout)
         integer = ds_quant.QuantLinear(1, 1, config=config)._quant_plan.both_quantized
         for name, a, b in zip(("Y", "dX", "dW", "db"), got, want, strict=True):
-            if name in integer or name == "db":
+            full = config.get("activation", {}).get("range") == "full"
+            as_served = name == "Y" and dtype == torch.float32 and full
+            if (name in integer and not as_served) or name == "db":
                 assert torch.equal(a, b), f"{name} of {config}"
 
 
+@pytest.mark.parametrize("full", [False, True], ids=["127", "-128"])
 @pytest.mark.parametrize("layout", ["linear", "conv1d"])
-def test_contractions_beyond_int32(layout):
+def test_contractions_beyond_int32(layout, full):
     """Tokens in dW and output features in dX, all operands at their largest code."""
     long = int8_matmul.MAX_CONTRACTION + 5000
-    config = {"weight": {"bits": 8}, "activation": {"bits": 8}, "gradient": {"bits": 8}, "backend": "int8"}
+    activation = {"bits": 8, "range": "full"} if full else {"bits": 8}
+    config = {"weight": {"bits": 8}, "activation": activation, "gradient": {"bits": 8}, "backend": "int8"}
     for tokens, out in ((long, 2), (3, long)):
         if layout == "linear":
             module = ds_quant.QuantLinear(3, out, bias=False, config=config)
@@ -93,10 +106,34 @@ def test_contractions_beyond_int32(layout):
             module = ds_quant.QuantConv1D(out, 3, config=config)
         with torch.no_grad():
             module.weight.fill_(1.0)
-        x = torch.ones(tokens, 3, requires_grad=True)
+        x = torch.full((tokens, 3), -127.5 if full else 1.0, requires_grad=True)
         module(x).backward(torch.ones(tokens, out))
         assert torch.allclose(x.grad, torch.full_like(x, float(out)), rtol=1e-6, atol=0)
-        assert torch.allclose(module.weight.grad, torch.full_like(module.weight, float(tokens)), rtol=1e-6, atol=0)
+        value = -128.0 * tokens if full else float(tokens)  # -127.5 has the code -128 and the scale 1
+        assert torch.allclose(module.weight.grad, torch.full_like(module.weight, value), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "inputs", "outputs"), [(40, 64, 1), (1, 64, 48), (40, 1, 48), (1, 1, 1), (1, 64, 1)]
+)
+@pytest.mark.parametrize("layout", ["linear", "conv1d"])
+def test_one_feature_or_one_token(layout, tokens, inputs, outputs):
+    """A score head, say. The transposed operand of dW is then a column of one row, which torch._int_mm misreads."""
+    config = {"weight": {"bits": 8}, "activation": {"bits": 8}, "gradient": {"bits": 8}, "backend": "int8"}
+    results = []
+    for backend in ("int8", "simulated"):
+        torch.manual_seed(0)
+        if layout == "linear":
+            module = ds_quant.QuantLinear(inputs, outputs, config={**config, "backend": backend})
+        else:
+            module = ds_quant.QuantConv1D(outputs, inputs, config={**config, "backend": backend})
+        module = module.bfloat16()
+        x = torch.randn(tokens, inputs, dtype=torch.bfloat16, requires_grad=True)
+        y = module(x)
+        y.backward(torch.randn_like(y))
+        results.append((y.detach(), x.grad, module.weight.grad))
+    for got, want in zip(*results, strict=True):
+        assert torch.equal(got, want)
 
 
 # ---- whole models

@@ -71,10 +71,12 @@ def is_int_mm_exact(device: torch.device) -> bool:
     """Whether torch._int_mm agrees with int64 on the patterns that saturate 16-bit sums, and on random ones."""
     generator = torch.Generator().manual_seed(0)
     signs = torch.tensor([1, -1], dtype=torch.int8).repeat(256)
-    extreme = torch.full_like(signs, 127)
-    patterns = torch.stack((extreme, -extreme, extreme * signs, -extreme * signs))
-    drawn = torch.randint(-127, 128, (88, len(signs)), dtype=torch.int8, generator=generator)
-    a, b = torch.cat((patterns, drawn[:28])), torch.cat((patterns, drawn[28:]))
+    extreme, lowest = torch.full_like(signs, 127), torch.full_like(signs, -128)
+    patterns = torch.stack(
+        (extreme, -extreme, extreme * signs, -extreme * signs, lowest, torch.where(signs > 0, extreme, lowest))
+    )
+    drawn = torch.randint(-128, 128, (84, len(signs)), dtype=torch.int8, generator=generator)
+    a, b = torch.cat((patterns, drawn[:26])), torch.cat((patterns, drawn[26:]))
     want = a.long() @ b.long().t()
     try:
         # Both layouts of the second operand: they take different ways.

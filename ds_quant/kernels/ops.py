@@ -18,13 +18,13 @@ def _operator(function: Callable[..., Any]) -> Any:
 
 
 def quantize_rows(
-    x: Tensor, bits: int, column_scale: Tensor | None = None, key: Tensor | None = None
+    x: Tensor, bits: int, column_scale: Tensor | None = None, key: Tensor | None = None, full_range: bool = False
 ) -> tuple[Tensor, Tensor]:
     """`products.quantize_rows`."""
     if torch.compiler.is_compiling():
-        return _quantize_rows_op(x, bits, column_scale, key)
+        return _quantize_rows_op(x, bits, column_scale, key, full_range)
     with span("quantize_rows"):
-        return products.quantize_rows(x, bits, column_scale=column_scale, key=key)
+        return products.quantize_rows(x, bits, column_scale=column_scale, key=key, full_range=full_range)
 
 
 def quantize_columns(
@@ -53,12 +53,12 @@ def quantize_both(
         return products.quantize_both(g, bits, column_scale=column_scale, row_scale=row_scale, keys=keys)
 
 
-def quantize_tensor(x: Tensor, bits: int, key: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def quantize_tensor(x: Tensor, bits: int, key: Tensor | None = None, full_range: bool = False) -> tuple[Tensor, Tensor]:
     """`products.quantize_tensor`."""
     if torch.compiler.is_compiling():
-        return _quantize_tensor_op(x, bits, key)
+        return _quantize_tensor_op(x, bits, key, full_range)
     with span("quantize_tensor"):
-        return products.quantize_tensor(x, bits, key=key)
+        return products.quantize_tensor(x, bits, key=key, full_range=full_range)
 
 
 def dequantize(codes: Tensor, row_scale: Tensor | None, column_scale: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -102,7 +102,9 @@ def _scale(x: Tensor, count: Any) -> Tensor:
 
 
 @_quantize_rows_op.register_fake
-def _(x: Tensor, bits: int, column_scale: Any = None, key: Any = None) -> tuple[Tensor, Tensor]:
+def _(
+    x: Tensor, bits: int, column_scale: Any = None, key: Any = None, full_range: Any = False
+) -> tuple[Tensor, Tensor]:
     return _codes(x), _scale(x, x.shape[0])
 
 
@@ -119,7 +121,7 @@ def _(
 
 
 @_quantize_tensor_op.register_fake
-def _(x: Tensor, bits: int, key: Any = None) -> tuple[Tensor, Tensor]:
+def _(x: Tensor, bits: int, key: Any = None, full_range: Any = False) -> tuple[Tensor, Tensor]:
     return _codes(x), _scale(x, 1)
 
 

@@ -48,13 +48,12 @@ struct RowChunks {
 void quantize(const QuantizeCall& call, const ProductsStages& stages, const Threads& threads) {
     RowChunks chunks(call.num_rows, call.num_columns, CHUNK);
     int64_t num_slots = std::min<int64_t>(threads.count, chunks.count), num_columns = call.num_columns;
-    auto levels = static_cast<float>(call.levels);
     if (call.rows.one_scale) {
         std::vector<uint32_t> most(num_slots);
         chunks.for_each_in_slots(threads, num_slots, [&](int64_t slot, int64_t begin, int64_t end) {
             most[slot] = std::max(most[slot], stages.absmax(call, begin, end));
         });
-        *call.rows.scale = scale_of(*std::max_element(most.begin(), most.end()), levels);
+        *call.rows.scale = scale_of(*std::max_element(most.begin(), most.end()), call.levels);
     }
     if (!call.columns.codes) {
         chunks.for_each(threads, [&](int64_t begin, int64_t end) { stages.quantize_rows(call, begin, end); });
@@ -69,7 +68,7 @@ void quantize(const QuantizeCall& call, const ProductsStages& stages, const Thre
         for (int64_t i = 0; i < num_columns; ++i) maxima[i] = std::max(maxima[i], maxima[slot * num_columns + i]);
     std::vector<float> inverses(num_columns);
     for (int64_t i = 0; i < num_columns; ++i) {
-        float scale = call.columns.scale[i] = scale_of(maxima[i], levels);
+        float scale = call.columns.scale[i] = scale_of(maxima[i], call.levels);
         inverses[i] = scale > 0.0f ? 1.0f / scale : 0.0f;
     }
     chunks.for_each(threads, [&](int64_t begin, int64_t end) {

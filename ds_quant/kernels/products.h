@@ -19,7 +19,7 @@ struct QuantizeCall {
     int64_t num_rows, num_columns, row_stride;  // elements from one row to the next
     Side rows, columns;
     int32_t dtype;
-    int32_t levels;
+    float levels;  // the scales that a group's largest magnitude takes: codes from floor(-levels) to floor(levels)
 };
 
 struct EpilogueCall {

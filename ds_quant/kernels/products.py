@@ -26,17 +26,17 @@ _FLOATS = "float32, bfloat16 or float16"
 
 
 def quantize_rows(
-    x: Tensor, bits: int, *, column_scale: Tensor | None = None, key: Tensor | None = None
+    x: Tensor, bits: int, *, column_scale: Tensor | None = None, key: Tensor | None = None, full_range: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Codes int8 [M, K] and scale fp32 [M] of x [M, K], as `numerics.products.quantize_rows` gives them.
 
     x: fp32, bf16 or fp16. bits: 2 to 8. column_scale: fp32 [K] or of one element. key: as `fold_key` gives it, None for
-    nearest rounding. Raises ValueError for what is not so.
+    nearest rounding. full_range: all 2^bits codes, down to -2^(bits-1). Raises ValueError for what is not so.
     """
     _check_operand("quantize_rows(x)", x, "quantize_rows(bits)", bits)
     _check_scale("quantize_rows(column_scale)", column_scale, x, 1)
     _check_key("quantize_rows(key)", key)
-    return _serving(x.device).quantize_rows(x, bits, column_scale=column_scale, key=key)
+    return _serving(x.device).quantize_rows(x, bits, column_scale=column_scale, key=key, full_range=full_range)
 
 
 def quantize_columns(
@@ -75,14 +75,16 @@ def quantize_both(
     return _serving(g.device).quantize_both(g, bits, column_scale=column_scale, row_scale=row_scale, keys=keys)
 
 
-def quantize_tensor(x: Tensor, bits: int, *, key: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def quantize_tensor(
+    x: Tensor, bits: int, *, key: Tensor | None = None, full_range: bool = False
+) -> tuple[Tensor, Tensor]:
     """Codes int8 [M, K] and one scale, fp32 [1], as `numerics.products.quantize_tensor` gives them.
 
     Else as `quantize_rows`. Raises ValueError for what is not so.
     """
     _check_operand("quantize_tensor(x)", x, "quantize_tensor(bits)", bits)
     _check_key("quantize_tensor(key)", key)
-    return _serving(x.device).quantize_tensor(x, bits, key=key)
+    return _serving(x.device).quantize_tensor(x, bits, key=key, full_range=full_range)
 
 
 def dequantize(

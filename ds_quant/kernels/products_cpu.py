@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ds_quant.kernels import cpu
+from ds_quant.numerics.integer import symmetric_levels
 
 
 class _Side(ctypes.Structure):
@@ -31,7 +32,8 @@ class _QuantizeCall(ctypes.Structure):
         ("x", ctypes.c_void_p),
         *((name, ctypes.c_int64) for name in ("num_rows", "num_columns", "row_stride")),
         *((name, _Side) for name in ("rows", "columns")),
-        *((name, ctypes.c_int32) for name in ("dtype", "levels")),
+        ("dtype", ctypes.c_int32),
+        ("levels", ctypes.c_float),
     )
 
 
@@ -58,11 +60,17 @@ class _DequantizeCall(ctypes.Structure):
 
 
 def quantize_rows(
-    x: Tensor, bits: int, *, column_scale: Tensor | None = None, key: Tensor | None = None, isa: str | None = None
+    x: Tensor,
+    bits: int,
+    *,
+    column_scale: Tensor | None = None,
+    key: Tensor | None = None,
+    full_range: bool = False,
+    isa: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`numerics.products.quantize_rows`."""
     rows = _Half(x, 0, column_scale, key)
-    _quantize(x, bits, isa, rows=rows)
+    _quantize(x, bits, isa, rows=rows, full_range=full_range)
     return rows.codes, rows.scale
 
 
@@ -92,11 +100,11 @@ def quantize_both(
 
 
 def quantize_tensor(
-    x: Tensor, bits: int, *, key: Tensor | None = None, isa: str | None = None
+    x: Tensor, bits: int, *, key: Tensor | None = None, full_range: bool = False, isa: str | None = None
 ) -> tuple[Tensor, Tensor]:
     """`numerics.products.quantize_tensor`."""
     rows = _Half(x, None, None, key)
-    _quantize(x, bits, isa, rows=rows)
+    _quantize(x, bits, isa, rows=rows, full_range=full_range)
     return rows.codes, rows.scale
 
 
@@ -178,7 +186,13 @@ _NONE = _Side()
 
 
 def _quantize(
-    x: Tensor, bits: int, isa: str | None, *, rows: _Half | None = None, columns: _Half | None = None
+    x: Tensor,
+    bits: int,
+    isa: str | None,
+    *,
+    rows: _Half | None = None,
+    columns: _Half | None = None,
+    full_range: bool = False,
 ) -> None:
     chosen = cpu.isa_number("quantize", isa)
     if not x.numel():
@@ -190,7 +204,7 @@ def _quantize(
     call = _QuantizeCall(
         *(x.data_ptr(), *x.shape, x.stride(0)),
         *(_NONE if half is None else half.side for half in (rows, columns)),
-        *(cpu.DTYPES[x.dtype], (1 << (bits - 1)) - 1),
+        *(cpu.DTYPES[x.dtype], symmetric_levels(bits, full_range=full_range)),
     )
     if _library().ds_quant_products_quantize(call, chosen, cpu.library().parallel, torch.get_num_threads()):
         raise MemoryError("quantize: no memory for the maxima of the columns")

@@ -6,8 +6,8 @@ it from that (it may say that CUDA_HOME is not set, which concerns functions tha
 those of `numerics.integer.divide`, rounded to nearest.
 
 Each function compiles at its first call, up to ten seconds, for each `bits` or result dtype, dtype of the matrix,
-rounding, scale (none, one number, many) and bias dtype; once more where its first matrix was square. Nothing compiles
-again for new shapes, keys or scales. To keep it so
+rounding, range, scale (none, one number, many) and bias dtype; once more where its first matrix was square. Nothing
+compiles again for new shapes, keys or scales. To keep it so
 
 - matrices with less than two rows or columns go to the reference: 0 and 1 are sizes that torch.compile makes constant;
 - matrices that are not contiguous are copied first, in their own dtype;
@@ -28,10 +28,11 @@ from ds_quant.numerics import products as reference
 
 @torch.no_grad()
 def quantize_rows(
-    x: Tensor, bits: int, *, column_scale: Tensor | None = None, key: Tensor | None = None
+    x: Tensor, bits: int, *, column_scale: Tensor | None = None, key: Tensor | None = None, full_range: bool = False
 ) -> tuple[Tensor, Tensor]:
     """`numerics.products.quantize_rows`."""
-    return _call(reference.quantize_rows, x, bits, column_scale=_scale(column_scale), key=_data(key))
+    function = _full_range_rows if full_range else reference.quantize_rows
+    return _call(function, x, bits, column_scale=_scale(column_scale), key=_data(key))
 
 
 @torch.no_grad()
@@ -58,9 +59,12 @@ def quantize_both(
 
 
 @torch.no_grad()
-def quantize_tensor(x: Tensor, bits: int, *, key: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def quantize_tensor(
+    x: Tensor, bits: int, *, key: Tensor | None = None, full_range: bool = False
+) -> tuple[Tensor, Tensor]:
     """`numerics.products.quantize_tensor`."""
-    return _call(reference.quantize_tensor, x, bits, key=_data(key))
+    function = _full_range_tensor if full_range else reference.quantize_tensor
+    return _call(function, x, bits, key=_data(key))
 
 
 @torch.no_grad()
@@ -85,6 +89,14 @@ def epilogue(
     tensors = {"row_scale": _scale(row_scale), "column_scale": _scale(column_scale), "bias": _data(bias)}
     result = _call(_epilogue, products, dtype, **tensors)
     return result if out is None else out.copy_(result)
+
+
+def _full_range_rows(x: Tensor, bits: int, **tensors: Tensor | None) -> tuple[Tensor, Tensor]:
+    return reference.quantize_rows(x, bits, full_range=True, **tensors)
+
+
+def _full_range_tensor(x: Tensor, bits: int, **tensors: Tensor | None) -> tuple[Tensor, Tensor]:
+    return reference.quantize_tensor(x, bits, full_range=True, **tensors)
 
 
 def _epilogue(products: Tensor, dtype: torch.dtype, **tensors: Tensor | None) -> Tensor:

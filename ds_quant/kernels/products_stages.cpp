@@ -2,6 +2,8 @@
 // DS_QUANT_ISA its name and -ffp-contract=off. numerics/products.py has the definition.
 //
 // A loop takes whole vectors and leaves the rest to itself with shorter ones, so the rest has the same bits.
+#include <cmath>
+
 #include "convert.h"
 #include "products.h"
 #include "random.h"
@@ -89,6 +91,7 @@ struct Run {
     const float* inverses;
     float factor, scale, inverse;
     float levels;
+    float least, most;  // codes
     int8_t* codes;
     uint32_t key[2];
     uint64_t index;  // of the first element
@@ -99,9 +102,9 @@ enum Kind { BY_ROW, BY_ROW_SCALED, BY_COLUMN };
 template <class V, Dtype dtype, Kind kind, bool stochastic>
 void encode(const Run& run, uint32_t high_word, int64_t i, int64_t n) {
     auto scale = V::set(run.scale), inverse = V::set(run.inverse), zero = V::set(0.0f);
-    auto most = V::set(run.levels), least = V::set(-run.levels);
-    // x times the inverse is less than 2^-15 off x / scale, which 127 does not exceed; if they are rounded to different
-    // codes, then the product is as near to a tie. That an inverse is Inf shows in the same way.
+    auto most = V::set(run.most), least = V::set(run.least);
+    // x times the inverse is less than 2^-15 off x / scale, which is hardly more than 127.5; if they are rounded to
+    // different codes, then the product is as near to a tie. That an inverse is Inf shows in the same way.
     auto is_safe = V::set(0.5f - 0x1p-14f);
     Uniform<V> uniform(run.key, high_word);
     for (; i + V::width <= n; i += V::width) {
@@ -113,6 +116,10 @@ void encode(const Run& run, uint32_t high_word, int64_t i, int64_t n) {
             auto scales = V::load(run.scales + i);
             return V::select(V::greater(scales, zero), V::div(y, scales), zero);
         };
+        // Only the full range needs the clamp, for steps of 127.5 and a bit: too near to a tie for any other way.
+        auto exact_code = [&]() __attribute__((always_inline)) {
+            return V::to_nearest_int(V::min(exact_steps(), most));
+        };
         typename V::I code;
         if constexpr (stochastic) {
             auto steps = exact_steps(), floor = V::floor(steps);
@@ -120,12 +127,12 @@ void encode(const Run& run, uint32_t high_word, int64_t i, int64_t n) {
             auto up = V::greater(V::sub(steps, floor), draw);
             code = V::to_int(V::max(V::min(V::add_if(up, floor, V::set(1.0f)), most), least));
         } else if constexpr (V::width == 1) {
-            code = V::to_nearest_int(exact_steps());  // the scale is so large that no clamp is needed
+            code = exact_code();
         } else {
             auto steps = V::mul(y, kind == BY_COLUMN ? V::load(run.inverses + i) : inverse);
             code = V::to_nearest_int(steps);
             auto is_near = V::greater(is_safe, V::abs(V::sub(steps, V::to_float(code))));
-            if (__builtin_expect(!V::all(is_near), 0)) code = V::to_nearest_int(exact_steps());
+            if (__builtin_expect(!V::all(is_near), 0)) code = exact_code();
         }
         V::store_u8(reinterpret_cast<uint8_t*>(run.codes) + i, code);
     }
@@ -164,7 +171,9 @@ Run run_of(const QuantizeCall& c, const Side& side, int64_t row, int64_t column)
     run.x = advanced(c.x, c.dtype, row * c.row_stride + column);
     run.codes = side.codes + index;
     run.index = static_cast<uint64_t>(index);
-    run.levels = static_cast<float>(c.levels);
+    run.levels = c.levels;
+    run.most = std::floor(c.levels);
+    run.least = std::floor(-c.levels);
     for (int half = 0; half < 2; ++half) run.key[half] = side.key[half];
     return run;
 }

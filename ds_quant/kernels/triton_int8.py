@@ -3,10 +3,11 @@
     int_mm          y[m, n] = sum_k a[m, k] * b[k, n]                                               int32
     scaled_matmul   ((y[m, n] * row_scale[m]) * column_scale[n]) + bias[n], rounded once to `dtype`
 
-The sums are exact while they stay within int32: for codes from -127 to 127 up to K = 131072, which is not checked. A
-caller splits longer contractions. The rest is fp32 in the order of `numerics.products.epilogue`, with no product fused
-into a sum (`enable_fp_fusion=False`): results are meant to be the definition's, bit for bit. The tests show so in
-Triton's interpreter, and that what is compiled for sm_80 and sm_90 uses the integer tensor cores and spills nothing.
+The sums are exact while they stay within int32: up to K = 131072 with codes from -127 to 127, and -128 in one of the
+operands, which is not checked. A caller splits longer contractions. The rest is fp32 in the order of
+`numerics.products.epilogue`, with no product fused into a sum (`enable_fp_fusion=False`): results are meant to be the
+definition's, bit for bit. The tests show so in Triton's interpreter, and that what is compiled for sm_80 and sm_90 uses
+the integer tensor cores and spills nothing.
 
 A program computes one tile of the result. Neighbouring programs share rows and columns of tiles, to find their
 operands in the L2 cache.

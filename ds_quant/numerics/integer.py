@@ -14,9 +14,16 @@ num_blocks is ceil(features / block_size): the last block of a row may be shorte
 With b bits, in fp32 whatever the dtype of x, `/` rounded to nearest and round() half to even:
 
     symmetric     n = 2^(b-1) - 1    scale = max|x| / n           code = clamp(round(x / scale), -n, n)
+      full range  n = (2^b - 1) / 2  scale = max|x| / n           code = clamp(round(x / scale), -n - 1/2, n - 1/2)
     asymmetric    n = 2^b - 1        scale = (max x - min x) / n  code = clamp(round(x / scale) + zero_point, 0, n)
                                      zero_point = round(-min x / scale), not clamped: a range need not contain 0
     value         (code - zero_point) * scale
+
+The full range has all 2^b codes, at 8 bits -128 to 127 with a scale of max|x| / 127.5. It is how compressed-tensors
+0.20 quantizes activations (`calculate_qparams` and `fake_quantize`, symmetric int), value for value in fp32, save where
+its scale is denormal (max|x| below 2^-119 at 8 bits): theirs is then rounded down, and may clip. A group's largest
+magnitude lies on a tie: it comes back as n - 1/2 scales if positive, and as n - 1/2 or n + 1/2, as the division was
+rounded, if negative.
 
 At the edges:
 - A group of zeros has scale 0 (and zero_point 0), and comes back as zeros. A scale of 0 also folds well: it adds
@@ -34,6 +41,7 @@ After arXiv 2407.11722, with these differences: the paper has absolute floors un
 leaves one level of 2^b unused in asymmetric codes, and computes in the input's dtype.
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -72,27 +80,36 @@ def quantize(
     symmetric: bool = True,
     rounding: str = "nearest",
     key: Tensor | None = None,
+    full_range: bool = False,
 ) -> Quantized:
     """Codes and scales of `x` (fp32, bf16 or fp16, any shape and strides), as the module docstring defines them.
 
     `block_size` counts for granularity "block" only. rounding "stochastic" needs a `key` (see `fold_key`): with
     v = x / scale, round(v) becomes floor(v) + (u < v - floor(v)), where u is `uniform(key, x.shape)`, by row-major
     index. A v that is an integer never moves. It is unbiased up to 2^-24 of a scale, save where the clamp cuts
-    (asymmetric: within half a scale of a group's minimum and maximum, as the zero point is rounded).
+    (asymmetric: within half a scale of a group's minimum and maximum, as the zero point is rounded; full range: within
+    half a scale of the largest positive value).
 
     Gradients do not flow. The bits are the same under torch.compile(fullgraph=True), which is not called again for
     new values of `key`. Note that Inductor may hand over a bf16 `x` that it computed itself without rounding it
     to bf16 first (torch._inductor.config.emulate_precision_casts).
 
-    Raises ValueError for arguments out of range, and for a key without stochastic rounding or the reverse.
+    Raises ValueError for arguments out of range, for a key without stochastic rounding or the reverse, and for the
+    full range of asymmetric codes, which have no other.
     """
     _check_arguments(x, bits, granularity, block_size, rounding, key)
+    if full_range and not symmetric:
+        raise ValueError(
+            "quantize(full_range): got True; allowed: with symmetric codes, as asymmetric ones use all levels anyway; "
+            "leave it out"
+        )
     x = x.detach().float()
     if symmetric:
-        levels = (1 << (bits - 1)) - 1
+        levels = symmetric_levels(bits, full_range=full_range)
         scale = _symmetric_scale(_reduce(x.abs(), torch.amax, granularity, block_size), levels)
         steps = _round(_steps(x, expand_groups(scale, x, granularity, block_size)), rounding, key)
-        return Quantized(steps.clamp(-levels, levels).to(torch.int8), scale, None, granularity, block_size)
+        codes = steps.clamp(math.floor(-levels), math.floor(levels)).to(torch.int8)
+        return Quantized(codes, scale, None, granularity, block_size)
     levels = (1 << bits) - 1
     low = _reduce(x, torch.amin, granularity, block_size)
     high = _reduce(x, torch.amax, granularity, block_size)
@@ -102,6 +119,11 @@ def quantize(
     steps = _round(_steps(x, expand_groups(scale, x, granularity, block_size)), rounding, key)
     codes = (steps + expand_groups(zero_point, x, granularity, block_size)).clamp(0, levels)
     return Quantized(codes.to(torch.uint8), scale, zero_point, granularity, block_size)
+
+
+def symmetric_levels(bits: int, *, full_range: bool) -> float:
+    """The scales that the largest magnitude of a group takes: codes lie from floor(-levels) to floor(levels)."""
+    return ((1 << bits) - 1) / 2 if full_range else (1 << (bits - 1)) - 1
 
 
 def integer_values(q: Quantized) -> Tensor:
@@ -140,10 +162,18 @@ def fake_quantize(
     symmetric: bool = True,
     rounding: str = "nearest",
     key: Tensor | None = None,
+    full_range: bool = False,
 ) -> Tensor:
     """dequantize(quantize(x, ...), x.dtype): what is left of `x`, in its own shape and dtype. No gradient flows."""
     q = quantize(
-        x, bits, granularity=granularity, block_size=block_size, symmetric=symmetric, rounding=rounding, key=key
+        x,
+        bits,
+        granularity=granularity,
+        block_size=block_size,
+        symmetric=symmetric,
+        rounding=rounding,
+        key=key,
+        full_range=full_range,
     )
     return dequantize(q, x.dtype)
 
@@ -158,14 +188,14 @@ def divide(a: Tensor, b: Tensor | float) -> Tensor:
     return torch.addcdiv(a.new_zeros(()), a, divisor)
 
 
-def _divide_to_fit(extent: Tensor, levels: int) -> Tensor:
+def _divide_to_fit(extent: Tensor, levels: float) -> Tensor:
     """extent / levels; where that is denormal, at least so large that `levels` scales cover the extent."""
     scale = divide(extent, levels)
     short = (scale < SMALLEST_NORMAL) & (scale * levels < extent)
     return torch.where(short, scale + SMALLEST_DENORMAL, scale)
 
 
-def _symmetric_scale(absmax: Tensor, levels: int) -> Tensor:
+def _symmetric_scale(absmax: Tensor, levels: float) -> Tensor:
     return torch.where(absmax.isfinite(), _divide_to_fit(absmax, levels), torch.nan)
 
 

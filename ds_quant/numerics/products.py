@@ -1,6 +1,6 @@
 """Operands and results of int8 matrix products: the definition that the fused kernels repeat bit for bit.
 
-With s = round-to-scale of `numerics.integer` (symmetric, n = 2^(bits-1) - 1) and everything in fp32:
+As `numerics.integer` does it (symmetric, n = 2^(bits-1) - 1, or with `full_range` (2^bits - 1) / 2), in fp32:
 
     quantize_rows      y[m, k] = x[m, k] * column_scale[k]    scale[m] = max_k |y[m, k]| / n    codes = round(y / scale)
     quantize_columns   y[m, n] = x[m, n] * row_scale[m]       scale[n] = max_m |y[m, n]| / n    codes = round(y / scale)
@@ -25,10 +25,10 @@ from ds_quant.numerics.integer import dequantize as dequantize_any
 
 
 def quantize_rows(
-    x: Tensor, bits: int, *, column_scale: Tensor | None = None, key: Tensor | None = None
+    x: Tensor, bits: int, *, column_scale: Tensor | None = None, key: Tensor | None = None, full_range: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Codes int8 [M, K] and scale fp32 [M] of x [M, K], fp32, bf16 or fp16."""
-    return _quantize(x, bits, "row", column_scale, key)
+    return _quantize(x, bits, "row", column_scale, key, full_range)
 
 
 def quantize_columns(
@@ -52,9 +52,11 @@ def quantize_both(
     return *rows, *quantize_columns(g, bits, row_scale=row_scale, key=column_key)
 
 
-def quantize_tensor(x: Tensor, bits: int, *, key: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def quantize_tensor(
+    x: Tensor, bits: int, *, key: Tensor | None = None, full_range: bool = False
+) -> tuple[Tensor, Tensor]:
     """Codes int8 [M, K] and scale fp32 [1] of x [M, K], fp32, bf16 or fp16."""
-    return _quantize(x, bits, "tensor", None, key)
+    return _quantize(x, bits, "tensor", None, key, full_range)
 
 
 def dequantize(
@@ -94,11 +96,11 @@ def epilogue(
 
 
 def _quantize(
-    x: Tensor, bits: int, granularity: str, factor: Tensor | None, key: Tensor | None
+    x: Tensor, bits: int, granularity: str, factor: Tensor | None, key: Tensor | None, full_range: bool = False
 ) -> tuple[Tensor, Tensor]:
     y = x.detach().float()
     if factor is not None:
         y = y * factor.detach()
     rounding = "nearest" if key is None else "stochastic"
-    q = quantize(y, bits, granularity=granularity, rounding=rounding, key=key)
+    q = quantize(y, bits, granularity=granularity, rounding=rounding, key=key, full_range=full_range)
     return q.codes.contiguous(), q.scale.reshape(-1)

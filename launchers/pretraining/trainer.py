@@ -21,7 +21,8 @@ _PROGRESS = "progress_rank{}.json"
 
 
 class PretrainTrainer(ExactLoading):
-    """Decays matrices only, also with the optimizer of the DeepSpeed JSON; knows how long evaluation took.
+    """Decays matrices only, also with the optimizer of the DeepSpeed JSON; knows how long evaluation took; saves
+    models that generate with their cache.
 
     Checkpoints go through `saver`, and every loss past `guard`, where there are such.
     """
@@ -30,6 +31,11 @@ class PretrainTrainer(ExactLoading):
     saver: CheckpointSaver | None = None
     guard: Guard | None = None
     _part: Path | None = None
+
+    def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        # The Trainer turns the cache of keys and values off in the model's configuration, for training.
+        self._use_cache = getattr(getattr(model, "config", None), "use_cache", None)
+        super().__init__(model, *args, **kwargs)
 
     @property
     def first_step(self) -> int:
@@ -96,6 +102,18 @@ class PretrainTrainer(ExactLoading):
             self.control.should_training_stop = True
             return
         super()._run_epoch(*args, **kwargs)
+
+    def _save(self, *args: Any, **kwargs: Any) -> None:
+        """As in Trainer; config.json has the model's own `use_cache`: what is saved is there to generate."""
+        config = getattr(self.model, "config", None)
+        if self._use_cache is None or config is None:
+            super()._save(*args, **kwargs)
+            return
+        while_training, config.use_cache = config.use_cache, self._use_cache
+        try:
+            super()._save(*args, **kwargs)
+        finally:
+            config.use_cache = while_training
 
     def _get_output_dir(self, trial: Any) -> str:
         return super()._get_output_dir(trial) if self._part is None else str(self._part)

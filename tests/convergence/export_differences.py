@@ -2,8 +2,9 @@
 
     python tests/convergence/export_differences.py
 
-Trains a Llama and an OPT of two layers on this package's sources, byte by byte, in W8A8 and fp32 (400 steps, half a
-minute each on one core), and exports their weights in fp32 and in bf16.
+Trains a Llama, with activations in the narrow and in the full range, and an OPT of two layers on this package's
+sources, byte by byte, in W8A8 and fp32 (400 steps, half a minute each on one core), and exports their weights in fp32
+and in bf16.
 """
 
 import tempfile
@@ -20,6 +21,8 @@ from ds_quant.export import export
 from ds_quant.numerics.integer import dequantize, quantize
 
 W8A8 = {"weight": {"bits": 8}, "activation": {"bits": 8}}
+FULL = {"weight": {"bits": 8}, "activation": {"bits": 8, "range": "full"}}
+MODELS = {"Llama": ("Llama", W8A8), "Llama, full range": ("Llama", FULL), "OPT": ("OPT", W8A8)}
 LENGTH, ROWS = 128, 8
 SIZES = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 256}
 
@@ -39,9 +42,9 @@ def build(name: str) -> nn.Module:
     )
 
 
-def train(name: str, data: Tensor) -> nn.Module:
+def train(name: str, linear: dict, data: Tensor) -> nn.Module:
     model = build(name).train()
-    ds_quant.convert(model, W8A8)
+    ds_quant.convert(model, linear)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for _ in range(400):
         starts = torch.randint(0, len(data) - 65, (16,)).tolist()
@@ -80,26 +83,28 @@ def main() -> None:
     data, held_out = data[: -ROWS * (LENGTH + 1)], data[-ROWS * (LENGTH + 1) :].view(ROWS, LENGTH + 1)
     print("| model, weights | run by | loss | logits off by | same likeliest token |")
     print("|---|---|---|---|---|")
-    for name in ("Llama", "OPT"):
-        trained = train(name, data)
+    for title, (name, linear) in MODELS.items():
+        trained = train(name, linear, data)
         for dtype in (torch.float32, torch.bfloat16):
             with tempfile.TemporaryDirectory() as folder:
                 source, out = Path(folder, "model"), Path(folder, "out")
                 trained.to(dtype).save_pretrained(source)
                 export(source, out)
-                compare(f"{name}, {str(dtype).removeprefix('torch.')}", trained, source, out, held_out)
+                compare(f"{title}, {str(dtype).removeprefix('torch.')}", linear, trained, source, out, held_out)
 
 
-def compare(title: str, trained: nn.Module, source: Path, out: Path, held_out: Tensor) -> None:
+def compare(title: str, linear: dict, trained: nn.Module, source: Path, out: Path, held_out: Tensor) -> None:
     def load(folder: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
         return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
 
-    ours = load(source)
-    ds_quant.convert(ours, W8A8)
+    ours, on_integers = load(source), load(source)
+    ds_quant.convert(ours, linear)
+    ds_quant.convert(on_integers, {**linear, "backend": "int8"})
     vllm = load(source)
     ds_quant.convert(vllm, W8A8)
     with_vllms_rule(vllm)
-    rows = {"ours, fp32": ours, "ours in the weights' dtype": trained, "ours without quantizers, fp32": load(source)}
+    rows = {"ours, fp32": ours, "ours on integer units, fp32": on_integers, "ours in the weights' dtype": trained}
+    rows["ours without quantizers, fp32"] = load(source)
     rows |= {"served, fp32": load(out), "served, bf16": load(out, torch.bfloat16), "vLLM's rule, fp32": vllm}
     reference, _ = measure(ours, held_out)
     for run_by, model in rows.items():

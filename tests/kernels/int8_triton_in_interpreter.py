@@ -72,7 +72,7 @@ SHAPES = ((1, 1, 1), (16, 32, 32), (17, 33, 48), (32, 64, 48), (8 * 16 + 5, 70, 
 def test_sums_are_exact(rng, shape, layout, use):
     use(SMALL)
     m, n, k = shape
-    a, b = codes(rng, (m, k)), codes(rng, (k, n))
+    a, b = codes(rng, (m, k), low=-128), codes(rng, (k, n))
     assert_same(kernels.int_mm(laid_out(a, layout[0]), laid_out(b, layout[1])), exact(a, b))
 
 
@@ -96,14 +96,15 @@ def test_largest_sums(rng, use):
     """As far as the contraction may go, with the largest codes of all signs."""
     use(SMALL._replace(k=512))
     length = 131072
-    a = torch.full((5, length), 127, dtype=torch.int8)
+    a = torch.full((6, length), 127, dtype=torch.int8)
     a[1], a[2, ::2], a[3, : length // 2] = -127, -127, -127
-    a[4] = codes(rng, length)
+    a[4] = codes(rng, length, low=-128)
+    a[5] = -128
     b = torch.full((length, 3), 127, dtype=torch.int8)
     b[:, 1], b[::2, 2] = -127, -127
     y = kernels.int_mm(a, b)
     assert_same(y, exact(a, b))
-    assert y.abs().max() == 127 * 127 * length
+    assert y.abs().max() == 128 * 127 * length
 
 
 @pytest.mark.parametrize(

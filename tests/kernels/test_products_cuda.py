@@ -18,7 +18,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Whole vectors and their rests, square, small ones that are not compiled, empty ones.
 SHAPES = ((9, 64), (130, 100), (33, 33), (2, 3), (3, 2), (7, 5000), (1, 1), (1, 50), (70, 1), (0, 5), (5, 0), (0, 0))
 KEYS = (fold_key(1), fold_key(2, step=3))
-NAMES = ("rows", "columns", "both", "tensor")
+NAMES = ("rows", "columns", "both", "tensor", "full rows", "full tensor")
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))]
 
 
@@ -52,6 +52,8 @@ def operands(module, x, bits, column_scale, row_scale, keys, names=NAMES):
         "columns": lambda: module.quantize_columns(x, bits, row_scale=row_scale, key=second),
         "both": lambda: module.quantize_both(x, bits, column_scale=column_scale, row_scale=row_scale, keys=keys),
         "tensor": lambda: module.quantize_tensor(x, bits, key=first),
+        "full rows": lambda: module.quantize_rows(x, bits, column_scale=column_scale, key=first, full_range=True),
+        "full tensor": lambda: module.quantize_tensor(x, bits, key=first, full_range=True),
     }
     return [result for name in names for result in calls[name]()]
 
@@ -128,12 +130,12 @@ def test_extremes(rng, device):
 def test_ties(rng, device):
     """Steps that lie between two codes, and next to that: the division must round to nearest."""
     halves = np.arange(-126.5, 127)
-    for absmax in (127.0, 1.0, *rng.uniform(1, 2, size=5)):
-        scale = np.float32(absmax) / np.float32(127)
+    for absmax, levels in itertools.product((127.0, 127.5, 1.0, *rng.uniform(1, 2, size=5)), (127, 127.5)):
+        scale = np.float32(absmax) / np.float32(levels)
         x = (halves * scale).astype(np.float32).view(np.int32)
         x = (x + rng.integers(-2, 3, size=(40, 1), dtype=np.int32)).view(np.float32)
-        x[:, 77] = absmax
-        check(device, torch.from_numpy(x), 8, torch.ones(254), torch.ones(40), None, f"{absmax}")
+        x[:, 77], x[:20, 78] = absmax, -absmax
+        check(device, torch.from_numpy(x), 8, torch.ones(254), torch.ones(40), None, f"{absmax} {levels}")
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -163,7 +165,7 @@ def test_dequantize(rng, dtype, device):
     largest = torch.finfo(dtype).max
     special = torch.tensor([0.0, np.nan, 1e-42, largest / 127 * 1.003, largest / 126.5, largest / 100])
     for shape in SHAPES:
-        codes = torch.from_numpy(rng.integers(-127, 128, size=shape)).to(torch.int8)
+        codes = torch.from_numpy(rng.integers(-128, 128, size=shape)).to(torch.int8)
         for name, count in (("row_scale", shape[0]), ("column_scale", shape[1]), ("column_scale", 1)):
             scale = scales(rng, count)
             scale[1 : 1 + len(special)] = special[: len(scale[1 : 1 + len(special)])]
@@ -209,7 +211,7 @@ def test_nothing_compiles_again(rng, counters):
         products_cuda.epilogue(
             x.int(), row_scale=row_scale, column_scale=column_scale, bias=column_scale, dtype=torch.bfloat16
         )
-    assert len(counters) == 5
+    assert len(counters) == 7
     assert {counter.frame_count for counter in counters.values()} == {1}
 
 

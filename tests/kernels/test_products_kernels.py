@@ -55,6 +55,9 @@ def results(module, x, bits, column_scale, row_scale, keys, **options):
         *module.quantize_both(x, bits, column_scale=column_scale, row_scale=row_scale, keys=keys, **options),
         *module.quantize_both(x, bits, keys=keys, **options),
         *module.quantize_tensor(x, bits, key=first, **options),
+        *module.quantize_rows(x, bits, key=first, full_range=True, **options),
+        *module.quantize_rows(x, bits, column_scale=column_scale, key=first, full_range=True, **options),
+        *module.quantize_tensor(x, bits, key=first, full_range=True, **options),
     )
 
 
@@ -121,6 +124,43 @@ def test_ties_go_to_even_and_near_ties_where_division_says(rng):
         steps = tensor([[127.0, *(np.arange(-127, 128) / 2)]])
         codes, _ = products_cpu.quantize_rows(steps, 8, isa=isa)
         assert torch.equal(codes, steps.round().to(torch.int8))
+
+
+@needs_compiler
+def test_the_full_range_of_codes(rng):
+    """The largest magnitude is a tie of 127 and 128 scales, which the rounded scale moves to either side."""
+    for absmax in (127.5, 1.0, *rng.uniform(1, 2, size=20).astype(np.float32).tolist()):
+        scale = np.float32(absmax) / np.float32(127.5)
+        x = (np.arange(-127.5, 128) * scale).astype(np.float32).view(np.int32)
+        x = (x + rng.integers(-2, 3, size=(40, 1), dtype=np.int32)).view(np.float32)
+        x = tensor(x).clamp(-absmax, absmax)
+        x[:, 13], x[:20, 77] = -absmax, absmax
+        check(rng, x, 8, None, f"{absmax}", torch.ones(1), torch.ones(1))
+        check(rng, x, 8, KEYS, f"{absmax} stochastic", torch.ones(1), torch.ones(1))
+    seen = set()
+    for isa in ISAS:
+        steps = tensor([np.arange(-127.5, 128)])
+        codes, own = products_cpu.quantize_rows(steps, 8, full_range=True, isa=isa)
+        assert own.item() == 1.0
+        assert torch.equal(codes, steps.round().clamp(-128, 127).to(torch.int8))
+        for absmax in rng.uniform(1, 2, size=50).astype(np.float32):
+            codes, _ = products_cpu.quantize_rows(tensor([[-absmax, absmax] * 9]), 8, full_range=True, isa=isa)
+            assert (codes[0, 1::2] == 127).all()
+            seen |= set(codes[0, ::2].tolist())
+    assert seen == {-128, -127}
+
+
+@needs_compiler
+def test_stochastic_codes_in_the_full_range():
+    """-127.5 becomes -128 or -127, and 127.5 always 127: no code passes the last one."""
+    x = torch.full((64, 4096), 127.5)
+    x[:, ::2] *= -1
+    for isa, quantize in itertools.product(ISAS, (products_cpu.quantize_rows, products_cpu.quantize_tensor)):
+        codes, _ = quantize(x, 8, key=KEYS[0], full_range=True, isa=isa)
+        assert (codes[:, 1::2] == 127).all()
+        share = (codes[:, ::2] == -128).double().mean().item()
+        assert set(codes[:, ::2].unique().tolist()) == {-128, -127}
+        assert abs(share - 0.5) < 5 * (0.25 / codes[:, ::2].numel()) ** 0.5, "five standard deviations"
 
 
 @needs_compiler
@@ -317,10 +357,10 @@ def test_unknown_instruction_set():
 @pytest.mark.parametrize("shape", [*SHAPES, (0, 5), (5, 0)], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_dequantize(rng, shape, dtype):
-    codes = tensor(rng.integers(-127, 128, size=shape), torch.int8)
+    codes = tensor(rng.integers(-128, 128, size=shape), torch.int8)
     # Usual scales, and those whose values pass the largest number of the dtype by less and by more than a scale.
     largest = torch.finfo(dtype).max
-    special = [0.0, np.nan, 1e-42, largest / 127 * 1.003, largest / 126.5, largest / 100, 3e38]
+    special = [0.0, np.nan, 1e-42, largest / 127.5, largest / 127 * 1.003, largest / 126.5, largest / 100, 3e38]
     for name, count in (("row_scale", shape[0]), ("column_scale", shape[1]), ("row_scale", 1), ("column_scale", 1)):
         scale = scales(rng, count)
         drawn = rng.choice(special, size=count).astype(np.float32)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from pretraining.trainer import PretrainTrainer
 from torch.utils.data import Dataset
-from transformers import TrainingArguments
+from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM, TrainingArguments
 
 
 class Numbers(Dataset[dict[str, torch.Tensor]]):
@@ -49,3 +49,16 @@ def test_epochs_are_the_same_however_the_global_batch_is_cut(tmp_path: Path) -> 
     assert whole[0] != whole[1]
     assert epochs(tmp_path, 2, 2) == whole
     assert epochs(tmp_path, 1, 4) == whole
+
+
+@pytest.mark.usefixtures("single_rank")
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_what_is_saved_has_the_models_own_cache(tmp_path: Path, use_cache: bool) -> None:
+    """Hugging Face's Trainer writes `"use_cache": false` into every checkpoint."""
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=8, use_cache=use_cache))
+    args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
+    trainer = PretrainTrainer(model=model, args=args, train_dataset=Numbers())
+    trainer.save_model(str(tmp_path / "model"))
+    assert AutoConfig.from_pretrained(tmp_path / "model").use_cache is use_cache
+    assert model.config.use_cache is False, "training needs none"

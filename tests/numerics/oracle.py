@@ -72,14 +72,15 @@ def step_size(extent, levels):
     return scale
 
 
-def group_scale(x, bit_width, symmetric):
+def group_scale(x, bit_width, symmetric, full_range=False):
     """(scale, zero point) of the float32 values of one group."""
     if len(x) == 0:
         return np.float32(0), np.float32(0)
     if not np.all(np.isfinite(x)):
         return np.float32("nan"), np.float32(0)
     if symmetric:
-        return step_size(np.max(np.abs(x)), 2 ** (bit_width - 1) - 1), np.float32(0)
+        most = (2**bit_width - 1) / 2 if full_range else 2 ** (bit_width - 1) - 1
+        return step_size(np.max(np.abs(x)), most), np.float32(0)
     low, high = np.min(x), np.max(x)
     levels = 2**bit_width - 1
     if low == high:
@@ -92,7 +93,7 @@ def group_scale(x, bit_width, symmetric):
     return scale, zero_point
 
 
-def quantize(x, bit_width, *, granularity, block_size, symmetric, key=None):
+def quantize(x, bit_width, *, granularity, block_size, symmetric, key=None, full_range=False):
     """(codes, scale, zero_point) of the float32 array `x`; `key`, a pair of ints, makes the rounding stochastic."""
     flat = x.reshape(-1)
     scale_shape, members = groups(x.shape, granularity, block_size)
@@ -100,10 +101,11 @@ def quantize(x, bit_width, *, granularity, block_size, symmetric, key=None):
     codes = np.zeros(flat.size, dtype=np.int64)
     scales, zero_points = [], []
     lowest, highest = (-(2 ** (bit_width - 1)) + 1, 2 ** (bit_width - 1) - 1) if symmetric else (0, 2**bit_width - 1)
+    lowest -= full_range
     with np.errstate(all="ignore"):
         for indices in members:
             values = flat[indices]
-            scale, zero_point = group_scale(values, bit_width, symmetric)
+            scale, zero_point = group_scale(values, bit_width, symmetric, full_range)
             scales.append(scale)
             zero_points.append(zero_point)
             if not scale > 0:
