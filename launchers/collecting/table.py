@@ -84,9 +84,9 @@ def config_rows(configs: Iterable[Config]) -> list[list[str]]:
 def to_markdown(runs: Sequence[Run], configs: Sequence[Config], problems: Sequence[str], baseline: str) -> str:
     """The configs, the runs, and the problems."""
     parts = ["# Collected runs", "", _UNITS.format(baseline=_escaped(baseline)), ""]
-    parts += [*_markdown_table(CONFIG_COLUMNS, config_rows(configs)), "", "## Runs", "", _RUN_UNITS, ""]
+    parts += [*markdown_table(CONFIG_COLUMNS, config_rows(configs)), "", "## Runs", "", _RUN_UNITS, ""]
     columns = ("config", "seed", "state", "steps", "final loss", "best loss", "tokens/s", "wire bytes/step")
-    parts += _markdown_table((*columns, "seconds", "peak bytes", "folder", "reason"), [_run_row(run) for run in runs])
+    parts += markdown_table((*columns, "seconds", "peak bytes", "folder", "reason"), [_run_row(run) for run in runs])
     parts += ["", "## Problems", ""]
     parts += [f"- {_escaped(problem)}" for problem in problems] or ["None."]
     return "\n".join(parts) + "\n"
@@ -109,7 +109,7 @@ def _run_row(run: Run) -> list[str]:
     ]
 
 
-def _markdown_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     lines = [columns, ["---"] * len(columns), *rows]
     return ["| " + " | ".join(map(_escaped, cells)) + " |" for cells in lines]
 
