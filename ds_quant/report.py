@@ -1,4 +1,5 @@
-"""`ds_quant_report [CONFIG.json]`: what is installed here, and what a config will do."""
+"""`ds_quant_report [CONFIG.json]`: what is installed here, and what a config will do; `ds_quant_report plan`: what a
+job will need on any number of ranks (`ds_quant_report plan --help`)."""
 
 import argparse
 import importlib.metadata
@@ -19,6 +20,7 @@ from ds_quant.config import (
     read_deepspeed_config,
 )
 from ds_quant.config import unresolved_auto as find_auto
+from ds_quant.diagnostics.choice import choose
 from ds_quant.linear import describe
 from ds_quant.refusals import check_refusals
 
@@ -99,6 +101,8 @@ def explain(source: Any) -> tuple[list[tuple[str, str]], list[str]]:
         rows += _wire(quant.communication.gradient, raw, stage)
     else:
         rows.append(("gradients on the wire", "full precision"))
+    if quant.diagnostics:
+        checks.append(lambda: rows.extend(_diagnostics(quant)))
     for check in checks:
         try:
             check()
@@ -108,6 +112,18 @@ def explain(source: Any) -> tuple[list[tuple[str, str]], list[str]]:
     if auto:
         rows.append(('"auto"', f"{', '.join(auto)}: filled by Hugging Face's Trainer, or by ds_quant.resolve_auto"))
     return rows, problems
+
+
+def _diagnostics(quant: QuantConfig) -> list[tuple[str, str]]:
+    """Raises ConfigError for a kind that the section has no component for."""
+    config = quant.diagnostics
+    if config is None:
+        return []
+    choice = choose(config, quant)
+    return [
+        ("diagnostics", f"every {config.every} steps: {', '.join(choice.kinds)}"),
+        *(("  left out", line) for line in choice.left_out),
+    ]
 
 
 def _moments(config: OptimizerConfig, raw: dict[str, Any]) -> list[tuple[str, str]]:
@@ -149,6 +165,9 @@ def _moment_checks(config: OptimizerConfig, raw: dict[str, Any], stage: Any) -> 
 
 
 def main(arguments: list[str] | None = None) -> int:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["plan"]:
+        return _plan(arguments[1:])
     parser = argparse.ArgumentParser(prog="ds_quant_report", description=__doc__)
     parser.add_argument("config", nargs="?", help="a DeepSpeed JSON; the report then says what it will do")
     parser.add_argument("--schema", action="store_true", help="print the JSON schema of the ds_quant section and stop")
@@ -169,6 +188,22 @@ def main(arguments: list[str] | None = None) -> int:
     for problem in problems:
         print(f"REFUSED {problem}")
     return 1 if problems else 0
+
+
+def _plan(arguments: list[str]) -> int:
+    from ds_quant.planning import command
+
+    parser = argparse.ArgumentParser(
+        prog="ds_quant_report plan",
+        description="What a training job takes of each rank's memory and puts on the wire, and the least hardware that "
+        "it fits on. Exit code: 0; 1 where it does not fit; 2 where it cannot be planned.",
+    )
+    command.add_arguments(parser)
+    try:
+        return command.run(parser.parse_args(arguments))
+    except (ConfigError, RuntimeError) as error:  # RuntimeError: what training itself would end with
+        print(error, file=sys.stderr)
+        return 2
 
 
 def _print(title: str, rows: list[tuple[str, str]]) -> None:

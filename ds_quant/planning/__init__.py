@@ -1,0 +1,1 @@
+"""What a training job will need, found out by running its own code without arithmetic."""

@@ -1,0 +1,116 @@
+"""A training job to be measured or predicted, and its model and engine: made by the same code for both."""
+
+import contextlib
+import copy
+import dataclasses
+import gc
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
+
+from ds_quant.engine import initialize
+from ds_quant.planning.ledger import ROLES, Ledger
+from ds_quant.planning.models import causal_model
+from ds_quant.planning.traffic import Collective
+from ds_quant.planning.training_step import WARM_STEPS, record_step, token_batch, watch_gradients
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What one rank does. Plain data, so that it can be sent to another process."""
+
+    config: dict[str, Any]
+    """The DeepSpeed config, without "auto"s."""
+    model: dict[str, Any]
+    """The model's config.json."""
+    rows: int
+    """Sequences in a micro step of a rank."""
+    length: int
+    """Tokens of a sequence."""
+    world_size: int = 1
+    rank: int = 0
+    gradient_checkpointing: bool = False
+    flash_attention: bool = False
+    """Attention never holds a matrix of tokens by tokens, not with dropout either, as kernels of GPUs have it. A CPU's
+    does with dropout. For dry runs alone: they drop out nothing."""
+
+
+@dataclasses.dataclass
+class Outcome:
+    """What one step of one rank took."""
+
+    peak_bytes: int
+    parts: dict[str, int]
+    """Bytes of each role (`ledger.ROLES`) at the peak."""
+    phase: str
+    """In which the peak was: forward, backward or step."""
+    phase_peaks: dict[str, int]
+    """The peak of each."""
+    rest_bytes: int
+    """Before the step, and after it."""
+    host_bytes: int
+    """Memory that DeepSpeed's offloading keeps on the host; not part of the others."""
+    num_parameters: int
+    collectives: list[Collective]
+    """In order."""
+    micro_steps: list[int]
+    """Which of `collectives` is the first of each micro step."""
+
+
+class FlashAttention(TorchFunctionMode):
+    """While it lasts, torch's attention takes the fused kernel of CPUs, whose memory is that of the GPUs'."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is F.scaled_dot_product_attention:
+            kwargs.pop("dropout_p", None)
+            args = (*args[:4], 0.0, *args[5:]) if len(args) > 4 else args
+        return func(*args, **kwargs)
+
+
+def make_engine(job: Job) -> Any:
+    """The engine of a job in this process, whose process group is there. Raises ConfigError as `initialize` does."""
+    model: Any = causal_model(job.model)
+    if job.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    model.train()
+    config = copy.deepcopy(job.config)
+    if "optimizer" in config:
+        return initialize(model=model, model_parameters=list(model.parameters()), config=config)[0]
+    # As the Trainer does; fused as it does by default.
+    return initialize(model=model, optimizer=torch.optim.AdamW(model.parameters(), fused=True), config=config)[0]
+
+
+def run_job(job: Job, ledger: Ledger, offloaded: tuple[str, ...] = ()) -> Outcome:
+    """Make the engine, take `WARM_STEPS` steps, and then the one that counts. Enter `ledger` before.
+
+    offloaded: roles whose memory is the host's.
+    """
+    with FlashAttention() if job.flash_attention else contextlib.nullcontext():
+        return _run_job(job, ledger, offloaded)
+
+
+def _run_job(job: Job, ledger: Ledger, offloaded: tuple[str, ...]) -> Outcome:
+    engine = make_engine(job)
+    watch_gradients(engine.module, ledger)
+    vocabulary = int(job.model["vocab_size"])
+    for _ in range(WARM_STEPS + 1):
+        gc.collect()
+        ledger.collectives.clear()
+        begins = record_step(engine, lambda: token_batch(vocabulary, job.rows, job.length), ledger)
+    roles = [role for role in ROLES if role not in offloaded]
+    peak = ledger.peak("begin", "end", roles)
+    sizes = {id(p): int(getattr(p, "ds_numel", p.numel())) for p in engine.module.parameters()}
+    return Outcome(
+        peak_bytes=peak.bytes,
+        parts=peak.parts,
+        phase=peak.phase,
+        phase_peaks=ledger.phase_peaks(roles),
+        rest_bytes=ledger.rest("begin", roles),
+        host_bytes=ledger.peak("begin", "end", offloaded).bytes,
+        num_parameters=sum(sizes.values()),
+        collectives=list(ledger.collectives),
+        micro_steps=begins,
+    )

@@ -1,0 +1,62 @@
+"""Which tensors of a live engine are what: weights, fp32 masters, moments, gradients, buffers of communication."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor
+
+_PLACES = {
+    "weights": ("bit16_groups_flat", "bf16_groups_flat", "fp16_groups_flat", "fp16_partitioned_groups_flat"),
+    "masters": (
+        "single_partition_of_fp32_groups",
+        "fp32_groups_flat_partition",
+        "fp32_groups_flat",
+        "fp32_groups",
+        "fp32_partitioned_groups_flat",
+    ),
+    "gradients": (
+        "averaged_gradients",
+        "all_grad_tensors",
+        "grad_partitions_flat_buffer",
+        "fp32_groups_gradients_flat",
+    ),
+    "communication": ("_DeepSpeedZeroOptimizer_Stage3__ipg_bucket_flat_buffer",),
+}
+"""Attributes of DeepSpeed's optimizer wrappers: stages 1 and 2, BF16_Optimizer, the two of stage 0, stage 3."""
+
+
+def memory_parts(engine: Any) -> dict[str, list[Tensor]]:
+    """Tensors by what they are for. A tensor may occur twice; gradients that are not there now are left out."""
+    wrapper = engine.optimizer
+    parts: dict[str, list[Tensor]] = {role: [] for role in ("weights", "masters", "moments", "gradients")}
+    parts["communication"] = []
+    for parameter in engine.module.parameters():
+        partition = getattr(parameter, "ds_tensor", None)
+        # What stage 3 has gathered of a parameter is a buffer of its all-gather, not a weight of this rank.
+        parts["weights" if partition is None else "communication"].append(parameter.data)
+        parts["weights"] += [] if partition is None else [partition]
+        parts["gradients"] += [] if parameter.grad is None else [parameter.grad]
+    parts["weights"] += [buffer.data for buffer in engine.module.buffers()]
+    for role, names in _PLACES.items():
+        for name in names:
+            parts[role] += _tensors(getattr(wrapper, name, None))
+    for master in list(parts["masters"]):
+        # With offloading they are on the host, as the masters are.
+        parts["masters" if engine.zero_cpu_offload() else "gradients"] += [] if master.grad is None else [master.grad]
+    for bucket in getattr(wrapper, "ipg_buckets", {}).values():
+        parts["communication"] += _tensors(bucket.buffer)
+    inner = getattr(wrapper, "optimizer", wrapper)
+    for state in inner.state.values():
+        parts["moments"] += _tensors(state)
+    return parts
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _tensors(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _tensors(item)

@@ -1,0 +1,91 @@
+"""What is predicted against what real ranks take: peaks of memory within 5%, every byte on the wire exact."""
+
+import argparse
+import json
+import sys
+
+import pytest
+from conftest import ROOT, free_port
+from diagnosing import memory
+from launching import PROGRAMS, launch
+
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(300)]
+
+MODEL = (
+    "model_type=llama,hidden_size=64,intermediate_size=96,num_hidden_layers=2,num_attention_heads=4,"
+    "num_key_value_heads=2,vocab_size=512,max_position_embeddings=64"
+)
+CONFIGS = ROOT / "ds_configs"
+
+
+def arguments(*words):
+    parser = argparse.ArgumentParser()
+    memory.add_arguments(parser)
+    return parser.parse_args(["--models", MODEL, "--micro_batch_size", "2", *map(str, words)])
+
+
+@pytest.mark.parametrize(
+    ("ranks", "configs", "stages"),
+    [(1, "all4", "0,3"), (2, "baseline,full_int8", "2"), (4, "w8a8_adam8_comm8", "1")],
+)
+def test_predictions_against_real_ranks(ranks, configs, stages, tmp_path, capsys):
+    """Fails by its exit code where a peak is off by more than 5%, or one collective by a byte."""
+    paths = ",".join(str(CONFIGS / f"{name}.json") for name in configs.split(","))
+    given = ["--configs", paths, "--ranks", ranks, "--stages", stages, "--models", "tiny", "--micro_batch_size", 8]
+    code = memory.run(arguments(*given, "--table", "--reduce_bucket_size", 500_000, "--output", tmp_path / "out"))
+    shown = capsys.readouterr().out
+    assert code == 0, shown
+    written = json.loads((tmp_path / "out" / "memory.json").read_text())["rows"]
+    assert len(written) == len(configs.split(",")) * len(stages.split(","))
+    for row in written:
+        assert abs(row["peak_error"]) <= memory.TOLERANCE
+        assert row["weights"] > 0
+        assert row["masters"] > 0
+        assert row["activations"] > 0
+        if ranks == 1:
+            # Nothing is freed by another thread: the ledger of operators has what torch's allocator has.
+            assert row["unseen_bytes"] == 0
+            assert abs(row["in_kernels"]) <= 0.05 * row["peak_bytes"]
+        # A rank sends at least what it must of each gradient, in the fewest bits that these configs have.
+        assert (ranks > 1) == (min(row["wire_bytes"]) > row["parameters"] / 4)
+
+
+@pytest.mark.parametrize(("config", "stage"), [("baseline", 1), ("w8a8_adam8_comm8", 2)])
+def test_traffic_is_what_others_count(config, stage, tmp_path):
+    """The bytes of the planner's ledger, against DeepSpeed's comms logger and ds_quant's own statistics."""
+    launch(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", 2, "--master_port", free_port()),
+            *(PROGRAMS / "planning_wire.py", tmp_path / "out.json", CONFIGS / f"{config}.json", stage),
+        ],
+        timeout=200,
+    )
+    report = json.loads((tmp_path / "out.json").read_text())
+    found = report["collectives"]
+    # With 2 ranks an all-reduce sends its tensor once, an all-gather this rank's half of the result.
+    for operation, name in (("all-reduce", "all_reduce"), ("all-gather", "all_gather_into_tensor")):
+        ours = sorted(one["sent"] for one in found if one["operation"] == operation)
+        counts = {key.split()[1]: count for key, count in report["logged"].items() if key.startswith(f"{name} ")}
+        logged = [int(size) for size, count in counts.items() for _ in range(count)]
+        assert ours == sorted(logged), operation
+    if report["statistics"] is not None:
+        exchanged = sum(one["sent"] for one in found if one["phase"] == "backward" and one["dtype"] == "uint8")
+        assert exchanged == report["statistics"] > 0
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--ranks", "0"], "--ranks 0: allowed"),
+        (["--ranks", "8"], "--ranks 8: allowed"),
+        (["--stages", "4"], "--stages 4: allowed"),
+        (["--micro_batch_size", "0"], "1 or more"),
+        (["--configs", "none.json"], "none.json"),
+        (["--context_length", "65"], "at most 64"),
+    ],
+)
+def test_bad_input_is_refused_before_anything_runs(words, message, tmp_path):
+    given = arguments("--configs", CONFIGS / "baseline.json", "--output", tmp_path / "out", *words)
+    with pytest.raises(ValueError, match=message):
+        memory.run(given)
+    assert not (tmp_path / "out").exists()
