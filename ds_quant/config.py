@@ -31,6 +31,7 @@ __all__ = [
     "ActivationConfig",
     "CommunicationConfig",
     "ConfigError",
+    "DiagnosticsConfig",
     "GradientCommunicationConfig",
     "GradientConfig",
     "LinearConfig",
@@ -138,12 +139,12 @@ class ActivationConfig(BlockSection):
     rounding: Rounding = "nearest"
     """`nearest` (ties to even) or `stochastic`."""
 
-
     def rules(self) -> Iterator[Rule]:
         yield from super().rules()
         if self.range == "full" and not self.symmetric:
             reason = '"narrow" with symmetric false: asymmetric codes use all 2^b levels anyway'
             yield "range", "full", reason, "remove it, or set symmetric to true"
+
 
 class GradientConfig(Section):
     """How the output gradient of a linear is quantized in its backward products."""
@@ -343,6 +344,71 @@ class CommunicationConfig(Section):
             yield _nothing(self, "gradient")
 
 
+# ---- diagnostics
+
+
+def _path(value: str) -> str:
+    if not value.strip() or "\0" in value:
+        raise PydanticCustomError("empty_path", "an empty path names no folder")
+    return value
+
+
+ON_CHECKPOINTS = ("sharpness", "landscape")
+"""Diagnostics that move the weights: on checkpoints only."""
+
+
+class DiagnosticsConfig(Section):
+    """What is measured inside training, and how often."""
+
+    where: ClassVar[str] = f"{SECTION}.diagnostics"
+
+    every: Annotated[int, Field(ge=1), Allowed("an integer, 1 or more: steps of the optimizer")]
+    """Optimizer steps between two looks. Required."""
+    kinds: Annotated[
+        tuple[
+            Literal[
+                "outliers",
+                "gradient_error",
+                "gradient_norms",
+                "moments",
+                "quantization_error",
+                "oscillation",
+                "sharpness",
+                "landscape",
+            ],
+            ...,
+        ]
+        | None,
+        Field(strict=False),
+        Allowed(
+            'a list of "outliers", "gradient_error", "gradient_norms", "moments", "quantization_error", "oscillation", '
+            "each once"
+        ),
+    ] = None
+    """What is measured. Null (default): all that this run has the components for."""
+    output_dir: Annotated[str, AfterValidator(_path), Allowed("a path")] = "diagnostics"
+    """Folder of the JSON files, the CSV and the report. Written by rank 0."""
+    report: bool = True
+    """Keep report.html up to date; needs matplotlib and jinja2."""
+    gradient: GradientConfig | None = None
+    """The quantizer whose `gradient_error` is measured. Null (default): the run's own, of `linear` or
+    `communication`."""
+    exp_avg_sq: MomentConfig | None = None
+    """The storage of the second moment that `moments` measures. Null (default): the run's own."""
+
+    def rules(self) -> Iterator[Rule]:
+        if self.kinds is None:
+            return
+        kinds = list(self.kinds)
+        moving = [kind for kind in kinds if kind in ON_CHECKPOINTS]
+        if moving:
+            remedy = f"take it out, and run python launchers/diagnose.py {moving[0]} CHECKPOINT"
+            reason = "what leaves the weights alone: ZeRO holds them in 16 bits, which swallow such small changes"
+            yield "kinds", kinds, reason, remedy
+        elif not kinds or len(set(kinds)) < len(kinds):
+            yield "kinds", kinds, allowed_values(DiagnosticsConfig, "kinds"), "list each kind once, or remove the key"
+
+
 # ---- the section
 
 
@@ -357,10 +423,13 @@ class QuantConfig(Section):
     """The moments of Adam. Absent: 32 bits."""
     communication: CommunicationConfig | None = None
     """The gradients on the wire. Absent: DeepSpeed's own reduction."""
+    diagnostics: DiagnosticsConfig | None = None
+    """What is measured inside training. Absent: nothing, at no cost."""
 
     def rules(self) -> Iterator[Rule]:
-        if self.enabled and not (self.linear or self.optimizer or self.communication):
-            yield _nothing(self, "linear, optimizer or communication")
+        if self.enabled and not (self.linear or self.optimizer or self.communication or self.diagnostics):
+            keys = "at least one of linear, optimizer, communication or diagnostics"
+            yield "", self.model_dump(exclude_unset=True), keys, "it quantizes nothing, and measures nothing: say what"
 
     @classmethod
     def load(cls, source: Any) -> Self:

@@ -52,6 +52,15 @@ def _quantized_class(module: nn.Module) -> type[QuantizedModule] | None:
     return target
 
 
+def linear_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """The linear layers of `model` by name, in its order: what :func:`convert` has quantized or could quantize."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, QuantizedModule) or _quantized_class(module) is not None
+    }
+
+
 def _shape(parameter: torch.Tensor) -> tuple[int, ...]:
     # ZeRO-3 leaves an empty tensor behind and keeps the shape beside it.
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
@@ -106,7 +115,7 @@ def convert(
     if done:
         return _already_converted(done, config)
 
-    candidates = {name: module for name, module in model.named_modules() if _quantized_class(module) is not None}
+    candidates = linear_modules(model)
     experts = _fused_experts(model)
     if not candidates:
         raise ConfigError(
@@ -137,7 +146,9 @@ def convert(
         )
     step_key, shared_inputs = StepKey(torch.initial_seed()), SharedInputs()
     for index, (_, module) in enumerate(chosen.items()):
-        module.__class__ = _quantized_class(module)
+        quantized = _quantized_class(module)
+        assert quantized is not None
+        module.__class__ = quantized
         assert isinstance(module, QuantizedModule)
         module.configure_quantization(config, step_key, index, shared_inputs)
     if _draws_random_bits(config):

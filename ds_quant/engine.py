@@ -25,6 +25,8 @@ from ds_quant.config import (
     unresolved_auto,
 )
 from ds_quant.conversion import check_still_converted, convert, coverage, step_key_of, write_to_model_config
+from ds_quant.diagnostics.choice import choose
+from ds_quant.diagnostics.collector import TrainingDiagnostics
 from ds_quant.extension_locks import check_extension_locks
 from ds_quant.kernels.integer_units import integer_units
 from ds_quant.log import say, warn
@@ -124,10 +126,13 @@ def initialize(
             + ")"
         )
     zero.check_model(model)
+    choice = choose(quant.diagnostics, quant) if quant.diagnostics else None
 
     moments = _prepare_moments(raw, quant.optimizer, forwarded) if quant.optimizer else None
     names = convert(model, quant.linear) if quant.linear else []
-    write_to_model_config(model, raw["ds_quant"])
+    # Diagnostics are of this run, and no part of the model.
+    if quant.linear or quant.optimizer or quant.communication:
+        write_to_model_config(model, {key: part for key, part in raw["ds_quant"].items() if key != "diagnostics"})
     with zero.optimizer_built_by(moments.build if moments else None), zero.no_step_at_start():
         result = deepspeed_initialize(**forwarded)
     engine = result[0]
@@ -149,6 +154,8 @@ def initialize(
             say(line)
     if quant.communication and quant.communication.gradient:
         zero.attach_communication(engine, quant.communication.gradient)
+    if quant.diagnostics and choice:
+        zero.attach_diagnostics(engine, TrainingDiagnostics(engine, quant.diagnostics, choice))
     return result
 
 

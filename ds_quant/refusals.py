@@ -11,7 +11,7 @@ from typing import Any
 from ds_quant.config import QuantConfig
 from ds_quant.errors import ConfigError, problem
 
-ALL = ("linear", "optimizer", "communication")
+ALL = ("linear", "optimizer", "communication", "diagnostics")
 
 
 def _is_on(value: Any) -> bool:

@@ -1,4 +1,4 @@
-"""A folder that is there whole or not at all: written beside its place and renamed into it."""
+"""Folders and files that are there whole or not at all: written beside their place and renamed into it."""
 
 import contextlib
 import os
@@ -33,6 +33,22 @@ def whole_folder(out: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     sync(out.parent)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Replace a file: a reader finds the old text or the new, after a power cut too. Raises OSError."""
+    beside = path.with_name(f".{path.name}.tmp")
+    try:
+        with beside.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            beside.unlink(missing_ok=True)
+        raise
+    sync(path.parent)
 
 
 def sync(path: Path) -> None:

@@ -5,6 +5,7 @@
     python launchers/benchmark.py step [--models gpt2,llama] [--batch 4] [--sequence 512] [--profile]
     python launchers/benchmark.py comm [--sizes 25M] [--ranks 2] [--links loopback,1gbit,100mbit]
     python launchers/benchmark.py comm-step [--configs A.json,B.json] [--stages 0,1,2] [--links 1gbit,100mbit]
+    python launchers/benchmark.py diagnostics [--preset tiny] [--batch 32] [--sequence 128]
 
 Each subcommand prints a table and writes a CSV with versions, processor and commit. Contenders take turns within every
 round, so that a noisy neighbour hits all of them; compare ratios, not seconds.
@@ -15,7 +16,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from benchmarking import comm, comm_step, linear, optimizer, step
+from benchmarking import comm, comm_step, diagnostics, linear, optimizer, step
 from benchmarking.errors import BenchmarkError
 
 
@@ -30,6 +31,7 @@ def main(argv: list[str] | None = None) -> int:
     step.add_arguments(commands.add_parser("step", help=step.HELP))
     comm.add_arguments(commands.add_parser("comm", help=comm.HELP))
     comm_step.add_arguments(commands.add_parser("comm-step", help=comm_step.HELP))
+    diagnostics.add_arguments(commands.add_parser("diagnostics", help=diagnostics.HELP))
     options = parser.parse_args(argv)
     try:
         options.run(options)

@@ -356,7 +356,7 @@ WRONG_VALUES = [
         ]
     ),
     # what quantizes nothing
-    ({}, "ds_quant", "{}", "at least one of linear, optimizer or communication", "quantizes nothing"),
+    ({}, "ds_quant", "{}", "at least one of linear, optimizer, communication or diagnostics", "quantizes nothing"),
     ({"enabled": True}, "ds_quant", '{"enabled": true}', "at least one of linear", "quantizes nothing"),
     ({"linear": {}}, LINEAR, "{}", "at least one of weight, activation or gradient", "quantizes nothing"),
     ({"linear": {"backend": "int8"}}, LINEAR, '{"backend": "int8"}', "at least one of weight", "quantizes nothing"),

@@ -74,6 +74,8 @@ INT8_ROWS = {
     "w8a8g8_int8": ("w8a8g8", None, None),
     "full_int8": ("w8a8g8", "adam8", "comm8"),
 }
+# Rows whose training is looked at: a row of ROWS, and steps between two looks.
+DIAGNOSED_ROWS = {"w8a8_diagnostics": ("w8a8", 20)}
 STAGE_0 = [name for name in MOMENT_ROWS if name.startswith("paper_")]
 
 VALUES = {
@@ -99,7 +101,15 @@ def load(name):
 
 
 def test_the_matrix_is_complete():
-    assert set(NAMES) == {"baseline", *ROWS, *PAPER_ROWS, *MOMENT_ROWS, *WIRE_ROWS, *INT8_ROWS}
+    assert set(NAMES) == {"baseline", *ROWS, *PAPER_ROWS, *MOMENT_ROWS, *WIRE_ROWS, *INT8_ROWS, *DIAGNOSED_ROWS}
+
+
+@pytest.mark.parametrize("name", DIAGNOSED_ROWS)
+def test_each_diagnosed_row_is_another_that_is_looked_at(name):
+    quant, (linear, every) = load(name), DIAGNOSED_ROWS[name]
+    assert quant.model_copy(update={"diagnostics": None}) == load(linear)
+    assert quant.diagnostics.every == every
+    assert quant.diagnostics.kinds is None
 
 
 @pytest.mark.parametrize("name", INT8_ROWS)
@@ -230,7 +240,8 @@ def run_with_deepspeed(script: str, configs: dict[str, dict], tmp_path: Path) ->
     (tmp_path / "configs.json").write_text(json.dumps(configs), encoding="utf-8")
     command = [sys.executable, str(tmp_path / "script.py"), str(tmp_path / "configs.json"), str(tmp_path / "out.json")]
     env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    run = subprocess.run(command, env=env, capture_output=True, text=True, timeout=400)
+    # There, since diagnostics write into the current folder.
+    run = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=400)
     assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-6000:]
     return json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))
 

@@ -10,7 +10,9 @@ from ds_quant.zero.seams import check_seams, check_version
 check_version()
 check_seams()
 
-from ds_quant.zero.communication import attach_communication  # noqa: E402  (what they import must be there)
+from ds_quant.zero.checkpoints import raise_together  # noqa: E402  (what they import must be there)
+from ds_quant.zero.communication import attach_communication  # noqa: E402
+from ds_quant.zero.diagnostics import attach_diagnostics, second_moments  # noqa: E402
 from ds_quant.zero.initialize import (  # noqa: E402
     accelerator,
     check_model,
@@ -29,6 +31,7 @@ from ds_quant.zero.weights import attach_weights  # noqa: E402
 __all__ = [
     "accelerator",
     "attach_communication",
+    "attach_diagnostics",
     "attach_moments",
     "attach_steps",
     "attach_weights",
@@ -40,6 +43,8 @@ __all__ = [
     "op_names",
     "optimizer_built_by",
     "own_initialize",
+    "raise_together",
+    "second_moments",
     "strip_tripwire_in_zero_init",
     "wrap_initialize",
 ]

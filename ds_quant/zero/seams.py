@@ -89,6 +89,11 @@ SEAMS: tuple[tuple[str, str, str], ...] = (
     ),
     ("deepspeed.runtime.zero.stage3", "reduce_scatter_coalesced", "what stage 3 reduces with"),
     ("deepspeed.runtime.zero.stage3", "dist.all_reduce", "what stage 3 reduces with"),
+    ("deepspeed.runtime.engine", "DeepSpeedEngine.get_global_grad_norm", "a diagnostic: norms before clipping"),
+    ("deepspeed.runtime.engine", "DeepSpeedEngine.is_compiled", "diagnostics are refused in compiled models"),
+    ("deepspeed.runtime.engine", "DeepSpeedEngine.compile", "refused with diagnostics"),
+    ("deepspeed.utils", "safe_get_local_optimizer_state", "a diagnostic: the second moments of stage 3"),
+    ("deepspeed.utils.tensor_fragment", "tensor_fragment.get_hp_fragment_address", "the same of stages 1 and 2"),
     ("deepspeed.runtime.pipe.module", "PipelineModule", "refused"),
     ("deepspeed.ops", "__compatible_ops__", "the ops whose build may have left a lock"),
 )

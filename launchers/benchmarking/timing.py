@@ -31,11 +31,12 @@ def take_turns(
     warm_up: int,
     device: torch.device,
     before: Callable[[str], object] | None = None,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
     """Seconds of each call of each contender, `rounds` of them after `warm_up` that do not count.
 
     Who begins moves on by one from round to round: the first of a round meets another cache than the last. `before` is
-    called with the name before each call, outside of its time.
+    called with the name before each call, outside of its time. `clock` tells seconds.
     """
     names = list(contenders)
     seconds: dict[str, list[float]] = {name: [] for name in names}
@@ -45,11 +46,11 @@ def take_turns(
             if before is not None:
                 before(name)
             _synchronize(device)
-            begin = time.perf_counter()
+            begin = clock()
             contenders[name]()
             _synchronize(device)
             if number >= warm_up:
-                seconds[name].append(time.perf_counter() - begin)
+                seconds[name].append(clock() - begin)
     return seconds
 
 

@@ -12,7 +12,18 @@ import ds_quant
 from ds_quant import report
 from ds_quant.comm.reducer import describe_wire
 from ds_quant.optimizer_setup import describe_moments
-from pretraining import arguments, checkpoints, data, documents, environment, metrics, model, outputs, resize
+from pretraining import (
+    arguments,
+    checkpoints,
+    data,
+    diagnostics,
+    documents,
+    environment,
+    metrics,
+    model,
+    outputs,
+    resize,
+)
 from pretraining.arguments import Arguments
 from pretraining.control import Control
 from pretraining.deepspeed_json import DeepSpeedJson, fill_gaps
@@ -80,9 +91,12 @@ def _run(args: Arguments, config: DeepSpeedJson, wish: str | None, run: _Run) ->
     training = args.build_training_arguments(config)
     plugin = training.deepspeed_plugin.hf_ds_config.config
     fill_gaps(plugin)
+    diagnosed = diagnostics.place(plugin, lease.output_dir)
     if universal:
         plugin.setdefault("checkpoint", {})["load_universal"] = True
     trainer = _trainer(args, training)
+    if diagnosed is not None:
+        trainer.add_callback(diagnostics.DiagnosticsCallback(lambda: trainer.deepspeed, lambda: not lease.lost()))
     if resume is None:
         control.from_first(lambda: _start_over(lease, overwrite=args.data.overwrite_output_dir))
     _train(trainer, args, config, resume, run)

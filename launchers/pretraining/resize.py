@@ -74,18 +74,8 @@ def make_universal(checkpoint: Path, lease: Lease) -> None:
     part = lease.writing / universal.name
     shutil.rmtree(part, ignore_errors=True)
     part.parent.mkdir(exist_ok=True)
-    command = [
-        *(sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"),
-        *("--input_folder", str(states), "--output_folder", str(part)),
-        *("--num_extract_workers", "1", "--num_merge_workers", "1"),
-    ]
-    # A process of its own must not take itself for a rank of this job.
-    ranks = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
-    environment = {key: value for key, value in os.environ.items() if key not in ranks}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode != 0 or not (part / "zero").is_dir():
+    if (said := to_universal(states, part)) is not None:
         shutil.rmtree(part, ignore_errors=True)
-        said = (done.stderr.strip() or done.stdout.strip() or "no message").splitlines()[-1]
         raise LaunchError(
             f"{checkpoint} was saved by {len(checkpoints.optimizer_ranks(checkpoint))} ranks, and DeepSpeed could not "
             f"convert it for another number: {said}. Resume with as many ranks as saved it."
@@ -95,3 +85,19 @@ def make_universal(checkpoint: Path, lease: Lease) -> None:
     os.replace(part, universal)
     sync(checkpoint)
     metrics.write_atomically(pointer, universal.name.encode())
+
+
+def to_universal(states: Path, out: Path) -> str | None:
+    """Convert the folder of DeepSpeed's files to its universal format; what went wrong, in a line, or None."""
+    command = [
+        *(sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"),
+        *("--input_folder", str(states), "--output_folder", str(out)),
+        *("--num_extract_workers", "1", "--num_merge_workers", "1"),
+    ]
+    # A process of its own must not take itself for a rank of this job.
+    ranks = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+    environment = {key: value for key, value in os.environ.items() if key not in ranks}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode == 0 and (out / "zero").is_dir():
+        return None
+    return (done.stderr.strip() or done.stdout.strip() or "no message").splitlines()[-1]

@@ -1,0 +1,170 @@
+"""A live engine tells a collector of diagnostics when its steps begin and end, and keeps its state in checkpoints.
+
+The collector itself (`ds_quant.diagnostics.collector`) lies above this package and is handed in.
+"""
+
+import functools
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import deepspeed
+import torch
+from deepspeed import comm as dist
+from deepspeed.utils import safe_get_local_optimizer_state
+from torch import Tensor
+
+from ds_quant.errors import fail
+from ds_quant.zero.checkpoints import raise_together
+from ds_quant.zero.engine_class import mix_in
+from ds_quant.zero.seams import check_live
+
+_Engine = deepspeed.runtime.engine.DeepSpeedEngine
+_FILE = "ds_quant_diagnostics.pt"
+
+
+class Collector(Protocol):
+    """What is told."""
+
+    def before_forward(self) -> None:
+        """A forward is about to begin; the engine's counters name its step."""
+
+    def after_step(self, *, is_whole: bool) -> None:
+        """The backward of a micro-batch is over; and where it `is_whole` an optimizer step was taken or skipped, and
+        the engine's counters name the next one."""
+
+    def loaded(self, state: dict[str, Any] | None) -> None:
+        """The run goes on from a checkpoint; its state, None where it has none."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint holds; asked on rank 0."""
+
+
+class _DiagnosedEngine:
+    """Mixed into the class of a live engine."""
+
+    ds_quant_diagnostics: Collector
+
+    @functools.wraps(_Engine.forward)
+    def forward(self, *inputs: Any, **kwargs: Any) -> Any:
+        self.ds_quant_diagnostics.before_forward()
+        return super().forward(*inputs, **kwargs)  # type: ignore[misc]
+
+    @functools.wraps(_Engine.step)
+    def step(self, *args: Any, **kwargs: Any) -> Any:
+        is_whole = self.is_gradient_accumulation_boundary()  # type: ignore[attr-defined]
+        result = super().step(*args, **kwargs)  # type: ignore[misc]
+        self.ds_quant_diagnostics.after_step(is_whole=is_whole)
+        return result
+
+    @functools.wraps(_Engine.compile)
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        refuse_compiled("engine.compile()")
+
+    @functools.wraps(_Engine.save_checkpoint)
+    def save_checkpoint(self, save_dir: str, tag: Any = None, *args: Any, **kwargs: Any) -> Any:
+        engine: Any = self
+        if save_dir:
+            folder = Path(save_dir) / (f"global_step{engine.global_steps}" if tag is None else str(tag))
+            # Before DeepSpeed writes `latest`: what that names is whole.
+            raise_together(lambda: _save(engine, folder))
+        return super().save_checkpoint(save_dir, tag, *args, **kwargs)  # type: ignore[misc]
+
+    @functools.wraps(_Engine.load_checkpoint)
+    def load_checkpoint(self, load_dir: str, tag: Any = None, *args: Any, **kwargs: Any) -> Any:
+        result = super().load_checkpoint(load_dir, tag, *args, **kwargs)  # type: ignore[misc]
+        if result[0] is not None:
+            self.ds_quant_diagnostics.loaded(_load(Path(result[0]).parent))
+        return result
+
+
+def refuse_compiled(got: str) -> None:
+    """Raise ConfigError: compiled layers call no hooks."""
+    raise fail(
+        "ds_quant.diagnostics",
+        got,
+        "a model in eager mode: the hooks that diagnostics watch with are not called in compiled code",
+        "train without torch.compile, or remove the section and run launchers/diagnose.py on checkpoints",
+    )
+
+
+def attach_diagnostics(engine: Any, collector: Collector) -> None:
+    """Have the live engine tell `collector`.
+
+    Raises:
+        ConfigError: its model is compiled.
+        ImportError: the live engine lacks what is read off it.
+    """
+    check_live((engine, name) for name in ("global_steps", "micro_steps", "global_samples", "monitor", "is_compiled"))
+    compiled = [name for name, module in engine.module.named_modules() if hasattr(module, "_orig_mod")]
+    if engine.is_compiled or compiled:
+        refuse_compiled(f"a compiled model ({compiled[0] or type(engine.module).__name__})" if compiled else "compile")
+    engine.ds_quant_diagnostics = collector
+    mix_in(engine, _DiagnosedEngine)
+
+
+def second_moments(engine: Any) -> Iterator[tuple[str, Tensor]]:
+    """(parameter's name, exp_avg_sq) of what this rank holds of each trainable parameter; nothing before a first step.
+
+    Whole parameters at stage 0, flat parts of them above. A moment that is stored in few bits comes as it is stored
+    (a `QuantizedMoment`, or a window of one). Where DeepSpeed flattens whole groups at stage 0 in 16 bits, the name is
+    that of the group.
+    """
+    wrapper, optimizer = engine.optimizer, engine.basic_optimizer
+    names = {id(parameter): name for name, parameter in engine.module.named_parameters()}
+    if engine.zero_optimization_stage() == 3:
+        for name, parameter in engine.module.named_parameters():
+            moment = safe_get_local_optimizer_state(parameter, "exp_avg_sq") if parameter.requires_grad else None
+            if moment is not None:
+                yield name, moment
+    elif engine.zero_optimization() or hasattr(wrapper, "bf16_groups"):
+        # By address: DeepSpeed links only what the first parameter group's step has made.
+        lower = wrapper.bit16_groups if hasattr(wrapper, "bit16_groups") else wrapper.bf16_groups
+        for group, parameters in zip(optimizer.param_groups, lower, strict=True):
+            moment = optimizer.state.get(group["params"][0], {}).get("exp_avg_sq")
+            for parameter in parameters if moment is not None else ():
+                if parameter._hp_mapping is not None:  # else all of it is another rank's
+                    address = parameter._hp_mapping.get_hp_fragment_address()
+                    yield names[id(parameter)], moment.narrow(0, address.start, address.numel)
+    else:
+        # In 16 bits the optimizer steps fp32 copies, in the order of the groups.
+        lower = getattr(wrapper, "fp16_groups", None)
+        for index, group in enumerate(optimizer.param_groups):
+            whole = lower is None or len(lower[index]) == len(group["params"])
+            for number, stepped in enumerate(group["params"]):
+                moment = optimizer.state.get(stepped, {}).get("exp_avg_sq")
+                if moment is not None:
+                    named = stepped if lower is None else lower[index][number]
+                    yield names[id(named)] if whole else f"group {index}", moment
+
+
+def _save(engine: Any, folder: Path) -> None:
+    if dist.get_rank() != 0:
+        return
+    state = engine.ds_quant_diagnostics.state_dict()
+    folder.mkdir(parents=True, exist_ok=True)
+    part = folder / f"{_FILE}.{os.getpid()}.part"
+    try:
+        torch.save(state, part)
+        os.replace(part, folder / _FILE)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _load(folder: Path) -> dict[str, Any] | None:
+    """The state in the folder of a checkpoint, as rank 0 finds it, on all ranks. ConfigError where it is broken."""
+    found: list[Any] = [None]
+
+    def read() -> None:
+        path = folder / _FILE
+        if dist.get_rank() == 0 and path.exists():
+            try:
+                found[0] = torch.load(path, map_location="cpu", weights_only=True)
+            except Exception as error:  # torch raises many kinds for a file cut short
+                remedy = "copy the checkpoint again, or delete this file to begin the diagnostics anew"
+                raise fail(str(path), f"a file that cannot be read ({error})", "a whole one", remedy) from error
+
+    raise_together(read)
+    torch.distributed.broadcast_object_list(found, src=0)
+    return found[0]
