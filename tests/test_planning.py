@@ -347,6 +347,30 @@ class TestCommand:
         assert gathered["sent_bytes"] == 2 * share * 1023
         assert any("a node sends" in line for line in lines(report))
 
+    @pytest.mark.timeout(180)
+    def test_what_fits_and_the_least_hardware(self, root, capsys, tmp_path):
+        """By real dry runs: the bucket of gradients decides, which counts as communication."""
+        config = json.loads((root / "ds_configs" / "adam8.json").read_text())
+        config["zero_optimization"] |= {"stage": 2, "reduce_bucket_size": 500_000_000}
+        path = tmp_path / "config.json"
+        path.write_text(json.dumps(config))
+        model = "model_type=gpt2,n_embd=64,n_layer=2,n_head=2,vocab_size=512,n_positions=32"
+        given = ["plan", "--config", str(path), "--model", model, "--nodes", "1", "--gpus-per-node", "2"]
+        given += ["--batch", "4", "--reserve", "0GiB", "--json"]
+        assert main([*given, "--gpu-memory", "1.1GB"]) == 0
+        report = json.loads(capsys.readouterr().out)
+        assert report["fits"]
+        assert report["at_peak"]["communication"] == 2 * 500_000_000
+        assert report["at_peak"]["temporaries"] < 10_000_000
+        least = report["least_hardware"]
+        assert (least["ranks"], least["stage"], least["micro_batch"]) == (1, 0, 4)
+        assert least["peak_bytes"] <= 1_100_000_000
+
+        assert main([*given, "--gpu-memory", "0.2MB"]) == 1
+        report = json.loads(capsys.readouterr().out)
+        assert not report["fits"]
+        assert "least_hardware" not in report
+
 
 def test_an_outcome_survives_json():
     from ds_quant.planning.predict import read_outcome

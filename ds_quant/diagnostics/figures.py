@@ -136,6 +136,10 @@ def _bars(
         axis.set_xlabel(label)
         if log:
             axis.set_xscale("log")
+            # Within a decade its numbers are long, and many.
+            axis.tick_params(axis="x", which="both", labelsize=7, labelrotation=45)
+        else:
+            axis.xaxis.get_major_locator().set_params(nbins=5)
     if len(series) > 1:
         axis.legend(fontsize=7, loc="lower right", bbox_to_anchor=(1, 1), ncols=len(series), frameon=False)
     axis.grid(alpha=0.25)
@@ -189,6 +193,7 @@ def _sharpness(looks: Looks) -> Any:
         figure, (axis,) = _new(height=2.8)
         values = _column(looks[0].rows, "sharpness")
         axis.bar(range(len(values)), values, color=COLORS[0])
+        axis.xaxis.get_major_locator().set_params(integer=True)
         axis.axhline(looks[0].scalars["sharpness"], color=COLORS[1], label="mean")
         axis.set(xlabel="batch", ylabel="loss rise (nats)")
         axis.legend(fontsize=7)

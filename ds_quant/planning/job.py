@@ -3,12 +3,13 @@
 import contextlib
 import copy
 import dataclasses
+import functools
 import gc
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch.overrides import TorchFunctionMode
 
 from ds_quant.engine import initialize
 from ds_quant.planning.ledger import ROLES, Ledger
@@ -59,15 +60,21 @@ class Outcome:
     """Which of `collectives` is the first of each micro step."""
 
 
-class FlashAttention(TorchFunctionMode):
+@contextlib.contextmanager
+def flash_attention() -> Iterator[None]:
     """While it lasts, torch's attention takes the fused kernel of CPUs, whose memory is that of the GPUs'."""
+    # Not by a TorchFunctionMode: within a backward, where checkpointed layers run again, none is in force.
+    own = F.scaled_dot_product_attention
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = dict(kwargs or {})
-        if func is F.scaled_dot_product_attention:
-            kwargs.pop("dropout_p", None)
-            args = (*args[:4], 0.0, *args[5:]) if len(args) > 4 else args
-        return func(*args, **kwargs)
+    @functools.wraps(own)
+    def fused(query: Any, key: Any, value: Any, attn_mask: Any = None, dropout_p: float = 0.0, **options: Any) -> Any:
+        return own(query, key, value, attn_mask, 0.0, **options)
+
+    F.scaled_dot_product_attention = fused  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = own
 
 
 def make_engine(job: Job) -> Any:
@@ -88,13 +95,13 @@ def run_job(job: Job, ledger: Ledger, offloaded: tuple[str, ...] = ()) -> Outcom
 
     offloaded: roles whose memory is the host's.
     """
-    with FlashAttention() if job.flash_attention else contextlib.nullcontext():
+    with flash_attention() if job.flash_attention else contextlib.nullcontext():
         return _run_job(job, ledger, offloaded)
 
 
 def _run_job(job: Job, ledger: Ledger, offloaded: tuple[str, ...]) -> Outcome:
     engine = make_engine(job)
-    watch_gradients(engine.module, ledger)
+    watch_gradients(engine, ledger)
     vocabulary = int(job.model["vocab_size"])
     for _ in range(WARM_STEPS + 1):
         gc.collect()

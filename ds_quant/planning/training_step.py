@@ -8,17 +8,22 @@ from torch import Tensor
 
 from ds_quant.linear import QuantizedModule
 from ds_quant.planning.ledger import Ledger
-from ds_quant.zero.memory_parts import memory_parts
+from ds_quant.zero.memory_parts import gradient_buckets, memory_parts
 
 WARM_STEPS = 2
 """Before the one that counts: moments and buffers are made in the first, and stage 3 learns its order of modules."""
 
 
-def watch_gradients(model: torch.nn.Module, ledger: Ledger) -> None:
-    """Have the ledger know gradients as such from the moment that autograd hands them over."""
-    for parameter in model.parameters():
+def watch_gradients(engine: Any, ledger: Ledger) -> None:
+    """Have the ledger know gradients, and what they are collected in, from the moment that autograd hands them over."""
+
+    def watch(gradient: Tensor) -> None:
+        ledger.assign("gradients", [gradient])
+        ledger.assign("communication", gradient_buckets(engine))
+
+    for parameter in engine.module.parameters():
         if parameter.requires_grad:
-            parameter.register_hook(lambda gradient: ledger.assign("gradients", [gradient]))
+            parameter.register_hook(watch)
 
 
 def record_step(engine: Any, make_batch: Callable[[], Mapping[str, Tensor]], ledger: Ledger) -> list[int]:

@@ -43,12 +43,17 @@ def memory_parts(engine: Any) -> dict[str, list[Tensor]]:
     for master in list(parts["masters"]):
         # With offloading they are on the host, as the masters are.
         parts["masters" if engine.zero_cpu_offload() else "gradients"] += [] if master.grad is None else [master.grad]
-    for bucket in getattr(wrapper, "ipg_buckets", {}).values():
-        parts["communication"] += _tensors(bucket.buffer)
+    parts["communication"] += gradient_buckets(engine)
     inner = getattr(wrapper, "optimizer", wrapper)
     for state in inner.state.values():
         parts["moments"] += _tensors(state)
     return parts
+
+
+def gradient_buckets(engine: Any) -> list[Tensor]:
+    """What stages 1 and 2 collect gradients in before they are reduced: there during the backward only."""
+    buckets = getattr(engine.optimizer, "ipg_buckets", {}).values()
+    return [tensor for bucket in buckets for tensor in _tensors(bucket.buffer)]
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
