@@ -178,10 +178,11 @@ def compare(row: dict[str, Any], predicted: Outcome) -> None:
 
 
 def _traffic(outcome: Outcome) -> dict[str, int]:
-    """Bytes that are sent, by phase, operation and dtype. Over gloo an all-to-all of codes is so many sends."""
+    """Bytes that are sent, by phase, operation and dtype. Over gloo, codes of both kinds go as so many sends."""
     found: dict[str, int] = {}
     for one in outcome.collectives:
-        operation = "messages" if one.operation in ("all-to-all", "send") else one.operation
+        are_codes = one.operation == "all-gather" and one.dtype == "uint8"
+        operation = "messages" if are_codes or one.operation in ("all-to-all", "send") else one.operation
         key = f"{one.phase} {operation} {one.dtype}"
         found[key] = found.get(key, 0) + one.sent
     return found
