@@ -3,6 +3,7 @@
 import os
 import random
 import socket
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +35,17 @@ def single_rank(monkeypatch):
     environment = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
     for name, value in {**environment, "MASTER_PORT": str(free_port())}.items():
         monkeypatch.setenv(name, value)
+    _forget_ended_group()
+
+
+def _forget_ended_group():
+    """Where a test has ended the process group of this process, have DeepSpeed begin anew, too."""
+    if "deepspeed" in sys.modules and not sys.modules["torch"].distributed.is_initialized():
+        from deepspeed import comm
+        from deepspeed.utils import groups
+
+        groups._release_process_group_references()
+        comm.comm.cdb = None
 
 
 @pytest.fixture

@@ -97,7 +97,13 @@ def test_defaults():
     operand = {"symmetric": True, "rounding": "nearest"}
     block = {"block_size": 128}
     assert vars(quant.linear.weight) == {"bits": 8, "granularity": "channel", **block, **operand}
-    assert vars(quant.linear.activation) == {"bits": 7, "granularity": "token", **block, **operand}
+    assert vars(quant.linear.activation) == {
+        "bits": 7,
+        "granularity": "token",
+        "range": "narrow",
+        **block,
+        **operand,
+    }
     assert vars(quant.linear.gradient) == {
         "bits": 2,
         "granularity": "outer",
