@@ -348,6 +348,15 @@ class TestCommand:
         assert any("a node sends" in line for line in lines(report))
 
     @pytest.mark.timeout(180)
+    def test_threads_do_not_make_it_hang(self, root, capsys, monkeypatch):
+        """In most shells OMP_NUM_THREADS is not set; dry runs are forks, and torch's threads do not survive one."""
+        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+        config = str(root / "ds_configs" / "adam8.json")
+        given = ["plan", "--config", config, "--model", "tiny", "--nodes", "1", "--gpus-per-node", "2"]
+        assert main([*given, "--batch", "16"]) == 0
+        assert "peak of a rank" in capsys.readouterr().out
+
+    @pytest.mark.timeout(180)
     def test_what_fits_and_the_least_hardware(self, root, capsys, tmp_path):
         """By real dry runs: the bucket of gradients decides, which counts as communication."""
         config = json.loads((root / "ds_configs" / "adam8.json").read_text())

@@ -28,6 +28,9 @@ class Predictor:
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": "0",
             "HF_HUB_OFFLINE": "1",
+            # It forks for each job: a child would wait for ever for threads that its parent has.
+            "OMP_NUM_THREADS": "1",
+            "MKL_NUM_THREADS": "1",
         }
         for name in ("LOCAL_SIZE", "DS_QUANT_KERNELS"):
             environment.pop(name, None)
