@@ -10,14 +10,14 @@ from ds_quant.diagnostics.measurement import Measurement, Row
 from ds_quant.diagnostics.recorder import Recorder, weight_matrix, zeros
 from ds_quant.errors import fail
 from ds_quant.linear import QuantizedModule
-from ds_quant.numerics.integer import Quantized, dequantize, integer_values
+from ds_quant.numerics.integer import Quantized, dequantize, integer_values, symmetric_levels
 from ds_quant.plan import Quantizer
 
 _SUMS = ("error", "square", "zeroed", "nonzero", "ends", "numel")
 _OPERANDS = ("weight", "activation")
 
 
-def error_sums(x: Tensor, q: Quantized, bits: int) -> tuple[Tensor, Tensor]:
+def error_sums(x: Tensor, q: Quantized, bits: int, *, full_range: bool = False) -> tuple[Tensor, Tensor]:
     """What quantizing `x` to `q` costs, as figures that add up over tensors: fp64 of shape (6,), and a maximum (1,).
 
     sum (x - xq)^2, sum x^2, elements that became 0, elements that were not 0, elements at the ends of the code range,
@@ -26,7 +26,8 @@ def error_sums(x: Tensor, q: Quantized, bits: int) -> tuple[Tensor, Tensor]:
     values = x.detach().float()
     kept = dequantize(q)
     error = (values - kept).double()
-    lowest, highest = (-(1 << (bits - 1)) + 1, (1 << (bits - 1)) - 1) if q.zero_point is None else (0, (1 << bits) - 1)
+    levels = symmetric_levels(bits, full_range=full_range)
+    ends = (math.floor(-levels), math.floor(levels)) if q.zero_point is None else (0, (1 << bits) - 1)
     present = values != 0
     sums = torch.stack(
         [
@@ -34,7 +35,7 @@ def error_sums(x: Tensor, q: Quantized, bits: int) -> tuple[Tensor, Tensor]:
             values.double().square().sum(),
             ((integer_values(q) == 0) & present).sum(),
             present.sum(),
-            (((q.codes <= lowest) | (q.codes >= highest)) & present).sum(),
+            (((q.codes <= ends[0]) | (q.codes >= ends[1])) & present).sum(),
             torch.tensor(values.numel(), device=values.device),
         ]
     )
@@ -96,7 +97,7 @@ class QuantizationErrorRecorder(Recorder):
         if key not in self._quantizers:
             return
         quantizer = self._quantizers[key][2]
-        sums, maximum = error_sums(values, quantizer(values, None, 0), quantizer.bits)
+        sums, maximum = error_sums(values, quantizer(values, None, 0), quantizer.bits, full_range=quantizer.full_range)
         self._sums[key] += sums
         self._maxima[key].copy_(torch.maximum(self._maxima[key], maximum))
 

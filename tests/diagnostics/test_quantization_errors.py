@@ -37,6 +37,15 @@ def test_asymmetric_codes():
     assert found["at_ends"] == 2 / 3
 
 
+def test_the_ends_of_the_full_range():
+    # 4 bits, absmax 7.5: the scale is 1, codes are 7, -8, -7 and 1, and -7 is no end.
+    model, recorder = torch.nn.Sequential(torch.nn.Linear(4, 2)), QuantizationErrorRecorder()
+    ds_quant.convert(model, {"activation": {"bits": 4, "range": "full"}})
+    with attach(model, [recorder]):
+        model(torch.tensor([[7.5, -7.5, -6.6, 1.0]]))
+    assert recorder.result(1).scalars["activation_at_ends"] == 2 / 4
+
+
 def test_exact_and_empty_tensors():
     assert figures(torch.tensor([[3.0, -3.0, 1.0]]), 3)["relative_l2"] == 0
     assert figures(torch.tensor([[3.0, -3.0, 1.0]]), 3)["snr_db"] == math.inf
