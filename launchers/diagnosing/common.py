@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from evaluating import texts
+from evaluating.arguments import LONGEST_DEFAULT
 from loaded_model import LoadedModel, load_opened
 from opened_model import OpenedModel, open_model
 from pretraining import environment, metrics
@@ -27,8 +28,6 @@ from ds_quant.diagnostics.measurement import Measurement, rows_csv
 from ds_quant.whole_folder import write_whole
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "saved": None}
-LONGEST_DEFAULT = 1024
-"""Tokens of a sequence where nothing is asked for and the model allows it: the paper's."""
 
 
 # ---- arguments

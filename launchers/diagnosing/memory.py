@@ -15,6 +15,7 @@ from benchmarking.results import environment, print_table, write_csv
 from pretraining.durable import write_json
 
 from diagnosing.errors import DiagnoseError
+from diagnosing.memory_chart import PARTS, draw
 from ds_quant.planning.configs import job_config
 from ds_quant.planning.job import Job, Outcome
 from ds_quant.planning.models import WAYS, resolve_model
@@ -210,13 +211,12 @@ def _print(rows: list[dict[str, Any]], with_predictions: bool) -> None:
         wrong = [row for row in rows if not row["is_right"]]
         print(f"{len(rows) - len(wrong)} of {len(rows)} within {TOLERANCE:.0%} and with exact wire bytes")
         return
-    parts = ["weights", "masters", "moments", "gradients", "activations", "communication", "temporaries", "in_kernels"]
-    columns = ["config", "model", "stage", "ranks", "peak MB", *parts]
+    columns = ["config", "model", "stage", "ranks", "peak MB", *PARTS]
     table = [
         [
             *(str(row[name]) for name in ("config", "model", "stage", "ranks")),
             f"{row['peak_bytes'] / 1e6:,.2f}",
-            *(f"{row[part] / 1e6:,.2f}" for part in parts),
+            *(f"{row[part] / 1e6:,.2f}" for part in PARTS),
         ]
         for row in rows
     ]
@@ -225,8 +225,6 @@ def _print(rows: list[dict[str, Any]], with_predictions: bool) -> None:
 
 def _write(folder: Path, rows: list[dict[str, Any]]) -> None:
     import torch
-
-    from diagnosing.memory_chart import draw
 
     where = environment(torch.device("cpu"))
     rows = [{name: value for name, value in row.items() if name != "traffic"} for row in rows]

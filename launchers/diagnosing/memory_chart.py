@@ -8,7 +8,10 @@ from typing import Any
 
 from benchmarking.charts import draw_stacks
 
-PARTS = ("weights", "masters", "moments", "gradients", "activations", "communication", "temporaries", "in_kernels")
+from ds_quant.planning.ledger import ROLES
+
+PARTS = (*ROLES, "in_kernels")
+"""Columns of a measured row whose bytes add up to its peak."""
 
 
 def draw(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:

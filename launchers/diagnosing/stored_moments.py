@@ -71,10 +71,9 @@ def stored_moments(checkpoint: Path, moment: str) -> Iterator[tuple[str, Tensor]
 def _replicated(checkpoint: Path, states: Path, moment: str) -> Iterator[tuple[str, Tensor]]:
     """Of stage 0, where each rank has all: the states stand beside the weights, by number."""
     saved: Any = {}
-    for file in sorted(states.glob("*model_states.pt")):
-        saved = torch.load(file, map_location="cpu", weights_only=False).get("optimizer") or {}
+    if files := sorted(states.glob("*model_states.pt")):
+        saved = torch.load(files[0], map_location="cpu", weights_only=False).get("optimizer") or {}
         saved = saved.get("optimizer_state_dict", saved)
-        break
     there = False
     for number, state in sorted(saved.get("state", {}).items()):
         if moment in state:
