@@ -275,7 +275,8 @@ class MomentConfig(BlockSection):
     block_size: FlatBlock = Field(default_factory=_flat_block_size)
     """Consecutive elements that share a scale, for granularity `block`. Default 256 at 8 bits, 128 at 4."""
     rounding: Rounding | None = None
-    """`nearest` or `stochastic`. Null (default): what measured best for this moment and these bits."""
+    """`stochastic` or `nearest`. Null (default): stochastic. `nearest` is refused for exp_avg per block, where it keeps
+    moving what no longer has a gradient."""
 
     def rules(self) -> Iterator[Rule]:
         yield from super().rules()
@@ -305,6 +306,12 @@ class OptimizerConfig(Section):
     def rules(self) -> Iterator[Rule]:
         if not (self.exp_avg or self.exp_avg_sq):
             yield _nothing(self, "exp_avg or exp_avg_sq")
+        if self.exp_avg and self.exp_avg.rounding == "nearest" and self.exp_avg.granularity == "block":
+            reason = (
+                '"stochastic": rounded to nearest, small values never decay, and parameters whose gradients have ended '
+                "move on for ever"
+            )
+            yield "exp_avg.rounding", "nearest", reason, "remove it; checkpoints written with it go on"
 
 
 # ---- communication

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ds_quant.config import ConfigError, MomentConfig
+from ds_quant.config import ConfigError, MomentConfig, OptimizerConfig
 from ds_quant.errors import fail
 from ds_quant.numerics.adam import AdamWScalars, adamw_scalars
 from ds_quant.numerics.blockwise import group_size
@@ -19,18 +19,8 @@ HYPERPARAMETERS = ("lr", "betas", "eps", "weight_decay")
 FIXED = {"amsgrad": False, "bias_correction": True, "differentiable": False, "maximize": False}
 """Options of other AdamWs that change the function, and what QuantAdamW computes."""
 
-MEASURED_ROUNDING = {
-    ("exp_avg", 8): "nearest",
-    ("exp_avg", 4): "stochastic",
-    ("exp_avg_sq", 8): "stochastic",
-    ("exp_avg_sq", 4): "stochastic",
-}
-"""What `"rounding": null` means, by moment and bits: docs/moments.md has the measurements."""
-
-
-def rounding_of(moment: str, bits: int, rounding: str | None) -> str:
-    """The rounding that a moment's own setting, maybe null, amounts to."""
-    return rounding or MEASURED_ROUNDING[moment, bits]
+DEFAULT_ROUNDING = "stochastic"
+"""What `"rounding": null` means: of either moment, and whatever its bits (docs/moments.md has the measurements)."""
 
 
 Format = tuple[CodeMap, int]
@@ -52,8 +42,7 @@ class GroupOptions:
         self._scalars: dict[int, AdamWScalars] = {}
         self._objects = [group[name] for name in MOMENTS]
         self.stochastic = tuple(
-            bool(moment) and rounding_of(name, moment["bits"], moment["rounding"]) == "stochastic"
-            for name, moment in zip(MOMENTS, self._objects, strict=True)
+            bool(moment) and (moment["rounding"] or DEFAULT_ROUNDING) == "stochastic" for moment in self._objects
         )
         self._by_shape = any(moment and moment["granularity"] != "block" for moment in self._objects)
         self._formats = self._formats_of(())
@@ -91,9 +80,11 @@ def moment_option(value: Any, name: str) -> dict[str, Any] | None:
     if value is None:
         return None
     try:
-        return MomentConfig.parse(value).model_dump()
+        parsed = OptimizerConfig.parse({name: value})
     except ConfigError as error:
-        raise ConfigError(str(error).replace(MomentConfig.where, f"QuantAdamW({name})")) from None
+        raise ConfigError(str(error).replace(f"{OptimizerConfig.where}.{name}", f"QuantAdamW({name})")) from None
+    moment: MomentConfig = getattr(parsed, name)
+    return moment.model_dump()
 
 
 def check_hyperparameters(options: dict[str, Any], where: str = "QuantAdamW") -> None:

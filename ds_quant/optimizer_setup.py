@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from ds_quant.adamw_conversion import convert_adamw
 from ds_quant.config import MomentConfig, OptimizerConfig
 from ds_quant.errors import fail
+from ds_quant.group_options import DEFAULT_ROUNDING, HYPERPARAMETERS, MOMENTS
 from ds_quant.group_options import FIXED as FIXED_IN_GROUPS
-from ds_quant.group_options import HYPERPARAMETERS, MOMENTS, rounding_of
+from ds_quant.log import warn
 from ds_quant.optim import QuantAdamW
 from ds_quant.patterns import check_patterns, matches
 
@@ -71,6 +72,8 @@ def json_hyperparameters(raw: dict[str, Any]) -> dict[str, Any]:
 def check_granularity(config: OptimizerConfig, stage: int) -> None:
     """Refuse a scale per tensor or channel where ZeRO flattens and partitions the parameters.
 
+    Warns of a first moment rounded to nearest, which those granularities may have.
+
     Raises:
         ConfigError: granularity "tensor" or "channel" at a stage above 0.
     """
@@ -83,6 +86,11 @@ def check_granularity(config: OptimizerConfig, stage: int) -> None:
                 f'"block" at ZeRO stage {stage}, which flattens the parameters and cuts them up',
                 'set "block", or zero_optimization.stage to 0',
             )
+    if config.exp_avg and config.exp_avg.rounding == "nearest":
+        warn(
+            "ds_quant.optimizer.exp_avg is rounded to nearest, as in the paper: small values never decay, so that "
+            "parameters whose gradients end move on for ever"
+        )
 
 
 class ParameterNames:
@@ -191,8 +199,7 @@ def describe_moments(config: OptimizerConfig) -> str:
             parts.append(f"{name} 32-bit")
             continue
         group = f"block of {moment.block_size}" if moment.granularity == "block" else moment.granularity
-        rounding = rounding_of(name, moment.bits, moment.rounding)
-        parts.append(f"{name} {moment.bits}-bit {moment.map} per {group}, {rounding}")
+        parts.append(f"{name} {moment.bits}-bit {moment.map} per {group}, {moment.rounding or DEFAULT_ROUNDING}")
     return "; ".join(parts)
 
 

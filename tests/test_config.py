@@ -329,6 +329,13 @@ WRONG_VALUES = [
         for granularity in ("tensor", "channel")
     ),
     (
+        {"optimizer": {"exp_avg": {"bits": 8, "rounding": "nearest"}}},
+        "ds_quant.optimizer.exp_avg.rounding",
+        '"nearest"',
+        '"stochastic"',
+        "remove it",
+    ),
+    (
         {"optimizer": {"exp_avg": {"bits": 8, "rounding": "up"}}},
         "ds_quant.optimizer.exp_avg.rounding",
         '"up"',
@@ -895,20 +902,26 @@ def operand(*granularities, **keys):
 
 
 patterns = st.lists(st.sampled_from(["*", "lm_head", "model.layers.*"]), min_size=1)
-moments = optional(
-    {"bits": st.sampled_from([4, 8])},
-    map=st.sampled_from(["power", "linear", "dynamic"]),
-    block_size=st.sampled_from([32, 64, 4096]),
-    rounding=st.sampled_from(["nearest", "stochastic", None]),
-)
-moments |= optional({"bits": st.just(8)}, map=st.just("float"), block_size=st.sampled_from([32, 64, 4096]))
-moments |= optional(
-    {
-        "bits": st.sampled_from([4, 8]),
-        "map": st.just("linear"),
-        "granularity": st.sampled_from(["tensor", "channel"]),
-    }
-)
+
+
+def moments(*roundings):
+    blocked = optional(
+        {"bits": st.sampled_from([4, 8])},
+        map=st.sampled_from(["power", "linear", "dynamic"]),
+        block_size=st.sampled_from([32, 64, 4096]),
+        rounding=st.sampled_from(roundings),
+    )
+    blocked |= optional({"bits": st.just(8)}, map=st.just("float"), block_size=st.sampled_from([32, 64, 4096]))
+    return blocked | optional(
+        {
+            "bits": st.sampled_from([4, 8]),
+            "map": st.just("linear"),
+            "granularity": st.sampled_from(["tensor", "channel"]),
+        },
+        rounding=st.sampled_from(["nearest", "stochastic", None]),
+    )
+
+
 sections = optional(
     {
         "linear": optional(
@@ -927,7 +940,11 @@ sections = optional(
         )
     },
     enabled=st.just(True),
-    optimizer=optional({"exp_avg": moments}, exp_avg_sq=moments, exclude=patterns | st.just([])),
+    optimizer=optional(
+        {"exp_avg": moments("stochastic", None)},
+        exp_avg_sq=moments("nearest", "stochastic", None),
+        exclude=patterns | st.just([]),
+    ),
     communication=st.fixed_dictionaries(
         {
             "gradient": optional(

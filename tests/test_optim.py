@@ -32,7 +32,7 @@ FORMATS = {
         {"bits": 8, "map": "power", "rounding": "nearest"},
     ),
     "tensor": (
-        {"bits": 8, "map": "linear", "granularity": "tensor"},
+        {"bits": 8, "map": "linear", "granularity": "tensor", "rounding": "nearest"},
         {"bits": 4, "map": "linear", "granularity": "tensor"},
     ),
     "channel": (
@@ -127,8 +127,7 @@ def test_a_step_is_the_definition(dtype, name, rng):
     optimizer = QuantAdamW(params, lr=1e-2, betas=(0.9, 0.99), weight_decay=0.1, seed=seed, **moments(name))
     optimizer.rank = rank
     stochastic = [
-        moment is not None and moment.get("rounding", default.get(moment["bits"], "stochastic")) == "stochastic"
-        for moment, default in zip(FORMATS[name], ({8: "nearest"}, {}), strict=True)
+        moment is not None and moment.get("rounding", "stochastic") == "stochastic" for moment in FORMATS[name]
     ]
     for step in range(1, 4):
         set_grads(rng, params)
@@ -285,24 +284,25 @@ def test_shapes_without_elements_or_dimensions(rng):
 
 def test_groups_have_moments_and_hyperparameters_of_their_own(rng):
     a, b, c, d = params = parameters(rng, ((5, 64),) * 4)
-    third, four = {"bits": 8, "map": "power", "rounding": "nearest"}, {"bits": 4, "rounding": "nearest"}
+    third = {"bits": 8, "map": "power", "rounding": "nearest"}
+    eight, four = ({"bits": bits, "map": "linear", "granularity": "tensor", "rounding": "nearest"} for bits in (8, 4))
     groups = [
         {"params": [a]},
         {"params": [b], "exp_avg": None, "exp_avg_sq": None, "weight_decay": 0.0, "name": "norms", "tag": [1, 2]},
         {"params": c, "exp_avg": four, "lr": 0.5},
         {"params": iter([d]), "exp_avg_sq": third, "betas": (0.5, 0.6), "eps": 1.0},
     ]
-    optimizer = QuantAdamW(groups, lr=0.1, exp_avg=EIGHT, exp_avg_sq={"bits": 8, "rounding": "nearest"})
+    optimizer = QuantAdamW(groups, lr=0.1, exp_avg=eight, exp_avg_sq={"bits": 8, "rounding": "nearest"})
     # Each alone, with the group's options as arguments; without stochastic rounding streams do not count.
     twin = twins(params)
     nearest = {"bits": 8, "rounding": "nearest"}
     alone = [
-        QuantAdamW(twin[0:1], lr=0.1, exp_avg=EIGHT, exp_avg_sq=nearest),
+        QuantAdamW(twin[0:1], lr=0.1, exp_avg=eight, exp_avg_sq=nearest),
         QuantAdamW(twin[1:2], lr=0.1, weight_decay=0.0, **NONE),
         QuantAdamW(twin[2:3], lr=0.5, exp_avg=four, exp_avg_sq=nearest),
-        QuantAdamW(twin[3:4], lr=0.1, betas=(0.5, 0.6), eps=1.0, exp_avg=EIGHT, exp_avg_sq=third),
+        QuantAdamW(twin[3:4], lr=0.1, betas=(0.5, 0.6), eps=1.0, exp_avg=eight, exp_avg_sq=third),
     ]
-    assert groups[2]["exp_avg"] == {"bits": 4, "rounding": "nearest"}  # the caller's dicts are left alone
+    assert groups[2]["exp_avg"] == four  # the caller's dicts are left alone
     assert optimizer.param_groups[1]["name"] == "norms"
     assert optimizer.param_groups[1]["tag"] == [1, 2]
     for _ in range(3):

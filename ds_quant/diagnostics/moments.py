@@ -16,7 +16,7 @@ from ds_quant.config import MomentConfig
 from ds_quant.diagnostics.measurement import Measurement, Row
 from ds_quant.diagnostics.recorder import Recorder, zeros
 from ds_quant.errors import fail
-from ds_quant.group_options import MOMENTS, rounding_of
+from ds_quant.group_options import DEFAULT_ROUNDING, MOMENTS
 from ds_quant.moment import QuantizedMoment
 from ds_quant.numerics.blockwise import dequantize_blockwise, group_size, quantize_blockwise
 from ds_quant.numerics.codes import code_map
@@ -44,7 +44,7 @@ def requantized(moment: Tensor, config: MomentConfig, *, which: str, key: Tensor
 
     which: "exp_avg" or "exp_avg_sq". key: for stochastic rounding, see `fold_key`.
     """
-    how = rounding_of(which, config.bits, config.rounding)
+    how = config.rounding or DEFAULT_ROUNDING
     blocks = quantize_blockwise(
         moment.reshape(-1),
         code_map(config.map, config.bits, signed=which == "exp_avg"),
@@ -171,7 +171,7 @@ class MomentRecorder(Recorder):
             "formats": {
                 label: {
                     **config.model_dump(mode="json"),
-                    "rounding": rounding_of(self.which, config.bits, config.rounding),
+                    "rounding": config.rounding or DEFAULT_ROUNDING,
                 }
                 for label, config in self.formats.items()
             },

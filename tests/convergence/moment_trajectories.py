@@ -58,7 +58,7 @@ def power(bits: int, signed: bool, exponent: int | None = None, offset: int | No
     return default if exponent is None else default._replace(exponent=exponent)
 
 
-M8 = Moment(code_map("float", 8, signed=True), 256)
+M8 = Moment(code_map("float", 8, signed=True), 256, "stochastic")
 V8 = Moment(code_map("float", 8, signed=False), 256, "stochastic")
 M4 = Moment(code_map("power", 4, signed=True), 128, "stochastic")
 V4 = Moment(code_map("power", 4, signed=False), 128, "stochastic")
@@ -69,7 +69,10 @@ RECOMMENDED = {
     "4 bits": (M4, V4),
 }
 
-POWER = (Moment(code_map("power", 8, signed=True), 256), Moment(code_map("power", 8, signed=False), 256, "stochastic"))
+POWER = (
+    Moment(code_map("power", 8, signed=True), 256, "stochastic"),
+    Moment(code_map("power", 8, signed=False), 256, "stochastic"),
+)
 
 
 def variants() -> dict[str, tuple[Moment | None, Moment | None]]:
