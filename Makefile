@@ -56,8 +56,10 @@ lint: venv
 	mypy
 	lint-imports
 
+# Two files at a time, one thread each. WORKERS=0 runs one test after the other, in one process.
+WORKERS ?= 2
 pytest: venv
-	DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 python -m pytest
+	DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 python -m pytest --numprocesses $(WORKERS) --dist loadgroup --durations 20
 
 clean:
 	rm -rf $(VENV) .cache build *.egg-info
