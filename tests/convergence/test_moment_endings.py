@@ -1,87 +1,11 @@
-"""What no longer has a gradient must come to rest: QuantAdamW beside torch's AdamW, on gradients that end or leap.
-
-A moment that cannot fall below its smallest code, because its neighbours keep the block's scale up, moves its parameter
-on for ever. The measure is the way from the ending on, in units of the learning rate; the target is twice torch's.
-"""
+"""What no longer has a gradient must come to rest, at most twice as far as with torch's AdamW (docs/moments.md)."""
 
 import pytest
 import torch
+from convergence.moment_endings import FORMATS, LR, VICTIMS, dying_rows, spike, ways
 
 from ds_quant import QuantAdamW
 from ds_quant.optim import QuantizedMoment
-
-LR, BEFORE, AFTER = 1e-3, 100, 400
-FORMATS = {
-    "8/8": ({"bits": 8}, {"bits": 8}),
-    "8/32": ({"bits": 8}, None),
-    "4/8": ({"bits": 4}, {"bits": 8}),
-    "4/4": ({"bits": 4}, {"bits": 4}),
-    "power": ({"bits": 8, "map": "power"}, {"bits": 8, "map": "power"}),
-    "linear/32": ({"bits": 8, "map": "linear"}, None),
-    "linear 4/8": ({"bits": 4, "map": "linear"}, {"bits": 8}),
-    "dynamic/8": ({"bits": 8, "map": "dynamic"}, {"bits": 8}),
-    "dynamic": ({"bits": 8, "map": "dynamic"}, {"bits": 8, "map": "dynamic"}),
-    "dynamic 4/8": ({"bits": 4, "map": "dynamic"}, {"bits": 8}),
-}
-
-
-def dying_rows(step, gradient):
-    """Every fourth row, which shares its block with three others."""
-    if step >= BEFORE:
-        gradient[::4] = 0.0
-    return gradient
-
-
-def silent_half(step, gradient):
-    """The first half of each block of 256."""
-    if step >= BEFORE:
-        gradient.view(-1, 256)[:, :128] = 0.0
-    return gradient
-
-
-def rare_rows(step, gradient):
-    """An embedding: a row is hit every 1 to 8 steps, and those of its second half never again."""
-    hit = step % (torch.arange(len(gradient)) % 8 + 1) == 0
-    if step >= BEFORE:
-        hit[len(gradient) // 2 :] = False
-    return gradient * hit[:, None]
-
-
-def spike(step, gradient):
-    """One row leaps by 1e4 in one step; the victims are the rows beside it."""
-    if step == BEFORE:
-        gradient[1::4] *= 1e4
-    return gradient
-
-
-VICTIMS = {
-    dying_rows: lambda moved: moved[::4],
-    silent_half: lambda moved: moved.view(-1, 256)[:, :128],
-    rare_rows: lambda moved: moved[len(moved) // 2 :],
-    spike: lambda moved: moved.view(-1, 4, moved.shape[1])[:, [0, 2, 3]],
-}
-
-
-def ways(case, betas, formats, seed=0):
-    """Mean way of the victims after the ending, by format and "torch", in learning rates."""
-    draws = torch.Generator().manual_seed(seed)
-    start = 0.02 * torch.randn(32, 64, generator=draws)
-    params = {name: torch.nn.Parameter(start.clone()) for name in ("torch", *formats)}
-    options = {"lr": LR, "betas": betas, "weight_decay": 0.0}
-    optimizers = {
-        name: QuantAdamW([params[name]], **options, exp_avg=first, exp_avg_sq=second)
-        for name, (first, second) in formats.items()
-    }
-    optimizers["torch"] = torch.optim.AdamW([params["torch"]], **options)
-    for step in range(BEFORE + AFTER):
-        if step == BEFORE:
-            at_ending = {name: param.detach().clone() for name, param in params.items()}
-        gradient = case(step, torch.randn(start.shape, generator=draws))
-        for name, optimizer in optimizers.items():
-            params[name].grad = gradient.clone()
-            optimizer.step()
-    moved = {name: (param.detach() - at_ending[name]).abs() / LR for name, param in params.items()}
-    return {name: VICTIMS[case](way).mean().item() for name, way in moved.items()}, optimizers
 
 
 @pytest.mark.parametrize("beta2", [0.95, 0.999])
