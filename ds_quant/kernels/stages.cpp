@@ -13,6 +13,8 @@ namespace {
 
 // ---- the step (numerics/adam.py) -----------------------------------------------------------------------------------
 
+constexpr float LARGEST_GRADIENT = 0x1p63f;
+
 template <class V>
 struct Step {
     typename V::F beta1, rest1, beta2, rest2, eps, decay, step_size, correction;
@@ -24,6 +26,9 @@ struct Step {
           step_size(V::set(s.step_size)), correction(V::set(s.correction)) {}
 
     ALWAYS_INLINE void moments(typename V::F grad, typename V::F& first, typename V::F& second) const {
+        // Finite moments of finite gradients; the product is a NaN where there is an Inf or a NaN.
+        auto limited = V::min(V::max(grad, V::set(-LARGEST_GRADIENT)), V::set(LARGEST_GRADIENT));
+        grad = V::add(limited, V::mul(grad, V::set(0.0f)));
         first = V::add(V::mul(first, beta1), V::mul(grad, rest1));
         second = V::add(V::mul(second, beta2), V::mul(V::mul(grad, grad), rest2));
     }
