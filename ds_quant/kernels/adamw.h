@@ -6,13 +6,12 @@
 enum Map : int32_t { TABLE = 0, POWER = 1, FLOAT = 2 };  // linear is a power; with an offset it is a table
 
 // Where the numbers from 0 to 1 are cut into cells at 2^-15 to 2^0 and midway between these, and none has two bounds: a
-// cell's bound, and the code below it. Ordered by the lowest five bits of the cell's number, bits >> 22.
+// the code below a cell, in order; its bound is the next code's. A cell's number is FIRST_CELL + its place, bits >> 22.
 constexpr int CELL_SHIFT = 22;
 constexpr uint32_t FIRST_CELL = 223;
 
 struct Cells {
     int32_t exist;
-    float bounds[32];
     int32_t codes[32];
 };
 
@@ -27,9 +26,9 @@ struct MomentFormat {
     float values[256];  // 4 bits: the value of each half byte; 8-bit table: increasing, filled up with the last
     // Of 4 bits, by code; of signed power and linear maps, by code from 0 up. Filled up with Inf.
     int32_t mirrored;      // 4-bit codes are in two's complement, with the same values on both sides of 0
-    float bounds[16];      // values, without the last
-    float gaps[16];        // from each value to the next
-    float thresholds[16];  // the least x that is rounded to this code rather than to the one below
+    float bounds[17];      // values, without the last
+    float gaps[16];        // from each value to the next, in units of 2^16
+    float thresholds[17];  // the least x that is rounded to this code rather than to the one below
     Cells bound_cells, threshold_cells;
 };
 
