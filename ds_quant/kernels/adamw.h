@@ -80,7 +80,7 @@ struct Front {
     const float* grad;
     int64_t n;
     FrontMoment moments[2];
-    Scalars scalars;
+    const Scalars* scalars;
 };
 
 using FrontStage = void(const Front&);
@@ -98,8 +98,8 @@ struct Stages {
     FrontStage* (*front)(const MomentFormat& exp_avg, const MomentFormat& exp_avg_sq);
     // Of 4-bit codes, `shift` (0 or 4) picks the half of each byte.
     void (*decode)(const MomentFormat&, const uint8_t* codes, int shift, float scale, float* to, int64_t n);
-    // Codes of x * inverse, one to a byte; draws null: to nearest.
-    void (*encode)(const MomentFormat&, const float* x, float inverse, const Draws* draws, uint8_t* codes, int64_t n);
+    // Codes of x * (1 / scale), one to a byte; `scale` is given by its bits, 0: of x * 0. draws null: to nearest.
+    void (*encode)(const MomentFormat&, const float* x, uint32_t scale, const Draws* draws, uint8_t* codes, int64_t n);
     // Packs the n 4-bit codes of a block, which come one to a byte. Returns the number of bytes.
     int64_t (*pack)(const uint8_t* codes, uint8_t* packed, int64_t n);
     // Puts 4-bit codes into the half `shift` of n bytes.

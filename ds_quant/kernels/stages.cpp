@@ -59,23 +59,27 @@ void moments(const float* grad, float* exp_avg, float* exp_avg_sq, int64_t n, co
     step<Widest, false>(nullptr, grad, exp_avg, exp_avg_sq, n, s);
 }
 
-// Where codes of a moment lie of which `run` follow each other, and the blocks' maxima go.
+// The place of a loop in a moment's blocks. `run` codes follow each other: half a block where a byte holds two.
 struct Runs {
-    int64_t block_size, run;
-    const uint8_t* codes;
-    const float* scale;
-    uint32_t* absmax;
+    const FrontMoment& moment;
     bool halves;
+    int64_t run, block = 0, within = 0;
 
     explicit Runs(const FrontMoment& m)
-        : block_size(m.block_size), run(m.format->bits == 4 ? m.block_size / 2 : m.block_size), codes(m.codes),
-          scale(m.scale), absmax(m.absmax), halves(m.format->bits == 4) {}
+        : moment(m), halves(m.format->bits == 4), run(halves ? m.block_size / 2 : m.block_size) {}
 
     template <class Reader>
-    ALWAYS_INLINE void start(Reader& reader, int64_t element) const {
-        int64_t block = element / block_size, within = element % block_size;
-        if (!halves) return reader.start(codes + element, 0, scale[block]);
-        reader.start(codes + block * run + within % run, within < run ? 0 : 4, scale[block]);
+    ALWAYS_INLINE void start(Reader& reader) const {
+        bool is_high = halves && within >= run;
+        reader.start(moment.codes + block * run + (is_high ? within - run : within), is_high ? 4 : 0, moment.scale[block]);
+    }
+
+    // Past `length` elements; whether they end their block.
+    ALWAYS_INLINE bool advance(int64_t length) {
+        within += length;
+        if (within < moment.block_size) return false;
+        within = 0, ++block;
+        return true;
     }
 };
 
@@ -83,7 +87,7 @@ struct Runs {
 template <class B, class First, class Second>
 void front_as(const Front& f) {
     using V = typename B::Part;
-    Step<V> step_of(f.scalars);
+    Step<V> step_of(*f.scalars);
     Runs firsts(f.moments[0]), seconds(f.moments[1]);
     BatchReader<First, B> read_first(*f.moments[0].format);
     BatchReader<Second, B> read_second(*f.moments[1].format);
@@ -91,8 +95,8 @@ void front_as(const Front& f) {
     auto mask = V::set_int(0x7fffffff);
     auto first_most = V::set_int(0), second_most = first_most;
     for (int64_t begin = 0; begin < f.n; begin += run) {
-        firsts.start(read_first, begin);
-        seconds.start(read_second, begin);
+        firsts.start(read_first);
+        seconds.start(read_second);
         for (int64_t i = 0; i < run; i += B::width) {
             typename V::F first[B::parts], second[B::parts];
             read_first(i, first);
@@ -108,13 +112,12 @@ void front_as(const Front& f) {
                 second_most = V::max_int(second_most, V::bit_and(V::float_to_bits(second[k]), mask));
             }
         }
-        int64_t end = begin + run;
-        if (end % firsts.block_size == 0) {
-            firsts.absmax[end / firsts.block_size - 1] = V::reduce_max(first_most);
+        if (firsts.advance(run)) {
+            f.moments[0].absmax[firsts.block - 1] = V::reduce_max(first_most);
             first_most = V::set_int(0);
         }
-        if (end % seconds.block_size == 0) {
-            seconds.absmax[end / seconds.block_size - 1] = V::reduce_max(second_most);
+        if (seconds.advance(run)) {
+            f.moments[1].absmax[seconds.block - 1] = V::reduce_max(second_most);
             second_most = V::set_int(0);
         }
     }
