@@ -5,13 +5,12 @@
 
 enum Map : int32_t { TABLE = 0, POWER = 1, FLOAT = 2 };  // linear is a power; with an offset it is a table
 
-// Where the numbers from 0 to 1 are cut into cells at 2^-15 to 2^0 and midway between these, and none has two bounds: a
-// the code below a cell, in order; its bound is the next code's. A cell's number is FIRST_CELL + its place, bits >> 22.
-constexpr int CELL_SHIFT = 22;
-constexpr uint32_t FIRST_CELL = 223;
-
+// Where the numbers from 0 to 1 are cut into 32 cells, two (shift 22) or four (shift 21) to a factor of two, and none has
+// two bounds: the code below a cell; its bound is the next code's. The number of a cell is bits >> shift, less `first`;
+// lower numbers are in cell 0.
 struct Cells {
-    int32_t exist;
+    int32_t shift;  // 0: there is no such cut
+    int32_t first;
     int32_t codes[32];
 };
 

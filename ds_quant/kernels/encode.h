@@ -116,18 +116,22 @@ struct HalfCodes {
         using Values = std::conditional_t<mirrored, typename V::Table8, typename V::Table16>;
         Values bounds, next_bounds, lows, gaps;
         typename V::Small32 cell_codes;
+        typename V::I first_cell;
+        int cell_shift;
 
-        explicit Encoder(const MomentFormat& f)
+        explicit Encoder(const MomentFormat& f) : Encoder(f, stochastic ? f.bound_cells : f.threshold_cells) {}
+        Encoder(const MomentFormat& f, const Cells& c)
             : bounds(stochastic ? f.bounds : f.thresholds), next_bounds((stochastic ? f.bounds : f.thresholds) + 1),
-              lows(f.bounds), gaps(f.gaps), cell_codes((stochastic ? f.bound_cells : f.threshold_cells).codes) {}
+              lows(f.bounds), gaps(f.gaps), cell_codes(c.codes),
+              first_cell(V::set_int(static_cast<uint32_t>(c.first) << c.shift)), cell_shift(c.shift) {}
 
         ALWAYS_INLINE typename V::I operator()(typename V::F quotient, typename V::I draw) const {
             auto x = mirrored ? V::abs(quotient) : quotient;
             // The last bound that x has reached; the first counts as reached.
             auto code = V::set_int(0);
             if constexpr (cells) {
-                auto bits = V::sub(V::float_to_bits(x), V::set_int(FIRST_CELL << CELL_SHIFT));
-                code = cell_codes[V::template right<CELL_SHIFT>(V::max_int(bits, V::set_int(0)))];
+                auto bits = V::sub(V::float_to_bits(x), first_cell);
+                code = cell_codes[V::right(V::max_int(bits, V::set_int(0)), cell_shift)];
                 code = V::add_if(V::at_least(x, next_bounds[code]), code, V::set_int(1));
             } else {
                 for (uint32_t stride = mirrored ? 4 : 8; stride; stride /= 2) {
@@ -206,7 +210,7 @@ struct FloatCodes {
 template <class B, bool stochastic>
 void encode_run(const MomentFormat& f, const Source<B>& s, uint8_t* codes, int64_t n) {
     if (f.bits == 4) {
-        bool cells = stochastic ? f.bound_cells.exist : f.threshold_cells.exist;
+        bool cells = stochastic ? f.bound_cells.shift : f.threshold_cells.shift;
         if (f.mirrored)
             return cells ? encode_as<HalfCodes<true, true, stochastic>>(f, s, codes, n)
                          : encode_as<HalfCodes<true, false, stochastic>>(f, s, codes, n);
