@@ -6,7 +6,6 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <limits>
 #include <new>
 #include <vector>
 
@@ -14,6 +13,7 @@
 #include "random.h"
 #include "threads.h"
 
+// No floating point in here: between stages of AVX, instructions of plain x86-64 would wait for each other.
 namespace {
 
 constexpr int64_t TILE = 4096;     // elements of a buffer, and the longest block that goes in one pass
@@ -23,7 +23,7 @@ constexpr int64_t UNIT = 512;      // elements of a unit of shorter blocks
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Of the bits of max |x|: denormal maxima count as zeros, Inf and NaN make the scale a NaN.
-constexpr uint32_t SMALLEST_NORMAL = 0x00800000, INFINITE = 0x7f800000;
+constexpr uint32_t SMALLEST_NORMAL = 0x00800000, INFINITE = 0x7f800000, QUIET_NAN = 0x7fc00000;
 
 bool is_scale(uint32_t absmax) { return absmax >= SMALLEST_NORMAL && absmax < INFINITE; }
 
@@ -74,12 +74,9 @@ struct Moment {
     // Writes codes of n elements of one block from `element` on, one to a byte. `absmax` are the bits of its max |x|.
     void encode(const Stages& stages, int64_t element, float* x, int64_t n, uint32_t absmax, uint8_t* to) const {
         Draws draws{{key[0], key[1]}, static_cast<uint64_t>(element)};
-        float inverse = 0.0f;
-        if (is_scale(absmax))
-            inverse = 1.0f / Scalar::bits_to_float(absmax);
-        else
-            std::fill(x, x + n, 0.0f);  // Inf times 0 would be NaN, and a negative number a negative zero
-        stages.encode(format, x, inverse, stochastic ? &draws : nullptr, to, n);
+        uint32_t scale = is_scale(absmax) ? absmax : 0;
+        if (!scale) std::memset(x, 0, sizeof(float) * n);  // Inf times 0 would be NaN, a negative number -0
+        stages.encode(format, x, scale, stochastic ? &draws : nullptr, to, n);
     }
 
     // The same into memory; n <= TILE elements in one place.
@@ -92,8 +89,9 @@ struct Moment {
     }
 
     void set_scale(int64_t block, uint32_t absmax) const {
-        float special = absmax < INFINITE ? 0.0f : std::numeric_limits<float>::quiet_NaN();
-        scale[block] = is_scale(absmax) ? Scalar::bits_to_float(absmax) : special;
+        uint32_t special = absmax < INFINITE ? 0 : QUIET_NAN;
+        uint32_t bits = is_scale(absmax) ? absmax : special;
+        std::memcpy(scale + block, &bits, sizeof bits);
     }
 
     // fp32 values of n elements; a pointer to them, in memory or in `buffer`.
@@ -203,13 +201,18 @@ struct Job {
         if (!(stage = stages.front(moments[0].format, moments[1].format))) return false;
         alignas(64) float grad_buffer[TILE];
         const float* g = load_grad(stages, begin, n, grad_buffer);
-        Front front{reinterpret_cast<float*>(param_at(begin)), g, n, {}, scalars};
+        Front front{reinterpret_cast<float*>(param_at(begin)), g, n, {}, &scalars};
         for (int w = 0; w < 2; ++w) {
             const Moment& m = moments[w];
             const float* scale = m.scale + begin / m.block_size;
             front.moments[w] = {&m.format, m.block_size, m.place(begin).codes, scale, buffers[w], absmax[w]};
         }
         stage(front);
+        // The encoders that come next leave memory idle: the next unit's numbers may arrive meanwhile.
+        for (int64_t i = n; i < 2 * n; i += 16) {
+            __builtin_prefetch(param_at(begin + i), 1);
+            __builtin_prefetch(grad + (begin + i) * itemsize(grad_dtype));
+        }
         return true;
     }
 };

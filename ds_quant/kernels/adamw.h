@@ -5,14 +5,12 @@
 
 enum Map : int32_t { TABLE = 0, POWER = 1, FLOAT = 2 };  // linear is a power; with an offset it is a table
 
-// Where the numbers from 0 to 1 are cut into cells at 2^-15 to 2^0 and midway between these, and none has two bounds: a
-// cell's bound, and the code below it. Ordered by the lowest five bits of the cell's number, bits >> 22.
-constexpr int CELL_SHIFT = 22;
-constexpr uint32_t FIRST_CELL = 223;
-
+// Where the numbers from 0 to 1 are cut into 32 cells, two (shift 22) or four (shift 21) to a factor of two, and none has
+// two bounds: the code below a cell; its bound is the next code's. The number of a cell is bits >> shift, less `first`;
+// lower numbers are in cell 0.
 struct Cells {
-    int32_t exist;
-    float bounds[32];
+    int32_t shift;  // 0: there is no such cut
+    int32_t first;
     int32_t codes[32];
 };
 
@@ -27,9 +25,9 @@ struct MomentFormat {
     float values[256];  // 4 bits: the value of each half byte; 8-bit table: increasing, filled up with the last
     // Of 4 bits, by code; of signed power and linear maps, by code from 0 up. Filled up with Inf.
     int32_t mirrored;      // 4-bit codes are in two's complement, with the same values on both sides of 0
-    float bounds[16];      // values, without the last
-    float gaps[16];        // from each value to the next
-    float thresholds[16];  // the least x that is rounded to this code rather than to the one below
+    float bounds[17];      // values, without the last
+    float gaps[16];        // from each value to the next, in units of 2^16
+    float thresholds[17];  // the least x that is rounded to this code rather than to the one below
     Cells bound_cells, threshold_cells;
 };
 
@@ -81,7 +79,7 @@ struct Front {
     const float* grad;
     int64_t n;
     FrontMoment moments[2];
-    Scalars scalars;
+    const Scalars* scalars;
 };
 
 using FrontStage = void(const Front&);
@@ -99,8 +97,8 @@ struct Stages {
     FrontStage* (*front)(const MomentFormat& exp_avg, const MomentFormat& exp_avg_sq);
     // Of 4-bit codes, `shift` (0 or 4) picks the half of each byte.
     void (*decode)(const MomentFormat&, const uint8_t* codes, int shift, float scale, float* to, int64_t n);
-    // Codes of x * inverse, one to a byte; draws null: to nearest.
-    void (*encode)(const MomentFormat&, const float* x, float inverse, const Draws* draws, uint8_t* codes, int64_t n);
+    // Codes of x * (1 / scale), one to a byte; `scale` is given by its bits, 0: of x * 0. draws null: to nearest.
+    void (*encode)(const MomentFormat&, const float* x, uint32_t scale, const Draws* draws, uint8_t* codes, int64_t n);
     // Packs the n 4-bit codes of a block, which come one to a byte. Returns the number of bytes.
     int64_t (*pack)(const uint8_t* codes, uint8_t* packed, int64_t n);
     // Puts 4-bit codes into the half `shift` of n bytes.

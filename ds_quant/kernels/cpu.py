@@ -22,9 +22,8 @@ MAX_LEVELS = 512
 
 # The structures Entry, and MomentFormat twice after two dtypes in Format, of adamw.h.
 _ENTRY = struct.Struct("@6Q3qQ6d4I2i")
-_MOMENT_FORMAT = struct.Struct("@6i256fi48f" + 2 * "i32f32i")
+_MOMENT_FORMAT = struct.Struct("@6i256fi50f" + 2 * "2i32i")
 _TABLE, _POWER, _FLOAT = range(3)
-_FIRST_CELL = 223
 _NO_KEY = (0, 0)
 
 
@@ -158,7 +157,7 @@ def _format(param: torch.dtype, grad: torch.dtype, exp_avg: CodeMap | None, exp_
 
 def _moment_format(code_map: CodeMap | None, where: str) -> bytes:
     """MomentFormat of adamw.h: bits, is_signed, map, levels, exponent, count, values[256] and what searches 4 bits."""
-    pack, rest = _MOMENT_FORMAT.pack, (0, *[0.0] * 48, *[0] * 130)
+    pack, rest = _MOMENT_FORMAT.pack, (0, *[0.0] * 50, *[0] * 68)
     if code_map is None:
         return pack(32, 0, _TABLE, 0, 1, 0, *[0.0] * 256, *rest)
     name, bits, signed, levels, offset, exponent = code_map
@@ -186,9 +185,9 @@ def _moment_format(code_map: CodeMap | None, where: str) -> bytes:
 def _search_tables(code_map: CodeMap) -> list[float]:
     """bounds, gaps, thresholds, bound_cells and threshold_cells of a MomentFormat."""
     values = decode(torch.arange(code_map.highest + 1), code_map)
-    bounds, gaps, thresholds = (torch.full((16,), torch.inf) for _ in range(3))
+    bounds, gaps, thresholds = (torch.full((size,), torch.inf) for size in (17, 16, 17))
     bounds[: len(values) - 1] = values[:-1]
-    gaps[: len(values) - 1] = values[1:] - values[:-1]
+    gaps[: len(values) - 1] = (values[1:] - values[:-1]) * 2.0**-16
     # The least x that `encode` gives each code, found by halving intervals of integers that are ordered as fp32 is.
     codes = torch.arange(1, code_map.highest + 1)
     below, reached = torch.full_like(codes, -0x3F800001), torch.full_like(codes, 0x3F800000)
@@ -204,16 +203,16 @@ def _search_tables(code_map: CodeMap) -> list[float]:
     return [*torch.cat((bounds, gaps, thresholds)).tolist(), *_cells(bounds), *_cells(thresholds)]
 
 
-def _cells(bounds: Tensor) -> list[float]:
-    """Cells of adamw.h: exist, bounds, codes."""
-    numbers = torch.arange(_FIRST_CELL, _FIRST_CELL + 32)
-    starts = (numbers << 22).to(torch.int32).view(torch.float32)
-    starts[0] = 0.0
-    ends = torch.cat((starts[1:], torch.tensor([torch.inf])))
-    is_within = (bounds[1:] > starts[:, None]) & (bounds[1:] < ends[:, None])
-    if (bounds < 0).any() or (is_within.sum(dim=1) > 1).any():
-        return [0] * 65
-    cell_bounds = torch.where(is_within, bounds[1:], torch.inf).amin(dim=1)
-    codes = (bounds[1:] <= starts[:, None]).sum(dim=1)
-    order = (numbers % 32).argsort()
-    return [1, *cell_bounds[order].tolist(), *codes[order].tolist()]
+def _cells(bounds: Tensor) -> list[int]:
+    """Cells of adamw.h: shift, first, codes."""
+    for shift in (22, 21):
+        first = (0x3F800000 >> shift) - 31
+        starts = ((torch.arange(32) + first) << shift).to(torch.int32).view(torch.float32)
+        starts[0] = 0.0
+        ends = torch.cat((starts[1:], torch.tensor([torch.inf])))
+        is_within = (bounds[1:] > starts[:, None]) & (bounds[1:] < ends[:, None])
+        codes = (bounds[1:] <= starts[:, None]).sum(dim=1)
+        # The first code is looked up by what is empty too: see Small32.
+        if (bounds >= 0).all() and (is_within.sum(dim=1) <= 1).all() and codes[0] == 0:
+            return [shift, first, *codes.tolist()]
+    return [0] * 34

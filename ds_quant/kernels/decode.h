@@ -88,6 +88,75 @@ struct Halves {
     };
 };
 
+// The values of a batch, of codes that follow each other from `start` on. Tables are made once.
+template <class Map, class B>
+struct BatchReader {
+    using V = typename B::Part;
+    using Reader = typename Map::template Reader<V>;
+    const MomentFormat& format;
+    Reader read;
+
+    explicit BatchReader(const MomentFormat& f) : format(f), read(f, nullptr, 0, 0.0f) {}
+
+    ALWAYS_INLINE void start(const uint8_t* codes, int shift, float scale) { read = Reader(format, codes, shift, scale); }
+    ALWAYS_INLINE void operator()(int64_t i, typename V::F* to) const {
+        for (int k = 0; k < B::parts; ++k) to[k] = read(i + k * V::width);
+    }
+};
+
+#if defined(__AVX2__) && !defined(__AVX512F__)
+template <>
+struct BatchReader<Halves, Batch<Avx2, 4>> {
+    const uint8_t* codes;
+    __m128i shift;
+    Avx2::Values16 values;
+    Avx2::F scale;
+
+    explicit BatchReader(const MomentFormat& f) : values(f.values) {}
+
+    ALWAYS_INLINE void start(const uint8_t* first, int half, float s) {
+        codes = first, shift = _mm_cvtsi32_si128(half), scale = Avx2::set(s);
+    }
+    ALWAYS_INLINE void operator()(int64_t i, Avx2::F* to) const {
+        auto bytes = _mm256_srl_epi16(Avx2::load_for_unpacking(codes + i), shift);
+        values(Avx2::bit_and(bytes, Avx2::set_int(0x0f0f0f0f)), to);
+        for (int k = 0; k < 4; ++k) to[k] = Avx2::mul(to[k], scale);
+    }
+};
+
+// The lower half of the bits of a value is 0: the upper half is computed of sixteen codes at once.
+template <bool is_signed>
+struct BatchReader<Float<is_signed>, Batch<Avx2, 4>> {
+    const uint8_t* codes;
+    Avx2::F scale;
+
+    explicit BatchReader(const MomentFormat&) {}
+
+    ALWAYS_INLINE void start(const uint8_t* first, int, float s) { codes = first, scale = Avx2::set(s); }
+    ALWAYS_INLINE void operator()(int64_t i, Avx2::F* to) const {
+        auto bytes = Avx2::load_for_unpacking(codes + i), zero = Avx2::set_int(0);
+        Avx2::I upper[2] = {_mm256_unpacklo_epi8(zero, bytes), _mm256_unpackhi_epi8(zero, bytes)};
+        for (int k = 0; k < 2; ++k) {
+            auto bits = upper_bits(upper[k]);
+            to[2 * k] = Avx2::mul(Avx2::bits_to_float(_mm256_unpacklo_epi16(zero, bits)), scale);
+            to[2 * k + 1] = Avx2::mul(Avx2::bits_to_float(_mm256_unpackhi_epi16(zero, bits)), scale);
+        }
+    }
+
+    // Of codes in the upper bytes of sixteen words.
+    static ALWAYS_INLINE Avx2::I upper_bits(Avx2::I code) {
+        constexpr int shift = 24 - FLOAT_SHIFT;
+        auto base = _mm256_set1_epi16(FLOAT_BASE[is_signed] >> 16);
+        if constexpr (!is_signed) return _mm256_add_epi16(_mm256_srli_epi16(code, shift), base);
+        auto sign = _mm256_set1_epi16(static_cast<int16_t>(0x8000));
+        auto count = _mm256_and_si256(_mm256_srli_epi16(code, shift), _mm256_set1_epi16(127 << (8 - shift)));
+        auto is_value = _mm256_cmpgt_epi16(count, Avx2::set_int(0));
+        auto magnitude = _mm256_and_si256(_mm256_add_epi16(count, base), is_value);
+        return _mm256_or_si256(magnitude, _mm256_and_si256(code, sign));
+    }
+};
+#endif
+
 struct Table {
     template <class V>
     struct Reader {

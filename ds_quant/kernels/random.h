@@ -76,6 +76,16 @@ struct Uniform16Pairs {
     }
 };
 
+// Of the elements of a batch.
+template <class V>
+struct Uniform16<Batch<V, 1>> : Uniform16<V> {
+    using Uniform16<V>::Uniform16;
+
+    ALWAYS_INLINE void operator()(uint64_t index, typename V::I* to) const {
+        to[0] = static_cast<const Uniform16<V>&>(*this)(index);
+    }
+};
+
 #if defined(__AVX512F__)
 template <>
 struct Uniform16<Twice<Avx512>> : Uniform16Pairs<Avx512> {
@@ -83,8 +93,13 @@ struct Uniform16<Twice<Avx512>> : Uniform16Pairs<Avx512> {
 };
 #elif defined(__AVX2__)
 template <>
-struct Uniform16<Twice<Twice<Avx2>>> : Uniform16Pairs<Twice<Avx2>> {
+struct Uniform16<Batch<Avx2, 4>> : Uniform16Pairs<Twice<Avx2>> {
     using Uniform16Pairs<Twice<Avx2>>::Uniform16Pairs;
+
+    ALWAYS_INLINE void operator()(uint64_t index, Avx2::I* to) const {
+        auto found = static_cast<const Uniform16Pairs<Twice<Avx2>>&>(*this)(index);
+        to[0] = found.a.a, to[1] = found.a.b, to[2] = found.b.a, to[3] = found.b.b;
+    }
 };
 #endif
 

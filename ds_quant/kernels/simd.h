@@ -81,16 +81,24 @@ struct Scalar {
     static I add_if(M m, I a, I b) { return m ? a + b : a; }
     static F gather(const float* table, I i) { return table[i]; }
 
+    static I negate_if_negative(I x, F f) { return f < 0.0f ? 0 - x : x; }  // x is 0 where f is
+
     struct Table16 {  // looked up with the lowest four bits
         const float* values;
         explicit Table16(const float* p) : values(p) {}
         F operator[](I i) const { return values[i & 15]; }
     };
 
-    struct Table32 {  // looked up with the lowest five bits
+    struct Table8 {  // looked up with numbers below eight
         const float* values;
-        explicit Table32(const float* p) : values(p) {}
-        F operator[](I i) const { return values[i & 31]; }
+        explicit Table8(const float* p) : values(p) {}
+        F operator[](I i) const { return values[i]; }
+    };
+
+    struct Small32 {  // of integers below 128, the first of which is 0; looked up with numbers below 32
+        const int32_t* values;
+        explicit Small32(const int32_t* p) : values(p) {}
+        I operator[](I i) const { return static_cast<uint32_t>(values[i]); }
     };
 };
 
@@ -177,6 +185,21 @@ struct Avx2 {
     static M greater_int(I a, I b) { return _mm256_castsi256_ps(_mm256_cmpgt_epi32(a, b)); }
     static I add_if(M m, I a, I b) { return add(a, bit_and(_mm256_castps_si256(m), b)); }
     static F gather(const float* table, I i) { return _mm256_i32gather_ps(table, i, 4); }
+    static I negate_if_negative(I x, F f) { return _mm256_sign_epi32(x, float_to_bits(f)); }
+
+    // Four vectors at once: packing works within halves of 128 bits, and one permutation brings all in order.
+    static void store_u8(uint8_t* p, const I (&x)[4]) {
+        I byte = _mm256_set1_epi16(0xff);
+        I low = bit_and(_mm256_packs_epi32(x[0], x[1]), byte), high = bit_and(_mm256_packs_epi32(x[2], x[3]), byte);
+        I bytes = _mm256_packus_epi16(low, high);
+        bytes = _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+        store_int(reinterpret_cast<uint32_t*>(p), bytes);
+    }
+    // 32 bytes in an order that two rounds of unpacking turn into four vectors of consecutive elements.
+    static I load_for_unpacking(const uint8_t* p) {
+        I order = _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7);
+        return _mm256_permutevar8x32_epi32(load_int(reinterpret_cast<const uint32_t*>(p)), order);
+    }
 
     struct Table16 {
         F low, high;
@@ -187,10 +210,50 @@ struct Avx2 {
         }
     };
 
-    struct Table32 {
-        const float* values;
-        explicit Table32(const float* p) : values(p) {}
-        F operator[](I i) const { return gather(values, bit_and(i, set_int(31))); }
+    struct Table8 {
+        F values;
+        explicit Table8(const float* p) : values(load(p)) {}
+        F operator[](I i) const { return _mm256_permutevar8x32_ps(values, i); }
+    };
+
+    // Bytes of a 16-byte table, and 0 where the highest bit of the index is set: one half of the table or the other.
+    struct Small32 {
+        I low, high;
+        explicit Small32(const int32_t* p) : low(half(p)), high(half(p + 16)) {}
+        I operator[](I i) const {
+            I below = _mm256_shuffle_epi8(low, add(i, set_int(0x70)));  // the upper bytes find the first value, 0
+            return bit_or(below, _mm256_shuffle_epi8(high, _mm256_add_epi8(i, set_int(0x808080f0))));
+        }
+        static I half(const int32_t* p) {
+            auto at = [&](int i) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p + i)); };
+            __m128i words[2] = {_mm_packus_epi32(at(0), at(4)), _mm_packus_epi32(at(8), at(12))};
+            return _mm256_broadcastsi128_si256(_mm_packus_epi16(words[0], words[1]));
+        }
+    };
+
+    // Any 16 values for 32 indices (bytes from `load_for_unpacking`, below 16): one look-up for each byte of fp32.
+    struct Values16 {
+        I bytes[4];
+        explicit Values16(const float* p) {
+            alignas(16) uint8_t planes[4][16];
+            for (int i = 0; i < 16; ++i) {
+                uint32_t bits;
+                std::memcpy(&bits, p + i, 4);
+                for (int b = 0; b < 4; ++b) planes[b][i] = static_cast<uint8_t>(bits >> 8 * b);
+            }
+            for (int b = 0; b < 4; ++b)
+                bytes[b] = _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<__m128i*>(planes[b])));
+        }
+        ALWAYS_INLINE void operator()(I i, F* to) const {
+            I x[4];
+            for (int b = 0; b < 4; ++b) x[b] = _mm256_shuffle_epi8(bytes[b], i);
+            I low[2] = {_mm256_unpacklo_epi8(x[0], x[1]), _mm256_unpackhi_epi8(x[0], x[1])};
+            I high[2] = {_mm256_unpacklo_epi8(x[2], x[3]), _mm256_unpackhi_epi8(x[2], x[3])};
+            for (int k = 0; k < 2; ++k) {
+                to[2 * k] = bits_to_float(_mm256_unpacklo_epi16(low[k], high[k]));
+                to[2 * k + 1] = bits_to_float(_mm256_unpackhi_epi16(low[k], high[k]));
+            }
+        }
     };
 };
 #endif
@@ -273,6 +336,7 @@ struct Avx512 {
     static M greater_int(I a, I b) { return _mm512_cmpgt_epi32_mask(a, b); }
     static I add_if(M m, I a, I b) { return _mm512_mask_add_epi32(a, m, a, b); }
     static F gather(const float* table, I i) { return _mm512_i32gather_ps(i, table, 4); }
+    static I negate_if_negative(I x, F f) { return select(greater(set(0.0f), f), sub(set_int(0), x), x); }
 
     struct Table16 {
         F values;
@@ -280,10 +344,12 @@ struct Avx512 {
         F operator[](I i) const { return _mm512_permutexvar_ps(i, values); }
     };
 
-    struct Table32 {
-        F low, high;
-        explicit Table32(const float* p) : low(load(p)), high(load(p + 16)) {}
-        F operator[](I i) const { return _mm512_permutex2var_ps(low, i, high); }
+    using Table8 = Table16;
+
+    struct Small32 {
+        I low, high;
+        explicit Small32(const int32_t* p) : low(_mm512_loadu_si512(p)), high(_mm512_loadu_si512(p + 16)) {}
+        I operator[](I i) const { return _mm512_permutex2var_epi32(low, i, high); }
     };
 };
 #endif
@@ -347,6 +413,7 @@ struct Twice {
     static M greater_int(I x, I y) { return {V::greater_int(x.a, y.a), V::greater_int(x.b, y.b)}; }
     static I add_if(M m, I x, I y) { return {V::add_if(m.a, x.a, y.a), V::add_if(m.b, x.b, y.b)}; }
     static F gather(const float* table, I i) { return {V::gather(table, i.a), V::gather(table, i.b)}; }
+    static I negate_if_negative(I x, F f) { return {V::negate_if_negative(x.a, f.a), V::negate_if_negative(x.b, f.b)}; }
 
     struct Table16 {
         typename V::Table16 table;
@@ -354,22 +421,51 @@ struct Twice {
         F operator[](I i) const { return {table[i.a], table[i.b]}; }
     };
 
-    struct Table32 {
-        typename V::Table32 table;
-        explicit Table32(const float* p) : table(p) {}
+    struct Table8 {
+        typename V::Table8 table;
+        explicit Table8(const float* p) : table(p) {}
         F operator[](I i) const { return {table[i.a], table[i.b]}; }
     };
+
+    struct Small32 {
+        typename V::Small32 table;
+        explicit Small32(const int32_t* p) : table(p) {}
+        I operator[](I i) const { return {table[i.a], table[i.b]}; }
+    };
+};
+
+// The elements of one turn of a loop, as vectors that are worked on one after the other. With sixteen registers the
+// intermediate results of one vector fill them, and the processor finds the independent work of the next by itself.
+template <class V, int n>
+struct Batch {
+    using Part = V;
+    using Rest = Batch<V, 1>;
+    static constexpr int parts = n, width = n * V::width;
+
+    static void store_u8(uint8_t* p, const typename V::I (&x)[n]) { V::store_u8(p, x); }
+};
+
+template <class V>
+struct Batch<V, 1> {
+    using Part = V;
+    using Rest = Batch<typename V::Rest, 1>;
+    static constexpr int parts = 1, width = V::width;
+
+    static void store_u8(uint8_t* p, const typename V::I (&x)[1]) { V::store_u8(p, x[0]); }
 };
 
 #if defined(__AVX512F__)
 using Widest = Avx512;
 using Wide = Twice<Avx512>;
+using Widest32 = Batch<Twice<Avx512>, 1>;
 #elif defined(__AVX2__)
 using Widest = Avx2;
 using Wide = Twice<Twice<Avx2>>;
+using Widest32 = Batch<Avx2, 4>;
 #else
 using Widest = Scalar;
 using Wide = Scalar;
+using Widest32 = Batch<Scalar, 1>;
 #endif
 
 }  // namespace

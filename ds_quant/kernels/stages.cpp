@@ -13,6 +13,8 @@ namespace {
 
 // ---- the step (numerics/adam.py) -----------------------------------------------------------------------------------
 
+constexpr float LARGEST_GRADIENT = 0x1p63f;
+
 template <class V>
 struct Step {
     typename V::F beta1, rest1, beta2, rest2, eps, decay, step_size, correction;
@@ -24,6 +26,9 @@ struct Step {
           step_size(V::set(s.step_size)), correction(V::set(s.correction)) {}
 
     ALWAYS_INLINE void moments(typename V::F grad, typename V::F& first, typename V::F& second) const {
+        // Finite moments of finite gradients; the product is a NaN where there is an Inf or a NaN.
+        auto limited = V::min(V::max(grad, V::set(-LARGEST_GRADIENT)), V::set(LARGEST_GRADIENT));
+        grad = V::add(limited, V::mul(grad, V::set(0.0f)));
         first = V::add(V::mul(first, beta1), V::mul(grad, rest1));
         second = V::add(V::mul(second, beta2), V::mul(V::mul(grad, grad), rest2));
     }
@@ -54,54 +59,65 @@ void moments(const float* grad, float* exp_avg, float* exp_avg_sq, int64_t n, co
     step<Widest, false>(nullptr, grad, exp_avg, exp_avg_sq, n, s);
 }
 
-// Where codes of a moment lie of which `run` follow each other, and the blocks' maxima go.
+// The place of a loop in a moment's blocks. `run` codes follow each other: half a block where a byte holds two.
 struct Runs {
-    int64_t block_size, run;
-    const uint8_t* codes;
-    const float* scale;
-    uint32_t* absmax;
+    const FrontMoment& moment;
     bool halves;
+    int64_t run, block = 0, within = 0;
 
     explicit Runs(const FrontMoment& m)
-        : block_size(m.block_size), run(m.format->bits == 4 ? m.block_size / 2 : m.block_size), codes(m.codes),
-          scale(m.scale), absmax(m.absmax), halves(m.format->bits == 4) {}
+        : moment(m), halves(m.format->bits == 4), run(halves ? m.block_size / 2 : m.block_size) {}
 
     template <class Reader>
-    ALWAYS_INLINE Reader reader(const MomentFormat& f, int64_t element) const {
-        int64_t block = element / block_size, within = element % block_size;
-        if (!halves) return Reader(f, codes + element, 0, scale[block]);
-        return Reader(f, codes + block * run + within % run, within < run ? 0 : 4, scale[block]);
+    ALWAYS_INLINE void start(Reader& reader) const {
+        bool is_high = halves && within >= run;
+        reader.start(moment.codes + block * run + (is_high ? within - run : within), is_high ? 4 : 0, moment.scale[block]);
+    }
+
+    // Past `length` elements; whether they end their block.
+    ALWAYS_INLINE bool advance(int64_t length) {
+        within += length;
+        if (within < moment.block_size) return false;
+        within = 0, ++block;
+        return true;
     }
 };
 
 // Decoding, the step and the maxima in one loop: the step waits for its root and division most of the time.
-template <class V, class First, class Second>
+template <class B, class First, class Second>
 void front_as(const Front& f) {
-    Step<V> step_of(f.scalars);
+    using V = typename B::Part;
+    Step<V> step_of(*f.scalars);
     Runs firsts(f.moments[0]), seconds(f.moments[1]);
+    BatchReader<First, B> read_first(*f.moments[0].format);
+    BatchReader<Second, B> read_second(*f.moments[1].format);
     int64_t run = firsts.run < seconds.run ? firsts.run : seconds.run;
     auto mask = V::set_int(0x7fffffff);
     auto first_most = V::set_int(0), second_most = first_most;
     for (int64_t begin = 0; begin < f.n; begin += run) {
-        auto read_first = firsts.template reader<typename First::template Reader<V>>(*f.moments[0].format, begin);
-        auto read_second = seconds.template reader<typename Second::template Reader<V>>(*f.moments[1].format, begin);
-        for (int64_t i = 0; i < run; i += V::width) {
-            auto first = read_first(i), second = read_second(i);
-            step_of.moments(V::load(f.grad + begin + i), first, second);
-            V::store(f.moments[0].to + begin + i, first);
-            V::store(f.moments[1].to + begin + i, second);
-            float* param = f.param + begin + i;
-            V::store(param, step_of.param(V::load(param), first, second));
-            first_most = V::max_int(first_most, V::bit_and(V::float_to_bits(first), mask));
-            second_most = V::max_int(second_most, V::bit_and(V::float_to_bits(second), mask));
+        firsts.start(read_first);
+        seconds.start(read_second);
+        for (int64_t i = 0; i < run; i += B::width) {
+            typename V::F first[B::parts], second[B::parts];
+            read_first(i, first);
+            read_second(i, second);
+#pragma GCC unroll 4
+            for (int k = 0; k < B::parts; ++k) {
+                int64_t at = begin + i + k * V::width;
+                step_of.moments(V::load(f.grad + at), first[k], second[k]);
+                V::store(f.moments[0].to + at, first[k]);
+                V::store(f.moments[1].to + at, second[k]);
+                V::store(f.param + at, step_of.param(V::load(f.param + at), first[k], second[k]));
+                first_most = V::max_int(first_most, V::bit_and(V::float_to_bits(first[k]), mask));
+                second_most = V::max_int(second_most, V::bit_and(V::float_to_bits(second[k]), mask));
+            }
         }
-        int64_t end = begin + run;
-        if (end % firsts.block_size == 0) {
-            firsts.absmax[end / firsts.block_size - 1] = V::reduce_max(first_most);
+        if (firsts.advance(run)) {
+            f.moments[0].absmax[firsts.block - 1] = V::reduce_max(first_most);
             first_most = V::set_int(0);
         }
-        if (end % seconds.block_size == 0) {
-            seconds.absmax[end / seconds.block_size - 1] = V::reduce_max(second_most);
+        if (seconds.advance(run)) {
+            f.moments[1].absmax[seconds.block - 1] = V::reduce_max(second_most);
             second_most = V::set_int(0);
         }
     }
@@ -109,9 +125,9 @@ void front_as(const Front& f) {
 
 template <class First>
 FrontStage* front_with(const MomentFormat& second) {
-    if (second.bits == 4) return front_as<Wide, First, Halves>;
-    if (second.map == FLOAT && !second.is_signed) return front_as<Wide, First, Float<false>>;
-    if (second.map == POWER && !second.is_signed && second.exponent == 8) return front_as<Wide, First, Power<8, false>>;
+    if (second.bits == 4) return front_as<Widest32, First, Halves>;
+    if (second.map == FLOAT && !second.is_signed) return front_as<Widest32, First, Float<false>>;
+    if (second.map == POWER && !second.is_signed && second.exponent == 8) return front_as<Widest32, First, Power<8, false>>;
     return nullptr;
 }
 
@@ -138,20 +154,25 @@ void pack_half(const uint8_t* codes, int shift, uint8_t* packed, int64_t n) {
         for (int64_t i = 0; i < n; ++i) packed[i] = static_cast<uint8_t>((packed[i] & 0x0f) | (codes[i] << 4));
 }
 
-template <class V>
-void uniform16_of(const Source<V>& s, uint32_t* to, int64_t n) {
+template <class B>
+void uniform16_of(const Source<B>& s, uint32_t* to, int64_t n) {
+    using V = typename B::Part;
     auto uniform16 = s.uniform16();
     int64_t i = 0;
-    for (; i + V::width <= n; i += V::width) V::store_int(to + i, uniform16(s.draws.index + i));
-    if constexpr (V::width > 1) uniform16_of<typename V::Rest>(s.from(i), to + i, n - i);
+    for (; i + B::width <= n; i += B::width) {
+        typename V::I draws[B::parts];
+        uniform16(s.draws.index + i, draws);
+        for (int k = 0; k < B::parts; ++k) V::store_int(to + i + k * V::width, draws[k]);
+    }
+    if constexpr (B::width > 1) uniform16_of<typename B::Rest>(s.from(i), to + i, n - i);
 }
 
 void uniform16(const Draws& draws, uint32_t* to, int64_t n) {
     for_each_stretch(draws, n, [&](const Draws& part, int64_t begin, int64_t length, bool is_aligned) {
         if (is_aligned)
-            uniform16_of<Wide>({nullptr, 0.0f, part}, to + begin, length);
+            uniform16_of<Widest32>({nullptr, 0.0f, part}, to + begin, length);
         else
-            uniform16_of<Scalar>({nullptr, 0.0f, part}, to + begin, length);
+            uniform16_of<Batch<Scalar, 1>>({nullptr, 0.0f, part}, to + begin, length);
     });
 }
 

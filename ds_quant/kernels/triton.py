@@ -322,6 +322,9 @@ def _update(param, grad, at, mask, first, second, scalars):
     """Stores the parameter. The new moments, 0 where there is no element."""
     beta1, one_minus_beta1, beta2, one_minus_beta2, eps, decay, step_size, correction = scalars
     gradient = tl.load(grad + at, mask=mask, other=0.0).to(tl.float32)
+    # Finite moments of finite gradients, as numerics.adam has it; the product is a NaN where there is an Inf or a NaN.
+    limited = tl.minimum(tl.maximum(gradient, -9223372036854775808.0), 9223372036854775808.0)  # 2^63
+    gradient = limited + gradient * 0.0
     first = first * beta1 + gradient * one_minus_beta1
     second = second * beta2 + (gradient * gradient) * one_minus_beta2
     denominator = tl.math.sqrt_rn(second) * correction + eps

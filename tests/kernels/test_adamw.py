@@ -3,10 +3,10 @@ import itertools
 
 import pytest
 import torch
-from kernels.works import FORMATS, KEY, assert_same, copy_work, make_work, rough_values
+from kernels.works import FORMATS, KEY, assert_same, copy_work, make_work, rough_values, tensors
 
 from ds_quant.kernels import build, cpu, dispatch, reference
-from ds_quant.numerics.blockwise import QuantizedBlocks
+from ds_quant.numerics.blockwise import QuantizedBlocks, dequantize_blockwise, quantize_blockwise
 from ds_quant.numerics.codes import CodeMap, code_map, code_values
 from ds_quant.numerics.random import derive_key, uniform16
 
@@ -306,6 +306,33 @@ def test_the_largest_value_keeps_the_top_code_whatever_is_drawn(rng, form):
     numel = 2**18
     assert (uniform16(derive_key(torch.tensor(KEY), 18), numel) == 0).any()
     work = make_work(rng, numel, form, form, stochastic=(True, True))
-    work.exp_avg.scale.zero_()
-    work = work._replace(grad=torch.full((numel,), 2 * value.item()), scalars=work.scalars._replace(beta1=0.5))
-    check([work], isas=ISAS[-2:])
+    # As an older checkpoint may hold it: a gradient counts as 2^63 at most.
+    values = torch.full((numel,), value.item())
+    stored = [quantize_blockwise(values, m.code_map, block_size=m.block_size) for m in (work.exp_avg, work.exp_avg_sq)]
+    scalars = work.scalars._replace(beta1=1.0, beta2=1.0)
+    work = work._replace(grad=torch.zeros(numel), exp_avg=stored[0], exp_avg_sq=stored[1], scalars=scalars)
+    stepped = check([work], isas=ISAS[-2:])[0]
+    assert (dequantize_blockwise(stepped.exp_avg) == value).all()
+
+
+@pytest.mark.parametrize("block_sizes", [(256, 256), (4, 4), (2048, 2048), (8192, 8192)], ids=str)
+@pytest.mark.parametrize("form", [None, ("float", 8), POWER8, POWER4, ("dynamic", 8)], ids=str)
+def test_huge_finite_gradients_keep_their_blocks_finite(rng, form, block_sizes):
+    """One pass, two passes, whole blocks and tails: all finite, and ordinary neighbours of Inf and NaN too."""
+    numel = 8192 + 333
+    grad = rough_values(rng, numel)
+    for number, size in enumerate([1e18, 2.0**63, 1e19, 1e20, 3e38, torch.finfo(torch.float32).max]):
+        grad[number * 1300 + 7], grad[number * 1300 + 700] = size, -size
+    work = make_work(rng, numel, form, form, block_sizes=block_sizes, stochastic=(True, True))
+    if form and block_sizes[0] == 8192:
+        work = make_work(rng, 8192, form, form, block_sizes=block_sizes, stochastic=(True, True))
+    grad = grad[: work.param.numel()]
+    works = [work._replace(grad=grad), work._replace(grad=grad.clamp(-3e38, 3e38).bfloat16())]
+    for _ in range(3):
+        works = [after._replace(grad=work.grad) for after, work in zip(check(works), works, strict=True)]
+        for stepped in works:
+            assert all(part.isfinite().all() for _, part in tensors(stepped) if part.is_floating_point())
+    grad[4100], grad[5], grad[6000] = torch.inf, -torch.inf, torch.nan
+    stepped = check([works[0]._replace(grad=grad)])[0]
+    assert stepped.param.isnan().nonzero().reshape(-1).tolist() == [5, 4100, 6000]
+    assert not all(part.isfinite().all() for name, part in tensors(stepped) if name.startswith("exp_avg"))

@@ -230,6 +230,17 @@ def test_compiled_by_inductor(rng):
         expected = reference(work)
         cuda.adamw_([work])
         assert_close(work, expected)
+    # Simplifications must not lose the product with 0 that shows an Inf.
+    grad = values(rng, 4101)
+    grad[7], grad[1000], grad[3000], grad[4100] = 3e38, -1e20, torch.inf, torch.nan
+    work = work._replace(grad=grad)
+    param, *moments = reference(work)
+    cuda.adamw_([work])
+    torch.testing.assert_close(work.param, param, rtol=1e-5, atol=1e-5, equal_nan=True)
+    assert work.param.isnan().nonzero().reshape(-1).tolist() == [3000, 4100]
+    for got, expected in zip((work.exp_avg, work.exp_avg_sq), moments, strict=True):
+        torch.testing.assert_close(got.scale, expected.scale, rtol=1e-5, atol=0, equal_nan=True)
+        assert got.scale.isnan().sum() == 2
 
 
 def test_bitsandbytes_on_the_cpu(rng):

@@ -106,3 +106,66 @@ def test_the_first_step_goes_against_the_sign_of_the_gradient(rng):
     zero = torch.zeros(100)
     got, *_ = adamw_step(param, grad, zero, zero, adamw_scalars(0.5, (0.9, 0.999), 0.0, 0.3, 1))
     assert torch.allclose(got, -0.5 * grad.sign(), rtol=8 * ULP, atol=0)
+
+
+HUGE = [1e18, 2.0**63, 1e19, 1e20, 3e38, torch.finfo(torch.float32).max]
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_huge_finite_gradients_leave_everything_finite(form, rng):
+    """Repeated until exp_avg_sq is what the squares add up to; neighbours step as if they were not there."""
+    numel, lr, betas = 128, 1e-2, (0.9, 0.95)
+    grad = normal(rng, numel)
+    grad[3 : 3 + 2 * len(HUGE)] = torch.tensor([sign * value for value in HUGE for sign in (1, -1)])
+    is_huge = grad.abs() > 1e17
+    start = normal(rng, numel)
+    param, ordinary = start, start
+    moments = [torch.zeros(numel), torch.zeros(numel)]
+    if form is not None:
+        moments = [
+            quantize_blockwise(zero, code_map(*form, signed=signed), block_size=64)
+            for zero, signed in zip(moments, (True, False), strict=True)
+        ]
+    key = fold_key(5)
+    for step in range(1, 101):
+        scalars = adamw_scalars(lr, betas, 1e-8, 0.0, step)
+        param, *moments = adamw_step(param, grad, *moments, scalars, key, key)
+        for moment in moments:
+            assert (moment if form is None else dequantize_blockwise(moment)).isfinite().all()
+        if step == 1:
+            zeros = torch.zeros(numel), torch.zeros(numel)
+            ordinary, *_ = adamw_step(start, torch.where(is_huge, 0.0, grad), *zeros, scalars)
+            assert torch.equal(param[~is_huge], ordinary[~is_huge])
+    # A constant gradient moves by lr a step. Both moments of the largest are at the top code, which is exact; the
+    # dynamic map has no -1.
+    moved = (start - param)[grad >= 2.0**63] / (100 * lr)
+    assert ((moved - 1).abs() < 100 * 8 * ULP).all(), moved
+
+
+def test_gradients_up_to_9e18_are_not_touched(rng):
+    """As without the limit: each moment is one product, correctly rounded, of the gradient or its square."""
+    grad = torch.tensor([2.0**63, -(2.0**63), 1e18, -0.0, 0.0, 1e-45, -1e-39, 3.0])
+    zero = torch.full_like(grad, -0.0)
+    _, first, second = adamw_step(grad, grad, zero, zero, adamw_scalars(0.1, (0.9, 0.95), 1e-8, 0.0, 1))
+    assert torch.equal(first.view(torch.int32), (grad * (1 - 0.9)).view(torch.int32))
+    assert torch.equal(second, grad * grad * (1 - 0.95))
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
+def test_inf_and_nan_stay_visible_in_their_blocks_alone(form, value, rng):
+    numel = 192
+    param, grad = normal(rng, numel), normal(rng, numel)
+    grad[70], grad[5] = value, 1e30
+    moments = [torch.zeros(numel), torch.zeros(numel)]
+    if form is not None:
+        moments = [
+            quantize_blockwise(zero, code_map(*form, signed=signed), block_size=64)
+            for zero, signed in zip(moments, (True, False), strict=True)
+        ]
+    scalars = adamw_scalars(1e-2, (0.9, 0.95), 1e-8, 0.0, 1)
+    got, *moments = adamw_step(param, grad, *moments, scalars)
+    assert got.isnan().nonzero().tolist() == [[70]]
+    for moment in moments:
+        lost = moment.isnan() if form is None else dequantize_blockwise(moment).isnan()
+        assert lost.nonzero().reshape(-1).tolist() == ([70] if form is None else list(range(64, 128)))
