@@ -17,7 +17,7 @@ TRUSTED = (
     "deepspeed.utils.tensor_fragment.fragment_address",
     "ds_quant.moment.rebuild_moment",
 )
-"""What DeepSpeed's files name besides what torch trusts by itself: holders of values, whose making runs nothing else."""
+"""What DeepSpeed's files name besides what torch trusts by itself: holders of values, whose making runs nothing."""
 
 
 def check_files(paths: Iterable[str]) -> None:

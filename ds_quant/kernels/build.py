@@ -5,8 +5,8 @@ name holds a hash of all that it was made from, and its last bytes are a hash of
 left of one is built anew. Ranks that build at once each build for themselves and the last one wins: there is no lock
 that a killed process could leave behind.
 
-A library is code that runs as this user, and its hash can be made by anybody. So the cache is used only where nobody but
-this user (and root) can put a file into it; where others can, each process builds into a folder of its own and says so.
+A library is code that runs as this user, and its hash can be made by anybody. So the cache is used only where this
+user (and root) alone can put a file into it; where others can, each process builds for itself and says so.
 """
 
 import ctypes
@@ -152,7 +152,7 @@ def _make_private(folder: Path) -> None:
 
 
 def why_unsafe(path: Path, *, is_ancestor: bool = False) -> str:
-    """Why somebody besides this user and root can change what is at `path`; empty where nobody can, or nothing is there.
+    """Why somebody besides this user and root can change what is at `path`; empty where nobody can or nothing is there.
 
     An ancestor may let others write where it is sticky, as /tmp is: they cannot replace what is ours in there.
     """

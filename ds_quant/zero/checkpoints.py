@@ -101,7 +101,9 @@ def _check_partition(engine: Any, path: str) -> list[float]:
         raise fail(path, got, f"one of {_largest(wrapper.partition_count)} ranks", universal_remedy(path))
     saved = state.get("base_optimizer_state", state.get("optimizer_state_dict", state))
     if isinstance(saved, list):
-        raise fail(path, "an elastic checkpoint", "one without zero_optimization.elastic_checkpoint", universal_remedy(path))
+        raise fail(
+            path, "an elastic checkpoint", "one without zero_optimization.elastic_checkpoint", universal_remedy(path)
+        )
     if "state" not in saved or "param_groups" not in saved:
         raise fail(path, "no state of an optimizer", "a checkpoint with the optimizer", "load another tag")
     sizes = [param.numel() for _, param in stepped_tensors(engine)]

@@ -7,12 +7,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ds_quant.checkpoint_files import read_checkpoint_file
-from ds_quant.errors import ConfigError
 from pretraining import checkpoints, resize
 from torch import Tensor
 
 from diagnosing.errors import DiagnoseError
+from ds_quant.checkpoint_files import read_checkpoint_file
+from ds_quant.errors import ConfigError
 
 _ALLOWED = "a checkpoint-N of launchers/pretrain.py or the Trainer, or a run that has one"
 
