@@ -7,6 +7,7 @@ Launchers put options of their own, such as DeepSpeed's --local_rank=N, before t
 the script, in front of its own.
 """
 
+import atexit
 import os
 import runpy
 import sys
@@ -25,6 +26,28 @@ def split_arguments(arguments: list[str]) -> tuple[list[str], str | None, bool, 
             return leading, argument, False, arguments[index + 1 :]
         leading.append(argument)
     return leading, None, False, []
+
+
+def _one_rank_without_a_launcher() -> None:
+    """Without a launcher DeepSpeed asks MPI for the ranks, and ends in an error on mpi4py where that is missing."""
+    from ds_quant.one_rank import RANK_VARIABLES, become_one_rank
+
+    # srun's tasks are for who knows them: launchers/pretrain.py does.
+    if not any(name in os.environ for name in (*RANK_VARIABLES, "SLURM_STEP_NUM_TASKS")):
+        become_one_rank()
+
+
+def _say_if_nothing_was_quantized(target: str) -> None:
+    """At the end of a process whose script never came to deepspeed.initialize: it may have trained all the same."""
+    from ds_quant import engine
+    from ds_quant.log import warn
+
+    if not engine.was_called():
+        warn(
+            f"nothing was quantized by a config: {target} never called deepspeed.initialize, so that the ds_quant "
+            "section of its config, if it has one, was not read. Hand the config to the Trainer (--deepspeed FILE), to "
+            "accelerate (deepspeed_config_file) or to deepspeed.initialize"
+        )
 
 
 def main() -> int:
@@ -50,6 +73,8 @@ def main() -> int:
     except ds_quant.ConfigError as error:
         print(f"ds_quant: {error}", file=sys.stderr)
         return 2
+    _one_rank_without_a_launcher()
+    atexit.register(_say_if_nothing_was_quantized, target)
     sys.argv = [target, *leading, *rest]
     if is_module:
         # As `python -m`: the working directory, where this process found it, stays first on the path.

@@ -1,10 +1,23 @@
-"""Whether the files of a checkpoint are there and whole, before anything is loaded from them."""
+"""Whether the files of a checkpoint are there and whole, and reading them, before anything is loaded from them."""
 
+import importlib
 import os
+import shlex
 import zipfile
 from collections.abc import Iterable
+from typing import Any
 
-from ds_quant.errors import ConfigError, problem
+from ds_quant.errors import ConfigError, fail, problem
+
+TRUSTED = (
+    "argparse.Namespace",
+    "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
+    "deepspeed.runtime.fp16.loss_scaler.LossScaler",
+    "deepspeed.runtime.zero.config.ZeroStageEnum",
+    "deepspeed.utils.tensor_fragment.fragment_address",
+    "ds_quant.moment.rebuild_moment",
+)
+"""What DeepSpeed's files name besides what torch trusts by itself: holders of values, whose making runs nothing."""
 
 
 def check_files(paths: Iterable[str]) -> None:
@@ -15,13 +28,67 @@ def check_files(paths: Iterable[str]) -> None:
     lines = []
     for path in paths:
         if not os.path.isfile(path):
-            remedy = (
-                "load another tag; if the number of ranks has changed, convert the checkpoint with python -m "
-                "deepspeed.checkpoint.ds_to_universal and load it with checkpoint.load_universal"
-            )
+            remedy = f"load another tag; if the number of ranks has changed, {universal_remedy(path)}"
             lines.append(problem(path, "no such file", "the moments of this rank", remedy))
         elif not zipfile.is_zipfile(path):
             got = f"a file of {os.path.getsize(path)} bytes that ends too early or is none of torch.save's"
             lines.append(problem(path, got, "a whole file", "load another tag, or copy the checkpoint again"))
     if lines:
         raise ConfigError("\n".join(lines))
+
+
+def universal_command(path: str) -> str:
+    """The shell line that makes a universal checkpoint of the one that DeepSpeed's file `path` is part of, beside it.
+
+    load_checkpoint without a tag, as Hugging Face's Trainer calls it, finds it by the file latest_universal.
+    """
+    states = os.path.dirname(os.path.abspath(path))
+    universal = f"{states}_universal"
+    pointer = os.path.join(os.path.dirname(states), "latest_universal")
+    command = ["python", "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
+    command += ["--input_folder", states, "--output_folder", universal]
+    return f"{shlex.join(command)} && echo {shlex.quote(os.path.basename(universal))} > {shlex.quote(pointer)}"
+
+
+def universal_remedy(path: str) -> str:
+    return f'run `{universal_command(path)}` and load that with "checkpoint": {{"load_universal": true}}'
+
+
+def read_checkpoint_file(path: str, *, mmap: bool = False) -> Any:
+    """What torch.save put there, on the CPU, without running code that the file names (weights_only).
+
+    mmap: leave the tensors on the disk.
+
+    Raises:
+        ConfigError: the file is broken, or names anything besides tensors, plain values and TRUSTED.
+    """
+    import torch  # what only looks for files does not need it
+
+    try:
+        named = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+        unknown = sorted(set(named) - set(TRUSTED) - _trusted_by_user())
+        if not unknown:
+            trusted = [(_find(name), name) for name in named if name in TRUSTED]
+            with torch.serialization.safe_globals(trusted):
+                return torch.load(path, map_location="cpu", mmap=mmap, weights_only=True)
+    except Exception as error:
+        raise fail(path, f"a file that torch cannot load ({error})", "a whole file", "copy it again") from error
+    got = f"a pickle that names {', '.join(unknown)}"
+    allowed = f"tensors, plain values, and {', '.join(TRUSTED)}: anything else could run code"
+    remedy = (
+        "load a checkpoint from a source that you trust; where you trust this one, call "
+        "torch.serialization.add_safe_globals with these names first"
+    )
+    raise ConfigError(f"{path}: got {got}; allowed: {allowed}; remedy: {remedy}")
+
+
+def _trusted_by_user() -> set[str]:
+    import torch
+
+    trusted = (item[0] if isinstance(item, tuple) else item for item in torch.serialization.get_safe_globals())
+    return {f"{item.__module__}.{item.__qualname__}" for item in trusted if hasattr(item, "__qualname__")}
+
+
+def _find(name: str) -> Any:
+    module, _, attribute = name.rpartition(".")
+    return getattr(importlib.import_module(module), attribute)

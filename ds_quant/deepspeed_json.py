@@ -24,6 +24,9 @@ TRIPWIRE = "ds_quant_required"
 """The key in `zero_optimization` that makes stock DeepSpeed fail: it ignores an unknown top-level section, and would
 train in full precision, but rejects unknown keys there."""
 
+TRIPWIRE_VALUE = "run with python -m ds_quant"
+"""What the shipped configs have under it: stock DeepSpeed's error shows key and value, and so tells what to do."""
+
 TOP_LEVEL_KEYS = frozenset(
     """
     activation_checkpointing aio autotuning bf16 bfloat16 checkpoint comet comms_logger communication_data_type compile
@@ -126,12 +129,13 @@ def parse_deepspeed_config(text: str, name: str) -> dict[str, Any]:
 
 
 def has_tripwire(config: dict[str, Any]) -> bool:
-    """Whether stock DeepSpeed would refuse this config; anything but true is an error."""
+    """Whether stock DeepSpeed would refuse this config; anything but true and TRIPWIRE_VALUE is an error."""
     zero = config.get("zero_optimization")
     if not isinstance(zero, dict) or TRIPWIRE not in zero:
         return False
-    if zero[TRIPWIRE] is not True:
-        raise fail(f"zero_optimization.{TRIPWIRE}", zero[TRIPWIRE], "true or absent", "remove it or set it to true")
+    if zero[TRIPWIRE] is not True and zero[TRIPWIRE] != TRIPWIRE_VALUE:
+        allowed = f'true, "{TRIPWIRE_VALUE}", or absent'
+        raise fail(f"zero_optimization.{TRIPWIRE}", zero[TRIPWIRE], allowed, "remove it or set it to true")
     return True
 
 

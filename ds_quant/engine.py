@@ -25,15 +25,23 @@ from ds_quant.config import (
     unresolved_auto,
 )
 from ds_quant.conversion import check_still_converted, convert, coverage, step_key_of, write_to_model_config
+from ds_quant.deepspeed_json import TRIPWIRE_VALUE
 from ds_quant.diagnostics.choice import choose
 from ds_quant.diagnostics.collector import TrainingDiagnostics
 from ds_quant.extension_locks import check_extension_locks
 from ds_quant.kernels.integer_units import integer_units
+from ds_quant.linear import QuantizedModule
 from ds_quant.log import say, warn
 from ds_quant.optim import QuantAdamW
 from ds_quant.refusals import check_refusals
 
 _undo_enable: list[Callable[[], None]] = []
+_models: list[str] = []
+
+
+def was_called() -> bool:
+    """Whether this process has come to :func:`initialize`."""
+    return bool(_models)
 
 
 def enable() -> None:
@@ -93,6 +101,9 @@ def initialize(
         "mesh_param": mesh_param,
         "config_params": config_params,
     }
+    _models.append(type(model).__name__)
+    if len(_models) > 1:
+        say(f"engine {len(_models)} of this process, for {_models[-1]}:")
     deepspeed_initialize = zero.own_initialize()
     source = _config_source(args, config, config_params)
     if source is None or model is None:
@@ -108,12 +119,12 @@ def initialize(
         _replace_config(forwarded, strip_tripwire(raw))
     elif quant.enabled:
         warn(
-            'the config has no tripwire; add "ds_quant_required": true to "zero_optimization", so that a '
-            "script that forgets to enable ds_quant fails instead of training in full precision"
+            f'the config has no tripwire; add "ds_quant_required": "{TRIPWIRE_VALUE}" to "zero_optimization", so that '
+            "a script that forgets to enable ds_quant fails instead of training in full precision"
         )
     if not quant.enabled:
         why = "is switched off" if "ds_quant" in raw else "is missing"
-        say(f"the ds_quant section {why}: a plain DeepSpeed run in full precision")
+        say(f"{type(model).__name__}: {_plain(model, why)}")
         return deepspeed_initialize(**forwarded)
 
     check_refusals(raw, quant)
@@ -157,6 +168,18 @@ def initialize(
     if quant.diagnostics and choice:
         zero.attach_diagnostics(engine, TrainingDiagnostics(engine, quant.diagnostics, choice))
     return result
+
+
+def _plain(model: Any, why: str) -> str:
+    """What a run without the section is: the model may have been converted before."""
+    modules = model.named_modules() if isinstance(model, torch.nn.Module) else ()
+    names = [name for name, module in modules if isinstance(module, QuantizedModule)]
+    if not names:
+        return f"the ds_quant section {why}: a plain DeepSpeed run in full precision"
+    return (
+        f"the ds_quant section {why}: a plain DeepSpeed run, but {len(names)} of its linear modules are quantized "
+        f"already ({names[0]}, ...) and stay so"
+    )
 
 
 def _config_source(args: Any, config: Any, config_params: Any) -> Any:

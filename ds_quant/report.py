@@ -1,5 +1,5 @@
 """`ds_quant_report [CONFIG.json]`: what is installed here, and what a config will do; `ds_quant_report plan`: what a
-job will need on any number of ranks (`ds_quant_report plan --help`)."""
+job will need on any number of ranks (`ds_quant_report plan --help`); `--for` writes the config for another way in."""
 
 import argparse
 import importlib.metadata
@@ -21,8 +21,10 @@ from ds_quant.config import (
 )
 from ds_quant.config import unresolved_auto as find_auto
 from ds_quant.diagnostics.choice import choose
+from ds_quant.errors import fail
 from ds_quant.linear import describe
 from ds_quant.refusals import check_refusals
+from ds_quant.ways_in import WAYS, config_for
 
 PACKAGES = ("ds_quant", "torch", "deepspeed", "transformers", "accelerate", "datasets", "bitsandbytes")
 
@@ -171,7 +173,18 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="ds_quant_report", description=__doc__)
     parser.add_argument("config", nargs="?", help="a DeepSpeed JSON; the report then says what it will do")
     parser.add_argument("--schema", action="store_true", help="print the JSON schema of the ds_quant section and stop")
+    parser.add_argument("--for", dest="way", choices=WAYS, help="print the config as this way in wants it, and stop")
+    parser.add_argument("--output", help="with --for: the file to write instead")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help='with --for: the value of an "auto", as JSON'
+    )
     options = parser.parse_args(arguments)
+    if options.way and not options.config:
+        parser.error("--for: got no config; allowed: one; remedy: name a DeepSpeed JSON before it")
+    if not options.way and (options.output or options.set):
+        parser.error("--output and --set: got no --for; allowed: with --for only; remedy: add it")
+    if options.way:
+        return _write_for(options)
     if options.schema:
         print(json.dumps(json_schema(), indent=2))
         return 0
@@ -188,6 +201,32 @@ def main(arguments: list[str] | None = None) -> int:
     for problem in problems:
         print(f"REFUSED {problem}")
     return 1 if problems else 0
+
+
+def _write_for(options: argparse.Namespace) -> int:
+    values = {}
+    try:
+        for given in options.set:
+            key, _, text = given.partition("=")
+            try:
+                values[key.replace(".", "__")] = json.loads(text)
+            except json.JSONDecodeError as error:
+                raise fail("--set", given, "KEY=VALUE with a JSON value", "write for example --set lr=0.001") from error
+        raw = read_deepspeed_config(options.config)
+        QuantConfig.load(raw)
+        config, lines = config_for(raw, options.way, values)
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return 1
+    text = json.dumps(config, indent=2)
+    if options.output:
+        with open(options.output, "w", encoding="utf-8") as file:
+            file.write(f"{text}\n")
+    else:
+        print(text)
+    for line in lines:
+        print(line, file=sys.stderr)
+    return 0
 
 
 def _plan(arguments: list[str]) -> int:

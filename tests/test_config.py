@@ -651,8 +651,9 @@ def test_a_key_twice_is_an_error_at_any_depth(tmp_path):
 # ---- tripwire
 
 
-def test_the_tripwire_is_stripped_from_a_copy():
-    config = {"zero_optimization": {"ds_quant_required": True, "stage": 2}, "ds_quant": {"linear": W8}}
+@pytest.mark.parametrize("value", [True, "run with python -m ds_quant"])
+def test_the_tripwire_is_stripped_from_a_copy(value):
+    config = {"zero_optimization": {"ds_quant_required": value, "stage": 2}, "ds_quant": {"linear": W8}}
     before = copy.deepcopy(config)
     stripped = strip_tripwire(config)
     assert stripped == {"zero_optimization": {"stage": 2}, "ds_quant": {"linear": W8}}
@@ -671,7 +672,7 @@ def test_the_tripwire_is_true_or_absent(value):
         with pytest.raises(ConfigError) as caught:
             function(config)
         where = "zero_optimization.ds_quant_required"
-        check_parts(str(caught.value), where, json.dumps(value), "true or absent", "set it to true")
+        check_parts(str(caught.value), where, json.dumps(value), "or absent", "set it to true")
 
 
 def test_a_tripwire_without_the_section_is_an_error():

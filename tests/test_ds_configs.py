@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from ds_quant.config import TRIPWIRE, QuantConfig, has_tripwire, resolve_auto, unresolved_auto
+from ds_quant.deepspeed_json import TRIPWIRE_VALUE
 from ds_quant.refusals import check_refusals
 
 ROOT = Path(__file__).parent.parent
@@ -182,7 +183,7 @@ def test_the_baseline_is_full_precision():
 def test_they_differ_from_the_baseline_in_the_section_and_the_tripwire_only(name):
     config = read(name)
     del config["ds_quant"]
-    assert config["zero_optimization"].pop(TRIPWIRE) is True
+    assert config["zero_optimization"].pop(TRIPWIRE) == TRIPWIRE_VALUE
     if name in STAGE_0:  # whole parameters exist there only
         assert config["zero_optimization"]["stage"] == 0
         config["zero_optimization"]["stage"] = read("baseline")["zero_optimization"]["stage"]
@@ -281,6 +282,7 @@ def test_stock_deepspeed_refuses_each_but_the_baseline(tmp_path):
     for name, result in results.items():
         assert result.startswith("ValidationError"), (name, result)
         assert TRIPWIRE in result
+        assert TRIPWIRE_VALUE in result, "stock DeepSpeed's error tells what to do"
 
 
 TRAIN = """

@@ -304,7 +304,7 @@ def test_refusals_come_before_anything_happens():
 
 def test_warnings(caplog):
     start(config=config(tripwire=False))
-    assert 'has no tripwire; add "ds_quant_required": true' in caplog.text
+    assert 'has no tripwire; add "ds_quant_required": "run with python -m ds_quant"' in caplog.text
     start(config=config(gradient_clippping=1.0))
     assert 'did you mean "gradient_clipping"' in caplog.text
 

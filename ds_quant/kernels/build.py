@@ -4,6 +4,9 @@ The cache is the folder `kernels` in $DS_QUANT_CACHE, or else in ds_quant in $XD
 name holds a hash of all that it was made from, and its last bytes are a hash of the file: what a full disk or a crash
 left of one is built anew. Ranks that build at once each build for themselves and the last one wins: there is no lock
 that a killed process could leave behind.
+
+A library is code that runs as this user, and its hash can be made by anybody. So the cache is used only where this
+user (and root) alone can put a file into it; where others can, each process builds for itself and says so.
 """
 
 import ctypes
@@ -13,6 +16,7 @@ import os
 import platform
 import shlex
 import shutil
+import stat
 import subprocess
 import tempfile
 from pathlib import Path
@@ -45,6 +49,10 @@ class BuildError(Exception):
     """Why there is no library: no compiler, or what the compiler said."""
 
 
+class _Unsafe(Exception):
+    """Why a folder is not used: others could put a library there."""
+
+
 class Loaded(NamedTuple):
     library: ctypes.CDLL | None
     reason: str
@@ -59,8 +67,14 @@ def load() -> Loaded:
         name = f"{cache_key(compiler)}.so"
         try:
             return Loaded(_load_cached(cache_folder() / name, compiler), "")
-        except OSError:
-            # The folder cannot be written to, or libraries cannot be loaded from it (mounted noexec).
+        except (OSError, _Unsafe) as error:
+            # Else the folder cannot be written to, or libraries cannot be loaded from it (mounted noexec).
+            if isinstance(error, _Unsafe):
+                warn(
+                    f"the cache of C++ kernels in {cache_folder()} is not used, since others can put libraries there: "
+                    f"{error}. Each process builds its own, which takes some seconds; mend the permissions, or set "
+                    "DS_QUANT_CACHE to a folder of your own"
+                )
             with tempfile.TemporaryDirectory(prefix="ds_quant_kernels_") as folder:
                 return Loaded(_load_cached(Path(folder) / name, compiler), "")
     except (BuildError, OSError, subprocess.SubprocessError) as error:
@@ -110,15 +124,49 @@ def _isa_flags() -> dict[str, tuple[str, ...]]:
 
 
 def _load_cached(path: Path, compiler: list[str]) -> ctypes.CDLL:
-    """Raises OSError where the folder is of no use, BuildError where the compiler fails."""
-    if _is_whole(path):
+    """Raises OSError where the folder is of no use, _Unsafe where others can write to it, BuildError where the compiler
+    fails.
+    """
+    _make_private(path.parent)
+    if not why_unsafe(path) and _is_whole(path):
         try:
             return ctypes.CDLL(str(path))
         except OSError:
             pass  # of another libc, say: built anew, once
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     _build(path, compiler)
     return ctypes.CDLL(str(path))
+
+
+def _make_private(folder: Path) -> None:
+    """Make the folder, for this user alone. Raises _Unsafe where somebody else could put files into it."""
+    folder = folder.absolute()
+    missing = [parent for parent in (folder, *folder.parents) if not os.path.lexists(parent)]
+    for parent in reversed(missing):
+        parent.mkdir(mode=0o700, exist_ok=True)
+    for place in (folder, folder.resolve()):
+        if reason := why_unsafe(place):
+            raise _Unsafe(reason)
+        for parent in place.parents:
+            if reason := why_unsafe(parent, is_ancestor=True):
+                raise _Unsafe(reason)
+
+
+def why_unsafe(path: Path, *, is_ancestor: bool = False) -> str:
+    """Why somebody besides this user and root can change what is at `path`; empty where nobody can or nothing is there.
+
+    An ancestor may let others write where it is sticky, as /tmp is: they cannot replace what is ours in there.
+    """
+    try:
+        found = [path.lstat(), path.stat()]
+    except FileNotFoundError:
+        return ""
+    for status in found:
+        if status.st_uid not in (os.geteuid(), 0):
+            return f"{path} belongs to the user with number {status.st_uid}"
+    mode = found[1].st_mode
+    if mode & (stat.S_IWGRP | stat.S_IWOTH) and not (is_ancestor and mode & stat.S_ISVTX):
+        return f"{path} can be written to by others (mode {stat.S_IMODE(mode):o})"
+    return ""
 
 
 def _is_whole(path: Path) -> bool:
@@ -147,6 +195,7 @@ def _build(path: Path, compiler: list[str]) -> None:
         content = Path(unfinished).read_bytes()
         # Loaders take no notice of what follows the last section.
         Path(unfinished).write_bytes(content + hashlib.sha256(content).digest())
+        os.chmod(unfinished, 0o700)  # linkers make files anew, as the umask says
         os.replace(unfinished, path)
     finally:
         Path(unfinished).unlink(missing_ok=True)

@@ -12,13 +12,8 @@ import deepspeed
 import torch
 from deepspeed import comm as dist
 
-from ds_quant.checkpoint_files import check_files
+from ds_quant.checkpoint_files import check_files, read_checkpoint_file, universal_remedy
 from ds_quant.errors import ConfigError, fail
-
-_UNIVERSAL = (
-    "convert it with python -m deepspeed.checkpoint.ds_to_universal and load it with "
-    '"checkpoint": {"load_universal": true}'
-)
 
 
 def moment_files(engine: Any, load_dir: str, tag: str | None) -> list[str]:
@@ -89,11 +84,7 @@ def stepped_tensors(engine: Any) -> list[tuple[dict[str, Any], torch.Tensor]]:
 
 
 def _read(path: str) -> Any:
-    """What torch.save put there, as DeepSpeed reads it, with the tensors left on the disk."""
-    try:
-        return torch.load(path, map_location="cpu", mmap=True, weights_only=False)
-    except Exception as error:
-        raise fail(path, f"a file that torch cannot load ({error})", "a whole file", "copy it again") from error
+    return read_checkpoint_file(path, mmap=True)
 
 
 def _check_partition(engine: Any, path: str) -> list[float]:
@@ -103,14 +94,16 @@ def _check_partition(engine: Any, path: str) -> list[float]:
     state = state.get("optimizer_state_dict" if stage else "optimizer") or {}
     saved_stage = int(state.get("zero_stage", stage) or 0)
     if stage and (saved_stage == 3) != (stage == 3):
-        raise fail(path, f"a checkpoint of ZeRO stage {saved_stage}", f"one of stage {stage}", _UNIVERSAL)
+        raise fail(path, f"a checkpoint of ZeRO stage {saved_stage}", f"one of stage {stage}", universal_remedy(path))
     ranks = state.get("partition_count")
     if stage and ranks is not None and _largest(ranks) != _largest(wrapper.partition_count):
         got = f"a checkpoint of {_largest(ranks)} ranks"
-        raise fail(path, got, f"one of {_largest(wrapper.partition_count)} ranks", _UNIVERSAL)
+        raise fail(path, got, f"one of {_largest(wrapper.partition_count)} ranks", universal_remedy(path))
     saved = state.get("base_optimizer_state", state.get("optimizer_state_dict", state))
     if isinstance(saved, list):
-        raise fail(path, "an elastic checkpoint", "one without zero_optimization.elastic_checkpoint", _UNIVERSAL)
+        raise fail(
+            path, "an elastic checkpoint", "one without zero_optimization.elastic_checkpoint", universal_remedy(path)
+        )
     if "state" not in saved or "param_groups" not in saved:
         raise fail(path, "no state of an optimizer", "a checkpoint with the optimizer", "load another tag")
     sizes = [param.numel() for _, param in stepped_tensors(engine)]
@@ -121,7 +114,7 @@ def _check_partition(engine: Any, path: str) -> list[float]:
             path,
             f"an optimizer with {len(saved['param_groups'])} groups and {len(numbers)} tensors",
             f"{len(engine.basic_optimizer.param_groups)} groups and {len(sizes)} tensors, as this run has",
-            "load a checkpoint of this model; where ds_quant.optimizer.exclude has changed, " + _UNIVERSAL,
+            "load a checkpoint of this model; where ds_quant.optimizer.exclude has changed, " + universal_remedy(path),
         )
     steps = []
     for number, size in zip(numbers, sizes, strict=True):

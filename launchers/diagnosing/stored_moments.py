@@ -7,11 +7,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from pretraining import checkpoints, resize
 from torch import Tensor
 
 from diagnosing.errors import DiagnoseError
+from ds_quant.checkpoint_files import read_checkpoint_file
+from ds_quant.errors import ConfigError
 
 _ALLOWED = "a checkpoint-N of launchers/pretrain.py or the Trainer, or a run that has one"
 
@@ -46,9 +47,11 @@ def stored_moments(checkpoint: Path, moment: str) -> Iterator[tuple[str, Tensor]
     moment: "exp_avg" or "exp_avg_sq".
 
     Raises:
-        DiagnoseError: the checkpoint has no such moments, or DeepSpeed cannot read them.
+        DiagnoseError: the checkpoint has no such moments, or DeepSpeed cannot read them, or a file would run code.
     """
     states = checkpoints.states_of(checkpoint)
+    for path in sorted(states.rglob("*.pt")):
+        _read(path)  # DeepSpeed's conversion would run what is in them
     if not checkpoints.optimizer_ranks(checkpoint):
         yield from _replicated(checkpoint, states, moment)
         return
@@ -64,7 +67,7 @@ def stored_moments(checkpoint: Path, moment: str) -> Iterator[tuple[str, Tensor]
         if not found:
             _refuse(states, moment)
         for path in found:
-            saved = torch.load(path, map_location="cpu", weights_only=False)
+            saved = _read(path)
             yield path.parent.name, (saved["param"] if isinstance(saved, dict) else saved).float()
 
 
@@ -72,7 +75,7 @@ def _replicated(checkpoint: Path, states: Path, moment: str) -> Iterator[tuple[s
     """Of stage 0, where each rank has all: the states stand beside the weights, by number."""
     saved: Any = {}
     if files := sorted(states.glob("*model_states.pt")):
-        saved = torch.load(files[0], map_location="cpu", weights_only=False).get("optimizer") or {}
+        saved = _read(files[0]).get("optimizer") or {}
         saved = saved.get("optimizer_state_dict", saved)
     there = False
     for number, state in sorted(saved.get("state", {}).items()):
@@ -81,6 +84,13 @@ def _replicated(checkpoint: Path, states: Path, moment: str) -> Iterator[tuple[s
             yield f"parameter {number}", state[moment].float()
     if not there:
         _refuse(states, moment)
+
+
+def _read(path: Path) -> Any:
+    try:
+        return read_checkpoint_file(str(path), mmap=True)
+    except ConfigError as error:
+        raise DiagnoseError(str(error)) from error
 
 
 def _refuse(states: Path, moment: str) -> None:

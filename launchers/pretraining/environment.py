@@ -13,24 +13,18 @@ import warnings
 from datetime import timedelta
 from pathlib import Path
 
+from ds_quant.one_rank import RANK_VARIABLES, become_one_rank
 from pretraining.errors import LaunchError
-
-_RANK_VARIABLES = ("RANK", "WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 
 
 def ensure_process_group_variables() -> None:
     """Make a plain `python pretrain.py` a job of one process; a launcher's own variables stay, and srun's are read."""
-    if any(name in os.environ for name in _RANK_VARIABLES):
+    if any(name in os.environ for name in RANK_VARIABLES):
         return
     if "SLURM_STEP_NUM_TASKS" in os.environ:
         os.environ.update(_of_slurm_step())
         return
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
-    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    os.environ.setdefault("MASTER_PORT", str(port))
+    become_one_rank()
 
 
 def _of_slurm_step() -> dict[str, str]:

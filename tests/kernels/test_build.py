@@ -186,3 +186,73 @@ def check_fallback(rng, caplog, reason):
     assert "could not be built" in warnings[0]
     assert "CXX" in warnings[0]
     assert reason in warnings[0]
+
+
+def open_to_all(path):
+    path.chmod(path.stat().st_mode | 0o022)
+
+
+def foreign(path):
+    if os.geteuid() != 0:
+        pytest.skip("only root can give files away")
+    os.chown(path, 65534, 65534)
+
+
+@needs_compiler
+@pytest.mark.parametrize("spoil", [open_to_all, foreign])
+@pytest.mark.parametrize("what", ["folder", "parent"])
+def test_a_cache_that_others_can_write_to_is_not_used(fresh, builds, good, caplog, what, spoil):
+    """The planted library is whole, by its own hash: only who can have put it there tells that it is not ours."""
+    fresh.mkdir(mode=0o700, parents=True)
+    planted = fresh / f"{build.cache_key(build.find_compiler())}.so"
+    planted.write_bytes(good)
+    planted.chmod(0o700)
+    spoiled = fresh if what == "folder" else fresh.parent
+    spoil(spoiled)
+    assert build.load().library is not None
+    assert len(builds) == 1
+    assert builds[0].parent != fresh
+    assert f"{spoiled} {'can be written to' if spoil is open_to_all else 'belongs to'}" in caplog.text
+    assert "set DS_QUANT_CACHE to a folder of your own" in caplog.text
+
+
+@needs_compiler
+@pytest.mark.parametrize("spoil", [open_to_all, foreign])
+def test_a_library_that_others_can_write_to_is_built_anew(fresh, builds, good, spoil):
+    fresh.mkdir(mode=0o700, parents=True)
+    planted = fresh / f"{build.cache_key(build.find_compiler())}.so"
+    planted.write_bytes(good)
+    spoil(planted)
+    assert build.load().library is not None
+    assert builds == [planted]
+
+
+@needs_compiler
+def test_a_folder_behind_a_foreign_link_is_not_used(fresh, builds, tmp_path):
+    if os.geteuid() != 0:
+        pytest.skip("only root can give files away")
+    (tmp_path / "own").mkdir(mode=0o700)
+    fresh.parent.symlink_to(tmp_path / "own")
+    os.lchown(fresh.parent, 65534, 65534)
+    assert build.load().library is not None
+    assert builds[0].parent != fresh
+
+
+@needs_compiler
+def test_what_is_built_is_this_users_alone(fresh):
+    old = os.umask(0)
+    try:
+        assert build.load().library is not None
+    finally:
+        os.umask(old)
+    (library,) = fresh.iterdir()
+    assert [path.stat().st_mode & 0o777 for path in (library, fresh, fresh.parent)] == [0o700] * 3
+    assert build.why_unsafe(library) == ""
+
+
+def test_sticky_folders_may_hold_a_cache(tmp_path):
+    tmp_path.chmod(0o1777)
+    build._make_private(tmp_path / "cache" / "kernels")
+    tmp_path.chmod(0o777)
+    with pytest.raises(build._Unsafe, match="can be written to by others"):
+        build._make_private(tmp_path / "cache" / "kernels")

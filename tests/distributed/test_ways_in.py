@@ -1,0 +1,24 @@
+"""The file that `ds_quant_report --for` writes for each way in trains unedited, by a process that nothing launched."""
+
+import json
+import sys
+
+import pytest
+from conftest import ROOT
+from launching import PROGRAMS, launch
+
+from ds_quant.report import main
+from ds_quant.ways_in import WAYS
+
+pytestmark = pytest.mark.distributed
+
+
+def test_each_way_in_runs_its_file_unedited(tmp_path):
+    recipe = str(ROOT / "ds_configs" / "full_int8.json")
+    for way in WAYS:
+        values = ["--set", "bf16=false"] if way == "native" else []  # the others ask the script
+        assert main([recipe, "--for", way, "--output", str(tmp_path / f"{way}.json"), *values]) == 0
+    output = tmp_path / "report.json"
+    launch([sys.executable, "-m", "ds_quant", PROGRAMS / "ways_in.py", output, tmp_path], timeout=240)
+    for way, got in json.loads(output.read_text()).items():
+        assert got == {"linears": 7, "optimizer": "QuantAdamW", "steps": 2, "world_size": 1}, way
