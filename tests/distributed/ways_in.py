@@ -35,7 +35,7 @@ def native(path):
 
 def accelerate(path, dummy=False):
     handlers = [InitProcessGroupKwargs(backend="gloo")]
-    accelerator = Accelerator(deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=path), kwargs_handlers=handlers)
+    accelerator = Accelerator(deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=str(path)), kwargs_handlers=handlers)
     net = model()
     optimizer = DummyOptim(net.parameters(), lr=1e-2) if dummy else torch.optim.AdamW(net.parameters(), lr=1e-2)
     prepared = [net, optimizer, DataLoader(ROWS, batch_size=2)]
