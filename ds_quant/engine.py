@@ -30,7 +30,7 @@ from ds_quant.diagnostics.choice import choose
 from ds_quant.diagnostics.collector import TrainingDiagnostics
 from ds_quant.extension_locks import check_extension_locks
 from ds_quant.kernels.integer_units import integer_units
-from ds_quant.linear import QuantizedModule
+from ds_quant.linear import QuantizedModule, describe
 from ds_quant.log import say, warn
 from ds_quant.optim import QuantAdamW
 from ds_quant.refusals import check_refusals
@@ -137,6 +137,9 @@ def initialize(
             + ")"
         )
     zero.check_model(model)
+    stage = (raw.get("zero_optimization") or {}).get("stage", 0)
+    if optimizer is None and not raw.get("optimizer") and stage not in (1, 2):  # which want an optimizer
+        quant = _without_training(quant, model)
     choice = choose(quant.diagnostics, quant) if quant.diagnostics else None
 
     moments = _prepare_moments(raw, quant.optimizer, forwarded) if quant.optimizer else None
@@ -168,6 +171,23 @@ def initialize(
     if quant.diagnostics and choice:
         zero.attach_diagnostics(engine, TrainingDiagnostics(engine, quant.diagnostics, choice))
     return result
+
+
+def _without_training(quant: QuantConfig, model: Any) -> QuantConfig:
+    """The section of an engine that DeepSpeed gives no optimizer: for evaluation, or a frozen reference model."""
+    idle = [key for key in ("optimizer", "communication", "diagnostics") if getattr(quant, key)]
+    if not idle:
+        return quant
+    linears = (
+        f"its linear modules are quantized: {describe(quant.linear)}"
+        if quant.linear
+        else "no linear section: its linear modules stay in full precision"
+    )
+    say(
+        f"{type(model).__name__} gets an engine without an optimizer (neither in the config nor passed in): it trains "
+        f"nothing, so these are left out: {', '.join(f'ds_quant.{key}' for key in idle)}; {linears}"
+    )
+    return quant.model_copy(update=dict.fromkeys(idle))
 
 
 def _plain(model: Any, why: str) -> str:

@@ -205,6 +205,46 @@ def test_the_optimizer_of_the_json_is_quantized(caplog):
     assert "bytes a parameter instead of 8, for 100.0% of the trainable parameters" in caplog.text
 
 
+@pytest.mark.parametrize("stage", [0, 3])
+def test_an_engine_without_an_optimizer_evaluates_and_leaves_the_rest_out(stage, caplog):
+    """A job that only evaluates, a frozen reference model; and the training engine that follows on the same model."""
+    section = {**SECTION, "optimizer": {"exp_avg": {"bits": 8}}, "communication": {"gradient": {"bits": 8}}}
+    section["linear"]["gradient"] = {"bits": 8, "rounding": "stochastic"}
+    section["diagnostics"] = {"every": 1}
+    frozen = config(section, zero_optimization={"ds_quant_required": True, "stage": stage})
+    del frozen["optimizer"]
+    net = model()
+    with caplog.at_level("INFO", logger="ds_quant"):
+        engine, *_ = ds_quant.initialize(model=net, config=frozen)
+    said = [line for line in caplog.messages if "engine without an optimizer" in line]
+    assert len(said) == 1
+    assert "left out: ds_quant.optimizer, ds_quant.communication, ds_quant.diagnostics;" in said[0]
+    assert "W8 channel, A8 token" in said[0]
+    x = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
+    engine.eval()
+    with torch.no_grad():
+        got = engine(x)
+    twin = model()
+    ds_quant.convert(twin, section["linear"])
+    assert torch.equal(got, twin.eval()(x))
+    assert coverage(engine.module).share == 1.0
+    if stage == 3:
+        return  # its parameters belong to that engine
+    training, *_ = start(model=net, config=config(section))
+    assert type(training.basic_optimizer).__name__ == "QuantAdamW"
+    assert len(losses(training)) == 4
+
+
+def test_an_engine_without_an_optimizer_may_have_no_linear_section(caplog):
+    alone = config(
+        {"communication": {"gradient": {"bits": 8}}}, zero_optimization={"ds_quant_required": True, "stage": 0}
+    )
+    del alone["optimizer"]
+    with caplog.at_level("INFO", logger="ds_quant"):
+        ds_quant.initialize(model=model(), config=alone)
+    assert any("stay in full precision" in line for line in caplog.messages)
+
+
 @pytest.mark.parametrize(
     ("optimizer", "message"),
     [
