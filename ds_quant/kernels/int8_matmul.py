@@ -1,6 +1,7 @@
 """Exact products of int8 matrices, and what a linear layer makes of them.
 
-`torch._int_mm` multiplies: oneDNN on a CPU, cuBLASLt on CUDA. Operands are taken as they lie, transposed views too.
+`torch._int_mm` multiplies: oneDNN on a CPU, cuBLASLt on CUDA. Where it is wrong or slow (`integer_units`) the codes are
+multiplied as fp32, in sums that are short enough to be exact. Operands are taken as they lie, transposed views too.
 """
 
 import functools
@@ -26,6 +27,9 @@ _CUDA_MULTIPLE = 16
 _SCRATCH_BYTES = 128 * 2**20
 """Of int32 products at a time, on a CPU; more where `_LEAST_ROWS` take more."""
 _LEAST_ROWS = 128
+_FP32_SCRATCH_BYTES = 2**20
+"""Of fp32 products at a time: they stay in the cache until the epilogue reads them; more where `_LEAST_ROWS` take
+more."""
 
 _kept = threading.local()
 
@@ -65,8 +69,8 @@ def scaled_matmul(
         from ds_quant.kernels import triton_int8
 
         return triton_int8.scaled_matmul(a, b, **finish.keywords)
-    elif a.device.type == "cpu" and _int_mm_serves(a.device) and a.numel() and b.numel():
-        return _in_parts(a, b, row_scale, finish)
+    elif a.device.type == "cpu" and chosen() != "reference" and a.numel() and b.numel():
+        return (_in_parts if _int_mm_serves(a.device) else _in_fp32_parts)(a, b, row_scale, finish)
     products = int_mm(a, b)
     with span("epilogue"):
         return finish(products)
@@ -83,10 +87,32 @@ def _in_parts(a: Tensor, b: Tensor, row_scale: Tensor | None, finish: functools.
     for begin in range(0, a.shape[0], num_rows):
         end = min(begin + num_rows, a.shape[0])
         products = torch._int_mm(_flat(a[begin:end]), b, out=_scratch(end - begin, b.shape[1]))
-        scale = row_scale if row_scale is None or row_scale.numel() == 1 else row_scale[begin:end]
         with span("epilogue"):
-            finish(products, row_scale=scale, out=result[begin:end])
+            finish(products, row_scale=_of_rows(row_scale, begin, end), out=result[begin:end])
     return result
+
+
+def _in_fp32_parts(a: Tensor, b: Tensor, row_scale: Tensor | None, finish: functools.partial[Tensor]) -> Tensor:
+    """Rows at a time likewise. The last part of a long contraction is added where the epilogue reads it."""
+    result = torch.empty((a.shape[0], b.shape[1]), dtype=finish.keywords["dtype"])
+    num_rows = max(_LEAST_ROWS, _FP32_SCRATCH_BYTES // 4 // b.shape[1])
+    with torch.no_grad(), torch.autocast("cpu", enabled=False):
+        *first, (last, second) = _fp32_parts(a, b)
+        for begin in range(0, a.shape[0], num_rows):
+            end = min(begin + num_rows, a.shape[0])
+            products = _scratch(end - begin, b.shape[1], torch.float32)
+            others = _scratch(end - begin, b.shape[1]) if first else None
+            for number, (left, right) in enumerate(first):
+                torch.mm(left[begin:end], right, out=products)
+                others = others.copy_(products) if not number else others.add_(products.to(torch.int32))
+            torch.mm(last[begin:end], second, out=products)
+            with span("epilogue"):
+                finish(products, others=others, row_scale=_of_rows(row_scale, begin, end), out=result[begin:end])
+    return result
+
+
+def _of_rows(scale: Tensor | None, begin: int, end: int) -> Tensor | None:
+    return scale if scale is None or scale.numel() == 1 else scale[begin:end]
 
 
 def _flat(x: Tensor) -> Tensor:
@@ -98,19 +124,20 @@ def _flat(x: Tensor) -> Tensor:
     return x.flatten().contiguous().view(x.shape) if 1 in x.shape else x
 
 
-def _scratch(rows: int, columns: int) -> Tensor:
-    """int32 [rows, columns] of memory that is used again and again by this thread."""
+def _scratch(rows: int, columns: int, dtype: torch.dtype = torch.int32) -> Tensor:
+    """[rows, columns] of memory that is used again and again by this thread."""
     numel = rows * columns
-    buffer = getattr(_kept, "scratch", None)
+    buffers = vars(_kept).setdefault("scratch", {})
+    buffer = buffers.get(dtype)
     if buffer is None or buffer.numel() < numel:
-        _kept.scratch = None  # never two
+        buffers[dtype] = None  # never two
         with torch.inference_mode(False):  # or only inference could write to it later
-            buffer = _kept.scratch = torch.empty(numel, dtype=torch.int32)
+            buffer = buffers[dtype] = torch.empty(numel, dtype=dtype)
     return buffer[:numel].view(rows, columns)
 
 
 def _int_mm_serves(device: torch.device) -> bool:
-    return chosen() != "reference" and integer_units(device).is_exact
+    return chosen() != "reference" and integer_units(device).serve
 
 
 def _products(a: Tensor, b: Tensor) -> Tensor:
@@ -139,8 +166,13 @@ def fp32_products(a: Tensor, b: Tensor) -> Tensor:
     Codes have 7 bits or are -128, which bf16 and TF32 hold as well.
     """
     total = torch.zeros((a.shape[0], b.shape[1]), dtype=torch.int32, device=a.device)
-    parts = zip(a.split(_FP32_CONTRACTION, dim=1), b.split(_FP32_CONTRACTION, dim=0), strict=True)
     with torch.autocast(a.device.type, enabled=False):
-        for left, right in parts:
-            total += torch.mm(left.float(), right.float()).to(torch.int32)
+        for left, right in _fp32_parts(a, b):
+            total += torch.mm(left, right).to(torch.int32)
     return total
+
+
+def _fp32_parts(a: Tensor, b: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Operands of the products of at most `_FP32_CONTRACTION` terms that sum up to a times b."""
+    lefts, rights = a.float().split(_FP32_CONTRACTION, dim=1), b.float().split(_FP32_CONTRACTION, dim=0)
+    return list(zip(lefts, rights, strict=True))

@@ -1,11 +1,14 @@
-"""Whether a device multiplies int8 by integer dot products, found out once in a process.
+"""Whether a device multiplies int8 well by integer dot products, found out once in a process.
 
-`torch._int_mm` is put to the test before it is relied on: on x86 processors without VNNI oneDNN adds pairs of products
-in 16 bits, which saturate without a word. Where it fails, `int8_matmul` takes exact products in fp32 in its place.
+`torch._int_mm` is put to the test before it is relied on: on x86 processors without VNNI oneDNN may add pairs of
+products in 16 bits, which saturate without a word, or multiply by a plain loop, which is right and some fifty times
+slower than fp32. Where it is wrong or the slower one, `int8_matmul` takes exact products in fp32 in its place.
 """
 
 import functools
+import math
 import platform
+import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,6 +25,12 @@ _CPU_FLAGS = {
 }
 _OLDEST_CUDA = (7, 5)
 """First compute capability with integer tensor cores."""
+_PROBE_SIZES = (128, 384)
+"""Of square matrices: the larger ones where the smaller leave a doubt, which calls that are slow never do."""
+_PROBE_ROUNDS = 4
+"""The first one pays for what is set up."""
+_CLEAR = 4.0
+"""Times as fast: what a call costs beside its products, at the smaller size, is less."""
 
 
 class IntegerUnits(NamedTuple):
@@ -31,31 +40,71 @@ class IntegerUnits(NamedTuple):
     """torch._int_mm passed its test."""
     names: str
     """Of the units; empty where none were found."""
+    speed: float | None = None
+    """How many times as fast torch._int_mm is as exact products of the codes in fp32; None: not measured."""
+
+    @property
+    def serve(self) -> bool:
+        """Whether int8 products are left to torch._int_mm; exact products in fp32 take its place otherwise."""
+        return self.is_exact and (self.speed is None or self.speed >= 1)
 
     @property
     def is_fast(self) -> bool:
-        """Whether int8 products may be expected to be faster than those of bf16."""
-        return self.is_exact and bool(self.names)
+        """Whether int8 products may be expected to be faster than those of floats."""
+        return self.serve and (bool(self.names) or self.speed is not None)
 
     def line(self) -> str:
-        """What to expect, in a line."""
+        """Which products were chosen, and what to expect, in a line."""
         if not self.is_exact:
             return (
-                "torch._int_mm gives wrong sums here (a processor without integer dot products): int8 products run in "
-                "fp32, exact but slower than bf16; use backend simulated on it, or another machine for speed"
+                "int8 products run in fp32, exact: torch._int_mm gives wrong sums here (a processor without integer "
+                "dot products); expect about the speed of fp32 layers"
             )
-        if not self.names:
-            return "no integer dot products were found: int8 products are right but may well be slower than bf16"
-        return f"int8 products run on {self.names}"
+        if not self.serve:
+            assert self.speed is not None
+            return (
+                f"int8 products run in fp32, exact: torch._int_mm took {1 / self.speed:.3g} times as long here; expect "
+                "about the speed of fp32 layers"
+            )
+        where = self.names or "torch._int_mm"
+        if self.speed is None:
+            slow = "" if self.names else " without integer dot products: right, but may well be slower than bf16"
+            return f"int8 products run on {where}{slow}"
+        return f"int8 products run on {where}, {self.speed:.3g} times as fast here as exact products in fp32"
 
 
 @functools.cache
 def integer_units(device: torch.device) -> IntegerUnits:
-    """Those of a device; warns where a user should not expect speed."""
-    found = IntegerUnits(is_int_mm_exact(device), unit_names(device))
+    """Those of a device; warns where a user should not expect speed.
+
+    Both ways are exact: ranks that choose differently have the same bits.
+    """
+    is_exact = is_int_mm_exact(device)
+    found = IntegerUnits(is_exact, unit_names(device), int_mm_speed() if is_exact and device.type == "cpu" else None)
     if not found.is_fast:
         warn(f"{device}: {found.line()}")
     return found
+
+
+def int_mm_speed() -> float:
+    """How many times as fast as exact products in fp32, conversion of the codes included, torch._int_mm is on the CPU.
+
+    Both take turns, and the best of several counts. It takes milliseconds.
+    """
+    ratio = 1.0
+    for size in _PROBE_SIZES:
+        codes = torch.randint(-127, 128, (size, size), dtype=torch.int8, generator=torch.Generator().manual_seed(0))
+        ways = (lambda: torch._int_mm(codes, codes.t()), lambda: torch.mm(codes.float(), codes.t().float()))
+        best = [math.inf, math.inf]
+        for _ in range(_PROBE_ROUNDS):
+            for number, way in enumerate(ways):
+                begin = time.perf_counter()
+                way()
+                best[number] = min(best[number], time.perf_counter() - begin)
+        ratio = best[1] / best[0]
+        if not 1 / _CLEAR < ratio < _CLEAR:
+            break
+    return ratio
 
 
 def unit_names(device: torch.device) -> str:
@@ -64,7 +113,7 @@ def unit_names(device: torch.device) -> str:
         if torch.version.hip:
             return "AMD matrix cores"
         return "tensor cores" if torch.cuda.get_device_capability(device) >= _OLDEST_CUDA else ""
-    return ", ".join(name for flag, name in _CPU_FLAGS.items() if flag in _cpu_flags()) if device.type == "cpu" else ""
+    return ", ".join(name for flag, name in _CPU_FLAGS.items() if flag in cpu_flags()) if device.type == "cpu" else ""
 
 
 def is_int_mm_exact(device: torch.device) -> bool:
@@ -87,7 +136,8 @@ def is_int_mm_exact(device: torch.device) -> bool:
 
 
 @functools.cache
-def _cpu_flags() -> frozenset[str]:
+def cpu_flags() -> frozenset[str]:
+    """What the processor says of itself, in the words of /proc/cpuinfo; empty where nothing is known."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:

@@ -23,7 +23,8 @@ struct QuantizeCall {
 };
 
 struct EpilogueCall {
-    const int32_t* products;
+    const void* products;   // int32, or fp32 of whole numbers
+    const int32_t* others;  // [num_rows, num_columns], added to the products; null: none
     int64_t num_rows, num_columns, row_stride;
     const float* row_scale;     // null: none
     const float* column_scale;
@@ -31,6 +32,7 @@ struct EpilogueCall {
     void* result;               // [num_rows, num_columns]
     int32_t one_row_scale, one_column_scale;  // for all rows, for all columns
     int32_t bias_dtype, dtype;
+    int32_t is_fp32;            // the products
 };
 
 // One of the scales is there.

@@ -23,6 +23,7 @@ from ds_quant.numerics.random import check_key
 __all__ = ["dequantize", "epilogue", "quantize_both", "quantize_columns", "quantize_rows", "quantize_tensor"]
 
 _FLOATS = "float32, bfloat16 or float16"
+_PRODUCTS = (torch.int32, torch.float32)
 
 
 def quantize_rows(
@@ -109,6 +110,7 @@ def dequantize(
 def epilogue(
     products: Tensor,
     *,
+    others: Tensor | None = None,
     row_scale: Tensor | None = None,
     column_scale: Tensor | None = None,
     bias: Tensor | None = None,
@@ -117,11 +119,21 @@ def epilogue(
 ) -> Tensor:
     """((products * row_scale) * column_scale) + bias in fp32, rounded once to `dtype`: [M, N], or `out` of that kind.
 
-    products: int32 [M, N]. row_scale, column_scale: fp32 [M] and [N], or of one element. bias: fp32, bf16 or fp16, [N].
+    products: int32 [M, N], or fp32 of whole numbers up to 2^24. others: int32 [M, N], contiguous, added to the products
+    first, exactly. row_scale, column_scale: fp32 [M] and [N], or of one element. bias: fp32, bf16 or fp16, [N].
     dtype: fp32, bf16 or fp16. Raises ValueError for what is not so.
     """
-    if not isinstance(products, Tensor) or products.dtype != torch.int32 or products.dim() != 2:
-        raise _error("epilogue(products)", _described(products), "int32 of two dimensions", "pass what _int_mm gives")
+    if not isinstance(products, Tensor) or products.dtype not in _PRODUCTS or products.dim() != 2:
+        allowed = "int32 or float32 of two dimensions"
+        raise _error("epilogue(products)", _described(products), allowed, "pass what _int_mm gives")
+    if others is not None and not (
+        others.dtype == torch.int32
+        and others.shape == products.shape
+        and others.device == products.device
+        and others.is_contiguous()
+    ):
+        allowed = f"int32 of shape {tuple(products.shape)} on {products.device}, contiguous"
+        raise _error("epilogue(others)", _described(others), allowed, "leave it out")
     _check_scale("epilogue(row_scale)", row_scale, products, 0)
     _check_scale("epilogue(column_scale)", column_scale, products, 1)
     num_columns = products.shape[1]
@@ -140,8 +152,8 @@ def epilogue(
     ):
         allowed = f"{dtype} of shape {tuple(products.shape)} on {products.device}, contiguous"
         raise _error("epilogue(out)", _described(out), allowed, "leave it out")
-    serving = _serving(products.device)
-    return serving.epilogue(products, row_scale=row_scale, column_scale=column_scale, bias=bias, dtype=dtype, out=out)
+    options = {"others": others, "row_scale": row_scale, "column_scale": column_scale, "bias": bias}
+    return _serving(products.device).epilogue(products, **options, dtype=dtype, out=out)
 
 
 def _serving(device: torch.device) -> ModuleType:

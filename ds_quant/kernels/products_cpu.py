@@ -41,10 +41,10 @@ class _EpilogueCall(ctypes.Structure):
     """EpilogueCall of products.h."""
 
     _fields_ = (
-        ("products", ctypes.c_void_p),
+        *((name, ctypes.c_void_p) for name in ("products", "others")),
         *((name, ctypes.c_int64) for name in ("num_rows", "num_columns", "row_stride")),
         *((name, ctypes.c_void_p) for name in ("row_scale", "column_scale", "bias", "result")),
-        *((name, ctypes.c_int32) for name in ("one_row_scale", "one_column_scale", "bias_dtype", "dtype")),
+        *((name, ctypes.c_int32) for name in ("one_row_scale", "one_column_scale", "bias_dtype", "dtype", "is_fp32")),
     )
 
 
@@ -111,6 +111,7 @@ def quantize_tensor(
 def epilogue(
     products: Tensor,
     *,
+    others: Tensor | None = None,
     row_scale: Tensor | None = None,
     column_scale: Tensor | None = None,
     bias: Tensor | None = None,
@@ -124,7 +125,10 @@ def epilogue(
     if not result.numel():
         return result
     products = _readable(products)
-    call = _EpilogueCall(products.data_ptr(), *products.shape, products.stride(0))
+    call = _EpilogueCall(
+        *(products.data_ptr(), None if others is None else others.data_ptr()), *products.shape, products.stride(0)
+    )
+    call.is_fp32 = products.dtype == torch.float32
     call.result, call.dtype = result.data_ptr(), cpu.DTYPES[dtype]
     if row_scale is not None:
         row_scale = row_scale.detach().contiguous()

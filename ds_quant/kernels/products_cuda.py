@@ -79,6 +79,7 @@ def dequantize(
 def epilogue(
     products: Tensor,
     *,
+    others: Tensor | None = None,
     row_scale: Tensor | None = None,
     column_scale: Tensor | None = None,
     bias: Tensor | None = None,
@@ -87,6 +88,7 @@ def epilogue(
 ) -> Tensor:
     """`numerics.products.epilogue`, contiguous."""
     tensors = {"row_scale": _scale(row_scale), "column_scale": _scale(column_scale), "bias": _data(bias)}
+    tensors["others"] = others
     result = _call(_epilogue, products, dtype, **tensors)
     return result if out is None else out.copy_(result)
 

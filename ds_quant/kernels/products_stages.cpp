@@ -241,23 +241,51 @@ ALWAYS_INLINE void put(void* to, int64_t i, typename V::F y) {
     else V::store_u16(static_cast<uint16_t*>(to) + i, to_fp16<V>(y));
 }
 
-template <class V, Dtype dtype>
-void scale_row(
-    const int32_t* products, float row_scale, const float* scale, const float* bias, void* to, int64_t i, int64_t n) {
-    auto of_row = V::set(row_scale);
+// int32; fp32 of whole numbers; fp32 and int32, to be added.
+enum Products { INTEGERS, WHOLE, PARTS };
+
+struct Row {
+    const void* products;
+    const int32_t* others;
+    float row_scale;
+    const float* scale;
+    const float* bias;
+    void* to;
+};
+
+template <class V, Products kind>
+ALWAYS_INLINE typename V::F products_at(const Row& row, int64_t i) {
+    if constexpr (kind == INTEGERS) {
+        return V::to_float(V::load_int(static_cast<const uint32_t*>(row.products) + i));
+    } else {
+        auto whole = V::load(static_cast<const float*>(row.products) + i);
+        if constexpr (kind == WHOLE) return V::add(whole, V::set(0.0f));  // an integer 0 has no sign
+        auto others = V::load_int(reinterpret_cast<const uint32_t*>(row.others) + i);
+        return V::to_float(V::add(V::to_int(whole), others));
+    }
+}
+
+template <class V, Dtype dtype, Products kind>
+void scale_row(const Row& row, int64_t i, int64_t n) {
+    auto of_row = V::set(row.row_scale);
+    const float *scale = row.scale, *bias = row.bias;
+    void* to = row.to;
     for (; i + V::width <= n; i += V::width) {
-        auto y = V::mul(V::to_float(V::load_int(reinterpret_cast<const uint32_t*>(products) + i)), of_row);
+        auto y = V::mul(products_at<V, kind>(row, i), of_row);
         y = V::add(V::mul(y, V::load(scale + i)), V::load(bias + i));
         put<V, dtype>(to, i, y);
     }
     if constexpr (V::width > 1)
-        if (i < n) scale_row<typename V::Rest, dtype>(products, row_scale, scale, bias, to, i, n);
+        if (i < n) scale_row<typename V::Rest, dtype, kind>(row, i, n);
 }
 
-using ScaleRow = void(
-    const int32_t* products, float row_scale, const float* scale, const float* bias, void* to, int64_t i, int64_t n);
+using ScaleRow = void(const Row& row, int64_t i, int64_t n);
 
-ScaleRow* const SCALE_ROW[3] = {scale_row<Widest, FLOAT32>, scale_row<Widest, BFLOAT16>, scale_row<Widest, FLOAT16>};
+template <Dtype dtype>
+constexpr ScaleRow* SCALE_KINDS[3] = {
+    scale_row<Widest, dtype, INTEGERS>, scale_row<Widest, dtype, WHOLE>, scale_row<Widest, dtype, PARTS>};
+
+ScaleRow* const* const SCALE_ROW[3] = {SCALE_KINDS<FLOAT32>, SCALE_KINDS<BFLOAT16>, SCALE_KINDS<FLOAT16>};
 
 void fill(float* to, float value, int64_t n) {
     for (int64_t i = 0; i < n; ++i) to[i] = value;
@@ -265,6 +293,7 @@ void fill(float* to, float value, int64_t n) {
 
 void epilogue(const EpilogueCall& c, int64_t begin, int64_t end) {
     alignas(64) float scale_buffer[BLOCK], bias_buffer[BLOCK];
+    Products kind = !c.is_fp32 ? INTEGERS : c.others ? PARTS : WHOLE;
     for (int64_t column = 0; column < c.num_columns; column += BLOCK) {
         int64_t n = smaller(BLOCK, c.num_columns - column);
         const float *scale = scale_buffer, *bias = bias_buffer;
@@ -274,9 +303,17 @@ void epilogue(const EpilogueCall& c, int64_t begin, int64_t end) {
         if (!c.bias) fill(bias_buffer, -0.0f, n);
         else load(static_cast<Dtype>(c.bias_dtype), advanced(c.bias, c.bias_dtype, column), bias_buffer, n);
         for (int64_t row = begin; row < end; ++row) {
-            float row_scale = c.row_scale ? c.row_scale[c.one_row_scale ? 0 : row] : 1.0f;
-            auto* to = static_cast<char*>(c.result) + (row * c.num_columns + column) * itemsize(c.dtype);
-            SCALE_ROW[c.dtype](c.products + row * c.row_stride + column, row_scale, scale, bias, to, 0, n);
+            int64_t index = row * c.num_columns + column;
+            // int32 and fp32 are of one size.
+            Row given{
+                static_cast<const int32_t*>(c.products) + row * c.row_stride + column,
+                c.others ? c.others + index : nullptr,
+                c.row_scale ? c.row_scale[c.one_row_scale ? 0 : row] : 1.0f,
+                scale,
+                bias,
+                static_cast<char*>(c.result) + index * itemsize(c.dtype),
+            };
+            SCALE_ROW[c.dtype][kind](given, 0, n);
         }
     }
 }

@@ -75,6 +75,7 @@ def dequantize(
 def epilogue(
     products: Tensor,
     *,
+    others: Tensor | None = None,
     row_scale: Tensor | None = None,
     column_scale: Tensor | None = None,
     bias: Tensor | None = None,
@@ -83,9 +84,10 @@ def epilogue(
 ) -> Tensor:
     """What a layer makes of int32 products [M, N]: scaled, with bias (fp32, bf16 or fp16, [N]), rounded once.
 
-    Written to `out`, contiguous and of `dtype`, where it is given.
+    The products may be fp32, whole numbers up to 2^24. `others`, int32 [M, N], are added to them exactly. Written to `out`, contiguous and of `dtype`, where it is given.
     """
-    y = products.float()
+    integers = products.to(torch.int32) if products.is_floating_point() else products
+    y = (integers if others is None else integers + others).float()
     if row_scale is not None:
         y = y * row_scale.detach().reshape(-1, 1)
     if column_scale is not None:

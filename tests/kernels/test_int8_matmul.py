@@ -5,6 +5,7 @@ import os
 import platform
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -13,6 +14,13 @@ from ds_quant.kernels import int8_matmul, integer_units, ops
 from ds_quant.kernels.int8_matmul import MAX_CONTRACTION, fp32_products, int_mm, scaled_matmul
 from ds_quant.numerics import products as reference
 from ds_quant.numerics.random import fold_key
+
+CPU = torch.device("cpu")
+UNITS = {
+    "integer units": integer_units.IntegerUnits(is_exact=True, names="", speed=2.0),
+    "slow": integer_units.IntegerUnits(is_exact=True, names="", speed=0.1),
+    "wrong": integer_units.IntegerUnits(is_exact=False, names=""),
+}
 
 SHAPES = (
     *((1, 1, 1), (1, 64, 5), (5, 1, 3), (33, 40, 1), (5, 7, 3), (16, 8, 8)),
@@ -82,8 +90,14 @@ def test_long_contractions_do_not_overflow(length):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("scratch", [1, 2**20], ids=["rows in parts", "all rows at once"])
-def test_scaled_products(monkeypatch, dtype, scratch):
+@pytest.mark.parametrize("units", ["integer units", "slow"])
+def test_scaled_products(monkeypatch, dtype, scratch, units):
+    """The two ways have the same bits, so ranks may choose differently."""
+    if not integer_units.is_int_mm_exact(CPU):
+        units = "wrong"
+    monkeypatch.setattr(int8_matmul, "integer_units", lambda device: UNITS[units])
     monkeypatch.setattr(int8_matmul, "_SCRATCH_BYTES", scratch)
+    monkeypatch.setattr(int8_matmul, "_FP32_SCRATCH_BYTES", scratch)
     monkeypatch.setattr(int8_matmul, "_LEAST_ROWS", 4)
     for m, k, n in SHAPES:
         a, b = codes(m, k), codes(k, n)
@@ -98,7 +112,9 @@ def test_scaled_products(monkeypatch, dtype, scratch):
             for left, right in zip(layouts(a), layouts(b), strict=True):
                 got = scaled_matmul(left, right, **scales, dtype=dtype)
                 assert got.dtype == dtype
-                assert torch.equal(got, reference.epilogue(expected, **scales, dtype=dtype))
+                wanted = reference.epilogue(expected, **scales, dtype=dtype)
+                assert torch.equal(got, wanted)
+                assert torch.equal(got.signbit(), wanted.signbit())
 
 
 def test_results_do_not_share_the_scratch_memory():
@@ -112,13 +128,13 @@ def test_results_do_not_share_the_scratch_memory():
     assert torch.equal(first, kept)
 
 
-def test_without_integer_units_products_stay_exact(monkeypatch):
+@pytest.mark.parametrize("units", ["slow", "wrong"])
+def test_without_integer_units_products_stay_exact(monkeypatch, units):
     """Also under autocast, which would round products of fp32 to bf16."""
     a, b = codes(9, 3000, lowest=-128), codes(3000, 5)
     a[0] = -128
     expected = (a.long() @ b.long()).float()
-    units = integer_units.IntegerUnits(is_exact=False, names="")
-    monkeypatch.setattr(int8_matmul, "integer_units", lambda device: units)
+    monkeypatch.setattr(int8_matmul, "integer_units", lambda device: UNITS[units])
     monkeypatch.setattr(torch, "_int_mm", None)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         got = scaled_matmul(a, b, row_scale=torch.ones(1), dtype=torch.float32)
@@ -130,7 +146,8 @@ import torch
 from ds_quant.kernels import integer_units, int8_matmul
 a = torch.full((40, 600), 127, dtype=torch.int8)
 print("saturates", torch._int_mm(a, a.t())[0, 0].item() != 600 * 127**2)
-print("exact", integer_units.is_int_mm_exact(torch.device("cpu")))
+print("exact", integer_units.integer_units(torch.device("cpu")).is_exact)
+print("serve", integer_units.integer_units(torch.device("cpu")).serve)
 for _ in range(2):
     print("right", bool((int8_matmul.int_mm(a, a.t()) == 600 * 127**2).all()))
 """
@@ -139,15 +156,18 @@ for _ in range(2):
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="oneDNN's instruction sets of x86")
 @pytest.mark.parametrize("isa", ["AVX2", "AVX512_CORE"])
 def test_processors_whose_sums_saturate_are_found_out(isa):
-    """oneDNN as it is on a processor without VNNI."""
+    """oneDNN as it is on a processor without VNNI. Where there is no AVX-512, torch never asks it, and nothing saturates:
+    sums are right, and so slow that they are not taken either."""
     environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": isa}
     run = subprocess.run(
         [sys.executable, "-c", PROBE], env=environment, capture_output=True, text=True, timeout=120, check=True
     )
-    assert "saturates True" in run.stdout, "the probe shows nothing on this processor"
-    assert "exact False" in run.stdout
+    saturates = "saturates True" in run.stdout
+    assert saturates == torch.cpu._is_avx512_supported(), "the probe shows nothing on this processor"
+    assert f"exact {not saturates}" in run.stdout
+    assert "serve False" in run.stdout
     assert run.stdout.count("right True") == 2
-    assert run.stderr.count("int8 products run in fp32, exact but slower than bf16") == 1
+    assert run.stderr.count("int8 products run in fp32, exact: torch._int_mm ") == 1
 
 
 def test_what_devices_have(monkeypatch, caplog):
@@ -158,20 +178,44 @@ def test_what_devices_have(monkeypatch, caplog):
         ({"asimddp", "i8mm"}, "NEON dot products, NEON int8 matrix products"),
         ({"avx2"}, ""),
     ):
-        monkeypatch.setattr(integer_units, "_cpu_flags", lambda flags=flags: frozenset(flags))
+        monkeypatch.setattr(integer_units, "cpu_flags", lambda flags=flags: frozenset(flags))
         assert integer_units.unit_names(cpu) == names
     assert integer_units.unit_names(torch.device("meta")) == ""
     integer_units.integer_units.cache_clear()
     monkeypatch.setattr(integer_units, "is_int_mm_exact", lambda device: True)
+    monkeypatch.setattr(integer_units, "int_mm_speed", lambda: 0.02)
     with caplog.at_level(logging.WARNING, logger="ds_quant"):
         found = integer_units.integer_units(cpu)
-        assert not found.is_fast
-    assert "no integer dot products were found" in caplog.text
+        assert not (found.is_fast or found.serve)
+    assert "int8 products run in fp32, exact: torch._int_mm took 50 times as long here" in caplog.text
+    integer_units.integer_units.cache_clear()
+    caplog.clear()
+    monkeypatch.setattr(integer_units, "int_mm_speed", lambda: 2.5)
+    monkeypatch.setattr(integer_units, "cpu_flags", lambda: frozenset({"avx_vnni"}))
+    with caplog.at_level(logging.WARNING, logger="ds_quant"):
+        found = integer_units.integer_units(cpu)
+        assert found.is_fast
+        assert found.serve
+    assert found.line() == "int8 products run on AVX-VNNI, 2.5 times as fast here as exact products in fp32"
+    assert not caplog.text
     integer_units.integer_units.cache_clear()
     monkeypatch.setattr(torch.version, "hip", None)
     for capability, names in (((7, 0), ""), ((7, 5), "tensor cores"), ((9, 0), "tensor cores")):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, capability=capability: capability)
         assert integer_units.unit_names(torch.device("cuda", 0)) == names
+
+
+def test_the_probe_finds_out_what_is_slow(monkeypatch):
+    real, pause = torch._int_mm, 0.02
+
+    def slow(a, b):
+        time.sleep(pause)
+        return real(a, b)
+
+    monkeypatch.setattr(torch, "_int_mm", slow)
+    assert integer_units.int_mm_speed() < 0.5
+    monkeypatch.setattr(torch, "_int_mm", lambda a, b: None)
+    assert integer_units.int_mm_speed() > 2
 
 
 def test_operators_hold_what_they_promise_to_compilers():

@@ -229,6 +229,24 @@ def test_epilogue(rng, shape):
 
 
 @needs_compiler
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_epilogue_of_whole_numbers_in_fp32(rng, shape):
+    integers = tensor(rng.integers(-(2**24), 2**24, size=shape), torch.int32)
+    others = tensor(rng.integers(-(2**30), 2**30, size=shape), torch.int32)
+    integers[0, 0], others[-1, -1] = 0, -integers[-1, -1]
+    whole = integers.float()
+    whole[0, 0] = -0.0
+    options = {"row_scale": -scales(rng, shape[0]), "column_scale": scales(rng, shape[1])}
+    for dtype in DTYPES:
+        for added, total in ((None, integers), (others, integers + others)):
+            expected = [reference.epilogue(total, **options, dtype=dtype)]
+            assert_same([reference.epilogue(whole, others=added, **options, dtype=dtype)], expected, "reference")
+            for isa in ISAS:
+                got = products_cpu.epilogue(whole, others=added, **options, dtype=dtype, isa=isa)
+                assert_same([got], expected, f"{isa} {dtype} {added is None}")
+
+
+@needs_compiler
 def test_threads_make_no_difference(rng):
     x = tensor(rng.normal(size=(300, 700)), torch.bfloat16)
     matrix = tensor(rng.integers(-(10**6), 10**6, size=(300, 700)), torch.int32)
