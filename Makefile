@@ -24,7 +24,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@echo "Installing the pinned packages into $(VENV) (once, some minutes)"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[plot,dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[launch,plot,dev]'
 	@touch $@
 
 pretrain: venv

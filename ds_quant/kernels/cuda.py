@@ -1,18 +1,9 @@
 """The fused AdamW step on CUDA devices. Nobody has run it on a GPU yet.
 
-Each work goes one of three ways, by its format:
+Each work goes one of two ways, by its format:
 
-    bitsandbytes   both moments in the 8-bit dynamic map, blocks of 256, rounding to nearest; parameter and gradient of
-                   one dtype: the kernel of bitsandbytes' own AdamW8bit, on our codes and scales
     triton         with DS_QUANT_KERNELS=triton in the environment: `kernels.triton`, where it takes the format
     compiled       all others: `numerics.adam.adamw_step` under torch.compile
-
-*bitsandbytes* departs from the definition, by its CUDA source. It rounds to a code near the nearest. It decays the
-parameter after the update and rounds it in between: a bf16 parameter hardly decays. And **an element whose gradient is
-Inf or NaN is passed over, its moments set to 0**, where the definition makes the block NaN. It limits no gradient: one
-whose square times 1 - beta2 overflows (above 5.8e20 with a beta2 of 0.999) costs its block. It is told the scalars in
-another way: with lr' = step_size / correction and eps' = eps / correction its update is ours at a step where beta^step
-is 0.
 
 *compiled* is close to the reference, not equal: Inductor fuses products into sums and divides approximately, and may
 then round to the next code. Its price: each format, and each pair of dtypes in it, compiles at the first step, once for
@@ -33,14 +24,10 @@ from ds_quant.kernels.choice import chosen
 from ds_quant.kernels.work import AdamWWork
 from ds_quant.log import warn
 from ds_quant.numerics.adam import AdamWScalars, Moment, adamw_step
-from ds_quant.numerics.blockwise import BITSANDBYTES_BLOCK_SIZE, QuantizedBlocks, packed_bytes
-from ds_quant.numerics.codes import CodeMap, code_map, code_values
+from ds_quant.numerics.blockwise import QuantizedBlocks, packed_bytes
+from ds_quant.numerics.codes import CodeMap
 from ds_quant.numerics.integer import DTYPES
 from ds_quant.numerics.random import derive_words
-
-LARGE_STEP = 2**30
-"""beta^LARGE_STEP is 0 in fp32, for betas up to LARGEST_BETA with room to spare."""
-LARGEST_BETA = 1 - 1e-6
 
 Layout = tuple[CodeMap, int] | None
 """Code map and block size of a moment; None for 32 bits."""
@@ -61,9 +48,7 @@ def adamw_(works: Sequence[AdamWWork]) -> None:
         chosen = path(work)
         if work.param.numel() == 0:
             continue
-        if chosen == "bitsandbytes":
-            _bitsandbytes_step(work)
-        elif chosen == "triton":
+        if chosen == "triton":
             from ds_quant.kernels import triton
 
             with _current(work.param.device):
@@ -75,19 +60,12 @@ def adamw_(works: Sequence[AdamWWork]) -> None:
 
 
 def path(work: AdamWWork) -> str:
-    """Which way a work goes: "bitsandbytes", "triton" or "compiled". Warns once of each reason for another way."""
+    """Which way a work goes: "triton" or "compiled". Warns once of each reason for another way."""
     if chosen() == "triton":
         reason = _not_for_triton(work)
         if not reason:
             return "triton"
         _warn_once(f"DS_QUANT_KERNELS=triton: a parameter takes another kernel, because {reason}")
-    if _is_for_bitsandbytes(work):
-        if _is_installed("bitsandbytes"):
-            return "bitsandbytes"
-        _warn_once(
-            "bitsandbytes is not installed; optimizer steps with its 8-bit moments take the compiled reference, which "
-            "searches a table for each element and allocates temporaries of its size; pip install bitsandbytes"
-        )
     return "compiled"
 
 
@@ -112,56 +90,6 @@ def _not_for_triton(work: AdamWWork) -> str | None:
     from ds_quant.kernels import triton
 
     return triton.unsupported(work)
-
-
-def _is_for_bitsandbytes(work: AdamWWork) -> bool:
-    layouts = tuple((code_map("dynamic", 8, signed=signed), BITSANDBYTES_BLOCK_SIZE) for signed in (True, False))
-    return (
-        (_layout(work.exp_avg), _layout(work.exp_avg_sq)) == layouts
-        and work.exp_avg_key is None
-        and work.exp_avg_sq_key is None
-        and work.param.dtype == work.grad.dtype
-        # What its kernel takes: a 32-bit count, powers that vanish, and no negative decay.
-        and work.param.numel() < 2**31
-        and max(work.scalars.beta1, work.scalars.beta2) <= LARGEST_BETA
-        and work.scalars.decay <= 1
-    )
-
-
-def _bitsandbytes_step(work: AdamWWork) -> None:
-    from bitsandbytes.functional import optimizer_update_8bit_blockwise
-
-    assert isinstance(work.exp_avg, QuantizedBlocks)
-    assert isinstance(work.exp_avg_sq, QuantizedBlocks)
-    scalars, device = work.scalars, work.param.device
-    lr = scalars.step_size / scalars.correction
-    optimizer_update_8bit_blockwise(
-        optimizer_name="adam",
-        g=_flat(work.grad),
-        p=_flat(work.param),
-        state1=_flat(work.exp_avg.codes),
-        state2=_flat(work.exp_avg_sq.codes),
-        beta1=scalars.beta1,
-        beta2=scalars.beta2,
-        beta3=0.0,
-        alpha=0.0,
-        eps=scalars.eps / scalars.correction,
-        step=LARGE_STEP,
-        lr=lr,
-        qmap1=_qmap(True, device),
-        qmap2=_qmap(False, device),
-        absmax1=work.exp_avg.scale,
-        absmax2=work.exp_avg_sq.scale,
-        weight_decay=(1 - scalars.decay) / lr if lr else 0.0,
-        gnorm_scale=1.0,
-        skip_zeros=False,
-    )
-
-
-@functools.cache
-def _qmap(signed: bool, device: torch.device) -> Tensor:
-    """As `to_bitsandbytes` has it; kept, because sending it to the device at each step would wait for that."""
-    return code_values(code_map("dynamic", 8, signed=signed), device)
 
 
 def _compiled_steps(works: Sequence[AdamWWork], device: torch.device) -> None:

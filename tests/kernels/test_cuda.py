@@ -12,7 +12,7 @@ from torch._dynamo.testing import CompileCounter
 
 from ds_quant.kernels import cuda
 from ds_quant.kernels.work import AdamWWork
-from ds_quant.numerics import code_map, dequantize_blockwise, derive_key, fold_key, quantize_blockwise, to_bitsandbytes
+from ds_quant.numerics import code_map, derive_key, fold_key, quantize_blockwise
 from ds_quant.numerics.adam import adamw_scalars, adamw_step
 from ds_quant.numerics.blockwise import QuantizedBlocks
 
@@ -102,7 +102,7 @@ def warnings(monkeypatch):
 @pytest.fixture
 def installed(monkeypatch):
     """The packages that are found: a set to change."""
-    packages = {"triton", "bitsandbytes"}
+    packages = {"triton"}
     monkeypatch.setattr(cuda, "_is_installed", lambda name: name in packages)
     return packages
 
@@ -121,8 +121,8 @@ def counters(monkeypatch):
     compiled.cache_clear()
 
 
-def test_import_needs_neither_triton_nor_bitsandbytes():
-    program = "import sys; sys.modules.update(triton=None, bitsandbytes=None); import ds_quant.kernels.cuda"
+def test_import_needs_no_triton():
+    program = "import sys; sys.modules.update(triton=None); import ds_quant.kernels.cuda"
     subprocess.run([sys.executable, "-c", program], check=True, timeout=100)
 
 
@@ -130,33 +130,8 @@ def test_import_needs_neither_triton_nor_bitsandbytes():
 def test_path_of_each_format(name, rng, installed, warnings, monkeypatch):
     monkeypatch.delenv("DS_QUANT_KERNELS", raising=False)
     work = make_work(rng, 1500, FORMATS[name])
-    assert cuda.path(work) == ("bitsandbytes" if name == "dynamic" else "compiled")
+    assert cuda.path(work) == "compiled"
     assert not warnings
-
-
-def test_path_of_what_bitsandbytes_does_not_do(rng, installed, warnings):
-    work = make_work(rng, 1000, DYNAMIC)
-    assert cuda.path(work) == "bitsandbytes"
-    scalars = adamw_scalars(1e-3, (0.9, 1 - 1e-7), 1e-8, 0, 1)
-    for change in (
-        {"exp_avg_sq_key": KEY},
-        {"exp_avg_key": KEY},
-        {"grad": work.grad.bfloat16()},
-        {"scalars": scalars},
-        {"exp_avg": dequantize_blockwise(work.exp_avg)},
-    ):
-        assert cuda.path(work._replace(**change)) == "compiled"
-    blocks_of_512 = make_work(rng, 1000, (("dynamic", 8, 512), ("dynamic", 8, 256)))
-    assert cuda.path(blocks_of_512) == "compiled"
-    assert not warnings
-
-
-def test_path_without_bitsandbytes(rng, installed, warnings):
-    installed.remove("bitsandbytes")
-    for _ in range(2):
-        assert cuda.path(make_work(rng, 1000, DYNAMIC)) == "compiled"
-    assert len(warnings) == 1
-    assert "pip install bitsandbytes" in warnings[0]
 
 
 def test_path_with_triton(rng, installed, warnings, monkeypatch):
@@ -166,7 +141,7 @@ def test_path_with_triton(rng, installed, warnings, monkeypatch):
     assert not warnings
     for _ in range(2):
         assert cuda.path(make_work(rng, 1500, FORMATS["linear by channel"])) == "compiled"
-        assert cuda.path(make_work(rng, 1500, DYNAMIC)) == "bitsandbytes"
+        assert cuda.path(make_work(rng, 1500, DYNAMIC)) == "compiled"
     assert len(warnings) == 2
     assert "blocks of 75" in warnings[0]
     assert "dynamic" in warnings[1]
@@ -243,56 +218,6 @@ def test_compiled_by_inductor(rng):
         assert got.scale.isnan().sum() == 2
 
 
-def test_bitsandbytes_on_the_cpu(rng):
-    """Its own CPU version of the function gets the same arguments."""
-    for step, weight_decay in ((1, 0.0), (2, 0.1), (1000, 0.5)):
-        scalars = adamw_scalars(1e-2, (0.9, 0.999), 1e-6, weight_decay, step)
-        work = make_work(rng, 1111, DYNAMIC)._replace(scalars=scalars)
-        other, expected = clone(work), reference(work)
-        assert cuda.path(work) == "bitsandbytes"
-        cuda.adamw_([work])
-        torch.testing.assert_close(work.param, expected[0], rtol=1e-6, atol=1e-6)
-        for got, moment in ((work.exp_avg, expected[1]), (work.exp_avg_sq, expected[2])):
-            torch.testing.assert_close(got.scale, moment.scale, rtol=1e-6, atol=0)
-            # Its quantizer is not exact.
-            assert (got.codes == moment.codes).double().mean() > 0.5
-            apart = (dequantize_blockwise(got) - dequantize_blockwise(moment)).abs()
-            assert (apart <= 0.02 * moment.scale.repeat_interleave(256)[:1111]).all()
-        # As its own optimizer calls it, with lr, eps and the step as they are.
-        from bitsandbytes.functional import optimizer_update_8bit_blockwise
-
-        state = to_bitsandbytes(other.exp_avg, other.exp_avg_sq, (1111,))
-        optimizer_update_8bit_blockwise(
-            *(
-                "adam",
-                other.grad,
-                other.param,
-                state["state1"],
-                state["state2"],
-                0.9,
-                0.999,
-                0.0,
-                0.0,
-                1e-6,
-                step,
-                1e-2,
-            ),
-            *(state["qmap1"], state["qmap2"], state["absmax1"], state["absmax2"], weight_decay),
-        )
-        torch.testing.assert_close(work.param, other.param, rtol=1e-6, atol=1e-7)
-        assert torch.equal(work.exp_avg.codes, other.exp_avg.codes)
-        assert torch.equal(work.exp_avg_sq.codes, other.exp_avg_sq.codes)
-        for number, signed in ((1, True), (2, False)):
-            assert torch.equal(state[f"qmap{number}"], cuda._qmap(signed, torch.device("cpu")))
-
-
-def test_bitsandbytes_with_a_learning_rate_of_zero(rng):
-    work = make_work(rng, 600, DYNAMIC)._replace(scalars=adamw_scalars(0.0, (0.9, 0.99), 1e-8, 0.1, 1))
-    before = work.param.clone()
-    cuda.adamw_([work])
-    assert torch.equal(work.param, before)
-
-
 def test_wrong_works_change_nothing(rng, counters):
     good, other = (make_work(rng, 1000, FORMATS["m4v8"]) for _ in range(2))
     before = good.param.clone()
@@ -324,8 +249,7 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GP
 def test_on_a_gpu(name, dtype, kernels, rng, monkeypatch):
     monkeypatch.setenv("DS_QUANT_KERNELS", kernels)
     layouts = FORMATS[name]
-    stochastic = name != "dynamic"
-    keys = [KEY if number and layout and stochastic else None for number, layout in enumerate(layouts)]
+    keys = [KEY if layout else None for layout in layouts]
     make = functools.partial(make_work, rng, layouts=layouts, dtype=dtype, keys=keys, device="cuda")
     for length in (1500,) if name == "linear by tensor" else (75, 1500, 75 * 1000):
         work = make(length)
@@ -334,12 +258,7 @@ def test_on_a_gpu(name, dtype, kernels, rng, monkeypatch):
             work = work._replace(grad=grad, scalars=adamw_scalars(1e-2, (0.9, 0.99), 1e-8, 0.0, step))
             expected = reference(work)
             cuda.adamw_([work])
-            if cuda.path(work) == "bitsandbytes":
-                torch.testing.assert_close(work.param, expected[0], rtol=2.0**-7, atol=1e-4)
-                torch.testing.assert_close(work.exp_avg.scale, expected[1].scale, rtol=1e-4, atol=0)
-                assert (work.exp_avg.codes == expected[1].codes).double().mean() > 0.5
-            else:
-                assert_close(work, expected, same=0.98)
+            assert_close(work, expected, same=0.98)
 
 
 @needs_gpu
