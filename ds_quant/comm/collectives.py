@@ -23,7 +23,7 @@ class _Calls:
     """A reducer of the functions below, how often it was called, and what its ranks have agreed on."""
 
     def __init__(self, config: GradientCommunicationConfig, group: backend.Group) -> None:
-        self.reducer = Reducer(config, group, statistics=Statistics(with_errors=False))
+        self.reducer = Reducer(config, group, statistics=Statistics(with_errors=False), seed=torch.initial_seed())
         self.number = 0
         self.agreed: set[tuple] = set()
 

@@ -57,7 +57,7 @@ class DDPState:
         self._loss_scale = loss_scale
         config = GradientCommunicationConfig.parse(settings)
         feedback = ErrorFeedback(transactional=False) if config.error_feedback else None
-        self._reducer = Reducer(config, self._group, feedback=feedback)
+        self._reducer = Reducer(config, self._group, feedback=feedback, seed=torch.initial_seed())
         module = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
         self._names = {id(parameter): name for name, parameter in module.named_parameters()}
         self._parameters = list(module.parameters())  # an id is a name only while its object lives

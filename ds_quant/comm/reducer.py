@@ -39,6 +39,7 @@ class Reducer:
         group: a process group; None: all ranks.
         feedback: where residuals are kept; made here where the config wants them and None is given.
         statistics: where traffic is counted; own ones if None.
+        seed: of stochastic rounding; each rank draws for itself.
 
     Raises:
         ConfigError: `hierarchical` does not fit the group.
@@ -52,9 +53,11 @@ class Reducer:
         feedback: ErrorFeedback | None = None,
         statistics: Statistics | None = None,
         buffers: Buffers | None = None,
+        seed: int = 0,
     ) -> None:
         group = backend.resolve(group)
         self.config = config
+        self.seed = seed
         self.fmt = WireFormat(config.bits, config.block_size, config.rotation)
         self.world_size, self.rank = torch_dist.get_world_size(group), torch_dist.get_rank(group)
         if config.error_feedback and feedback is None:
@@ -110,7 +113,7 @@ class Reducer:
         """Random bits of this rank in a call of a step, told apart by `stream`; None where rounding is to nearest."""
         if self.config.rounding == "nearest":
             return None
-        return fold_words(0, step, micro_step, self.rank + 1, STREAM << 32 | stream)
+        return fold_words(self.seed, step, micro_step, self.rank + 1, STREAM << 32 | stream)
 
     def _start(
         self, tensors: Sequence[Tensor], found: Layout | TwoLevelLayout, call: Call, output: Tensor | None

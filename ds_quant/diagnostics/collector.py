@@ -79,12 +79,16 @@ class TrainingDiagnostics:
         if not self._begun:
             self._begin()
         is_due = (engine.global_steps + 1) % self._every == 0
-        if is_due and self._hooks is None and engine.micro_steps % engine.gradient_accumulation_steps() == 0:
+        if is_due and self._hooks is None and engine.ds_quant_micro_steps.now() == 0:
             self._hooks = ExitStack()
             self._hooks.enter_context(attach(engine.module, self._recorders.values()))
 
+    def after_backward(self) -> None:
+        """Remove the hooks after the micro-batch."""
+        self._detach()
+
     def after_step(self, *, is_whole: bool) -> None:
-        """Remove the hooks after the micro-batch; end the look after the step."""
+        """End the look after the step."""
         self._detach()
         if not is_whole:
             return

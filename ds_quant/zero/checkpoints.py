@@ -136,18 +136,22 @@ def _largest(counts: Any) -> int:
 
 
 def _check_same_step(engine: Any, path: str, steps: list[float]) -> None:
-    """Raise ConfigError on all ranks where they would load moments of different steps."""
-    nothing = float("-inf")
-    own = [max(steps, default=nothing), -min(steps, default=-nothing)]
-    bounds = torch.tensor(own, device=engine.device)
+    """Raise ConfigError on all ranks where they would load moments of different steps.
+
+    Within a file steps may differ: parameters that were frozen for a while were stepped less often.
+    """
+    own = (min(steps), max(steps)) if steps else None
+    nothing = [float("-inf")] * 4
+    bounds = torch.tensor([own[0], -own[0], own[1], -own[1]] if own else nothing, device=engine.device)
     dist.all_reduce(bounds, op=dist.ReduceOp.MAX)
-    if bounds[0] > -bounds[1]:
+    if bounds[0] > -bounds[1] or bounds[2] > -bounds[3]:
         everywhere: list[Any] = [None] * dist.get_world_size()
-        torch.distributed.all_gather_object(everywhere, (path, max(steps, default=0.0)))
-        one_of_each = sorted({step: path for path, step in everywhere}.items())
+        torch.distributed.all_gather_object(everywhere, (path, own))
+        one_of_each = sorted({found: path for path, found in everywhere if found}.items())
+        shown = [f"{last:.0f}" if first == last else f"{first:.0f} to {last:.0f}" for (first, last), _ in one_of_each]
         raise fail(
             ", ".join(path for _, path in one_of_each),
-            f"moments of the steps {', '.join(f'{step:.0f}' for step, _ in one_of_each)}",
+            f"moments of the steps {', '.join(shown)}",
             "files of one checkpoint",
             "files of two checkpoints are mixed up: load another tag, or copy the folder again",
         )

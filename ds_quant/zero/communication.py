@@ -17,6 +17,7 @@ from ds_quant.zero.gradient_seams import (
     QuantizedReductionStage3,
 )
 from ds_quant.zero.gradients import GradientCommunication
+from ds_quant.zero.micro_steps import count_micro_steps
 from ds_quant.zero.residual_files import read_residuals, save_residuals
 from ds_quant.zero.seams import check_live
 
@@ -95,6 +96,7 @@ def attach_communication(engine: Any, config: GradientCommunicationConfig) -> No
     """
     stage, wrapper = engine.zero_optimization_stage(), engine.optimizer
     _check_live(engine)
+    count_micro_steps(engine)
     gradients = GradientCommunication(engine, config, may_skip_steps=_may_skip_steps(engine))
     gradients.check_agreement([stage, type(wrapper).__name__, _partitions(wrapper)])
     engine.ds_quant_gradients = gradients
@@ -139,7 +141,7 @@ def _partitions(wrapper: Any) -> list[int]:
 def _check_live(engine: Any) -> None:
     """Raise ImportError for what is read off a live engine or its wrapper, and has moved."""
     wrapper = engine.optimizer
-    engine_names = ("global_steps", "micro_steps", "global_samples", "monitor", "has_moe_layers", "device")
+    engine_names = ("global_steps", "global_samples", "monitor", "has_moe_layers", "device")
     expected = [(engine, name) for name in (*engine_names, "seq_data_parallel_group", "expert_data_parallel_group")]
     if hasattr(wrapper, "get_grads_for_reduction"):
         expected += [(wrapper, name) for name in ("fp32_groups_gradients", "bf16_groups")]

@@ -18,6 +18,7 @@ from torch import Tensor
 from ds_quant.errors import fail
 from ds_quant.zero.checkpoints import raise_together
 from ds_quant.zero.engine_class import mix_in
+from ds_quant.zero.micro_steps import count_micro_steps
 from ds_quant.zero.seams import check_live
 
 _Engine = deepspeed.runtime.engine.DeepSpeedEngine
@@ -30,9 +31,11 @@ class Collector(Protocol):
     def before_forward(self) -> None:
         """A forward is about to begin; the engine's counters name its step."""
 
+    def after_backward(self) -> None:
+        """The backward of a micro-batch is over."""
+
     def after_step(self, *, is_whole: bool) -> None:
-        """The backward of a micro-batch is over; and where it `is_whole` an optimizer step was taken or skipped, and
-        the engine's counters name the next one."""
+        """Where it `is_whole` an optimizer step was taken or skipped, and the engine's counters name the next one."""
 
     def loaded(self, state: dict[str, Any] | None) -> None:
         """The run goes on from a checkpoint; its state, None where it has none."""
@@ -50,6 +53,10 @@ class _DiagnosedEngine:
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
         self.ds_quant_diagnostics.before_forward()
         return super().forward(*inputs, **kwargs)  # type: ignore[misc]
+
+    def _backward_epilogue(self) -> None:
+        super()._backward_epilogue()  # type: ignore[misc]
+        self.ds_quant_diagnostics.after_backward()
 
     @functools.wraps(_Engine.step)
     def step(self, *args: Any, **kwargs: Any) -> Any:
@@ -96,7 +103,8 @@ def attach_diagnostics(engine: Any, collector: Collector) -> None:
         ConfigError: its model is compiled.
         ImportError: the live engine lacks what is read off it.
     """
-    check_live((engine, name) for name in ("global_steps", "micro_steps", "global_samples", "monitor", "is_compiled"))
+    check_live((engine, name) for name in ("global_steps", "global_samples", "monitor", "is_compiled"))
+    count_micro_steps(engine)
     compiled = [name for name, module in engine.module.named_modules() if hasattr(module, "_orig_mod")]
     if engine.is_compiled or compiled:
         refuse_compiled(f"a compiled model ({compiled[0] or type(engine.module).__name__})" if compiled else "compile")

@@ -17,6 +17,7 @@ from ds_quant.comm.layout import Piece, Span, cut_each, whole
 from ds_quant.comm.reducer import Reducer
 from ds_quant.comm.statistics import Statistics, Traffic
 from ds_quant.config import GradientCommunicationConfig
+from ds_quant.zero.steps import seed_of_first_rank
 
 
 class GradientCommunication:
@@ -41,6 +42,7 @@ class GradientCommunication:
         """Of all whole steps of this process."""
         self.num_steps = 0
         self._reducers: dict[Any, Reducer] = {}
+        self._seed = seed_of_first_rank(engine, torch.initial_seed())
         self._places: list[tuple[int, int, str]] = []  # first address, end, name; in order
 
     # ---- which parameter lies where
@@ -130,13 +132,18 @@ class GradientCommunication:
         """Of the group, made by all its ranks at their first reduction."""
         if group not in self._reducers:
             self._reducers[group] = Reducer(
-                self.config, group, feedback=self.feedback, statistics=self.statistics, buffers=self.buffers
+                self.config,
+                group,
+                feedback=self.feedback,
+                statistics=self.statistics,
+                buffers=self.buffers,
+                seed=self._seed,
             )
         return self._reducers[group]
 
     def _call(self, group: Any, factor: float = 1.0) -> Call:
         engine = self.engine
-        step, micro_step = engine.global_steps, engine.micro_steps % engine.gradient_accumulation_steps()
+        step, micro_step = engine.global_steps, engine.ds_quant_micro_steps.trained
         loss_scale = float(getattr(engine.optimizer, "loss_scale", None) or 1.0) if engine.fp16_enabled() else 1.0
         return Call(factor, self.reducer(group).key(step, micro_step), loss_scale)
 

@@ -16,7 +16,7 @@ SEAMS: tuple[tuple[str, str, str], ...] = (
     ("deepspeed", "initialize", "wrapped by enable()"),
     ("deepspeed.runtime.zero.partition_parameters", "Init.__init__", "parses the JSON under HF's ZeRO-3"),
     ("deepspeed.runtime.engine", "DeepSpeedEngine.forward", "names the step that stochastic rounding draws for"),
-    ("deepspeed.runtime.engine", "DeepSpeedEngine.gradient_accumulation_steps", "the micro step within a step"),
+    ("deepspeed.runtime.engine", "DeepSpeedEngine._backward_epilogue", "the end of a micro step"),
     ("deepspeed.runtime.engine", "DeepSpeedEngine._configure_basic_optimizer", "makes the QuantAdamW of the JSON"),
     ("deepspeed.runtime.engine", "DeepSpeedEngine.load_checkpoint", "its files are checked, its moments mended"),
     ("deepspeed.runtime.engine", "DeepSpeedEngine._get_zero_ckpt_name", "the file of a rank's moments"),

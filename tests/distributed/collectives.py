@@ -241,7 +241,9 @@ def main(output):
         calls[settings] = calls.get(settings, 0) + 1
         if options["rounding"] == "nearest":
             return [None] * world_size
-        return [fold_words(0, calls[settings], 0, other + 1, STREAM << 32) for other in range(world_size)]
+        return [
+            fold_words(torch.initial_seed(), calls[settings], 0, other + 1, STREAM << 32) for other in range(world_size)
+        ]
 
     hierarchical = [False] + [m for m in (2,) if world_size % m == 0 and world_size > m]
     for node in hierarchical:
