@@ -5,11 +5,12 @@ BIN := $(VENV)/bin
 export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/.cache/torch_extensions
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help venv pretrain baseline compare moments communication int8 test test-kills lint pytest clean
+.PHONY: help venv pretrain baseline compare moments communication int8 test test-all test-kills lint pytest clean
 
 help:
 	@echo "make pretrain   pre-train the tiny model in W8A8 (sets everything up first)"
-	@echo "make test       lint, types, import layers and the whole test suite"
+	@echo "make test       lint, types, import layers and the tests"
+	@echo "make test-all   the same with the slow tests: more ranks, more points at which a run is killed"
 	@echo "make baseline   the same run in full precision, into runs/tiny-baseline"
 	@echo "make compare    both runs and their curves in one picture"
 	@echo "make moments    losses of the recipes of the moments, some 30 runs of two minutes"
@@ -47,6 +48,9 @@ int8: venv
 
 test: lint pytest
 
+test-all: lint
+	$(MAKE) pytest MARKERS=
+
 test-kills: venv
 	python tests/launchers/kill_points.py --kills 200
 
@@ -58,8 +62,9 @@ lint: venv
 
 # Two files at a time, one thread each. WORKERS=0 runs one test after the other, in one process.
 WORKERS ?= 2
+MARKERS ?= not slow
 pytest: venv
-	DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 python -m pytest --numprocesses $(WORKERS) --dist loadgroup --durations 20
+	DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 python -m pytest --numprocesses $(WORKERS) --dist loadgroup --durations 20 -m "$(MARKERS)"
 
 clean:
 	rm -rf $(VENV) .cache build *.egg-info

@@ -68,7 +68,7 @@ def read_checkpoint_file(path: str, *, mmap: bool = False) -> Any:
         named = torch.serialization.get_unsafe_globals_in_checkpoint(path)
         unknown = sorted(set(named) - set(TRUSTED) - _trusted_by_user())
         if not unknown:
-            trusted = [(_find(name), name) for name in named if name in TRUSTED]
+            trusted: list[Any] = [(_find(name), name) for name in named if name in TRUSTED]
             with torch.serialization.safe_globals(trusted):
                 return torch.load(path, map_location="cpu", mmap=mmap, weights_only=True)
     except Exception as error:

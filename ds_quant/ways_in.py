@@ -32,7 +32,7 @@ def config_for(config: dict[str, Any], way: str, values: dict[str, Any]) -> tupl
         ConfigError: a value that the config has no key for or that it contradicts.
     """
     config = copy.deepcopy(config)
-    lines = []
+    lines: list[str] = []
     if way == "trainer":
         for key in BATCH_SIZES:
             config.setdefault(key, "auto")

@@ -101,10 +101,13 @@ def _in_fp32_parts(a: Tensor, b: Tensor, row_scale: Tensor | None, finish: funct
         for begin in range(0, a.shape[0], num_rows):
             end = min(begin + num_rows, a.shape[0])
             products = _scratch(end - begin, b.shape[1], torch.float32)
-            others = _scratch(end - begin, b.shape[1]) if first else None
-            for number, (left, right) in enumerate(first):
+            others = None
+            for left, right in first:
                 torch.mm(left[begin:end], right, out=products)
-                others = others.copy_(products) if not number else others.add_(products.to(torch.int32))
+                if others is None:
+                    others = _scratch(end - begin, b.shape[1]).copy_(products)
+                else:
+                    others += products.to(torch.int32)
             torch.mm(last[begin:end], second, out=products)
             with span("epilogue"):
                 finish(products, others=others, row_scale=_of_rows(row_scale, begin, end), out=result[begin:end])

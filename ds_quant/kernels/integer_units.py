@@ -86,6 +86,14 @@ def integer_units(device: torch.device) -> IntegerUnits:
     return found
 
 
+def _int_mm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    return torch._int_mm(a, b)
+
+
+def _fp32_mm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    return torch.mm(a.float(), b.float())
+
+
 def int_mm_speed() -> float:
     """How many times as fast as exact products in fp32, conversion of the codes included, torch._int_mm is on the CPU.
 
@@ -94,12 +102,11 @@ def int_mm_speed() -> float:
     ratio = 1.0
     for size in _PROBE_SIZES:
         codes = torch.randint(-127, 128, (size, size), dtype=torch.int8, generator=torch.Generator().manual_seed(0))
-        ways = (lambda: torch._int_mm(codes, codes.t()), lambda: torch.mm(codes.float(), codes.t().float()))
         best = [math.inf, math.inf]
         for _ in range(_PROBE_ROUNDS):
-            for number, way in enumerate(ways):
+            for number, multiply in enumerate((_int_mm, _fp32_mm)):
                 begin = time.perf_counter()
-                way()
+                multiply(codes, codes.t())
                 best[number] = min(best[number], time.perf_counter() - begin)
         ratio = best[1] / best[0]
         if not 1 / _CLEAR < ratio < _CLEAR:

@@ -84,7 +84,8 @@ def epilogue(
 ) -> Tensor:
     """What a layer makes of int32 products [M, N]: scaled, with bias (fp32, bf16 or fp16, [N]), rounded once.
 
-    The products may be fp32, whole numbers up to 2^24. `others`, int32 [M, N], are added to them exactly. Written to `out`, contiguous and of `dtype`, where it is given.
+    The products may be fp32, whole numbers up to 2^24. `others`, int32 [M, N], are added to them exactly. Written
+    to `out`, contiguous and of `dtype`, where it is given.
     """
     integers = products.to(torch.int32) if products.is_floating_point() else products
     y = (integers if others is None else integers + others).float()

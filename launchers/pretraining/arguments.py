@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from pretraining import batches, resize
+from pretraining import batches, manifest, resize
 from pretraining.deepspeed_json import DeepSpeedJson
 from pretraining.errors import LaunchError
 from pretraining.parser import Parser
@@ -93,6 +93,22 @@ class Arguments:
         self.training.update(values)
         return line
 
+    def choose_dtype(self, checkpoint: Path | None, *, is_bf16_fast: bool, device: str) -> str | None:
+        """Settle a bf16 that was left open: as the checkpoint was trained, else as the device multiplies it.
+
+        Returns a line for the user; None where flags or JSON had decided.
+        """
+        if self.training.get("bf16") != "auto":
+            return None
+        saved = None if checkpoint is None else (manifest.read(checkpoint) or {}).get("bf16")
+        self.training["bf16"] = is_bf16_fast if saved is None else bool(saved)
+        name = "bf16" if self.training["bf16"] else "fp32"
+        if checkpoint is not None and saved is not None:
+            return f"Training in {name}, as {checkpoint.name} was."
+        if is_bf16_fast:
+            return f"Training in bf16, which the {device} multiplies fast (--bf16 false for fp32)."
+        return f"Training in fp32: the {device} has no fast products of bf16 (--bf16 true has it nevertheless)."
+
     def build_training_arguments(self, config: DeepSpeedJson) -> TrainingArguments:
         """Build TrainingArguments; from here on the process group exists."""
         values = dict(self.training)
@@ -134,6 +150,10 @@ def parse(argv: list[str], *, world_size: int) -> tuple[Arguments, DeepSpeedJson
     values = {**_LAUNCHER_DEFAULTS, **filled, **given}
     values["preset"] = _preset_name(given)
     batches.resolve(values, explicit=explicit | config.fixed_flags().keys(), world_size=world_size)
+    if "bf16" not in values and config.leaves_open("bf16.enabled"):
+        values["bf16"] = "auto"
+    if values.get("bf16") == "auto" and values.get("fp16"):
+        values["bf16"] = False
     if values.get("data_seed") is None:
         values["data_seed"] = values.get("seed", 42)
 

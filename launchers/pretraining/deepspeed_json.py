@@ -69,6 +69,10 @@ class DeepSpeedJson:
             fixed["adam_beta1"], fixed["adam_beta2"] = betas
         return {flag: value for flag, value in fixed.items() if value is not None and value != "auto"}
 
+    def leaves_open(self, dotted: str) -> bool:
+        """Whether the JSON has "auto" for this key."""
+        return _look_up(self.content, dotted) == "auto"
+
     def refuse_ignored_flags(self, explicit: frozenset[str]) -> None:
         """Raise for flags that the Trainer would drop in silence because the JSON has a section of its own."""
         for section, flags in {

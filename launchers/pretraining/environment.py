@@ -153,6 +153,17 @@ def leave_process_group() -> None:
         left.unlink(missing_ok=True)
 
 
+def is_bf16_fast() -> bool:
+    """Whether the device that this process trains on multiplies bf16 fast."""
+    import torch
+
+    from ds_quant.kernels.bf16_units import multiplies_bf16_fast
+
+    if os.environ.get("DS_ACCELERATOR") == "cpu" or not torch.accelerator.is_available():
+        return multiplies_bf16_fast(torch.device("cpu"))
+    return multiplies_bf16_fast(torch.accelerator.current_accelerator() or torch.device("cpu"))
+
+
 def peak_memory_bytes() -> int:
     """The most that this process has held: of its accelerator's memory where it trains on one, else resident."""
     import torch

@@ -88,6 +88,11 @@ def _run(args: Arguments, config: DeepSpeedJson, wish: str | None, run: _Run) ->
                 f"{control.world_size}: converting its optimizer states to DeepSpeed's universal format."
             )
             control.from_first(lambda: resize.make_universal(resume, lease))
+    # Rank 0 decides for all: nodes may differ.
+    is_bf16_fast = control.from_first(environment.is_bf16_fast)
+    device = "CPU" if args.training["use_cpu"] else "accelerator"
+    if (line := args.choose_dtype(resume, is_bf16_fast=is_bf16_fast, device=device)) is not None:
+        environment.say(line)
     training = args.build_training_arguments(config)
     plugin = training.deepspeed_plugin.hf_ds_config.config
     fill_gaps(plugin)
@@ -136,6 +141,7 @@ def _train(trainer: PretrainTrainer, args: Arguments, config: DeepSpeedJson, res
         "world_size": training.world_size,
         "global_batch_size": args.data.global_batch_size,
         "context_length": args.data.context_length,
+        "bf16": training.bf16,
         "generation": lease.generation,
     }
     trainer.saver = CheckpointSaver(lease, control, about, training.save_total_limit)

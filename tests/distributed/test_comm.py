@@ -27,7 +27,9 @@ def check(reports, least):
 
 
 # Checks of each rank, less those that only the comparing one of the ranks makes.
-@pytest.mark.parametrize(("ranks", "least"), [(1, 300), (2, 280), (3, 250), (4, 450), (8, 450)])
+@pytest.mark.parametrize(
+    ("ranks", "least"), [(1, 300), (2, 280), (3, 250), (4, 450), pytest.param(8, 450, marks=pytest.mark.slow)]
+)
 def test_collectives(tmp_path, ranks, least):
     """Against their definition bit by bit, against torch's within bounds, and the bytes at the collective."""
     check(run("collectives.py", tmp_path / "report", ranks), least)

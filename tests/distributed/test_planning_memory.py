@@ -26,7 +26,11 @@ def arguments(*words):
 
 @pytest.mark.parametrize(
     ("ranks", "configs", "stages"),
-    [(1, "all4", "0,3"), (2, "baseline,full_int8", "2"), (4, "w8a8_adam8_comm8", "0,1")],
+    [
+        pytest.param(1, "all4", "0,3", marks=pytest.mark.slow),
+        (2, "baseline,full_int8", "2"),
+        pytest.param(4, "w8a8_adam8_comm8", "0,1", marks=pytest.mark.slow),
+    ],
 )
 def test_predictions_against_real_ranks(ranks, configs, stages, tmp_path, capsys):
     """Fails by its exit code where a peak is off by more than 5%, or one collective by a byte."""

@@ -92,6 +92,7 @@ FOUR = [
 ]
 EIGHT = ["stage=0", BF16_OPTIMIZER, "stage=1", "stage=2", "stage=3"]
 RUNS = [(ranks, mode) for ranks, modes in ((2, MODES), (3, THREE), (4, FOUR), (8, EIGHT)) for mode in modes]
+CASES = [pytest.param(*run, marks=pytest.mark.slow) if run[0] in (3, 8) else run for run in RUNS]
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +112,7 @@ def reports(tmp_path_factory):
     return of
 
 
-@pytest.mark.parametrize(("ranks", "mode"), RUNS)
+@pytest.mark.parametrize(("ranks", "mode"), CASES)
 def test_every_seam(reports, ranks, mode):
     got, _ = reports(ranks, mode)
     for report in got:

@@ -156,8 +156,10 @@ for _ in range(2):
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="oneDNN's instruction sets of x86")
 @pytest.mark.parametrize("isa", ["AVX2", "AVX512_CORE"])
 def test_processors_whose_sums_saturate_are_found_out(isa):
-    """oneDNN as it is on a processor without VNNI. Where there is no AVX-512, torch never asks it, and nothing saturates:
-    sums are right, and so slow that they are not taken either."""
+    """oneDNN as it is on a processor without VNNI.
+
+    Where there is no AVX-512, torch never asks it: sums are right, and so slow that they are not taken either.
+    """
     environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": isa}
     run = subprocess.run(
         [sys.executable, "-c", PROBE], env=environment, capture_output=True, text=True, timeout=120, check=True
@@ -186,7 +188,8 @@ def test_what_devices_have(monkeypatch, caplog):
     monkeypatch.setattr(integer_units, "int_mm_speed", lambda: 0.02)
     with caplog.at_level(logging.WARNING, logger="ds_quant"):
         found = integer_units.integer_units(cpu)
-        assert not (found.is_fast or found.serve)
+        assert not found.is_fast
+        assert not found.serve
     assert "int8 products run in fp32, exact: torch._int_mm took 50 times as long here" in caplog.text
     integer_units.integer_units.cache_clear()
     caplog.clear()

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pretraining import arguments, batches
+from pretraining import arguments, batches, manifest
 from pretraining.deepspeed_json import DeepSpeedJson, fill_gaps
 from pretraining.errors import LaunchError
 
@@ -51,11 +51,35 @@ def test_the_paper_recipe(plain_json: Path) -> None:
         "adam_beta1": 0.9,
         "adam_beta2": 0.999,
         "adam_epsilon": 1e-8,
-        "bf16": True,
+        "bf16": "auto",
     }
     assert {key: training[key] for key in expected} == expected
     assert (args.data.dataset_name, args.model.tokenizer_name) == ("Skylion007/openwebtext", "gpt2")
     assert args.data.context_length == 1024
+
+
+def test_the_dtype_follows_the_device_unless_someone_decided(plain_json: Path, tmp_path: Path) -> None:
+    def chosen(*argv: str, config: object = plain_json, fast: bool = True, saved: bool | None = None) -> object:
+        args = parse(DS, str(config), *argv)
+        checkpoint = None if saved is None else tmp_path / f"checkpoint-{int(saved)}"
+        if checkpoint is not None:
+            checkpoint.mkdir(exist_ok=True)
+            (checkpoint / manifest.NAME).write_text(json.dumps({"format": manifest.FORMAT, "files": [], "bf16": saved}))
+        line = args.choose_dtype(checkpoint, is_bf16_fast=fast, device="CPU")
+        return args.training.get("bf16", False), line and line.split(":")[0].split(",")[0]
+
+    assert chosen() == (True, "Training in bf16")
+    assert chosen(fast=False) == (False, "Training in fp32")
+    assert chosen(fast=False, saved=True) == (True, "Training in bf16")
+    assert chosen(saved=False) == (False, "Training in fp32")
+    for decided in (True, False):
+        assert chosen("--bf16", str(decided), fast=not decided) == (decided, None)
+        fixed = json.dumps({"bf16": {"enabled": decided}})
+        assert chosen(config=fixed, fast=not decided) == (decided, None)
+    assert chosen("--fp16", "true") == (False, None)
+    own = ("--config_name", "some/model", "--train_file", "a.txt")
+    assert chosen(*own, config='{"bf16": {"enabled": "auto"}}') == (True, "Training in bf16")
+    assert chosen(*own, config="{}") == (False, None)
 
 
 def test_files_replace_the_data_of_a_preset_and_a_model_its_tokenizer(plain_json: Path) -> None:

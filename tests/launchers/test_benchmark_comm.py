@@ -205,6 +205,7 @@ def test_comm_over_loopback_and_a_link(tmp_path, capsys):
     assert printed.count("200k fp32 gradients, 2 ranks") == len(chosen.split(","))
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.timeout(290)
 def test_a_training_step(tmp_path, capsys):

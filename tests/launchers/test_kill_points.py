@@ -10,6 +10,7 @@ from conftest import ROOT
 from launching import launch
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.timeout(600)
 def test_a_run_survives_kills_at_any_point() -> None:
