@@ -23,7 +23,15 @@ from torch import Tensor
 
 from ds_quant.kernels import ops
 from ds_quant.numerics.random import derive_key
-from ds_quant.plan import STREAM_ACTIVATION, STREAM_GRAD_INPUT, STREAM_GRAD_WEIGHT, Codes, Plan, Quantizer
+from ds_quant.plan import (
+    STREAM_ACTIVATION,
+    STREAM_GRAD_INPUT,
+    STREAM_GRAD_WEIGHT,
+    Codes,
+    Plan,
+    Quantizer,
+    without_autocast,
+)
 
 
 def quantize_input(x: Tensor, plan: Plan, dtype: torch.dtype, key: Tensor | None) -> Codes:
@@ -68,7 +76,7 @@ class Int8Linear(torch.autograd.Function):
         key: Tensor | None,
     ) -> Tensor:
         out = weight.shape[1] if plan.transposed else weight.shape[0]
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device):
             if x_codes is not None and w_codes is not None:
                 y = ops.scaled_matmul(x_codes, _out_last(w_codes, plan), x_scale, w_scale, bias, dtype)
             else:
@@ -95,7 +103,7 @@ class Int8Linear(torch.autograd.Function):
         w_codes, w_scale = ctx.w_codes
         wants_x, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         grad_x = grad_weight = grad_bias = None
-        with torch.autocast(grad_output.device.type, enabled=False):
+        with without_autocast(grad_output.device):
             g = grad_output.reshape(-1, grad_output.shape[-1])
             if wants_x and plan.weight and not plan.original_operands and w_codes is None:
                 w_codes, w_scale = quantize_weight(weight, plan)

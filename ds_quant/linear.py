@@ -63,7 +63,7 @@ class QuantizedModule(nn.Module):
             ValueError: x and weight differ in dtype and autocast is off.
         """
         dtype = x.dtype
-        if torch.is_autocast_enabled(x.device.type):
+        if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):  # meta has no autocast
             dtype = torch.get_autocast_dtype(x.device.type)
         elif dtype != self.weight.dtype:
             raise ValueError(

@@ -25,6 +25,7 @@ from ds_quant.plan import (
     STREAM_WEIGHT,
     Plan,
     Quantizer,
+    without_autocast,
 )
 
 
@@ -96,7 +97,7 @@ class SimulatedLinear(torch.autograd.Function):
         local_key: Tensor | None,
         replicated_key: Tensor | None,
     ) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device):
             w = weight.t() if plan.transposed else weight  # [out, in]
             x2 = x.reshape(-1, x.shape[-1])
             qx = plan.activation(x2, local_key, plan.stream + STREAM_ACTIVATION) if plan.activation else None
@@ -129,7 +130,7 @@ class SimulatedLinear(torch.autograd.Function):
         weight, local_key, replicated_key, *x_saved = ctx.saved_tensors
         plan, dtype = ctx.plan, ctx.dtype
         grad_x = grad_weight = grad_bias = None
-        with torch.autocast(grad_output.device.type, enabled=False):
+        with without_autocast(grad_output.device):
             g = grad_output.reshape(-1, grad_output.shape[-1])
             if ctx.needs_input_grad[0]:
                 w = weight.t() if plan.transposed else weight
