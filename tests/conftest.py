@@ -22,6 +22,7 @@ LONGEST_FIRST = ("slurm", "distributed", "launchers", "kernels", "diagnostics")
 """Folders whose tests begin first where several processes share the suite: what is left at the end should be short."""
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in a hook of the same name
 def pytest_collection_modifyitems(items):
     """Keep the tests of a file in one process, for its fixtures are jobs; and those of the one Slurm cluster."""
 

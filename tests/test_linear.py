@@ -333,7 +333,7 @@ def test_conv1d_is_still_a_conv1d():
 def test_shapes_are_found_out_without_memory(backend):
     """On the meta device, as planners and `init_empty_weights` do it."""
     config = {"weight": {"bits": 8}, "activation": {"bits": 8}, "gradient": {"bits": 8, "rounding": "stochastic"}}
-    layer = QuantLinear(6, 4, device="meta", config={**config, "backend": backend})
+    layer = ds_quant.QuantLinear(6, 4, device="meta", config={**config, "backend": backend})
     output = layer(torch.empty(2, 3, 6, device="meta"))
     output.sum().backward()
     assert (output.shape, layer.weight.grad.shape) == ((2, 3, 4), (4, 6))
