@@ -126,6 +126,8 @@ def initialize(
             + ")"
         )
     zero.check_model(model)
+    if not _is_trained(raw, optimizer):
+        quant = _for_evaluation(quant, model)
     choice = choose(quant.diagnostics, quant) if quant.diagnostics else None
 
     moments = _prepare_moments(raw, quant.optimizer, forwarded) if quant.optimizer else None
@@ -157,6 +159,29 @@ def initialize(
     if quant.diagnostics and choice:
         zero.attach_diagnostics(engine, TrainingDiagnostics(engine, quant.diagnostics, choice))
     return result
+
+
+def _is_trained(raw: dict[str, Any], optimizer: Any) -> bool:
+    """Whether the engine is to have an optimizer. At stages 1 and 2 DeepSpeed makes no engine without one."""
+    section = raw.get("optimizer")
+    in_config = isinstance(section, dict) and bool(section.get("type"))
+    stage = (raw.get("zero_optimization") or {}).get("stage", 0)
+    return optimizer is not None or in_config or stage in (1, 2)
+
+
+def _for_evaluation(quant: QuantConfig, model: Any) -> QuantConfig:
+    """The section without what only training needs: an engine without an optimizer evaluates, or is a reference."""
+    idle = [part for part in ("optimizer", "communication", "diagnostics") if getattr(quant, part) is not None]
+    name = type(model).__name__
+    if idle:
+        listed = ", ".join(f"ds_quant.{part}" for part in idle)
+        say(f"no optimizer was configured or passed, so that {name} is only evaluated: nothing to do for {listed}")
+    if quant.linear:
+        say(
+            f"{name} is evaluated with the quantized linears of ds_quant.linear; without that part, or with "
+            '"enabled": false in the section, it would be in full precision'
+        )
+    return quant.model_copy(update=dict.fromkeys(idle))
 
 
 def _config_source(args: Any, config: Any, config_params: Any) -> Any:

@@ -85,7 +85,8 @@ class Int8Linear(torch.autograd.Function):
         # Not among the saved tensors: what hooks do to those (offloading, say) would be done to the layer's codes.
         ctx.w_codes = (w_codes, w_scale) if kept_weight_codes and not plan.original_operands else (None, None)
         ctx.save_for_backward(weight, key, hold_x, *hold_codes)
-        return y.reshape(*x.shape[:-1], out)
+        # No view, which a model could not go on to change in place, as Falcon's layers do.
+        return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], out))
 
     @staticmethod
     @torch.autograd.function.once_differentiable

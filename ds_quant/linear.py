@@ -62,6 +62,9 @@ class QuantizedModule(nn.Module):
         Raises:
             ValueError: x and weight differ in dtype and autocast is off.
         """
+        if x.is_meta:  # nothing to quantize, and autocast knows no such device
+            weight = self.weight.t() if self.transposed else self.weight
+            return nn.functional.linear(x, weight, getattr(self, "bias", None))
         dtype = x.dtype
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)

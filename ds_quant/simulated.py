@@ -109,7 +109,8 @@ class SimulatedLinear(torch.autograd.Function):
             elif plan.activation and plan.activation.full_range and dtype == torch.float32:
                 y = F.linear(a.dense(dtype).reshape(x.shape), b.dense(dtype), cast_bias)
             else:
-                y = _product(a, b, dtype, bias).reshape(*x.shape[:-1], w.shape[0])
+                # No view, which a model could not go on to change in place, as Falcon's layers do.
+                y = torch.ops.aten._unsafe_view(_product(a, b, dtype, bias), (*x.shape[:-1], w.shape[0]))
         ctx.plan, ctx.dtype, ctx.x_shape = plan, dtype, x.shape
         ctx.has_bias = bias is not None
         ctx.bias_dtype = None if bias is None else bias.dtype
