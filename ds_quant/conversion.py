@@ -11,12 +11,12 @@ import torch
 from torch import nn
 
 from ds_quant.config import ConfigError, LinearConfig
-from ds_quant.coverage import Coverage, coverage
 from ds_quant.experts import fused_experts, shape_of, shared_patterns
 from ds_quant.heads import output_heads
 from ds_quant.linear import QuantizedModule, describe
 from ds_quant.linear_classes import check_included, is_linear, obstacle, quantized_class, register_module
 from ds_quant.log import say
+from ds_quant.model_coverage import Coverage, coverage
 from ds_quant.patterns import check_patterns, matches
 from ds_quant.plan import NUM_STREAMS
 from ds_quant.shared_inputs import SharedInputs

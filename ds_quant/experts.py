@@ -18,7 +18,12 @@ _NO_EXPERTS = (nn.Embedding, nn.EmbeddingBag, nn.modules.conv._ConvNd, nn.module
 
 
 def shape_of(parameter: torch.Tensor) -> tuple[int, ...]:
-    """The shape of a whole parameter: ZeRO-3 leaves an empty tensor behind and keeps the shape beside it."""
+    """The shape of a whole parameter: ZeRO-3 leaves an empty tensor behind and keeps the shape beside it.
+
+    A lazy parameter, which has none yet, is taken for empty.
+    """
+    if nn.parameter.is_lazy(parameter):
+        return ()
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
