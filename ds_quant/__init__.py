@@ -12,10 +12,12 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from ds_quant.config import ConfigError, QuantConfig
     from ds_quant.conv1d import QuantConv1D
-    from ds_quant.conversion import convert, coverage, register_module
+    from ds_quant.conversion import convert
     from ds_quant.deepspeed_json import resolve_auto
     from ds_quant.engine import disable, enable, initialize
     from ds_quant.linear import QuantizedModule, QuantLinear
+    from ds_quant.linear_classes import register_module
+    from ds_quant.model_coverage import coverage
     from ds_quant.optim import QuantAdamW
     from ds_quant.weight_codes import weights_changed
 
@@ -27,11 +29,11 @@ _HOMES = {
     "QuantLinear": "linear",
     "QuantizedModule": "linear",
     "convert": "conversion",
-    "coverage": "conversion",
+    "coverage": "model_coverage",
     "disable": "engine",
     "enable": "engine",
     "initialize": "engine",
-    "register_module": "conversion",
+    "register_module": "linear_classes",
     "resolve_auto": "deepspeed_json",
     "weights_changed": "weight_codes",
 }

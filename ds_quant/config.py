@@ -78,6 +78,12 @@ def _pattern(value: str) -> str:
     return value
 
 
+def _class_name(value: str) -> str:
+    if not all(part.isidentifier() or part == "<locals>" for part in value.split(".")):
+        raise PydanticCustomError("class_name", "a class name or its dotted path is wanted")
+    return value
+
+
 Bits = Annotated[int, Field(ge=2, le=8), Allowed("an integer from 2 to 8")]
 WireBits = Annotated[Literal[4, 8], BeforeValidator(_exact_int), Allowed("4 or 8")]
 LinearBlock = Annotated[
@@ -97,6 +103,11 @@ Patterns = Annotated[
     tuple[Annotated[str, AfterValidator(_pattern)], ...],
     Field(strict=False),
     Allowed("a list of shell patterns, none of them empty"),
+]
+ClassNames = Annotated[
+    tuple[Annotated[str, AfterValidator(_class_name)], ...],
+    Field(strict=False),
+    Allowed("a list of class names or dotted paths of classes, no patterns"),
 ]
 
 
@@ -190,8 +201,11 @@ class LinearConfig(Section):
     """Whether the backward products use the quantized input and weight, or the originals."""
     include: Patterns = ("*",)
     """Shell patterns on module names (`*` crosses dots): what is quantized. Default all linears."""
+    include_classes: ClassNames = ()
+    """Subclasses of nn.Linear or Conv1D with a forward of their own that computes what these do, by class name or
+    dotted path: they are quantized, too."""
     exclude: Patterns | None = None
-    """Shell patterns on module names: what is not. Null (default): the model's output embedding. `[]`: nothing."""
+    """Shell patterns on module names: what is not. Null (default): the model's output heads. `[]`: nothing."""
 
     def rules(self) -> Iterator[Rule]:
         if not (self.weight or self.activation or self.gradient):

@@ -4,89 +4,43 @@ A module is converted by swapping its class: it stays the same object with the s
 ties, ZeRO-3's attributes, hooks and `state_dict` keys are none the wiser.
 """
 
-import importlib
+import json
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
 from ds_quant.config import ConfigError, LinearConfig
-from ds_quant.linear import QuantizedModule, QuantLinear, describe
+from ds_quant.experts import fused_experts, shape_of, shared_patterns
+from ds_quant.heads import output_heads
+from ds_quant.linear import QuantizedModule, describe
+from ds_quant.linear_classes import check_included, is_linear, obstacle, quantized_class, register_module
+from ds_quant.log import say
+from ds_quant.model_coverage import Coverage, coverage
 from ds_quant.patterns import check_patterns, matches
+from ds_quant.plan import NUM_STREAMS
 from ds_quant.shared_inputs import SharedInputs
 from ds_quant.stepkey import CountForwards, StepKey
 
-# By qualified name where importing the class would import a whole library for models that do not have it.
-_registry: dict[type | str, type | str] = {
-    nn.Linear: QuantLinear,
-    "transformers.pytorch_utils.Conv1D": "ds_quant.conv1d:QuantConv1D",
-}
+__all__ = [
+    "Coverage",
+    "check_still_converted",
+    "convert",
+    "coverage",
+    "linear_modules",
+    "register_module",
+    "remove_forward_counter",
+    "step_key_of",
+    "write_to_model_config",
+]
 
 
-def register_module(cls: type[nn.Module], quantized_cls: type[QuantizedModule]) -> None:
-    """Have :func:`convert` turn modules whose exact type is `cls` into `quantized_cls`.
-
-    `quantized_cls` derives from both :class:`QuantizedModule` and `cls`, needs nothing that `cls.__init__` does not
-    set, and calls `quantized_forward` for its product.
-
-    Raises:
-        ConfigError: `quantized_cls` does not derive from both.
-    """
-    if not (issubclass(quantized_cls, QuantizedModule) and issubclass(quantized_cls, cls)):
-        raise ConfigError(
-            f"register_module: got {quantized_cls.__name__} for {cls.__name__}; allowed: a class that derives from "
-            f"QuantizedModule and from {cls.__name__}; remedy: class {quantized_cls.__name__}(QuantizedModule, "
-            f"{cls.__name__})"
-        )
-    _registry[cls] = quantized_cls
-
-
-def _quantized_class(module: nn.Module) -> type[QuantizedModule] | None:
-    # The exact type: a subclass (AutoTP's layers, say) has a forward of its own that a swap would silence.
-    cls = type(module)
-    target = _registry.get(cls) or _registry.get(f"{cls.__module__}.{cls.__qualname__}")
-    if isinstance(target, str):
-        path, name = target.split(":")
-        target = getattr(importlib.import_module(path), name)
-    return target
-
-
-def linear_modules(model: nn.Module) -> dict[str, nn.Module]:
+def linear_modules(model: nn.Module, include_classes: Iterable[str] = ()) -> dict[str, nn.Module]:
     """The linear layers of `model` by name, in its order: what :func:`convert` has quantized or could quantize."""
     return {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, QuantizedModule) or _quantized_class(module) is not None
-    }
-
-
-def _shape(parameter: torch.Tensor) -> tuple[int, ...]:
-    # ZeRO-3 leaves an empty tensor behind and keeps the shape beside it.
-    return tuple(getattr(parameter, "ds_shape", parameter.shape))
-
-
-def _output_embedding_names(model: nn.Module) -> set[str]:
-    """Names of the model's output embedding: what it says itself, or what is named lm_head at any depth."""
-    names = {name for name, _ in model.named_modules() if name.rpartition(".")[2] == "lm_head"}
-    heads = []
-    for module in model.modules():
-        getter = getattr(module, "get_output_embeddings", None)
-        if callable(getter):
-            head = getter()
-            if head is not None:
-                heads.append(head)
-    return names | {name for name, module in model.named_modules() if any(module is head for head in heads)}
-
-
-def _fused_experts(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Parameters of three dimensions that are no convolution's: all experts' weights in one, as in transformers 5."""
-    return {
-        f"{name}.{key}" if name else key: _shape(parameter)
-        for name, module in model.named_modules()
-        if not isinstance(module, nn.modules.conv._ConvNd)
-        for key, parameter in module.named_parameters(recurse=False)
-        if len(_shape(parameter)) == 3
+        if isinstance(module, QuantizedModule) or quantized_class(module, include_classes) is not None
     }
 
 
@@ -98,63 +52,129 @@ def convert(
     """Quantize the linear layers of `model` in place, before or after it is handed to DeepSpeed.
 
     Args:
-        model: any module. Layers of exact type nn.Linear, transformers' Conv1D or a registered class take part.
+        model: any module. Layers of type nn.Linear, transformers' Conv1D, subclasses that compute the same (see
+            `linear_classes`) or a registered class take part. What is new in a model that was converted before, such
+            as a head that was resized, is converted as the rest is.
         linear_config: `QuantConfig.linear`, or the JSON object of `ds_quant.linear`.
         filter: called with (name, module) of each layer that the patterns chose; False leaves it as it is.
 
     Returns:
-        The names of the converted modules, in the model's order. `model.config.ds_quant`, where the model has a
+        The names of all quantized modules, in the model's order. `model.config.ds_quant`, where the model has a
         config, then carries the section.
 
     Raises:
-        ConfigError: a pattern that matches nothing, no layer to convert, fused experts that are not excluded, or a
-            model that was converted with another configuration before.
+        ConfigError: a pattern or class that matches nothing, no layer to convert, fused experts that are not excluded,
+            or a model that was converted with another configuration before.
     """
     config = linear_config if isinstance(linear_config, LinearConfig) else LinearConfig.parse(linear_config)
     done = {name: module for name, module in model.named_modules() if isinstance(module, QuantizedModule)}
-    if done:
-        return _already_converted(done, config)
-
-    candidates = linear_modules(model)
-    experts = _fused_experts(model)
+    _check_agreement(done, config)
+    check_included(model, config.include_classes)
+    candidates = linear_modules(model, config.include_classes)
     if not candidates:
-        raise ConfigError(
-            f"ds_quant.linear: got a model ({type(model).__name__}) without any linear layer to convert; allowed: "
-            "modules of type nn.Linear, transformers' Conv1D or a class given to ds_quant.register_module (subclasses "
-            "are not touched); remedy: register the model's own linear class"
-        )
-    named = [*candidates, *experts, *(name.rpartition(".")[0] for name in experts)]
-    if config.include != LinearConfig.model_fields["include"].default:
-        check_patterns("ds_quant.linear.include", "linear module", config.include, named)
-    if config.exclude:
-        check_patterns("ds_quant.linear.exclude", "linear module", config.exclude, named)
-    _refuse_fused_experts(experts, config)
+        raise _nothing_to_convert(model)
+    experts, heads = fused_experts(model), output_heads(model)
+    _check_patterns(model, config, [*candidates, *heads], experts)
+    _refuse_fused_experts(experts, heads, config)
 
-    excluded = _output_embedding_names(model) if config.exclude is None else set()
+    excluded = set(heads) if config.exclude is None else set()
     chosen = {
         name: module
         for name, module in candidates.items()
-        if matches(name, config.include)
-        and name not in excluded
-        and not matches(name, config.exclude or ())
-        and (filter is None or filter(name, module))
+        if matches(name, config.include) and name not in excluded and not matches(name, config.exclude or ())
     }
-    if not chosen:
+    if not chosen and not done:
         raise ConfigError(
-            f"ds_quant.linear: got include {list(config.include)} and exclude {list(config.exclude or excluded)}, "
+            f"ds_quant.linear: got include {list(config.include)} and exclude {list(config.exclude or heads)}, "
             f"which leave none of {len(candidates)} linear layers; allowed: at least one; remedy: widen the patterns"
+            + ('; "exclude": [] quantizes output heads, too' if excluded else "")
         )
-    step_key, shared_inputs = StepKey(torch.initial_seed()), SharedInputs()
-    for index, (_, module) in enumerate(chosen.items()):
-        quantized = _quantized_class(module)
+    _convert_modules(model, _passing(chosen, filter, len(candidates), bool(done)), done, config)
+    write_to_model_config(model, {"linear": config.model_dump(mode="json", exclude_unset=True)})
+    return [name for name, module in candidates.items() if isinstance(module, QuantizedModule)]
+
+
+# On a module that the filter of `convert` has left as it is, for the next call, which is usually that of `initialize`.
+_LEFT_BY_FILTER = "_ds_quant_left_by_filter"
+
+
+def _passing(
+    chosen: dict[str, nn.Module], filter: Callable[[str, nn.Module], bool] | None, count: int, again: bool
+) -> dict[str, nn.Module]:
+    """Those of `chosen` that are not quantized yet and that the filter, now or before, does not leave as they are."""
+    passing = {}
+    for name, module in chosen.items():
+        if isinstance(module, QuantizedModule) or module.__dict__.get(_LEFT_BY_FILTER):
+            continue
+        if filter is None or filter(name, module):
+            passing[name] = module
+        else:
+            module.__dict__[_LEFT_BY_FILTER] = True
+    if not passing and not again:
+        raise ConfigError(
+            f"ds_quant.linear: got a filter that leaves none of {count} linear layers; allowed: at least one; "
+            "remedy: widen it"
+        )
+    return passing
+
+
+# On a converted model: which random bits a layer draws, by its name.
+_PLACES = "_ds_quant_places"
+
+
+def _convert_modules(
+    model: nn.Module, modules: dict[str, nn.Module], done: dict[str, QuantizedModule], config: LinearConfig
+) -> None:
+    first = next(iter(done.values()), None)
+    step_key = first.step_key if first else StepKey(torch.initial_seed())
+    shared_inputs = first._shared_inputs if first else SharedInputs()
+    # A layer that was replaced takes its own place again; others go behind all that there are.
+    taken = {module._quant_plan.stream // NUM_STREAMS for module in done.values()}
+    places = model.__dict__.get(_PLACES, {}) if done else {name: place for place, name in enumerate(modules)}
+    for name, module in modules.items():
+        quantized = quantized_class(module, config.include_classes)
         assert quantized is not None
         module.__class__ = quantized
         assert isinstance(module, QuantizedModule)
+        index = places.get(name, -1)
+        if index < 0 or index in taken:
+            index = max(taken, default=-1) + 1
+        taken.add(index)
         module.configure_quantization(config, step_key, index, shared_inputs)
-    if _draws_random_bits(config):
-        model.register_forward_pre_hook(CountForwards(step_key))
-    write_to_model_config(model, {"linear": config.model_dump(mode="json", exclude_unset=True)})
-    return list(chosen)
+    if not done:
+        model.__dict__[_PLACES] = places
+        if _draws_random_bits(config):
+            model.register_forward_pre_hook(CountForwards(step_key))
+    elif modules:
+        say(f"{len(modules)} linear modules that are new since the model was converted: {', '.join(modules)}")
+
+
+def _nothing_to_convert(model: nn.Module) -> ConfigError:
+    reasons = dict.fromkeys(reason for module in model.modules() if is_linear(module) and (reason := obstacle(module)))
+    return ConfigError(
+        f"ds_quant.linear: got a model ({type(model).__name__}) without any linear layer to convert; allowed: "
+        "modules of type nn.Linear, transformers' Conv1D, subclasses that compute the same, or a class given to "
+        "ds_quant.register_module; remedy: " + ("; ".join(reasons) or "register the model's own linear class")
+    )
+
+
+def _check_patterns(
+    model: nn.Module, config: LinearConfig, linears: list[str], experts: dict[str, tuple[int, ...]]
+) -> None:
+    """Refuse patterns that match nothing that is multiplied: no linear layer, and no parameter or its module."""
+    if config.exclude:
+        plain = [
+            f"{name}.{key}".lstrip(".")
+            for name, module in model.named_modules()
+            if not isinstance(module, nn.Embedding)
+            for key, parameter in module.named_parameters(recurse=False)
+            if len(shape_of(parameter)) > 1
+        ]
+        names = dict.fromkeys([*linears, *(name.rpartition(".")[0] or name for name in plain), *plain])
+        check_patterns("ds_quant.linear.exclude", "linear module", config.exclude, list(names))
+    if config.include != LinearConfig.model_fields["include"].default:
+        names = dict.fromkeys([*linears, *experts, *(name.rpartition(".")[0] for name in experts)])
+        check_patterns("ds_quant.linear.include", "linear module", config.include, list(names))
 
 
 def _draws_random_bits(config: LinearConfig) -> bool:
@@ -163,28 +183,35 @@ def _draws_random_bits(config: LinearConfig) -> bool:
     )
 
 
-def _already_converted(done: dict[str, QuantizedModule], config: LinearConfig) -> list[str]:
+def _check_agreement(done: dict[str, QuantizedModule], config: LinearConfig) -> None:
     for name, module in done.items():
         if module.quant_config != config:
             raise ConfigError(
                 f"ds_quant.linear: got a model whose {name!r} was converted before as {module.describe()}; allowed: "
                 f"the same configuration again ({describe(config)}); remedy: convert a model once"
             )
-    return list(done)
 
 
-def _refuse_fused_experts(experts: dict[str, tuple[int, ...]], config: LinearConfig) -> None:
-    for name, shape in experts.items():
-        owner = name.rpartition(".")[0]
-        if matches(name, config.exclude or ()) or matches(owner, config.exclude or ()):
-            continue
-        if not (matches(name, config.include) or matches(owner, config.include)):
-            continue
-        raise ConfigError(
-            f"ds_quant.linear: got the parameter {name!r} of shape {shape}, which holds the weights of several experts "
-            "in one and is no nn.Linear, so that its products would stay in full precision; allowed: models with one "
-            f'linear module per expert; remedy: leave it out in words: "exclude": ["{owner or name}", "lm_head"]'
-        )
+def _refuse_fused_experts(experts: dict[str, tuple[int, ...]], heads: list[str], config: LinearConfig) -> None:
+    exclude = config.exclude or ()
+    open_ones = {}
+    for name in experts:
+        owner = name.rpartition(".")[0] or name
+        included = matches(name, config.include) or matches(owner, config.include)
+        if included and not matches(name, exclude) and not matches(owner, exclude):
+            open_ones[name] = owner
+    if not open_ones:
+        return
+    first = next(iter(open_ones))
+    # An own list replaces the default one, which leaves the output heads out.
+    kept = shared_patterns(heads) if config.exclude is None else list(config.exclude)
+    remedy = json.dumps([*dict.fromkeys([*shared_patterns(dict.fromkeys(open_ones.values())), *kept])])
+    raise ConfigError(
+        f"ds_quant.linear: got {len(open_ones)} parameters that hold the weights of several experts in one (first: "
+        f"{first!r} of shape {experts[first]}) and belong to no nn.Linear, so that their products would stay in full "
+        f'precision; allowed: models with one linear module per expert; remedy: leave them out in words: "exclude": '
+        f"{remedy}"
+    )
 
 
 def write_to_model_config(model: nn.Module, section: dict) -> None:
@@ -197,67 +224,6 @@ def write_to_model_config(model: nn.Module, section: dict) -> None:
 def step_key_of(model: nn.Module) -> StepKey | None:
     """The :class:`StepKey` that the quantized layers of `model` share, or None without quantized layers."""
     return next((module.step_key for module in model.modules() if isinstance(module, QuantizedModule)), None)
-
-
-@dataclass
-class Coverage:
-    """Which matrix-product parameters of a model are quantized.
-
-    A parameter of two or more dimensions counts as one of matrix products unless its module is an nn.Embedding; an
-    output embedding tied to the input embedding counts, through the module that multiplies by it.
-    """
-
-    converted: dict[str, str] = field(default_factory=dict)
-    """Module name to what is quantized in it."""
-    left_out: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    """Parameter name to shape: matrix-product parameters that stay in full precision."""
-    embeddings: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    """Parameter name to shape: tables that are looked up, not multiplied."""
-    covered_numel: int = 0
-    matmul_numel: int = 0
-
-    @property
-    def share(self) -> float:
-        """Share of the matrix-product parameters that is quantized, 0 to 1."""
-        return self.covered_numel / self.matmul_numel if self.matmul_numel else 0.0
-
-    def lines(self) -> list[str]:
-        """The coverage as a few lines of text."""
-        kinds: dict[str, int] = {}
-        for text in self.converted.values():
-            kinds[text] = kinds.get(text, 0) + 1
-        lines = [f"{count} linear modules quantized: {text}" for text, count in kinds.items()]
-        lines.append(f"{self.share:.1%} of {self.matmul_numel:,} matmul parameters covered")
-        lines += [f"left in full precision: {name} {list(shape)}" for name, shape in self.left_out.items()]
-        if self.embeddings:
-            lines.append("embeddings, never quantized: " + ", ".join(self.embeddings))
-        return lines
-
-
-def coverage(model: nn.Module) -> Coverage:
-    """What of `model` is quantized, counted on the model as it is now (also with ZeRO-3's partitioned parameters)."""
-    result = Coverage()
-    counted: set[int] = set()
-    for name, module in model.named_modules():
-        quantized = isinstance(module, QuantizedModule)
-        if quantized:
-            result.converted[name] = module.describe()
-        for key, parameter in module.named_parameters(recurse=False):
-            shape = _shape(parameter)
-            if len(shape) < 2:
-                continue
-            full = f"{name}.{key}" if name else key
-            if isinstance(module, nn.Embedding):
-                result.embeddings[full] = shape
-                continue
-            if not quantized:
-                result.left_out[full] = shape
-            if id(parameter) not in counted:
-                counted.add(id(parameter))
-                numel = int(torch.Size(shape).numel())
-                result.matmul_numel += numel
-                result.covered_numel += numel if quantized else 0
-    return result
 
 
 def check_still_converted(model: nn.Module, names: Iterable[str]) -> None:

@@ -30,7 +30,7 @@ from ds_quant.diagnostics.choice import choose
 from ds_quant.diagnostics.collector import TrainingDiagnostics
 from ds_quant.extension_locks import check_extension_locks
 from ds_quant.kernels.integer_units import integer_units
-from ds_quant.linear import QuantizedModule, describe
+from ds_quant.linear import QuantizedModule
 from ds_quant.log import say, warn
 from ds_quant.optim import QuantAdamW
 from ds_quant.refusals import check_refusals
@@ -137,9 +137,8 @@ def initialize(
             + ")"
         )
     zero.check_model(model)
-    stage = (raw.get("zero_optimization") or {}).get("stage", 0)
-    if optimizer is None and not raw.get("optimizer") and stage not in (1, 2):  # which want an optimizer
-        quant = _without_training(quant, model)
+    if not _is_trained(raw, optimizer):
+        quant = _for_evaluation(quant, model)
     choice = choose(quant.diagnostics, quant) if quant.diagnostics else None
 
     moments = _prepare_moments(raw, quant.optimizer, forwarded) if quant.optimizer else None
@@ -173,23 +172,6 @@ def initialize(
     return result
 
 
-def _without_training(quant: QuantConfig, model: Any) -> QuantConfig:
-    """The section of an engine that DeepSpeed gives no optimizer: for evaluation, or a frozen reference model."""
-    idle = [key for key in ("optimizer", "communication", "diagnostics") if getattr(quant, key)]
-    if not idle:
-        return quant
-    linears = (
-        f"its linear modules are quantized: {describe(quant.linear)}"
-        if quant.linear
-        else "no linear section: its linear modules stay in full precision"
-    )
-    say(
-        f"{type(model).__name__} gets an engine without an optimizer (neither in the config nor passed in): it trains "
-        f"nothing, so these are left out: {', '.join(f'ds_quant.{key}' for key in idle)}; {linears}"
-    )
-    return quant.model_copy(update=dict.fromkeys(idle))
-
-
 def _plain(model: Any, why: str) -> str:
     """What a run without the section is: the model may have been converted before."""
     modules = model.named_modules() if isinstance(model, torch.nn.Module) else ()
@@ -200,6 +182,29 @@ def _plain(model: Any, why: str) -> str:
         f"the ds_quant section {why}: a plain DeepSpeed run, but {len(names)} of its linear modules are quantized "
         f"already ({names[0]}, ...) and stay so"
     )
+
+
+def _is_trained(raw: dict[str, Any], optimizer: Any) -> bool:
+    """Whether the engine is to have an optimizer. At stages 1 and 2 DeepSpeed makes no engine without one."""
+    section = raw.get("optimizer")
+    in_config = isinstance(section, dict) and bool(section.get("type"))
+    stage = (raw.get("zero_optimization") or {}).get("stage", 0)
+    return optimizer is not None or in_config or stage in (1, 2)
+
+
+def _for_evaluation(quant: QuantConfig, model: Any) -> QuantConfig:
+    """The section without what only training needs: an engine without an optimizer evaluates, or is a reference."""
+    idle = [part for part in ("optimizer", "communication", "diagnostics") if getattr(quant, part) is not None]
+    name = type(model).__name__
+    if idle:
+        listed = ", ".join(f"ds_quant.{part}" for part in idle)
+        say(f"no optimizer was configured or passed, so that {name} is only evaluated: nothing to do for {listed}")
+    if quant.linear:
+        say(
+            f"{name} is evaluated with the quantized linears of ds_quant.linear; without that part, or with "
+            '"enabled": false in the section, it would be in full precision'
+        )
+    return quant.model_copy(update=dict.fromkeys(idle))
 
 
 def _config_source(args: Any, config: Any, config_params: Any) -> Any:

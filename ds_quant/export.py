@@ -25,6 +25,7 @@ from ds_quant.config import ConfigError, LinearConfig
 from ds_quant.conversion import convert
 from ds_quant.deepspeed_json import SECTION
 from ds_quant.errors import fail
+from ds_quant.experts import fused_experts
 from ds_quant.hf_checkpoint import (
     INDEX,
     HFCheckpoint,
@@ -185,17 +186,16 @@ def _refuse_other_layers(model: nn.Module, names: list[str]) -> None:
     for name in names:
         module = model.get_submodule(name)
         if type(module) is not QuantLinear:
-            got = f"a layer of type {type(module).__mro__[2].__name__}, whose weight is [in, out]"
+            kind = getattr(type(module), "quantized_from", type(module).__mro__[2])
+            got = f"a layer of type {kind.__name__}"
             remedy = "--format bf16, or train a model of nn.Linear layers (Llama, Qwen, Mistral, OPT)"
             raise fail(name, got, "nn.Linear, the only linear layer that compressed-tensors serves", remedy)
 
 
 def _refuse_fused_experts(model: nn.Module) -> None:
-    for name, parameter in model.named_parameters():
-        owner = model.get_submodule(name.rpartition(".")[0])
-        if parameter.dim() == 3 and not isinstance(owner, nn.modules.conv._ConvNd):
-            allowed = "models without fused experts: servers would take these for quantized ones"
-            raise fail(name, f"experts in one tensor {list(parameter.shape)}", allowed, "--format bf16")
+    for name, shape in fused_experts(model).items():
+        allowed = "models without fused experts: servers would take these for quantized ones"
+        raise fail(name, f"experts in one tensor {list(shape)}", allowed, "--format bf16")
 
 
 # ---- writing

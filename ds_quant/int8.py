@@ -30,7 +30,6 @@ from ds_quant.plan import (
     Codes,
     Plan,
     Quantizer,
-    without_autocast,
 )
 
 
@@ -76,7 +75,7 @@ class Int8Linear(torch.autograd.Function):
         key: Tensor | None,
     ) -> Tensor:
         out = weight.shape[1] if plan.transposed else weight.shape[0]
-        with without_autocast(x.device):
+        with torch.autocast(x.device.type, enabled=False):
             if x_codes is not None and w_codes is not None:
                 y = ops.scaled_matmul(x_codes, _out_last(w_codes, plan), x_scale, w_scale, bias, dtype)
             else:
@@ -93,7 +92,8 @@ class Int8Linear(torch.autograd.Function):
         # Not among the saved tensors: what hooks do to those (offloading, say) would be done to the layer's codes.
         ctx.w_codes = (w_codes, w_scale) if kept_weight_codes and not plan.original_operands else (None, None)
         ctx.save_for_backward(weight, key, hold_x, *hold_codes)
-        return y.reshape(*x.shape[:-1], out)
+        # No view, which a model could not go on to change in place, as Falcon's layers do.
+        return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], out))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -103,7 +103,7 @@ class Int8Linear(torch.autograd.Function):
         w_codes, w_scale = ctx.w_codes
         wants_x, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         grad_x = grad_weight = grad_bias = None
-        with without_autocast(grad_output.device):
+        with torch.autocast(grad_output.device.type, enabled=False):
             g = grad_output.reshape(-1, grad_output.shape[-1])
             if wants_x and plan.weight and not plan.original_operands and w_codes is None:
                 w_codes, w_scale = quantize_weight(weight, plan)

@@ -62,8 +62,11 @@ class QuantizedModule(nn.Module):
         Raises:
             ValueError: x and weight differ in dtype and autocast is off.
         """
+        if x.is_meta:  # nothing to quantize, and autocast knows no such device
+            weight = self.weight.t() if self.transposed else self.weight
+            return nn.functional.linear(x, weight, getattr(self, "bias", None))
         dtype = x.dtype
-        if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):  # meta has no autocast
+        if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
         elif dtype != self.weight.dtype:
             raise ValueError(

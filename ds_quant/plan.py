@@ -21,10 +21,8 @@ the quantizers of X and W unchanged (straight-through estimator without a clippi
 `simulated` and `int8` compute these products.
 """
 
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from ds_quant.config import LinearConfig
@@ -126,8 +124,3 @@ def plan_of(config: LinearConfig, *, transposed: bool, stream: int) -> Plan:
             columns = "column" if outer else _GRADIENT[g.granularity]
             grad_weight = Quantizer(g.bits, columns, g.symmetric, g.rounding, fold=outer)
     return Plan(weight, activation, grad_input, grad_weight, config.backward_operands == "original", transposed, stream)
-
-
-def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """Autocast is off while it lasts. The meta device has none."""
-    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)

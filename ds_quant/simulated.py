@@ -25,7 +25,6 @@ from ds_quant.plan import (
     STREAM_WEIGHT,
     Plan,
     Quantizer,
-    without_autocast,
 )
 
 
@@ -97,7 +96,7 @@ class SimulatedLinear(torch.autograd.Function):
         local_key: Tensor | None,
         replicated_key: Tensor | None,
     ) -> Tensor:
-        with without_autocast(x.device):
+        with torch.autocast(x.device.type, enabled=False):
             w = weight.t() if plan.transposed else weight  # [out, in]
             x2 = x.reshape(-1, x.shape[-1])
             qx = plan.activation(x2, local_key, plan.stream + STREAM_ACTIVATION) if plan.activation else None
@@ -110,7 +109,8 @@ class SimulatedLinear(torch.autograd.Function):
             elif plan.activation and plan.activation.full_range and dtype == torch.float32:
                 y = F.linear(a.dense(dtype).reshape(x.shape), b.dense(dtype), cast_bias)
             else:
-                y = _product(a, b, dtype, bias).reshape(*x.shape[:-1], w.shape[0])
+                # No view, which a model could not go on to change in place, as Falcon's layers do.
+                y = torch.ops.aten._unsafe_view(_product(a, b, dtype, bias), (*x.shape[:-1], w.shape[0]))
         ctx.plan, ctx.dtype, ctx.x_shape = plan, dtype, x.shape
         ctx.has_bias = bias is not None
         ctx.bias_dtype = None if bias is None else bias.dtype
@@ -130,7 +130,7 @@ class SimulatedLinear(torch.autograd.Function):
         weight, local_key, replicated_key, *x_saved = ctx.saved_tensors
         plan, dtype = ctx.plan, ctx.dtype
         grad_x = grad_weight = grad_bias = None
-        with without_autocast(grad_output.device):
+        with torch.autocast(grad_output.device.type, enabled=False):
             g = grad_output.reshape(-1, grad_output.shape[-1])
             if ctx.needs_input_grad[0]:
                 w = weight.t() if plan.transposed else weight

@@ -73,13 +73,17 @@ class StepKey:
         """
         # Rank 0 of the local keys must not coincide with the replicated one.
         self._local, self._replicated = (
-            torch.tensor(fold_words(self.seed, self.step, self.micro_step, rank), dtype=torch.int64).to(self._device)
+            torch.tensor(fold_words(self.seed, self.step, self.micro_step, rank), dtype=torch.int64, device="cpu").to(
+                self._device
+            )
             for rank in (self.rank + 1, 0)
         )
 
     def _move(self, device: torch.device) -> None:
         if self._local.device != device:
             self._device = device
+            if self._local.is_meta:  # there is nothing to copy
+                self._make_keys()
             self._local, self._replicated = self._local.to(device), self._replicated.to(device)
 
     def __setstate__(self, state: dict[str, Any]) -> None:

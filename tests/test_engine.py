@@ -205,46 +205,6 @@ def test_the_optimizer_of_the_json_is_quantized(caplog):
     assert "bytes a parameter instead of 8, for 100.0% of the trainable parameters" in caplog.text
 
 
-@pytest.mark.parametrize("stage", [0, 3])
-def test_an_engine_without_an_optimizer_evaluates_and_leaves_the_rest_out(stage, caplog):
-    """A job that only evaluates, a frozen reference model; and the training engine that follows on the same model."""
-    section = {**SECTION, "optimizer": {"exp_avg": {"bits": 8}}, "communication": {"gradient": {"bits": 8}}}
-    section["linear"]["gradient"] = {"bits": 8, "rounding": "stochastic"}
-    section["diagnostics"] = {"every": 1}
-    frozen = config(section, zero_optimization={"ds_quant_required": True, "stage": stage})
-    del frozen["optimizer"]
-    net = model()
-    with caplog.at_level("INFO", logger="ds_quant"):
-        engine, *_ = ds_quant.initialize(model=net, config=frozen)
-    said = [line for line in caplog.messages if "engine without an optimizer" in line]
-    assert len(said) == 1
-    assert "left out: ds_quant.optimizer, ds_quant.communication, ds_quant.diagnostics;" in said[0]
-    assert "W8 channel, A8 token" in said[0]
-    x = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
-    engine.eval()
-    with torch.no_grad():
-        got = engine(x)
-    twin = model()
-    ds_quant.convert(twin, section["linear"])
-    assert torch.equal(got, twin.eval()(x))
-    assert coverage(engine.module).share == 1.0
-    if stage == 3:
-        return  # its parameters belong to that engine
-    training, *_ = start(model=net, config=config(section))
-    assert type(training.basic_optimizer).__name__ == "QuantAdamW"
-    assert len(losses(training)) == 4
-
-
-def test_an_engine_without_an_optimizer_may_have_no_linear_section(caplog):
-    alone = config(
-        {"communication": {"gradient": {"bits": 8}}}, zero_optimization={"ds_quant_required": True, "stage": 0}
-    )
-    del alone["optimizer"]
-    with caplog.at_level("INFO", logger="ds_quant"):
-        ds_quant.initialize(model=model(), config=alone)
-    assert any("stay in full precision" in line for line in caplog.messages)
-
-
 @pytest.mark.parametrize(
     ("optimizer", "message"),
     [
@@ -614,3 +574,84 @@ def test_parameters_that_freeze_or_thaw_go_on_from_a_checkpoint(thaws, tmp_path)
     losses(other, 2)
     for got, want in zip(weights(other), weights(engine), strict=True):
         assert torch.equal(got, want)
+
+
+# ---- engines that do not train
+
+EVERYTHING = {
+    **SECTION,
+    "optimizer": {"exp_avg": {"bits": 8}, "exp_avg_sq": {"bits": 8}},
+    "communication": {"gradient": {"bits": 8}},
+    "diagnostics": {"every": 1, "report": False},
+}
+
+
+def without_optimizer(stage, section=EVERYTHING):
+    made = config(section)
+    made["zero_optimization"]["stage"] = stage
+    return {key: value for key, value in made.items() if key != "optimizer"}
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+@pytest.mark.parametrize("optimizer", ["absent", {"type": None}])
+def test_an_engine_without_an_optimizer_evaluates(stage, optimizer, caplog):
+    caplog.set_level("INFO", logger="ds_quant")
+    net, reference, x = model(), model(), torch.randn(4, 8)
+    made = without_optimizer(stage)
+    if optimizer != "absent":
+        made["optimizer"] = optimizer
+    engine, *_ = ds_quant.initialize(model=net, config=made)
+    ds_quant.convert(reference, SECTION["linear"])
+    with torch.no_grad():
+        engine.eval()
+        assert torch.equal(engine(x), reference.eval()(x))
+    skipped = "ds_quant.optimizer, ds_quant.communication, ds_quant.diagnostics"
+    assert f"Sequential is only evaluated: nothing to do for {skipped}" in caplog.text
+    assert "Sequential is evaluated with the quantized linears of ds_quant.linear" in caplog.text
+    assert "2 linear modules quantized" in caplog.text
+
+
+def test_an_engine_without_an_optimizer_and_without_linear_is_stock(caplog):
+    caplog.set_level("INFO", logger="ds_quant")
+    section = {key: value for key, value in EVERYTHING.items() if key != "linear"}
+    net, x = model(), torch.randn(4, 8)
+    wanted = net(x)
+    engine, *_ = ds_quant.initialize(model=net, config=without_optimizer(0, section))
+    assert torch.equal(engine(x), wanted)
+    assert "quantized linears" not in caplog.text
+
+
+def test_a_reference_beside_a_model_that_is_trained():
+    reference, *_ = ds_quant.initialize(model=model(), config=without_optimizer(0))
+    engine, *_ = start(config=config({**SECTION, "optimizer": EVERYTHING["optimizer"]}))
+    x = torch.randn(4, 8)
+    before = reference(x).detach()
+    losses(engine)
+    assert torch.equal(reference(x), before)
+    assert not torch.equal(engine(x), before)
+
+
+def test_a_model_is_evaluated_and_then_trained():
+    net = model()
+    evaluating, *_ = ds_quant.initialize(model=net, config=without_optimizer(0))
+    evaluating.eval()
+    evaluating(torch.randn(4, 8))
+    evaluating.train()
+    made = config({**SECTION, "optimizer": EVERYTHING["optimizer"]})
+    engine, *_ = start(model=net, config=made)
+    fresh, *_ = start(config=made)
+    assert losses(engine) == losses(fresh)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_stages_that_need_an_optimizer(stage):
+    with pytest.raises(ConfigError, match=r"optimizer: got null.*remedy: add"):
+        ds_quant.initialize(model=model(), config=without_optimizer(stage))
+
+
+def test_a_head_that_was_resized_before_initialize():
+    net = model()
+    ds_quant.convert(net, SECTION["linear"])
+    net[2] = nn.Linear(16, 12)
+    engine, *_ = start(model=net, config=config())
+    assert kinds(engine) == ["QuantLinear", "QuantLinear"]
