@@ -60,11 +60,16 @@ lint: venv
 	mypy
 	lint-imports
 
-# Two files at a time, one thread each. WORKERS=0 runs one test after the other, in one process.
+# Two files at a time, one thread each; WORKERS=0 runs all in one process. What all jobs would build at once is built
+# first, and the Slurm tests share one cluster, with ports of its own.
 WORKERS ?= 2
 MARKERS ?= not slow
+pytest: export DS_ACCELERATOR := cpu
+pytest: export OMP_NUM_THREADS := 1
 pytest: venv
-	DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 python -m pytest --numprocesses $(WORKERS) --dist loadgroup --durations 20 -m "$(MARKERS)"
+	python -c "import deepspeed; deepspeed.get_accelerator().create_op_builder('ShareMemCommBuilder').load()"
+	python -m pytest --numprocesses $(WORKERS) --dist loadfile --durations 20 -m "$(MARKERS)" --ignore tests/slurm
+	python -m pytest --durations 5 -m "$(MARKERS)" tests/slurm
 
 clean:
 	rm -rf $(VENV) .cache build *.egg-info

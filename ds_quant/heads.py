@@ -8,7 +8,7 @@ from torch import nn
 from ds_quant.experts import shape_of
 from ds_quant.linear_classes import is_linear
 
-HEAD_NAMES = ("lm_head", "score", "classifier", "qa_outputs", "v_head", "value_head", "reward_head")
+HEAD_NAMES = ("lm_head", "score", "classifier", "qa_outputs", "ctc_head", "v_head", "value_head", "reward_head")
 """Names of heads, at the end of a module's name. Other than lm_head, outside of repeated layers only."""
 
 
@@ -113,12 +113,12 @@ def _of_tasks(model: nn.Module) -> Iterator[nn.Module]:
         base = task._modules.get(prefix) if isinstance(prefix, str) else None
         labels = getattr(config, "num_labels", None)
         if base is not None:
-            sizes = {1, labels, getattr(config, "vocab_size", None)}
+            sizes = {1, labels, getattr(config, "vocab_size", None)} - {None}
         elif isinstance(prefix, str) and re.search("For[A-Z]", type(task).__name__):
             sizes = {labels}  # its base has another name than its class says
         else:
             continue
         inside = _repeated(task) | {id(module) for module in (base.modules() if base is not None else ())}
         for module in task.modules():
-            if id(module) not in inside and is_linear(module) and _outputs(module) in sizes - {None}:
+            if id(module) not in inside and is_linear(module) and _outputs(module) in sizes:
                 yield module

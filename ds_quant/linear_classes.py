@@ -77,10 +77,10 @@ def quantized_class(module: nn.Module, include_classes: Iterable[str] = ()) -> t
     """The class that `module` is given by conversion, None where its products are not known."""
     if obstacle(module, include_classes):
         return None
-    cls = type(module)
+    cls: type = type(module)
     found = _registered(cls)
     base = _linear_base(cls)
-    return found if found or base is None else _subclass(cls, base)  # type: ignore[arg-type]
+    return found if found or base is None else _subclass(cls, base)
 
 
 def obstacle(module: nn.Module, include_classes: Iterable[str] = ()) -> str | None:

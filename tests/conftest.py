@@ -18,22 +18,16 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 
-LONGEST_FIRST = ("slurm", "distributed", "launchers", "kernels", "diagnostics")
+LONGEST_FIRST = ("distributed", "launchers", "kernels", "diagnostics")
 """Folders whose tests begin first where several processes share the suite: what is left at the end should be short."""
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in a hook of the same name
 def pytest_collection_modifyitems(items):
-    """Keep the tests of a file in one process, for its fixtures are jobs; and those of the one Slurm cluster."""
-
     def rank(item):
         folder = item.path.parent.name
         return LONGEST_FIRST.index(folder) if folder in LONGEST_FIRST else len(LONGEST_FIRST)
 
     items.sort(key=rank)
-    for item in items:
-        folder = item.path.parent.name
-        item.add_marker(pytest.mark.xdist_group(folder if folder == "slurm" else f"{folder}/{item.path.stem}"))
 
 
 def free_port() -> int:
