@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ds_quant import recomputation
 from ds_quant.config import ActivationConfig, GradientConfig, LinearConfig
 from ds_quant.int8 import Int8Linear, quantize_input, quantize_weight
 from ds_quant.plan import NUM_STREAMS, Codes, Plan, plan_of
@@ -46,6 +47,8 @@ class QuantizedModule(nn.Module):
         self.quant_config = config
         self.step_key = step_key
         self._quant_plan = plan_of(config, transposed=self.transposed, stream=NUM_STREAMS * index)
+        if self._quant_plan.stochastic:
+            recomputation.follow()
         self._shared_inputs = shared_inputs or SharedInputs()
         self._weight_codes = WeightCodes()
         self._arriving_input: ArrivingInput | None = None
@@ -75,7 +78,7 @@ class QuantizedModule(nn.Module):
             )
         local_key = replicated_key = None
         if self._quant_plan.stochastic:
-            local_key, replicated_key = self.step_key.local(x.device), self.step_key.replicated(x.device)
+            local_key, replicated_key = self.step_key.keys_of_call(self._quant_plan.stream, x.device)
         if self.quant_config.backend == "int8":
             return self._int8_forward(x, dtype, local_key)
         bias = getattr(self, "bias", None)

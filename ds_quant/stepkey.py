@@ -1,21 +1,35 @@
 """Which random bits a stochastic rounding draws: a key that names the step instead of a generator with a state.
 
-The bits depend on (seed, step, micro step, rank, stream) and the element's index alone, so that dropout and data order
-stay paired with a run that does not round stochastically, a resumed run needs no saved generator, and a layer that is
-computed again under activation checkpointing rounds exactly as it did the first time.
+The bits depend on (seed, step, micro step, rank, stream), on how often the layer was called before in the same forward
+and on the element's index alone, so that dropout and data order stay paired with a run that does not round
+stochastically, a resumed run needs no saved generator, and a layer that is computed again under activation
+checkpointing rounds exactly as it did the first time (`recomputation` sees to that).
 """
 
 import itertools
 import weakref
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ds_quant.numerics.random import fold_words
+from ds_quant.numerics.random import derive_key, fold_words
 
 SEED_MASK = 2**63 - 1
 """Seeds are sent between ranks as int64."""
+_CALLS = 0x63616C6C << 32
+"""Sets keys of a layer's second and later calls in a forward apart from those of streams."""
+
+
+class Moment(NamedTuple):
+    """Where a StepKey stands: what recomputation goes back to."""
+
+    step: int
+    micro_step: int
+    local: Tensor
+    replicated: Tensor
+    calls: dict[int, int] | None
+    recomputes: bool
 
 
 class StepKey:
@@ -35,13 +49,53 @@ class StepKey:
         self.micro_step = 0
         self._device = torch.device("cpu")
         self._number = _enrol(self)
+        self._calls: dict[int, int] | None = None
+        self._recomputes = False
         self._make_keys()
 
     def set(self, step: int, micro_step: int = 0) -> None:
         """Name the training step and the micro step within it that the next forward and its backward belong to."""
+        self._calls = None
         if (step, micro_step) != (self.step, self.micro_step):
             self.step, self.micro_step = step, micro_step
             self._make_keys()
+
+    def begin_forward(self) -> None:
+        """A forward begins: from here to `end_forward`, layers that are called again draw other bits each time."""
+        if not torch.compiler.is_compiling():  # a graph numbers its calls itself
+            self._calls = {}
+
+    def end_forward(self) -> None:
+        """Outside of a forward all calls of a layer draw the same bits."""
+        self._calls = None
+
+    def keys_of_call(self, stream: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """(local, replicated) for the call of the layer with that stream that begins now, which counts."""
+        compiles = torch.compiler.is_compiling()
+        number = _number_in_graph(self._number, stream) if compiles else self._count_call(stream)
+        local, replicated = self.local(device), self.replicated(device)
+        if number == 0:
+            return local, replicated
+        return derive_key(local, _CALLS | number), derive_key(replicated, _CALLS | number)
+
+    def moment(self) -> Moment:
+        """Where it stands now, for `go_to`."""
+        calls = None if self._calls is None else dict(self._calls)
+        return Moment(self.step, self.micro_step, self._local, self._replicated, calls, self._recomputes)
+
+    def go_to(self, moment: Moment) -> None:
+        """Stand where `moment` was taken."""
+        self.step, self.micro_step, self._local, self._replicated, calls, self._recomputes = moment
+        self._calls = None if calls is None else dict(calls)
+
+    def _count_call(self, stream: int) -> int:
+        # In a backward, only recomputation that went back to its forward knows which calls these are.
+        unknown = torch._C._current_graph_task_id() != -1 and not self._recomputes
+        if self._calls is None or unknown:
+            return 0
+        number = self._calls.get(stream, 0)
+        self._calls[stream] = number + 1
+        return number
 
     def advance(self) -> None:
         """Go to the next step."""
@@ -88,6 +142,7 @@ class StepKey:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+        self._calls, self._recomputes = None, False
         self._number = _enrol(self)
 
 
@@ -99,6 +154,24 @@ def _enrol(step_key: StepKey) -> int:
     number = next(_numbers)
     _step_keys[number] = step_key
     return number
+
+
+def step_keys() -> list[StepKey]:
+    """All that live."""
+    return list(_step_keys.values())
+
+
+_in_graphs: "weakref.WeakKeyDictionary[Any, dict[tuple[int, int], int]]" = weakref.WeakKeyDictionary()
+
+
+@torch.compiler.assume_constant_result
+def _number_in_graph(number: int, stream: int) -> int:
+    """Called while code is traced: the number of the layer's call in that graph, where it is a constant. A count that
+    is kept at run time would be an input that changes, or a side effect, which checkpointed regions may not have."""
+    calls = _in_graphs.setdefault(torch._guards.TracingContext.get(), {})
+    found = calls.get((number, stream), 0)
+    calls[number, stream] = found + 1
+    return found
 
 
 @torch.library.custom_op("ds_quant::next_keys", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
@@ -123,3 +196,4 @@ class CountForwards:
     def __call__(self, module: torch.nn.Module, args: tuple) -> None:
         if module.training and torch.is_grad_enabled():
             self.step_key.advance()
+        self.step_key.begin_forward()

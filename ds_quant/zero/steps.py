@@ -8,6 +8,7 @@ from deepspeed import comm as dist
 from ds_quant.conversion import remove_forward_counter
 from ds_quant.stepkey import SEED_MASK, StepKey
 from ds_quant.zero.engine_class import mix_in
+from ds_quant.zero.forwards import number_forwards
 from ds_quant.zero.micro_steps import count_micro_steps
 
 
@@ -37,4 +38,5 @@ def attach_steps(engine: Any, step_key: StepKey) -> None:
     step_key.local(torch.device(engine.device))  # keys are made there from now on
     remove_forward_counter(engine.module)
     engine.ds_quant_step_key = step_key
+    number_forwards(engine)
     mix_in(engine, _StepNamingEngine)
