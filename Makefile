@@ -68,7 +68,7 @@ pytest: export DS_ACCELERATOR := cpu
 pytest: export OMP_NUM_THREADS := 1
 pytest: venv
 	python -c "import deepspeed; deepspeed.get_accelerator().create_op_builder('ShareMemCommBuilder').load()"
-	python -m pytest --numprocesses $(WORKERS) --dist loadfile --durations 20 -m "$(MARKERS)" --ignore tests/slurm
+	python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder --durations 20 -m "$(MARKERS)" --ignore tests/slurm
 	python -m pytest --durations 5 -m "$(MARKERS)" tests/slurm
 
 clean:
