@@ -23,6 +23,8 @@ LONGEST_FIRST = ("distributed", "launchers", "kernels", "diagnostics")
 
 
 def pytest_collection_modifyitems(items):
+    """Order the files by LONGEST_FIRST."""
+
     def rank(item):
         folder = item.path.parent.name
         return LONGEST_FIRST.index(folder) if folder in LONGEST_FIRST else len(LONGEST_FIRST)
