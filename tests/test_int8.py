@@ -15,7 +15,6 @@ import ds_quant
 from ds_quant.config import ConfigError, LinearConfig
 from ds_quant.conversion import convert, remove_forward_counter, step_key_of
 from ds_quant.kernels import int8_matmul, ops
-from ds_quant.kernels.integer_units import IntegerUnits
 
 WEIGHTS = {"none": None, "8 channel": {"bits": 8}, "4 tensor": {"bits": 4, "granularity": "tensor"}}
 ACTIVATIONS = {
@@ -184,13 +183,6 @@ def step(model, call, tokens, key_step=1):
 
 
 TOKENS = torch.arange(21).reshape(3, 7)
-
-
-@pytest.fixture
-def with_integer_units(monkeypatch):
-    """As on a processor where torch._int_mm is the faster way; elsewhere exact products in fp32 take its place."""
-    units = IntegerUnits(is_exact=True, names="", speed=2.0)
-    monkeypatch.setattr(int8_matmul, "integer_units", lambda device: units)
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])

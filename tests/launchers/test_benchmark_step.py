@@ -107,7 +107,7 @@ def test_the_outermost_group_counts_and_backward_nodes_follow_their_forward():
     assert sum(step_profile.split(events, on_gpu=True).values()) == pytest.approx(2 * sum(found.values()))
 
 
-def test_a_real_profile_finds_what_was_done():
+def test_a_real_profile_finds_what_was_done(with_integer_units):
     query = torch.randn(1, 2, 64, 32, requires_grad=True)
     weight = torch.randn(64, 64)
     layer = nn.Linear(512, 512)
@@ -130,7 +130,7 @@ def test_a_real_profile_finds_what_was_done():
 # ---- the subcommand
 
 
-def test_step_from_end_to_end(tmp_path, capsys):
+def test_step_from_end_to_end(tmp_path, capsys, with_integer_units):
     output = tmp_path / "step.csv"
     arguments = ["--models", "tiny-gpt2,tiny-llama", "--batch", "2", "--sequence", "32", "--rounds", "2"]
     arguments += ["--warm-up", "0", "--threads", "1", "--only", "fp32,autocast,stochastic,lm_head", "--device", "cpu"]

@@ -67,7 +67,7 @@ def zero_3(tmp_path_factory):
         *("--config_overrides", "num_hidden_layers=1,hidden_size=32,intermediate_size=64", "--vocab_size", 320),
         *("--context_length", 32, "--global_batch_size", 4, "--train_file", write_corpus(folder / "corpus.jsonl")),
         *("--validation_fraction", 0.2, "--max_eval_sequences", 4, "--output_dir", folder / "run"),
-        *("--max_steps", 4, "--save_steps", 2, "--save_total_limit", 2),
+        *("--max_steps", 4, "--save_steps", 2, "--save_total_limit", 2, "--bf16", "true"),
     )
     launch(command, timeout=280)
     return folder / "run"

@@ -134,7 +134,9 @@ def test_a_killed_run_resumes_to_the_same_losses(corpus: Path, tmp_path: Path) -
     # or what is left of one (some 20 parameters), padded; in bf16 it would be 2 bytes an element.
     half = first["model"]["num_parameters"] / 2
     assert half * 0.53 < wire["wire_bytes_per_step"] < half * 0.53 + 20 * 4 + half * 0.1
-    assert 3 < wire["compression_ratio"] < 4
+    # Of gradients in 16 or 32 bits, less what is padded.
+    whole_bytes = 2 if DTYPE == "bfloat16" else 4
+    assert 0.8 * whole_bytes / 0.53 < wire["compression_ratio"] < whole_bytes / 0.53
     assert 0.05 < wire["quantization_error"] < 0.2, "about 0.1 for normal gradients in 4 bits"
     assert wire["residual_bytes"] > 0
     assert "4 bits in blocks of 128, error feedback" in printed
