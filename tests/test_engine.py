@@ -19,6 +19,7 @@ import ds_quant
 from ds_quant import zero
 from ds_quant.config import ConfigError
 from ds_quant.conversion import coverage
+from ds_quant.kernels.integer_units import integer_units
 from ds_quant.stepkey import CountForwards
 from ds_quant.zero import communication, gradient_seams
 
@@ -176,6 +177,7 @@ def test_an_old_reference_to_initialize_does_not_train_in_full_precision():
 
 
 def test_integer_products_are_announced(caplog):
+    integer_units.cache_clear()  # where they are slow it is said once in a process
     section = {"linear": {"weight": {"bits": 8}, "activation": {"bits": 8}, "backend": "int8"}}
     engine, *_ = start(config=config(section))
     trained = losses(engine)
