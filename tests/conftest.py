@@ -1,5 +1,6 @@
 """What all tests share: where DeepSpeed's op is built, and a process group of one rank for tests within pytest."""
 
+import contextlib
 import os
 import random
 import socket
@@ -33,9 +34,12 @@ def pytest_collection_modifyitems(items):
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A port for a program that is started next. Systems hand out ports above 32768 to any connection meanwhile."""
+    for port in random.SystemRandom().sample(range(12_000, 29_000), 100):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("", port))
+            return port
+    raise OSError("found no free port between 12000 and 29000")
 
 
 @pytest.fixture(scope="session")

@@ -4,12 +4,12 @@ unless it is full precision, and each trains."""
 import json
 import math
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from conftest import free_port
 
 from ds_quant.config import TRIPWIRE, QuantConfig, has_tripwire, resolve_auto, unresolved_auto
 from ds_quant.deepspeed_json import TRIPWIRE_VALUE
@@ -221,9 +221,6 @@ def test_their_autos_are_those_that_trainer_fills():
 
 
 def run_with_deepspeed(script: str, configs: dict[str, dict], tmp_path: Path) -> dict:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     env = {
         # Where DeepSpeed builds its communication op, once: about a minute.
         "TORCH_EXTENSIONS_DIR": str(ROOT / ".cache" / "torch_extensions"),
@@ -235,7 +232,7 @@ def run_with_deepspeed(script: str, configs: dict[str, dict], tmp_path: Path) ->
         "WORLD_SIZE": "1",
         "LOCAL_RANK": "0",
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
+        "MASTER_PORT": str(free_port()),
     }
     (tmp_path / "script.py").write_text(script, encoding="utf-8")
     (tmp_path / "configs.json").write_text(json.dumps(configs), encoding="utf-8")

@@ -319,7 +319,7 @@ def test_a_ruined_run_ends_as_diverged(start: Callable[..., Any], tmp_path: Path
 
     # A loss that rises and stays: a learning rate that grows far too high.
     risen = tmp_path / "risen"
-    high = ["--learning_rate", "0.3", "--warmup_steps", "60", "--max_grad_norm", "0", "--logging_steps", "2"]
+    high = ["--learning_rate", "1.0", "--warmup_steps", "60", "--max_grad_norm", "0", "--logging_steps", "2"]
     output = end(start(risen, *high, "--max_loss_rise", "0.2", steps=100), 3)
     assert "more than 0.2 above" in output
     assert 40 < step_of(risen) < 100
