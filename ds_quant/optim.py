@@ -214,7 +214,6 @@ class _Step:
         self._optimizer = optimizer
         self._keys: dict[int, tuple[int, int]] = {}
         self._streams: Iterator[int] | None = None
-        self._said: set[str] = set()
 
     def key(self, step: int) -> tuple[int, int]:
         """The key of stochastic rounding in step number `step`."""
@@ -236,8 +235,10 @@ class _Step:
         return next(self._streams)
 
     def say_once(self, text: str) -> None:
-        if text not in self._said:
-            self._said.add(text)
+        """Tell the user, once for this optimizer: wrappers load it in several parts."""
+        said = self._optimizer.__dict__.setdefault("_said", set())
+        if text not in said:
+            said.add(text)
             say(text)
 
 
@@ -318,9 +319,9 @@ def _mended(
             new = "32-bit" if wanted is None else f"{wanted[0].bits}-bit {wanted[0].name}"
             shared.say_once(f"{name}: the loaded moments ({old.code_map.bits}-bit {old.code_map.name}) go on as {new}")
         moment = moment.dequantize()
+    elif wanted is not None:
+        shared.say_once(f"{name}: the loaded 32-bit moments go on as {wanted[0].bits}-bit {wanted[0].name}")
     values = moment.detach().to(param.device, torch.float32).reshape(param.shape)
-    return (
-        values.contiguous()
-        if wanted is None
-        else QuantizedMoment.quantize(values, *wanted, stream=shared.stream(state))
-    )
+    if wanted is None:
+        return values.contiguous()
+    return QuantizedMoment.quantize(values, *wanted, stream=shared.stream(state))

@@ -729,6 +729,19 @@ def test_another_format_is_requantized_and_said_once(rng, caplog):
     assert all(type(state[key]) is torch.Tensor for state in plain.state.values() for key in MOMENTS)
 
 
+def test_moments_of_a_plain_adamw_are_quantized_and_said_once(rng, caplog):
+    theirs = parameters(rng)
+    saved = adamw_with_state(rng, theirs).state_dict()
+    optimizer = QuantAdamW(twins(theirs), exp_avg=FOUR, exp_avg_sq=None)
+    with caplog.at_level(logging.INFO, logger="ds_quant"):
+        for _ in range(2):
+            optimizer.load_state_dict(saved)
+        optimizer.load_state_dict(optimizer.state_dict())
+    assert [r.message for r in caplog.records if "go on" in r.message] == [
+        "exp_avg: the loaded 32-bit moments go on as 4-bit power"
+    ]
+
+
 def test_own_options_of_groups_stay_in_force(rng):
     a, b = parameters(rng, ((64,), (64,)))
     optimizer = QuantAdamW([{"params": [a]}, {"params": [b], **NONE}], **moments("8/8"))
