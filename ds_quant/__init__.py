@@ -7,35 +7,39 @@ on first use.
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from ds_quant.base import old_paths
+
 __version__ = "0.1.0"
+
+old_paths.keep()
 
 if TYPE_CHECKING:
     from ds_quant.config import ConfigError, QuantConfig
-    from ds_quant.conv1d import QuantConv1D
-    from ds_quant.conversion import convert
-    from ds_quant.deepspeed_json import resolve_auto
-    from ds_quant.engine import disable, enable, initialize
-    from ds_quant.linear import QuantizedModule, QuantLinear
-    from ds_quant.linear_classes import register_module
-    from ds_quant.model_coverage import coverage
-    from ds_quant.optim import QuantAdamW
-    from ds_quant.weight_codes import weights_changed
+    from ds_quant.config.deepspeed_json import resolve_auto
+    from ds_quant.engine.entry import disable, enable, initialize
+    from ds_quant.linear.conv1d import QuantConv1D
+    from ds_quant.linear.convert import convert
+    from ds_quant.linear.coverage import coverage
+    from ds_quant.linear.linear_classes import register_module
+    from ds_quant.linear.modules import QuantizedModule, QuantLinear
+    from ds_quant.linear.weight_codes import weights_changed
+    from ds_quant.optim.adamw import QuantAdamW
 
 _HOMES = {
     "ConfigError": "config",
     "QuantAdamW": "optim",
     "QuantConfig": "config",
-    "QuantConv1D": "conv1d",
+    "QuantConv1D": "linear.conv1d",
     "QuantLinear": "linear",
     "QuantizedModule": "linear",
-    "convert": "conversion",
-    "coverage": "model_coverage",
+    "convert": "linear.convert",
+    "coverage": "linear.coverage",
     "disable": "engine",
     "enable": "engine",
     "initialize": "engine",
-    "register_module": "linear_classes",
-    "resolve_auto": "deepspeed_json",
-    "weights_changed": "weight_codes",
+    "register_module": "linear.linear_classes",
+    "resolve_auto": "config",
+    "weights_changed": "linear.weight_codes",
 }
 
 __all__ = [

@@ -30,7 +30,7 @@ def split_arguments(arguments: list[str]) -> tuple[list[str], str | None, bool, 
 
 def _one_rank_without_a_launcher() -> None:
     """Without a launcher DeepSpeed asks MPI for the ranks, and ends in an error on mpi4py where that is missing."""
-    from ds_quant.one_rank import RANK_VARIABLES, become_one_rank
+    from ds_quant.base.one_rank import RANK_VARIABLES, become_one_rank
 
     # srun's tasks are for who knows them: launchers/pretrain.py does.
     if not any(name in os.environ for name in (*RANK_VARIABLES, "SLURM_STEP_NUM_TASKS")):
@@ -40,7 +40,7 @@ def _one_rank_without_a_launcher() -> None:
 def _say_if_nothing_was_quantized(target: str) -> None:
     """At the end of a process whose script never came to deepspeed.initialize: it may have trained all the same."""
     from ds_quant import engine
-    from ds_quant.log import warn
+    from ds_quant.base.log import warn
 
     if not engine.was_called():
         warn(

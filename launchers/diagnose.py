@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
     from evaluating.errors import EvaluateError
     from pretraining.errors import LaunchError
 
-    from ds_quant.errors import ConfigError
+    from ds_quant.base.errors import ConfigError
 
     try:
         status: int | None = module.run(options)

@@ -74,7 +74,7 @@ def _settings(argv: list[str], planned: Work) -> dict[str, Any]:
     from loaded_model import KEY_SEED
     from pretraining.outputs import commit
 
-    from ds_quant import report
+    from ds_quant.cli import report
 
     asked = planned.asked
     return {

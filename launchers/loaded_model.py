@@ -17,9 +17,9 @@ import torch
 from opened_model import OpenedModel, choose, first_line, open_model, step_of
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from ds_quant.base.errors import fail
 from ds_quant.config import ConfigError, LinearConfig
-from ds_quant.conversion import convert, step_key_of
-from ds_quant.errors import fail
+from ds_quant.linear.convert import convert, step_key_of
 
 KEY_SEED = 0
 """Stochastic rounding draws the bits of this seed, whatever the training's was: every evaluation repeats itself."""

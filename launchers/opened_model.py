@@ -12,9 +12,9 @@ from pretraining import checkpoints
 from transformers import AutoConfig, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from ds_quant.base.errors import fail
 from ds_quant.config import ConfigError, LinearConfig, QuantConfig
-from ds_quant.errors import fail
-from ds_quant.hf_checkpoint import A_CHECKPOINT, INDEX, SINGLE, HFCheckpoint, linear_section, open_checkpoint
+from ds_quant.export.hf_checkpoint import A_CHECKPOINT, INDEX, SINGLE, HFCheckpoint, linear_section, open_checkpoint
 
 
 @dataclass(frozen=True)

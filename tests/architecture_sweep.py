@@ -15,7 +15,7 @@ import transformers
 from transformers.models.auto import modeling_auto
 
 from ds_quant.config import ConfigError
-from ds_quant.conversion import convert, coverage
+from ds_quant.linear.convert import convert, coverage
 
 W8A8 = {"weight": {"bits": 8}, "activation": {"bits": 8}}
 MAPPINGS = (

@@ -77,7 +77,7 @@ def rng():
 @pytest.fixture
 def quantizer_calls(monkeypatch):
     """Calls of the quantizers of weights and inputs, by name."""
-    from ds_quant import linear
+    from ds_quant.linear import modules
 
     calls = {"quantize_weight": 0, "quantize_input": 0}
 
@@ -89,7 +89,7 @@ def quantizer_calls(monkeypatch):
         return call
 
     for name in calls:
-        monkeypatch.setattr(linear, name, counting(name, getattr(linear, name)))
+        monkeypatch.setattr(modules, name, counting(name, getattr(modules, name)))
     return calls
 
 

@@ -10,9 +10,9 @@ from torch.utils.checkpoint import checkpoint
 
 import ds_quant
 from ds_quant.config import ConfigError, LinearConfig
-from ds_quant.conversion import convert, remove_forward_counter, step_key_of
+from ds_quant.linear.convert import convert, remove_forward_counter, step_key_of
+from ds_quant.linear.recipe import plan_of
 from ds_quant.numerics import quantize
-from ds_quant.plan import plan_of
 
 BACKENDS = ("simulated", "int8")
 

@@ -6,10 +6,10 @@ import torch
 from torch import nn
 from torch.optim import lr_scheduler
 
-from ds_quant.adamw_conversion import convert_adamw
 from ds_quant.config import ConfigError
-from ds_quant.moment import QuantizedMoment
 from ds_quant.optim import MOMENTS, QuantAdamW
+from ds_quant.optim.adopt import convert_adamw
+from ds_quant.optim.state import QuantizedMoment
 
 EIGHT = {"exp_avg": {"bits": 8}, "exp_avg_sq": {"bits": 8}}
 FULL = {"bits": 8, "map": "float", "granularity": "block", "block_size": 256, "rounding": None}

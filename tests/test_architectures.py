@@ -8,9 +8,9 @@ import transformers
 from torch import nn
 
 from ds_quant.config import ConfigError
-from ds_quant.conversion import convert, coverage
-from ds_quant.experts import fused_experts, shared_patterns
-from ds_quant.heads import output_heads
+from ds_quant.linear.convert import convert, coverage
+from ds_quant.linear.experts import fused_experts, shared_patterns
+from ds_quant.linear.heads import output_heads
 
 W8A8 = {"weight": {"bits": 8}, "activation": {"bits": 8}}
 TEXT = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 96}

@@ -3,10 +3,10 @@ import os
 import pytest
 import torch
 
-from ds_quant.checkpoint_files import check_files, read_checkpoint_file, universal_command
+from ds_quant.base.checkpoint_files import check_files, read_checkpoint_file, universal_command
 from ds_quant.config import ConfigError
-from ds_quant.moment import QuantizedMoment
 from ds_quant.numerics.codes import code_map
+from ds_quant.optim.state import QuantizedMoment
 
 
 @pytest.fixture

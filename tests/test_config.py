@@ -27,8 +27,8 @@ from ds_quant.config import (
     strip_tripwire,
     unresolved_auto,
 )
-from ds_quant.deepspeed_json import OTHER_TOP_LEVEL_KEYS, TOP_LEVEL_KEYS
-from ds_quant.section import Section
+from ds_quant.config.deepspeed_json import OTHER_TOP_LEVEL_KEYS, TOP_LEVEL_KEYS
+from ds_quant.config.section import Section
 
 W8 = {"weight": {"bits": 8}}
 

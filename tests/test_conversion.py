@@ -15,8 +15,8 @@ from transformers import (
 
 import ds_quant
 from ds_quant.config import ConfigError
-from ds_quant.conversion import check_still_converted, convert, coverage, remove_forward_counter, step_key_of
-from ds_quant.stepkey import CountForwards
+from ds_quant.linear.convert import check_still_converted, convert, coverage, remove_forward_counter, step_key_of
+from ds_quant.linear.step_key import CountForwards
 
 W8A8 = {"weight": {"bits": 8}, "activation": {"bits": 8}}
 STOCHASTIC = {**W8A8, "gradient": {"bits": 8, "rounding": "stochastic"}}

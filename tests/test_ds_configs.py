@@ -12,8 +12,8 @@ import pytest
 from conftest import free_port
 
 from ds_quant.config import TRIPWIRE, QuantConfig, has_tripwire, resolve_auto, unresolved_auto
-from ds_quant.deepspeed_json import TRIPWIRE_VALUE
-from ds_quant.refusals import check_refusals
+from ds_quant.config.deepspeed_json import TRIPWIRE_VALUE
+from ds_quant.config.refusals import check_refusals
 
 ROOT = Path(__file__).parent.parent
 FILES = sorted((ROOT / "ds_configs").glob("*.json"))
@@ -289,7 +289,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import ds_quant
-from ds_quant.moment import QuantizedMoment
+from ds_quant.optim.state import QuantizedMoment
 
 results = {}
 for name, config in json.load(open(sys.argv[1])).items():

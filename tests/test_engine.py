@@ -16,12 +16,12 @@ import torch
 from torch import nn
 
 import ds_quant
-from ds_quant import zero
+from ds_quant import engine as engine_package
 from ds_quant.config import ConfigError
-from ds_quant.conversion import coverage
+from ds_quant.engine import communication, reduction
 from ds_quant.kernels.integer_units import integer_units
-from ds_quant.stepkey import CountForwards
-from ds_quant.zero import communication, gradient_seams
+from ds_quant.linear.convert import coverage
+from ds_quant.linear.step_key import CountForwards
 
 SECTION = {"linear": {"weight": {"bits": 8}, "activation": {"bits": 8}, "exclude": []}}
 CONFIG = {
@@ -369,22 +369,22 @@ def test_the_engine_names_the_step():
 def test_unsupported_versions():
     for version in ("0.19.7", "0.18.0", "0.20.0", "1.0"):
         with pytest.raises(ConfigError, match=rf"deepspeed: got version {version}; allowed: >=0\.19\.8,<0\.20; remedy"):
-            zero.check_version(version)
+            engine_package.check_version(version)
     for version in ("0.19.8", "0.19.8+cpu", "0.19.12"):
-        assert zero.check_version(version) == version
+        assert engine_package.check_version(version) == version
 
 
 def test_a_seam_that_moved_is_named(monkeypatch):
     gone = ("deepspeed.runtime.engine", "DeepSpeedEngine.gone", "a test")
-    monkeypatch.setattr(zero.seams, "SEAMS", (*zero.seams.SEAMS, gone))
-    assert zero.find_seams()["deepspeed.runtime.engine.DeepSpeedEngine.gone"] is False
+    monkeypatch.setattr(engine_package.seams, "SEAMS", (*engine_package.seams.SEAMS, gone))
+    assert engine_package.find_seams()["deepspeed.runtime.engine.DeepSpeedEngine.gone"] is False
     with pytest.raises(ImportError, match=r"has moved deepspeed\.runtime\.engine\.DeepSpeedEngine\.gone"):
-        zero.check_seams()
+        engine_package.check_seams()
 
 
 SEAMS_OF_COMMUNICATION = [
     (module, path)
-    for module, path, _ in zero.seams.SEAMS
+    for module, path, _ in engine_package.seams.SEAMS
     if path.rpartition(".")[2].startswith(("_DeepSpeedZeroOptimizer_Stage3__avg", "reduce", "all_reduce", "allreduce"))
     or path.rpartition(".")[2] in ("average_tensor", "gradient_reduction_w_predivide", "_add_to_grad_partition_buffer")
     or path.rpartition(".")[2] in ("buffered_allreduce_fallback", "_get_gradients_for_reduction")
@@ -400,17 +400,17 @@ def test_a_seam_of_communication_that_moved_is_named(monkeypatch, module, path):
         holder = getattr(holder, part)
     monkeypatch.delattr(holder, last)
     with pytest.raises(ImportError, match=rf"has moved .*{re.escape(f'{module}.{path}')}"):
-        zero.check_seams()
+        engine_package.check_seams()
 
 
 def test_every_override_is_a_seam():
     """A method that DeepSpeed no longer calls would leave gradients in full precision, in silence."""
     assert len(SEAMS_OF_COMMUNICATION) == 19
-    names = {path.rpartition(".")[2] for _, path, _ in zero.seams.SEAMS}
+    names = {path.rpartition(".")[2] for _, path, _ in engine_package.seams.SEAMS}
     for mixin in (
-        gradient_seams.QuantizedReductionEngine,
-        gradient_seams.QuantizedReductionStage1And2,
-        gradient_seams.QuantizedReductionStage3,
+        reduction.QuantizedReductionEngine,
+        reduction.QuantizedReductionStage1And2,
+        reduction.QuantizedReductionStage3,
         communication._GradientCommunicationEngine,
     ):
         overrides = {name for name, value in vars(mixin).items() if inspect.isfunction(value)}

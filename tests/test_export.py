@@ -32,12 +32,13 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from ds_quant.cli.export import main
 from ds_quant.config import ConfigError, LinearConfig
-from ds_quant.conversion import convert
-from ds_quant.export import export, main
+from ds_quant.export import export
+from ds_quant.export.serving_format import serving_format
 from ds_quant.linear import QuantLinear
+from ds_quant.linear.convert import convert
 from ds_quant.numerics.integer import dequantize, quantize
-from ds_quant.serving_format import serving_format
 
 W8A8 = {"weight": {"bits": 8}, "activation": {"bits": 8}}
 SIZES = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 96}
@@ -607,7 +608,7 @@ def test_a_full_disk_leaves_nothing(tmp_path):
     """A limit on the size of a file stands in for the disk: the system refuses the write in the same place."""
     source = saved(tmp_path / "model", W8A8)
     program = (
-        "import resource, signal, sys; from ds_quant.export import main\n"
+        "import resource, signal, sys; from ds_quant.cli.export import main\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (50000, 50000))\n"
         "sys.exit(main(sys.argv[1:]))"
     )
@@ -622,9 +623,9 @@ def test_a_signal_leaves_nothing(tmp_path):
     source = saved(tmp_path / "model", W8A8)
     # Stopped while it writes: the second file's tensors are never read to their end.
     program = (
-        "import sys, time; from ds_quant import export\n"
+        "import sys, time; from ds_quant.cli.export import main; from ds_quant.export import exporter\n"
         "def slow(name, *rest):\n    print(name, flush=True); time.sleep(60)\n"
-        "export.encode = slow; sys.exit(export.main(sys.argv[1:]))"
+        "exporter.encode = slow; sys.exit(main(sys.argv[1:]))"
     )
     command = [sys.executable, "-c", program, source, tmp_path / "out"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as running:
@@ -651,7 +652,7 @@ def test_the_command(tmp_path, capsys):
 def test_without_the_package(tmp_path):
     source = saved(tmp_path / "model", W8A8)
     program = (
-        "import sys; sys.modules['compressed_tensors'] = None; from ds_quant.export import main\n"
+        "import sys; sys.modules['compressed_tensors'] = None; from ds_quant.cli.export import main\n"
         "sys.exit(main(sys.argv[1:]))"
     )
     for format, code in (("compressed-tensors", 2), ("bf16", 0)):

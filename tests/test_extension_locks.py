@@ -9,9 +9,9 @@ import time
 import pytest
 
 import ds_quant
-from ds_quant import extension_locks
 from ds_quant.config import ConfigError
-from ds_quant.extension_locks import STALE_SECONDS, check_extension_locks
+from ds_quant.engine import extension_locks
+from ds_quant.engine.extension_locks import STALE_SECONDS, check_extension_locks
 
 OPS = {"deepspeed_shm_comm", "fused_adam"}
 

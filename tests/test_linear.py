@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 import ds_quant
 from ds_quant.config import ConfigError, LinearConfig
-from ds_quant.conversion import convert, step_key_of
+from ds_quant.linear.convert import convert, step_key_of
 
 WEIGHTS = {
     "none": None,

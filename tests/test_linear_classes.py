@@ -12,8 +12,8 @@ from transformers.pytorch_utils import Conv1D
 
 import ds_quant
 from ds_quant.config import ConfigError, LinearConfig
-from ds_quant.conversion import convert, coverage, step_key_of
-from ds_quant.linear_classes import SAME_PRODUCTS
+from ds_quant.linear.convert import convert, coverage, step_key_of
+from ds_quant.linear.linear_classes import SAME_PRODUCTS
 
 W8A8 = {"weight": {"bits": 8}, "activation": {"bits": 8}}
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from ds_quant.moment import QuantizedMoment
 from ds_quant.numerics import code_map, dequantize_blockwise, fold_key, quantize_blockwise
 from ds_quant.numerics.codes import BITS, MAPS
+from ds_quant.optim.state import QuantizedMoment
 
 ALL = [case for case in itertools.product(MAPS, BITS, (True, False)) if case[:2] != ("float", 4)]
 SOME = [("float", 8, True), ("power", 8, False), ("power", 4, True), ("dynamic", 4, False), ("linear", 8, True)]

@@ -11,11 +11,11 @@ from torch import nn
 
 from ds_quant.config import ConfigError, MomentConfig
 from ds_quant.kernels import dispatch
-from ds_quant.moment import QuantizedMoment
 from ds_quant.numerics import code_map, dequantize_blockwise, fold_key, quantize_blockwise
 from ds_quant.numerics.adam import adamw_scalars, adamw_step
 from ds_quant.numerics.random import derive_key
 from ds_quant.optim import MOMENTS, QuantAdamW
+from ds_quant.optim.state import QuantizedMoment
 
 ULP = 2.0**-23
 EIGHT, FOUR = {"bits": 8}, {"bits": 4}

@@ -6,9 +6,8 @@ import torch
 from torch import nn
 
 from ds_quant.config import ConfigError, OptimizerConfig
-from ds_quant.moment import QuantizedMoment
 from ds_quant.optim import QuantAdamW
-from ds_quant.optimizer_setup import (
+from ds_quant.optim.setup import (
     FIXED,
     IMPLEMENTATIONS,
     ParameterNames,
@@ -19,6 +18,7 @@ from ds_quant.optimizer_setup import (
     describe_moments,
     json_hyperparameters,
 )
+from ds_quant.optim.state import QuantizedMoment
 
 
 def config(first=8, second=8, **options):

@@ -1,7 +1,7 @@
 import pytest
 
+from ds_quant.base.patterns import check_patterns, matches
 from ds_quant.config import ConfigError
-from ds_quant.patterns import check_patterns, matches
 
 NAMES = [
     "model.embed.weight",

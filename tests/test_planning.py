@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-from ds_quant.errors import ConfigError
-from ds_quant.moment import QuantizedMoment
+from ds_quant.base.errors import ConfigError
+from ds_quant.cli.plan import lines, parse_size
+from ds_quant.cli.report import main
 from ds_quant.numerics.codes import code_map
-from ds_quant.planning.command import lines, parse_size
+from ds_quant.optim.state import QuantizedMoment
 from ds_quant.planning.configs import job_config, offloaded_roles
 from ds_quant.planning.dry_run import KNOWN_BYTES, DryRun
 from ds_quant.planning.job import Job, Outcome
@@ -19,7 +20,6 @@ from ds_quant.planning.ledger import Ledger
 from ds_quant.planning.models import causal_model, resolve_model
 from ds_quant.planning.plan import Planner, Request, Setting, divisors, world_sizes
 from ds_quant.planning.traffic import Collective, totals
-from ds_quant.report import main
 
 MiB = 2**20
 

@@ -7,8 +7,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import ds_quant
-from ds_quant.conversion import convert, step_key_of
-from ds_quant.recomputation import follow_reentrant
+from ds_quant.linear.convert import convert, step_key_of
+from ds_quant.linear.recomputation import follow_reentrant
 
 STOCHASTIC = {
     "weight": {"bits": 4, "rounding": "stochastic"},

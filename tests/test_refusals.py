@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from ds_quant.config import ConfigError, QuantConfig
-from ds_quant.refusals import REFUSALS, check_refusals
+from ds_quant.config.refusals import REFUSALS, check_refusals
 
 PARTS = {
     "linear": {"linear": {"activation": {"bits": 8}}},

@@ -10,8 +10,8 @@ import pytest
 
 from ds_quant.__main__ import main as run_module
 from ds_quant.__main__ import split_arguments
-from ds_quant.extension_locks import STALE_SECONDS
-from ds_quant.report import explain, main
+from ds_quant.cli.report import explain, main
+from ds_quant.engine.extension_locks import STALE_SECONDS
 
 
 def test_versions_and_seams(capsys):

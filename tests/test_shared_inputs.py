@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import ds_quant
-from ds_quant.conversion import convert
+from ds_quant.linear.convert import convert
 
 
 class Attention(nn.Module):

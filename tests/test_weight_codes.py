@@ -9,8 +9,8 @@ from linear_oracle import IN, OUT, W8A8G8_INT8
 from torch import nn
 
 import ds_quant
-from ds_quant.conversion import convert, step_key_of
-from ds_quant.weight_codes import WeightCodes
+from ds_quant.linear.convert import convert, step_key_of
+from ds_quant.linear.weight_codes import WeightCodes
 
 
 class Raw(torch.optim.Optimizer):
@@ -67,7 +67,7 @@ def test_weights_are_quantized_once_a_step(monkeypatch, quantizer_calls, optimiz
 def test_a_stale_code_would_be_seen(monkeypatch):
     """The control of the test above: without the epoch, the optimizer that moves no version trains with old codes."""
     right = trained("raw")
-    monkeypatch.setattr("ds_quant.weight_codes._epoch", 0)
+    monkeypatch.setattr("ds_quant.linear.weight_codes._epoch", 0)
     monkeypatch.setattr(
         WeightCodes, "get", lambda self, weight, quantize: self.__dict__.setdefault("x", quantize(weight))
     )

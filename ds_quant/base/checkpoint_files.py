@@ -7,7 +7,7 @@ import zipfile
 from collections.abc import Iterable
 from typing import Any
 
-from ds_quant.errors import ConfigError, fail, problem
+from ds_quant.base.errors import ConfigError, fail, problem
 
 TRUSTED = (
     "argparse.Namespace",
@@ -16,6 +16,7 @@ TRUSTED = (
     "deepspeed.runtime.zero.config.ZeroStageEnum",
     "deepspeed.utils.tensor_fragment.fragment_address",
     "ds_quant.moment.rebuild_moment",
+    "ds_quant.optim.state.rebuild_moment",
 )
 """What DeepSpeed's files name besides what torch trusts by itself: holders of values, whose making runs nothing."""
 

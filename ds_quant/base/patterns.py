@@ -4,7 +4,7 @@ import difflib
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
 
-from ds_quant.errors import ConfigError
+from ds_quant.base.errors import ConfigError
 
 
 def matches(name: str, patterns: Iterable[str]) -> bool:

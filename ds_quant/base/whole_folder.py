@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from ds_quant.errors import fail
+from ds_quant.base.errors import fail
 
 
 def check_new(out: Path) -> Path:

@@ -6,8 +6,8 @@ import re
 import sys
 from typing import Any
 
+from ds_quant.base.errors import fail
 from ds_quant.config import read_deepspeed_config
-from ds_quant.errors import fail
 from ds_quant.planning.configs import job_config
 from ds_quant.planning.job import Outcome
 from ds_quant.planning.models import WAYS, resolve_model

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from ds_quant.base.errors import fail
 from ds_quant.config import (
     ConfigError,
     GradientCommunicationConfig,
@@ -20,11 +21,10 @@ from ds_quant.config import (
     read_deepspeed_config,
 )
 from ds_quant.config import unresolved_auto as find_auto
+from ds_quant.config.refusals import check_refusals
+from ds_quant.config.ways_in import WAYS, config_for
 from ds_quant.diagnostics.choice import choose
-from ds_quant.errors import fail
-from ds_quant.linear import describe
-from ds_quant.refusals import check_refusals
-from ds_quant.ways_in import WAYS, config_for
+from ds_quant.linear.modules import describe
 
 PACKAGES = ("ds_quant", "torch", "deepspeed", "transformers", "accelerate", "datasets", "bitsandbytes")
 
@@ -47,23 +47,23 @@ def environment() -> tuple[list[tuple[str, str]], list[str]]:
     rows: list[tuple[str, str]] = []
     problems: list[str] = []
     try:
-        from ds_quant import zero
-        from ds_quant.extension_locks import check_extension_locks
+        from ds_quant import engine
+        from ds_quant.engine.extension_locks import check_extension_locks
         from ds_quant.kernels import dispatch
         from ds_quant.kernels.integer_units import integer_units
     except (ConfigError, ImportError) as error:
         return [("deepspeed", "cannot be used")], [str(error)]
-    name, devices = zero.accelerator()
+    name, devices = engine.accelerator()
     rows.append(("accelerator", f"{name}, {devices} device(s)"))
     rows.append(("CPU instructions", torch.backends.cpu.get_cpu_capability()))
     for device in dict.fromkeys(("cpu", name)):
         rows.append((f"AdamW's steps on {device}", dispatch.implementation(device)))
     units = integer_units(torch.device(name))
     rows.append((f"int8 products on {name}", units.line()))
-    for seam, there in zero.find_seams().items():
+    for seam, there in engine.find_seams().items():
         rows.append((f"seam {seam}", "found" if there else "MISSING"))
     try:
-        check_extension_locks(zero.op_names())
+        check_extension_locks(engine.op_names())
         rows.append(("extension locks", "none"))
     except ConfigError as error:
         problems.append(str(error))
@@ -129,7 +129,7 @@ def _diagnostics(quant: QuantConfig) -> list[tuple[str, str]]:
 
 
 def _moments(config: OptimizerConfig, raw: dict[str, Any]) -> list[tuple[str, str]]:
-    from ds_quant.optimizer_setup import bytes_a_parameter, describe_moments
+    from ds_quant.optim.setup import bytes_a_parameter, describe_moments
 
     source = "the config's optimizer section"
     if "optimizer" not in raw:
@@ -156,7 +156,7 @@ def _wire(config: GradientCommunicationConfig, raw: dict[str, Any], stage: Any) 
 
 
 def _moment_checks(config: OptimizerConfig, raw: dict[str, Any], stage: Any) -> list[Callable[[], Any]]:
-    from ds_quant.optimizer_setup import check_granularity, json_hyperparameters
+    from ds_quant.optim.setup import check_granularity, json_hyperparameters
 
     checks: list[Callable[[], Any]] = []
     if isinstance(stage, int):  # what else it may be is refused elsewhere
@@ -230,16 +230,16 @@ def _write_for(options: argparse.Namespace) -> int:
 
 
 def _plan(arguments: list[str]) -> int:
-    from ds_quant.planning import command
+    from ds_quant.cli import plan
 
     parser = argparse.ArgumentParser(
         prog="ds_quant_report plan",
         description="What a training job takes of each rank's memory and puts on the wire, and the least hardware that "
         "it fits on. Exit code: 0; 1 where it does not fit; 2 where it cannot be planned.",
     )
-    command.add_arguments(parser)
+    plan.add_arguments(parser)
     try:
-        return command.run(parser.parse_args(arguments))
+        return plan.run(parser.parse_args(arguments))
     except (ConfigError, RuntimeError) as error:  # RuntimeError: what training itself would end with
         print(error, file=sys.stderr)
         return 2

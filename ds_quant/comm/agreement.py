@@ -2,12 +2,13 @@
 
 import hashlib
 import json
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from ds_quant.base.errors import ConfigError
 from ds_quant.comm import backend
-from ds_quant.errors import ConfigError
 
 
 def check_agreement(what: str, description: Any, group: backend.Group, device: torch.device) -> None:
@@ -28,3 +29,22 @@ def check_agreement(what: str, description: Any, group: backend.Group, device: t
         f"rank {rank} of {len(said)}; allowed: the same on all ranks; remedy: give every rank the same config, model "
         "and calls"
     )
+
+
+def raise_together(action: Callable[[], Any], device: torch.device) -> None:
+    """Run `action` on every rank; where it fails on one, all ranks raise rather than wait for it in a collective.
+
+    device: where the ranks' collectives run.
+    """
+    error: Exception | None = None
+    try:
+        action()
+    except Exception as raised:  # whatever it is, the others must learn of it
+        error = raised
+    failed = torch.tensor([0.0 if error is None else 1.0 + torch.distributed.get_rank()], device=device)
+    torch.distributed.all_reduce(failed, op=torch.distributed.ReduceOp.MAX)
+    if error is not None or failed.item():
+        rank = int(failed.item()) - 1
+        said = [str(error)]
+        torch.distributed.broadcast_object_list(said, src=rank)
+        raise error or ConfigError(f"rank {rank}: {said[0]}")

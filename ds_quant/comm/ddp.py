@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as torch_dist
 
+from ds_quant.base.errors import ConfigError
 from ds_quant.comm import backend
 from ds_quant.comm.agreement import check_agreement
 from ds_quant.comm.exchange import Call, Exchange
@@ -23,7 +24,6 @@ from ds_quant.comm.layout import Span
 from ds_quant.comm.reducer import Reducer
 from ds_quant.comm.statistics import Traffic
 from ds_quant.config import GradientCommunicationConfig
-from ds_quant.errors import ConfigError
 from ds_quant.numerics.integer import DTYPES
 
 

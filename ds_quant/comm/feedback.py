@@ -17,8 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ds_quant.base.errors import fail
 from ds_quant.comm.layout import Piece
-from ds_quant.errors import fail
 
 DTYPE = torch.bfloat16
 

@@ -15,10 +15,10 @@ import numpy as np
 from torch import Tensor
 from torch import distributed as torch_dist
 
+from ds_quant.base.errors import fail
 from ds_quant.comm import backend
 from ds_quant.comm.exchange import Call, Channel, Exchange
 from ds_quant.comm.layout import Layout, Piece, build
-from ds_quant.errors import fail
 from ds_quant.kernels import wire
 
 WHERE = "ds_quant.communication.gradient.hierarchical"

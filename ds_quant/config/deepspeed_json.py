@@ -16,7 +16,7 @@ from typing import Any
 
 import hjson
 
-from ds_quant.errors import ConfigError, closest, fail, problem
+from ds_quant.base.errors import ConfigError, closest, fail, problem
 
 SECTION = "ds_quant"
 

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from ds_quant.base.errors import ConfigError, problem
 from ds_quant.config import QuantConfig
-from ds_quant.errors import ConfigError, problem
 
 ALL = ("linear", "optimizer", "communication", "diagnostics")
 

@@ -16,8 +16,8 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from ds_quant.deepspeed_json import SECTION
-from ds_quant.errors import ConfigError, closest, problem
+from ds_quant.base.errors import ConfigError, closest, problem
+from ds_quant.config.deepspeed_json import SECTION
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 import copy
 from typing import Any
 
-from ds_quant.deepspeed_json import resolve_auto, unresolved_auto
+from ds_quant.config.deepspeed_json import resolve_auto, unresolved_auto
 
 WAYS = ("trainer", "accelerate", "accelerate-dummy", "native")
 """Hugging Face's Trainer; an accelerate loop with an AdamW of its own; one with DummyOptim and DummyScheduler; a script

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from ds_quant.base.errors import fail
 from ds_quant.config import DiagnosticsConfig, GradientCommunicationConfig, GradientConfig, MomentConfig, QuantConfig
 from ds_quant.diagnostics.gradient_error import GradientErrorRecorder
 from ds_quant.diagnostics.gradient_norms import GradientNormRecorder
@@ -11,7 +12,6 @@ from ds_quant.diagnostics.oscillation import OscillationRecorder
 from ds_quant.diagnostics.outliers import OutlierRecorder
 from ds_quant.diagnostics.quantization_error import QuantizationErrorRecorder
 from ds_quant.diagnostics.recorder import Recorder
-from ds_quant.errors import fail
 
 TRAINING_KINDS = ("outliers", "gradient_error", "gradient_norms", "moments", "quantization_error", "oscillation")
 """What can be measured inside training."""

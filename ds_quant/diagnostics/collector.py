@@ -10,7 +10,7 @@ A diagnostic that fails is told of and left out, on all ranks alike: training go
 
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -18,8 +18,10 @@ from typing import Any
 
 import torch
 
-from ds_quant import zero
-from ds_quant.comm.agreement import check_agreement
+from ds_quant.base.errors import fail
+from ds_quant.base.log import say, warn
+from ds_quant.base.whole_folder import write_whole
+from ds_quant.comm.agreement import check_agreement, raise_together
 from ds_quant.config import DiagnosticsConfig
 from ds_quant.diagnostics import folder
 from ds_quant.diagnostics.choice import Choice, make_recorders
@@ -29,9 +31,6 @@ from ds_quant.diagnostics.measurement import Measurement
 from ds_quant.diagnostics.monitor import write_events
 from ds_quant.diagnostics.norms import StepNorms
 from ds_quant.diagnostics.reports import Reports, check_packages
-from ds_quant.errors import fail
-from ds_quant.log import say, warn
-from ds_quant.whole_folder import write_whole
 
 
 class TrainingDiagnostics:
@@ -41,13 +40,20 @@ class TrainingDiagnostics:
         engine: the live engine. All ranks make theirs together.
         config: the JSON object.
         choice: what it comes to, from `choose`.
+        second_moments: yields (name of a parameter, exp_avg_sq) of what this rank of an engine holds.
 
     Raises:
         ConfigError: on all ranks, where rank 0 cannot write the folder, a package for the report is missing, the
             optimizer has no second moment or the ranks differ in what they measure.
     """
 
-    def __init__(self, engine: Any, config: DiagnosticsConfig, choice: Choice):
+    def __init__(
+        self,
+        engine: Any,
+        config: DiagnosticsConfig,
+        choice: Choice,
+        second_moments: Callable[[Any], Iterable[tuple[str, torch.Tensor]]],
+    ):
         self.config = config
         self.choice = choice = _without_second_moment(choice, config, engine)
         self.may_write: Callable[[], bool] = lambda: True
@@ -55,6 +61,7 @@ class TrainingDiagnostics:
         self.seconds = 0.0
         """That this rank spent on looks so far."""
         self._engine = engine
+        self._second_moments = second_moments
         self._is_first = torch.distributed.get_rank() == 0
         self._every = config.every
         self._hooks: ExitStack | None = None
@@ -154,7 +161,7 @@ class TrainingDiagnostics:
         engine = self._engine
         if self._is_first or engine.zero_optimization_stage() > 0:  # at stage 0 all ranks hold the same
             recorder: Any = self._recorders["moments"].recorder
-            for name, moment in zero.second_moments(engine):
+            for name, moment in self._second_moments(engine):
                 recorder.observe(name, moment)
 
     def _join(self) -> list[str]:
@@ -237,7 +244,7 @@ class TrainingDiagnostics:
         if "moments" in self._recorders and flat and engine.zero_optimization_stage() > 0:
             allowed = '"block" above ZeRO stage 0, where a rank holds flat parts of the moments'
             raise fail(f"{where}.exp_avg_sq.granularity", flat[0], allowed, "remove it, or look at a checkpoint")
-        zero.raise_together(self._check_output)
+        raise_together(self._check_output, torch.device(engine.device))
 
     def _check_output(self) -> None:
         if not self._is_first:

@@ -9,9 +9,9 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from ds_quant.base.errors import fail
 from ds_quant.diagnostics import sentences
 from ds_quant.diagnostics.measurement import Measurement
-from ds_quant.errors import fail
 
 MOST_LAYERS = 60
 """Layers that a bar chart has names for; more are drawn as a line over their number."""

@@ -10,9 +10,9 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
+from ds_quant.base.errors import fail
+from ds_quant.base.whole_folder import write_whole
 from ds_quant.diagnostics.measurement import Measurement, scalars_csv
-from ds_quant.errors import fail
-from ds_quant.whole_folder import write_whole
 
 SCALARS = "scalars.csv"
 REPORT = "report.html"

@@ -12,15 +12,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ds_quant.base.errors import fail
 from ds_quant.config import GradientCommunicationConfig, GradientConfig, LinearConfig
 from ds_quant.diagnostics.measurement import Measurement, Row
 from ds_quant.diagnostics.recorder import Recorder, is_transposed, zeros
-from ds_quant.errors import fail
-from ds_quant.linear import QuantizedModule, describe
+from ds_quant.linear.modules import QuantizedModule, describe
+from ds_quant.linear.recipe import STREAM_ACTIVATION, STREAM_GRAD_WEIGHT, Plan, plan_of
 from ds_quant.numerics import wire
 from ds_quant.numerics.integer import Quantized, dequantize, integer_values
 from ds_quant.numerics.random import fold_key, fold_words
-from ds_quant.plan import STREAM_ACTIVATION, STREAM_GRAD_WEIGHT, Plan, plan_of
 
 _SUMS = ("dot", "exact_square", "quantized_square", "error_square", "error_abs", "exact_abs", "calls")
 

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ds_quant.conversion import linear_modules
+from ds_quant.base.errors import fail
 from ds_quant.diagnostics.recorder import Recorder
-from ds_quant.errors import fail
+from ds_quant.linear.convert import linear_modules
 
 
 @contextmanager

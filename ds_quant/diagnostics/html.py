@@ -12,10 +12,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ds_quant.base.errors import fail
+from ds_quant.base.whole_folder import write_whole
 from ds_quant.diagnostics import folder
 from ds_quant.diagnostics.measurement import KINDS, Measurement
-from ds_quant.errors import fail
-from ds_quant.whole_folder import write_whole
 
 COMMAND = "python launchers/diagnose.py report FOLDER"
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ds_quant.base.errors import fail
 from ds_quant.diagnostics.measurement import Measurement, Row
 from ds_quant.diagnostics.perturbation import (
     Loss,
@@ -17,7 +18,6 @@ from ds_quant.diagnostics.perturbation import (
     move,
     restored,
 )
-from ds_quant.errors import fail
 
 
 def landscape(

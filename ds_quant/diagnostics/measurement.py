@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from io import StringIO
 from typing import Any
 
-from ds_quant.errors import fail
+from ds_quant.base.errors import fail
 
 KINDS = (
     "outliers",

@@ -12,15 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ds_quant.base.errors import fail
 from ds_quant.config import MomentConfig
 from ds_quant.diagnostics.measurement import Measurement, Row
 from ds_quant.diagnostics.recorder import Recorder, zeros
-from ds_quant.errors import fail
-from ds_quant.group_options import DEFAULT_ROUNDING, MOMENTS
-from ds_quant.moment import QuantizedMoment
 from ds_quant.numerics.blockwise import dequantize_blockwise, group_size, quantize_blockwise
 from ds_quant.numerics.codes import code_map
 from ds_quant.numerics.random import fold_key
+from ds_quant.optim.group_options import DEFAULT_ROUNDING, MOMENTS
+from ds_quant.optim.state import QuantizedMoment
 
 LOWEST = -150
 """Exponent below that of the smallest fp32 number; its bin holds the zeros."""

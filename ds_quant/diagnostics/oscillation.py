@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ds_quant.base.errors import fail
 from ds_quant.diagnostics.measurement import Measurement, Row
 from ds_quant.diagnostics.recorder import Recorder, weight_matrix, zeros
-from ds_quant.errors import fail
-from ds_quant.linear import QuantizedModule
+from ds_quant.linear.modules import QuantizedModule
+from ds_quant.linear.recipe import Quantizer
 from ds_quant.numerics.integer import divide, expand_scale
 from ds_quant.numerics.random import fold_key, random_bits
-from ds_quant.plan import Quantizer
 
 SAMPLE = 65536
 """Weights of a layer that are followed."""

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ds_quant.base.errors import fail
 from ds_quant.diagnostics.measurement import Measurement, Row
 from ds_quant.diagnostics.recorder import Recorder, features_of, zeros
-from ds_quant.errors import fail
 
 NUM_STD = 6.0
 """Standard deviations above the mean of all channels, from the paper."""

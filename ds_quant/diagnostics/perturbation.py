@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ds_quant.base.errors import fail
 from ds_quant.diagnostics.recorder import is_transposed
-from ds_quant.errors import fail
-from ds_quant.weight_codes import weights_changed
+from ds_quant.linear.weight_codes import weights_changed
 
 Loss = Callable[[nn.Module, Any], Tensor]
 """(model, batch) to the mean loss of the batch, a scalar."""

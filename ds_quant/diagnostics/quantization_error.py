@@ -6,12 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ds_quant.base.errors import fail
 from ds_quant.diagnostics.measurement import Measurement, Row
 from ds_quant.diagnostics.recorder import Recorder, weight_matrix, zeros
-from ds_quant.errors import fail
-from ds_quant.linear import QuantizedModule
+from ds_quant.linear.modules import QuantizedModule
+from ds_quant.linear.recipe import Quantizer
 from ds_quant.numerics.integer import Quantized, dequantize, integer_values, symmetric_levels
-from ds_quant.plan import Quantizer
 
 _SUMS = ("error", "square", "zeroed", "nonzero", "ends", "numel")
 _OPERANDS = ("weight", "activation")

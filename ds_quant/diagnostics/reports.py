@@ -4,9 +4,9 @@ import os
 import time
 from pathlib import Path
 
+from ds_quant.base.errors import fail
+from ds_quant.base.log import warn
 from ds_quant.diagnostics import folder, html
-from ds_quant.errors import fail
-from ds_quant.log import warn
 
 SHARE = 0.01
 """Of a run's time that goes into reports while it lasts. What the first costs is guessed."""

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ds_quant.base.errors import fail
 from ds_quant.diagnostics.measurement import Measurement, Row
 from ds_quant.diagnostics.perturbation import Loss, check_movable, evaluating, language_loss, move, restored
-from ds_quant.errors import fail
 
 RHO = 0.05
 

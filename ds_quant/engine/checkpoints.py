@@ -5,15 +5,15 @@ collective. Here every rank looks at its files first (tensors stay on the disk),
 """
 
 import os
-from collections.abc import Callable
 from typing import Any
 
 import deepspeed
 import torch
 from deepspeed import comm as dist
 
-from ds_quant.checkpoint_files import check_files, read_checkpoint_file, universal_remedy
-from ds_quant.errors import ConfigError, fail
+from ds_quant.base.checkpoint_files import check_files, read_checkpoint_file, universal_remedy
+from ds_quant.base.errors import fail
+from ds_quant.comm.agreement import raise_together
 
 
 def moment_files(engine: Any, load_dir: str, tag: str | None) -> list[str]:
@@ -43,32 +43,15 @@ def moment_files(engine: Any, load_dir: str, tag: str | None) -> list[str]:
 
 def check_checkpoint(engine: Any, files: list[str]) -> None:
     """Raise ConfigError on all ranks where one cannot load the moments in `files`, naming the file."""
-    raise_together(lambda: check_files(files))
+    raise_together(lambda: check_files(files), engine.device)
     if not files:
         return
     if engine.load_universal_checkpoint():
-        raise_together(lambda: _check_universal(engine, files))
+        raise_together(lambda: _check_universal(engine, files), engine.device)
         return
     steps: list[float] = []
-    raise_together(lambda: steps.extend(_check_partition(engine, files[0])))
+    raise_together(lambda: steps.extend(_check_partition(engine, files[0])), engine.device)
     _check_same_step(engine, files[0], steps)
-
-
-def raise_together(action: Callable[[], Any]) -> None:
-    """Run `action` on every rank; where it fails on one, all ranks raise rather than wait for it in a collective."""
-    error: Exception | None = None
-    try:
-        action()
-    except Exception as raised:  # whatever it is, the others must learn of it
-        error = raised
-    failed = torch.tensor([0.0 if error is None else 1.0 + dist.get_rank()])
-    failed = failed.to(deepspeed.get_accelerator().current_device_name())
-    dist.all_reduce(failed, op=dist.ReduceOp.MAX)
-    if error is not None or failed.item():
-        rank = int(failed.item()) - 1
-        said = [str(error)]
-        torch.distributed.broadcast_object_list(said, src=rank)
-        raise error or ConfigError(f"rank {rank}: {said[0]}")
 
 
 def stepped_tensors(engine: Any) -> list[tuple[dict[str, Any], torch.Tensor]]:

@@ -6,20 +6,20 @@ from typing import Any
 import torch
 from deepspeed import comm as dist
 
+from ds_quant.base.log import say, warn
+from ds_quant.comm.agreement import raise_together
 from ds_quant.comm.reducer import bytes_an_element, describe_wire
 from ds_quant.config import GradientCommunicationConfig
-from ds_quant.log import say, warn
-from ds_quant.zero.checkpoints import raise_together
-from ds_quant.zero.engine_class import mix_in
-from ds_quant.zero.gradient_seams import (
+from ds_quant.engine.engine_class import mix_in
+from ds_quant.engine.gradients import GradientCommunication
+from ds_quant.engine.micro_steps import count_micro_steps
+from ds_quant.engine.reduction import (
     QuantizedReductionEngine,
     QuantizedReductionStage1And2,
     QuantizedReductionStage3,
 )
-from ds_quant.zero.gradients import GradientCommunication
-from ds_quant.zero.micro_steps import count_micro_steps
-from ds_quant.zero.residual_files import read_residuals, save_residuals
-from ds_quant.zero.seams import check_live
+from ds_quant.engine.residual_files import read_residuals, save_residuals
+from ds_quant.engine.seams import check_live
 
 
 class _GradientCommunicationEngine:
@@ -49,7 +49,7 @@ class _GradientCommunicationEngine:
         if feedback is not None and save_dir:
             tag = f"global_step{engine.global_steps}" if tag is None else str(tag)
             # Before DeepSpeed writes `latest`: what that names is whole.
-            raise_together(lambda: save_residuals(engine, os.path.join(save_dir, tag)))
+            raise_together(lambda: save_residuals(engine, os.path.join(save_dir, tag)), engine.device)
         client_state = {} if client_state is None else client_state
         return super().save_checkpoint(  # type: ignore[misc]
             save_dir, tag, client_state, save_latest, exclude_frozen_parameters

@@ -15,11 +15,11 @@ from deepspeed import comm as dist
 from deepspeed.utils import safe_get_local_optimizer_state
 from torch import Tensor
 
-from ds_quant.errors import fail
-from ds_quant.zero.checkpoints import raise_together
-from ds_quant.zero.engine_class import mix_in
-from ds_quant.zero.micro_steps import count_micro_steps
-from ds_quant.zero.seams import check_live
+from ds_quant.base.errors import fail
+from ds_quant.comm.agreement import raise_together
+from ds_quant.engine.engine_class import mix_in
+from ds_quant.engine.micro_steps import count_micro_steps
+from ds_quant.engine.seams import check_live
 
 _Engine = deepspeed.runtime.engine.DeepSpeedEngine
 _FILE = "ds_quant_diagnostics.pt"
@@ -75,14 +75,15 @@ class _DiagnosedEngine:
         if save_dir:
             folder = Path(save_dir) / (f"global_step{engine.global_steps}" if tag is None else str(tag))
             # Before DeepSpeed writes `latest`: what that names is whole.
-            raise_together(lambda: _save(engine, folder))
+            raise_together(lambda: _save(engine, folder), engine.device)
         return super().save_checkpoint(save_dir, tag, *args, **kwargs)  # type: ignore[misc]
 
     @functools.wraps(_Engine.load_checkpoint)
     def load_checkpoint(self, load_dir: str, tag: Any = None, *args: Any, **kwargs: Any) -> Any:
         result = super().load_checkpoint(load_dir, tag, *args, **kwargs)  # type: ignore[misc]
         if result[0] is not None:
-            self.ds_quant_diagnostics.loaded(_load(Path(result[0]).parent))
+            engine: Any = self
+            self.ds_quant_diagnostics.loaded(_load(Path(result[0]).parent, engine.device))
         return result
 
 
@@ -160,7 +161,7 @@ def _save(engine: Any, folder: Path) -> None:
         part.unlink(missing_ok=True)
 
 
-def _load(folder: Path) -> dict[str, Any] | None:
+def _load(folder: Path, device: torch.device) -> dict[str, Any] | None:
     """The state in the folder of a checkpoint, as rank 0 finds it, on all ranks. ConfigError where it is broken."""
     found: list[Any] = [None]
 
@@ -173,6 +174,6 @@ def _load(folder: Path) -> dict[str, Any] | None:
                 remedy = "copy the checkpoint again, or delete this file to begin the diagnostics anew"
                 raise fail(str(path), f"a file that cannot be read ({error})", "a whole one", remedy) from error
 
-    raise_together(read)
+    raise_together(read, device)
     torch.distributed.broadcast_object_list(found, src=0)
     return found[0]

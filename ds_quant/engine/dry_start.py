@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ds_quant.zero.initialize import optimizer_built_by
+from ds_quant.engine.patches import optimizer_built_by
 
 
 def preload() -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from deepspeed.constants import TORCH_DISTRIBUTED_DEFAULT_PORT
 
-from ds_quant import optimizer_setup, zero
+from ds_quant.base.log import say, warn
 from ds_quant.config import (
     ConfigError,
     OptimizerConfig,
@@ -24,16 +24,30 @@ from ds_quant.config import (
     strip_tripwire,
     unresolved_auto,
 )
-from ds_quant.conversion import check_still_converted, convert, coverage, step_key_of, write_to_model_config
-from ds_quant.deepspeed_json import TRIPWIRE_VALUE
+from ds_quant.config.deepspeed_json import TRIPWIRE_VALUE
+from ds_quant.config.refusals import check_refusals
 from ds_quant.diagnostics.choice import choose
 from ds_quant.diagnostics.collector import TrainingDiagnostics
-from ds_quant.extension_locks import check_extension_locks
+from ds_quant.engine.communication import attach_communication
+from ds_quant.engine.diagnostics import attach_diagnostics, second_moments
+from ds_quant.engine.extension_locks import check_extension_locks
+from ds_quant.engine.moments import attach_moments
+from ds_quant.engine.patches import (
+    check_model,
+    no_step_at_start,
+    op_names,
+    optimizer_built_by,
+    own_initialize,
+    strip_tripwire_in_zero_init,
+    wrap_initialize,
+)
+from ds_quant.engine.steps import attach_steps
+from ds_quant.engine.weights import attach_weights
 from ds_quant.kernels.integer_units import integer_units
-from ds_quant.linear import QuantizedModule
-from ds_quant.log import say, warn
-from ds_quant.optim import QuantAdamW
-from ds_quant.refusals import check_refusals
+from ds_quant.linear.convert import check_still_converted, convert, coverage, step_key_of, write_to_model_config
+from ds_quant.linear.modules import QuantizedModule
+from ds_quant.optim import setup
+from ds_quant.optim.adamw import QuantAdamW
 
 _undo_enable: list[Callable[[], None]] = []
 _models: list[str] = []
@@ -53,8 +67,8 @@ def enable() -> None:
     """
     if _undo_enable:
         return
-    check_extension_locks(zero.op_names(), say)
-    _undo_enable.extend((zero.wrap_initialize(initialize), zero.strip_tripwire_in_zero_init()))
+    check_extension_locks(op_names(), say)
+    _undo_enable.extend((wrap_initialize(initialize), strip_tripwire_in_zero_init()))
 
 
 def disable() -> None:
@@ -104,7 +118,7 @@ def initialize(
     _models.append(type(model).__name__)
     if len(_models) > 1:
         say(f"engine {len(_models)} of this process, for {_models[-1]}:")
-    deepspeed_initialize = zero.own_initialize()
+    deepspeed_initialize = own_initialize()
     source = _config_source(args, config, config_params)
     if source is None or model is None:
         return deepspeed_initialize(**forwarded)  # DeepSpeed's own message says what is missing
@@ -113,7 +127,7 @@ def initialize(
     quant = QuantConfig.load(raw)
     for warning in near_miss_keys(raw):
         warn(warning)
-    check_extension_locks(zero.op_names(), say)
+    check_extension_locks(op_names(), say)
 
     if has_tripwire(raw):
         _replace_config(forwarded, strip_tripwire(raw))
@@ -136,7 +150,7 @@ def initialize(
             + ", ".join(f"{path.rpartition('.')[2]}=..." for path in left)
             + ")"
         )
-    zero.check_model(model)
+    check_model(model)
     if not _is_trained(raw, optimizer):
         quant = _for_evaluation(quant, model)
     choice = choose(quant.diagnostics, quant) if quant.diagnostics else None
@@ -146,29 +160,29 @@ def initialize(
     # Diagnostics are of this run, and no part of the model.
     if quant.linear or quant.optimizer or quant.communication:
         write_to_model_config(model, {key: part for key, part in raw["ds_quant"].items() if key != "diagnostics"})
-    with zero.optimizer_built_by(moments.build if moments else None), zero.no_step_at_start():
+    with optimizer_built_by(moments.build if moments else None), no_step_at_start():
         result = deepspeed_initialize(**forwarded)
     engine = result[0]
     if moments:
-        zero.attach_moments(engine)
+        attach_moments(engine)
         for line in moments.lines:
             say(line)
     if quant.linear:
         check_still_converted(engine.module, names)
         step_key = step_key_of(engine.module)
         if step_key is not None:
-            zero.attach_steps(engine, step_key)
+            attach_steps(engine, step_key)
         if quant.linear.backend == "int8":
-            zero.attach_weights(engine)
+            attach_weights(engine)
             units = integer_units(torch.device(engine.device))  # warns by itself where it is slow
             if units.is_fast:
                 say(units.line())
         for line in coverage(engine.module).lines():
             say(line)
     if quant.communication and quant.communication.gradient:
-        zero.attach_communication(engine, quant.communication.gradient)
+        attach_communication(engine, quant.communication.gradient)
     if quant.diagnostics and choice:
-        zero.attach_diagnostics(engine, TrainingDiagnostics(engine, quant.diagnostics, choice))
+        attach_diagnostics(engine, TrainingDiagnostics(engine, quant.diagnostics, choice, second_moments))
     return result
 
 
@@ -229,23 +243,23 @@ class _Moments:
 def _prepare_moments(raw: dict[str, Any], config: OptimizerConfig, forwarded: dict[str, Any]) -> _Moments:
     """Check what the optimizer section needs, and have `forwarded` carry a QuantAdamW or the groups for one."""
     zero_section = raw.get("zero_optimization") or {}
-    optimizer_setup.check_granularity(config, zero_section.get("stage", 0))
+    setup.check_granularity(config, zero_section.get("stage", 0))
     client = forwarded["optimizer"]
-    hyperparameters = optimizer_setup.json_hyperparameters(raw) if client is None else {}
-    names = optimizer_setup.ParameterNames(forwarded["model"], config.exclude)
+    hyperparameters = setup.json_hyperparameters(raw) if client is None else {}
+    names = setup.ParameterNames(forwarded["model"], config.exclude)
     build = None
     if client is None:
         forwarded["model_parameters"] = names.split(forwarded["model_parameters"])
-        build = optimizer_setup.builder(config, hyperparameters)
+        build = setup.builder(config, hyperparameters)
     else:
-        forwarded["optimizer"] = optimizer_setup.adopt(config, names, client)
+        forwarded["optimizer"] = setup.adopt(config, names, client)
         offload = zero_section.get("offload_optimizer") or {}
         if offload.get("device", "none") != "none" and "zero_force_ds_cpu_optimizer" not in raw:
             # DeepSpeed refuses optimizers that are passed in for being slow on a CPU; this one is not.
             _replace_config(forwarded, {**strip_tripwire(raw), "zero_force_ds_cpu_optimizer": False})
-    lines = [f"AdamW's moments: {optimizer_setup.describe_moments(config)}"]
+    lines = [f"AdamW's moments: {setup.describe_moments(config)}"]
     share = 100 * (1 - names.num_excluded / names.num_elements) if names.num_elements else 0.0
-    size = optimizer_setup.bytes_a_parameter(config)
+    size = setup.bytes_a_parameter(config)
     lines.append(f"they take {size:.2f} bytes a parameter instead of 8, for {share:.1f}% of the trainable parameters")
     if names.excluded:
         lines.append(f"32-bit moments by ds_quant.optimizer.exclude: {', '.join(names.excluded)}")

@@ -5,9 +5,9 @@ from typing import Any
 import deepspeed
 import torch
 
-from ds_quant import recomputation
-from ds_quant.stepkey import StepKey
-from ds_quant.zero.engine_class import mix_in
+from ds_quant.engine.engine_class import mix_in
+from ds_quant.linear import recomputation
+from ds_quant.linear.step_key import StepKey
 
 
 class _ForwardNumberingEngine:

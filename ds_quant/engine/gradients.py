@@ -17,7 +17,7 @@ from ds_quant.comm.layout import Piece, Span, cut_each, whole
 from ds_quant.comm.reducer import Reducer
 from ds_quant.comm.statistics import Statistics, Traffic
 from ds_quant.config import GradientCommunicationConfig
-from ds_quant.zero.steps import seed_of_first_rank
+from ds_quant.engine.steps import seed_of_first_rank
 
 
 class GradientCommunication:

@@ -12,8 +12,8 @@ from typing import Any
 import deepspeed
 import torch
 
-from ds_quant.zero.engine_class import mix_in
-from ds_quant.zero.seams import check_live
+from ds_quant.engine.engine_class import mix_in
+from ds_quant.engine.seams import check_live
 
 _Engine = deepspeed.runtime.engine.DeepSpeedEngine
 

@@ -8,11 +8,12 @@ import torch
 from deepspeed import comm as dist
 from deepspeed.runtime.zero.offload_config import OffloadDeviceEnum, OffloadStateTypeEnum
 
-from ds_quant.errors import ConfigError, fail
+from ds_quant.base.errors import ConfigError, fail
+from ds_quant.comm.agreement import raise_together
+from ds_quant.engine.checkpoints import check_checkpoint, moment_files, stepped_tensors
+from ds_quant.engine.engine_class import mix_in
+from ds_quant.engine.seams import check_live
 from ds_quant.optim import MOMENTS, QuantAdamW
-from ds_quant.zero.checkpoints import check_checkpoint, moment_files, raise_together, stepped_tensors
-from ds_quant.zero.engine_class import mix_in
-from ds_quant.zero.seams import check_live
 
 
 class _QuantizedMomentsEngine:
@@ -59,7 +60,7 @@ class _QuantizedMomentsEngine:
         for group, options in zip(engine.basic_optimizer.param_groups, own, strict=True):
             group.update({name: options[name] for name in kept})
         if with_moments and result[0] is not None:
-            raise_together(lambda: _mend(engine, files))
+            raise_together(lambda: _mend(engine, files), engine.device)
             self.ds_quant_moments_linked = _link_moments(engine)
         return result
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ds_quant.config import ConfigError, read_deepspeed_config, strip_tripwire
-from ds_quant.optim import QuantAdamW
+from ds_quant.optim.adamw import QuantAdamW
 
 # ZeRO compares exact types.
 if QuantAdamW not in deepspeed.runtime.zero.utils.ZERO_SUPPORTED_OPTIMIZERS:

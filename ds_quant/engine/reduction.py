@@ -18,7 +18,7 @@ from deepspeed.runtime.zero import stage3, stage_1_and_2
 from torch import Tensor
 
 from ds_quant.comm.layout import Piece, Span
-from ds_quant.zero.gradients import GradientCommunication
+from ds_quant.engine.gradients import GradientCommunication
 
 
 class _Collectives:

@@ -9,9 +9,9 @@ from deepspeed import comm as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from ds_quant.errors import fail
-from ds_quant.log import warn
-from ds_quant.zero.checkpoints import raise_together
+from ds_quant.base.errors import fail
+from ds_quant.base.log import warn
+from ds_quant.comm.agreement import raise_together
 
 FORMAT = "1"
 _REMEDY = "copy the checkpoint again, or delete its files ds_quant_residuals_* to begin anew"
@@ -49,7 +49,7 @@ def read_residuals(engine: Any, load_dir: str, tag: str | None) -> dict[str, Any
     path = _file(folder, dist.get_rank())
     residuals: dict[str, Any] = {}
     metadata: dict[str, str] = {}
-    raise_together(lambda: _read_file(path, residuals, metadata))
+    raise_together(lambda: _read_file(path, residuals, metadata), engine.device)
     # Ranks of other nodes may have folders of their own: each looks at its own file, and all judge together.
     everywhere: list[Any] = [None] * world_size
     torch.distributed.all_gather_object(everywhere, (str(path), metadata))

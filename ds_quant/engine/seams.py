@@ -7,7 +7,7 @@ from typing import Any
 
 from packaging.version import Version
 
-from ds_quant.errors import ConfigError
+from ds_quant.base.errors import ConfigError
 
 SUPPORTED = ("0.19.8", "0.20")
 """First supported version, first version that is not."""

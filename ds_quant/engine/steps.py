@@ -5,11 +5,11 @@ from typing import Any
 import torch
 from deepspeed import comm as dist
 
-from ds_quant.conversion import remove_forward_counter
-from ds_quant.stepkey import SEED_MASK, StepKey
-from ds_quant.zero.engine_class import mix_in
-from ds_quant.zero.forwards import number_forwards
-from ds_quant.zero.micro_steps import count_micro_steps
+from ds_quant.engine.engine_class import mix_in
+from ds_quant.engine.forwards import number_forwards
+from ds_quant.engine.micro_steps import count_micro_steps
+from ds_quant.linear.convert import remove_forward_counter
+from ds_quant.linear.step_key import SEED_MASK, StepKey
 
 
 class _StepNamingEngine:

@@ -9,10 +9,10 @@ from typing import Any
 
 import deepspeed
 
-from ds_quant.linear import QuantizedModule
-from ds_quant.weight_codes import weights_changed
-from ds_quant.zero.engine_class import mix_in
-from ds_quant.zero.seams import check_live
+from ds_quant.engine.engine_class import mix_in
+from ds_quant.engine.seams import check_live
+from ds_quant.linear.modules import QuantizedModule
+from ds_quant.linear.weight_codes import weights_changed
 
 _Engine = deepspeed.runtime.engine.DeepSpeedEngine
 _Gathered = deepspeed.zero.GatheredParameters

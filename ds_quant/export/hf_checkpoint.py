@@ -14,9 +14,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from ds_quant.base.errors import fail
 from ds_quant.config import ConfigError, LinearConfig, QuantConfig
-from ds_quant.deepspeed_json import SECTION
-from ds_quant.errors import fail
+from ds_quant.config.deepspeed_json import SECTION
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"

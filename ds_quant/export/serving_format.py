@@ -18,10 +18,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ds_quant.base.errors import fail, problem
 from ds_quant.config import ConfigError, LinearConfig
-from ds_quant.errors import fail, problem
+from ds_quant.linear.recipe import STREAM_WEIGHT, Quantizer, plan_of
 from ds_quant.numerics.integer import dequantize
-from ds_quant.plan import STREAM_WEIGHT, Quantizer, plan_of
 
 PLAIN = "train with what is allowed, or export plain weights: --format bf16"
 

@@ -22,7 +22,7 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
-from ds_quant.log import warn
+from ds_quant.base.log import warn
 
 FOLDER = Path(__file__).parent
 DRIVERS = ("adamw.cpp", "wire.cpp", "products.cpp")

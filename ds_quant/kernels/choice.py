@@ -7,7 +7,7 @@ triton      on CUDA, `kernels.triton` for AdamW's steps where it takes their for
 
 import os
 
-from ds_quant.errors import fail
+from ds_quant.base.errors import fail
 
 VARIABLE = "DS_QUANT_KERNELS"
 CHOICES = ("reference", "triton")

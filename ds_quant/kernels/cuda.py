@@ -20,9 +20,9 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
+from ds_quant.base.log import warn
 from ds_quant.kernels.choice import chosen
 from ds_quant.kernels.work import AdamWWork
-from ds_quant.log import warn
 from ds_quant.numerics.adam import AdamWScalars, Moment, adamw_step
 from ds_quant.numerics.blockwise import QuantizedBlocks, packed_bytes
 from ds_quant.numerics.codes import CodeMap

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 
-from ds_quant.log import warn
+from ds_quant.base.log import warn
 
 _CPU_FLAGS = {
     "avx512_vnni": "AVX-512 VNNI",

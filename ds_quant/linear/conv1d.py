@@ -7,8 +7,8 @@ from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from ds_quant.config import LinearConfig
-from ds_quant.linear import QuantizedModule
-from ds_quant.stepkey import StepKey
+from ds_quant.linear.modules import QuantizedModule
+from ds_quant.linear.step_key import StepKey
 
 
 class QuantConv1D(QuantizedModule, Conv1D):

@@ -10,17 +10,17 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import nn
 
+from ds_quant.base.log import say
+from ds_quant.base.patterns import check_patterns, matches
 from ds_quant.config import ConfigError, LinearConfig
-from ds_quant.experts import fused_experts, shape_of, shared_patterns
-from ds_quant.heads import output_heads
-from ds_quant.linear import QuantizedModule, describe
-from ds_quant.linear_classes import check_included, is_linear, obstacle, quantized_class, register_module
-from ds_quant.log import say
-from ds_quant.model_coverage import Coverage, coverage
-from ds_quant.patterns import check_patterns, matches
-from ds_quant.plan import NUM_STREAMS
-from ds_quant.shared_inputs import SharedInputs
-from ds_quant.stepkey import CountForwards, StepKey
+from ds_quant.linear.coverage import Coverage, coverage
+from ds_quant.linear.experts import fused_experts, shape_of, shared_patterns
+from ds_quant.linear.heads import output_heads
+from ds_quant.linear.linear_classes import check_included, is_linear, obstacle, quantized_class, register_module
+from ds_quant.linear.modules import QuantizedModule, describe
+from ds_quant.linear.recipe import NUM_STREAMS
+from ds_quant.linear.shared_inputs import SharedInputs
+from ds_quant.linear.step_key import CountForwards, StepKey
 
 __all__ = [
     "Coverage",

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from ds_quant.linear_classes import is_linear
+from ds_quant.linear.linear_classes import is_linear
 
 _EXPERT = re.compile(r"experts?(?![a-z])|Experts?(?![a-z])")
 _NO_EXPERTS = (nn.Embedding, nn.EmbeddingBag, nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.LayerNorm)

@@ -22,8 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ds_quant.kernels import ops
-from ds_quant.numerics.random import derive_key
-from ds_quant.plan import (
+from ds_quant.linear.recipe import (
     STREAM_ACTIVATION,
     STREAM_GRAD_INPUT,
     STREAM_GRAD_WEIGHT,
@@ -31,6 +30,7 @@ from ds_quant.plan import (
     Plan,
     Quantizer,
 )
+from ds_quant.numerics.random import derive_key
 
 
 def quantize_input(x: Tensor, plan: Plan, dtype: torch.dtype, key: Tensor | None) -> Codes:

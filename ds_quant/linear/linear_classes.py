@@ -13,9 +13,9 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from ds_quant.base.errors import fail
 from ds_quant.config import ConfigError
-from ds_quant.errors import fail
-from ds_quant.linear import QuantizedModule, QuantLinear
+from ds_quant.linear.modules import QuantizedModule, QuantLinear
 
 _CONV1D = "transformers.pytorch_utils.Conv1D"
 

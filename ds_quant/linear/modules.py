@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ds_quant import recomputation
 from ds_quant.config import ActivationConfig, GradientConfig, LinearConfig
-from ds_quant.int8 import Int8Linear, quantize_input, quantize_weight
-from ds_quant.plan import NUM_STREAMS, Codes, Plan, plan_of
-from ds_quant.shared_inputs import ArrivingInput, SharedInputs
-from ds_quant.simulated import SimulatedLinear
-from ds_quant.stepkey import StepKey
-from ds_quant.weight_codes import WeightCodes
+from ds_quant.linear import recomputation
+from ds_quant.linear.int8 import Int8Linear, quantize_input, quantize_weight
+from ds_quant.linear.recipe import NUM_STREAMS, Codes, Plan, plan_of
+from ds_quant.linear.shared_inputs import ArrivingInput, SharedInputs
+from ds_quant.linear.simulated import SimulatedLinear
+from ds_quant.linear.step_key import StepKey
+from ds_quant.linear.weight_codes import WeightCodes
 
 
 class QuantizedModule(nn.Module):

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch.utils import checkpoint
 
-from ds_quant.stepkey import step_keys
+from ds_quant.linear.step_key import step_keys
 
 _GENERATOR = "_checkpoint_without_reentrant_generator"
 

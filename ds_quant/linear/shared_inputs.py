@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ds_quant.plan import Codes
-from ds_quant.tensor_state import TensorState
+from ds_quant.linear.recipe import Codes
+from ds_quant.linear.tensor_state import TensorState
 
 _MOST = 4
 """Inputs that are remembered: a decoder's own, and the encoder's output that all its layers share."""

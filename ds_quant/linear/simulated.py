@@ -17,8 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ds_quant.numerics.integer import Quantized, dequantize, integer_values
-from ds_quant.plan import (
+from ds_quant.linear.recipe import (
     STREAM_ACTIVATION,
     STREAM_GRAD_INPUT,
     STREAM_GRAD_WEIGHT,
@@ -26,6 +25,7 @@ from ds_quant.plan import (
     Plan,
     Quantizer,
 )
+from ds_quant.numerics.integer import Quantized, dequantize, integer_values
 
 
 class _Operand(NamedTuple):

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from ds_quant.plan import Codes
-from ds_quant.tensor_state import TensorState
+from ds_quant.linear.recipe import Codes
+from ds_quant.linear.tensor_state import TensorState
 
 _epoch = 0
 

@@ -17,9 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ds_quant.base.errors import fail
+from ds_quant.base.log import say
 from ds_quant.config import ConfigError
-from ds_quant.errors import fail
-from ds_quant.group_options import (
+from ds_quant.kernels import dispatch
+from ds_quant.kernels.work import AdamWWork
+from ds_quant.numerics.random import fold_key
+from ds_quant.optim.group_options import (
     MOMENTS,
     Format,
     GroupOptions,
@@ -27,13 +31,7 @@ from ds_quant.group_options import (
     check_parameters,
     moment_options,
 )
-from ds_quant.kernels import dispatch
-from ds_quant.kernels.work import AdamWWork
-from ds_quant.log import say
-from ds_quant.moment import QuantizedMoment
-from ds_quant.numerics.random import fold_key
-
-__all__ = ["MOMENTS", "QuantAdamW", "QuantizedMoment"]
+from ds_quant.optim.state import QuantizedMoment
 
 
 class QuantAdamW(torch.optim.Optimizer):

@@ -4,9 +4,9 @@ from typing import Any
 
 import torch
 
-from ds_quant.errors import fail
-from ds_quant.group_options import MOMENTS, check_hyperparameters, check_parameters, moment_option, moment_options
-from ds_quant.optim import QuantAdamW
+from ds_quant.base.errors import fail
+from ds_quant.optim.adamw import QuantAdamW
+from ds_quant.optim.group_options import MOMENTS, check_hyperparameters, check_parameters, moment_option, moment_options
 
 
 def convert_adamw(optimizer: torch.optim.Optimizer, *, exp_avg: Any, exp_avg_sq: Any, seed: int = 0) -> QuantAdamW:

@@ -5,8 +5,8 @@ from typing import Any
 
 from torch import Tensor
 
+from ds_quant.base.errors import fail
 from ds_quant.config import ConfigError, MomentConfig, OptimizerConfig
-from ds_quant.errors import fail
 from ds_quant.numerics.adam import AdamWScalars, adamw_scalars
 from ds_quant.numerics.blockwise import group_size
 from ds_quant.numerics.codes import CodeMap, code_map

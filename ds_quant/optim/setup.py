@@ -6,14 +6,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ds_quant.adamw_conversion import convert_adamw
+from ds_quant.base.errors import fail
+from ds_quant.base.log import warn
+from ds_quant.base.patterns import check_patterns, matches
 from ds_quant.config import MomentConfig, OptimizerConfig
-from ds_quant.errors import fail
-from ds_quant.group_options import DEFAULT_ROUNDING, HYPERPARAMETERS, MOMENTS
-from ds_quant.group_options import FIXED as FIXED_IN_GROUPS
-from ds_quant.log import warn
-from ds_quant.optim import QuantAdamW
-from ds_quant.patterns import check_patterns, matches
+from ds_quant.optim.adamw import QuantAdamW
+from ds_quant.optim.adopt import convert_adamw
+from ds_quant.optim.group_options import DEFAULT_ROUNDING, HYPERPARAMETERS, MOMENTS
+from ds_quant.optim.group_options import FIXED as FIXED_IN_GROUPS
 
 IMPLEMENTATIONS = ("torch_adam", "fused", "foreach", "capturable")
 """Keys of DeepSpeed's and torch's AdamW that choose between implementations of one function: QuantAdamW is another."""

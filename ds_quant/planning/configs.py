@@ -3,9 +3,9 @@
 import copy
 from typing import Any
 
+from ds_quant.base.errors import fail
 from ds_quant.config import QuantConfig, read_deepspeed_config, resolve_auto, unresolved_auto
-from ds_quant.errors import fail
-from ds_quant.refusals import check_refusals
+from ds_quant.config.refusals import check_refusals
 
 _FILLINGS: dict[str, Any] = {
     "gradient_clipping": 1.0,

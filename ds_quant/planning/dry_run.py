@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map_only
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ds_quant.errors import fail
+from ds_quant.base.errors import fail
 
 KNOWN_BYTES = 16 * 2**20
 """Larger results are hollow whatever they are made of."""

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from ds_quant.engine import initialize
+from ds_quant.engine.entry import initialize
 from ds_quant.planning.ledger import ROLES, Ledger
 from ds_quant.planning.models import causal_model
 from ds_quant.planning.traffic import Collective

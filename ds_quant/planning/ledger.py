@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from ds_quant.moment import QuantizedMoment
+from ds_quant.optim.state import QuantizedMoment
 from ds_quant.planning.traffic import Collective, collective
 
 ROLES = ("weights", "masters", "moments", "gradients", "activations", "communication", "temporaries")

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from ds_quant.errors import closest, fail
+from ds_quant.base.errors import closest, fail
 
 WAYS = (
     "a preset of launchers/pretrain.py, a folder with config.json or such a file, a name on the Hugging Face hub, or a "

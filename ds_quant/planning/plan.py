@@ -5,8 +5,8 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+from ds_quant.base.errors import fail
 from ds_quant.config import ConfigError
-from ds_quant.errors import fail
 from ds_quant.planning.configs import job_config, offloaded_roles
 from ds_quant.planning.job import Job, Outcome
 from ds_quant.planning.predict import Predictor

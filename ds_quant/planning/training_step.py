@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ds_quant.linear import QuantizedModule
+from ds_quant.engine.memory_parts import gradient_buckets, memory_parts
+from ds_quant.linear.modules import QuantizedModule
 from ds_quant.planning.ledger import Ledger
-from ds_quant.zero.memory_parts import gradient_buckets, memory_parts
 
 WARM_STEPS = 2
 """Before the one that counts: moments and buffers are made in the first, and stage 3 learns its order of modules."""

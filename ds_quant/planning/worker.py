@@ -17,13 +17,13 @@ from torch import distributed as torch_dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from ds_quant.config import ConfigError
+from ds_quant.engine import dry_start
 from ds_quant.kernels import build, cpu, products_cpu, wire_cpu
 from ds_quant.kernels.integer_units import integer_units
 from ds_quant.planning import models
 from ds_quant.planning.dry_run import DryRun
 from ds_quant.planning.job import Job, Outcome, run_job
 from ds_quant.planning.ledger import Ledger
-from ds_quant.zero import dry_start
 
 
 class _NoArithmetic:

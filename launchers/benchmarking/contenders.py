@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ds_quant.moment import QuantizedMoment
 from ds_quant.optim import QuantAdamW
+from ds_quant.optim.state import QuantizedMoment
 
 Make = Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer]
 

@@ -11,8 +11,8 @@ from evaluating.errors import EvaluateError
 
 from diagnosing import common, report
 from diagnosing.errors import DiagnoseError
+from ds_quant.base.errors import ConfigError
 from ds_quant.diagnostics import html
-from ds_quant.errors import ConfigError
 
 HELP = "every diagnostic that a checkpoint allows, and the report"
 

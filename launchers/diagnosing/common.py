@@ -22,10 +22,10 @@ from pretraining.outputs import commit
 from pretraining.presets import PYTHON_SOURCE
 
 from diagnosing.errors import DiagnoseError
-from ds_quant import report
+from ds_quant.base.whole_folder import write_whole
+from ds_quant.cli import report
 from ds_quant.diagnostics import figures, folder
 from ds_quant.diagnostics.measurement import Measurement, rows_csv
-from ds_quant.whole_folder import write_whole
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "saved": None}
 

@@ -8,10 +8,10 @@ from dataclasses import replace
 from diagnosing import common
 from diagnosing.common import Subject
 from ds_quant.config import GradientCommunicationConfig, GradientConfig
-from ds_quant.conversion import convert
 from ds_quant.diagnostics.gradient_error import GradientErrorRecorder
 from ds_quant.diagnostics.hooks import attach
 from ds_quant.diagnostics.measurement import Measurement
+from ds_quant.linear.convert import convert
 
 HELP = "quantized against exact weight gradients"
 

@@ -11,7 +11,7 @@ from diagnosing.stored_moments import checkpoint_of, stored_moments
 from ds_quant.config import MomentConfig
 from ds_quant.diagnostics.measurement import Measurement
 from ds_quant.diagnostics.moments import MomentRecorder
-from ds_quant.group_options import MOMENTS
+from ds_quant.optim.group_options import MOMENTS
 
 HELP = "histograms of Adam's moments, and what becomes zero in few bits"
 

@@ -6,10 +6,10 @@ import argparse
 
 from diagnosing import common
 from diagnosing.errors import DiagnoseError
-from ds_quant.conversion import linear_modules
 from ds_quant.diagnostics.measurement import Measurement
 from ds_quant.diagnostics.oscillation import SAMPLE, OscillationRecorder
 from ds_quant.diagnostics.recorder import weight_matrix
+from ds_quant.linear.convert import linear_modules
 
 HELP = "weights that swing between two codes, over checkpoints"
 

@@ -11,8 +11,8 @@ from pretraining import checkpoints, resize
 from torch import Tensor
 
 from diagnosing.errors import DiagnoseError
-from ds_quant.checkpoint_files import read_checkpoint_file
-from ds_quant.errors import ConfigError
+from ds_quant.base.checkpoint_files import read_checkpoint_file
+from ds_quant.base.errors import ConfigError
 
 _ALLOWED = "a checkpoint-N of launchers/pretrain.py or the Trainer, or a run that has one"
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ds_quant.errors import closest
+from ds_quant.base.errors import closest
 from evaluating.errors import EvaluateError
 
 PAPER = (

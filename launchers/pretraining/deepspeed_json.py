@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ds_quant.deepspeed_json import parse_deepspeed_config, read_deepspeed_config
+from ds_quant.config.deepspeed_json import parse_deepspeed_config, read_deepspeed_config
 from pretraining.errors import LaunchError
 
 _FLAGS = {

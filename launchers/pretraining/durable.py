@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ds_quant.whole_folder import write_whole
+from ds_quant.base.whole_folder import write_whole
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

@@ -13,7 +13,7 @@ import warnings
 from datetime import timedelta
 from pathlib import Path
 
-from ds_quant.one_rank import RANK_VARIABLES, become_one_rank
+from ds_quant.base.one_rank import RANK_VARIABLES, become_one_rank
 from pretraining.errors import LaunchError
 
 

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 from transformers import TrainingArguments
 
 import ds_quant
-from ds_quant import report
+from ds_quant.cli import report
 from ds_quant.comm.reducer import describe_wire
-from ds_quant.optimizer_setup import describe_moments
+from ds_quant.optim.setup import describe_moments
 from pretraining import (
     arguments,
     checkpoints,

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ds_quant.whole_folder import sync
+from ds_quant.base.whole_folder import sync
 from pretraining import durable
 
 NAME = "manifest.json"

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ds_quant.whole_folder import sync
+from ds_quant.base.whole_folder import sync
 from pretraining import batches, checkpoints, manifest, metrics
 from pretraining.errors import LaunchError
 from pretraining.lease import Lease

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ds_quant.whole_folder import sync
+from ds_quant.base.whole_folder import sync
 from pretraining import checkpoints, disk, manifest
 from pretraining.control import Control
 from pretraining.errors import Failed, RunEnded

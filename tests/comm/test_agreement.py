@@ -6,9 +6,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
+from ds_quant.base.errors import ConfigError
 from ds_quant.comm import backend
 from ds_quant.comm.agreement import check_agreement
-from ds_quant.errors import ConfigError
 
 
 @pytest.fixture

@@ -5,8 +5,8 @@ import torch
 from torch import distributed as dist
 
 import ds_quant.comm
+from ds_quant.base.errors import ConfigError
 from ds_quant.comm import all_reduce, collectives, reduce_scatter
-from ds_quant.errors import ConfigError
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.bool, torch.complex64, torch.float8_e4m3fn])

@@ -8,9 +8,9 @@ import pytest
 import torch
 from collectives import simulate
 
+from ds_quant.base.errors import ConfigError
 from ds_quant.comm.feedback import ErrorFeedback
 from ds_quant.comm.layout import Piece, Span, cut_evenly
-from ds_quant.errors import ConfigError
 from ds_quant.numerics.random import fold_words
 from ds_quant.numerics.wire import WireFormat
 

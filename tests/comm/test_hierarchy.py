@@ -5,9 +5,9 @@ from itertools import accumulate
 import numpy as np
 import pytest
 
+from ds_quant.base.errors import ConfigError
 from ds_quant.comm.hierarchy import Nodes, check_nodes, ranks_per_node, two_level
 from ds_quant.comm.layout import Span, build, cut_each, cut_evenly
-from ds_quant.errors import ConfigError
 from ds_quant.numerics.wire import WireFormat, code_bytes, num_blocks
 
 SPANS = [Span("a", 0, 0, 0, 1000), Span("b", 3, 1, 5, 7), Span("c", 0, 0, 1000, 4097), Span("d", 0, 1, 12, 300)]

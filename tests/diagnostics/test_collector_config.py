@@ -3,9 +3,9 @@
 import pytest
 
 from ds_quant.config import ConfigError, QuantConfig
+from ds_quant.config.refusals import REFUSALS, check_refusals
 from ds_quant.diagnostics.choice import TRAINING_KINDS, choose, make_recorders
 from ds_quant.diagnostics.measurement import KINDS
-from ds_quant.refusals import REFUSALS, check_refusals
 
 W8, A8, G8 = {"weight": {"bits": 8}}, {"activation": {"bits": 8}}, {"gradient": {"bits": 8}}
 ALWAYS = {"outliers", "gradient_norms", "moments"}

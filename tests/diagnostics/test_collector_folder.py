@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from ds_quant import whole_folder
+from ds_quant.base import whole_folder
 from ds_quant.config import ConfigError
 from ds_quant.diagnostics import folder
 from ds_quant.diagnostics.guarded import Guarded

@@ -8,6 +8,7 @@ import pytest
 import torch
 from small_models import batch, converted, llama
 
+from ds_quant.base.errors import ConfigError
 from ds_quant.diagnostics import figures
 from ds_quant.diagnostics.gradient_error import GradientErrorRecorder
 from ds_quant.diagnostics.gradient_norms import GradientNormRecorder, norm_history
@@ -19,7 +20,6 @@ from ds_quant.diagnostics.oscillation import OscillationRecorder
 from ds_quant.diagnostics.outliers import OutlierRecorder
 from ds_quant.diagnostics.quantization_error import QuantizationErrorRecorder
 from ds_quant.diagnostics.sharpness import sharpness
-from ds_quant.errors import ConfigError
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ from small_models import batch, converted, gpt2, llama
 from torch import nn
 
 import ds_quant
+from ds_quant.base.errors import ConfigError
 from ds_quant.config import GradientCommunicationConfig, GradientConfig
 from ds_quant.diagnostics.gradient_error import (
     GradientErrorRecorder,
@@ -17,7 +18,6 @@ from ds_quant.diagnostics.gradient_error import (
     through_wire,
 )
 from ds_quant.diagnostics.hooks import attach
-from ds_quant.errors import ConfigError
 
 
 def look(model, x, grad, recorder):

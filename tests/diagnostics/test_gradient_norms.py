@@ -7,9 +7,9 @@ import torch
 from small_models import batch, converted, gpt2
 from torch import nn
 
+from ds_quant.base.errors import ConfigError
 from ds_quant.diagnostics.gradient_norms import GradientNormRecorder, norm_history, spike_ratios, zero_counts
 from ds_quant.diagnostics.hooks import attach
-from ds_quant.errors import ConfigError
 
 
 def test_a_known_sparse_gradient():

@@ -6,7 +6,7 @@ from small_models import TwoLayers, batch, converted, gpt2, llama
 from torch import nn
 
 import ds_quant
-from ds_quant.conversion import step_key_of
+from ds_quant.base.errors import ConfigError
 from ds_quant.diagnostics.gradient_error import GradientErrorRecorder
 from ds_quant.diagnostics.gradient_norms import GradientNormRecorder
 from ds_quant.diagnostics.hooks import attach
@@ -14,7 +14,7 @@ from ds_quant.diagnostics.oscillation import OscillationRecorder
 from ds_quant.diagnostics.outliers import OutlierRecorder
 from ds_quant.diagnostics.quantization_error import QuantizationErrorRecorder
 from ds_quant.diagnostics.recorder import Recorder
-from ds_quant.errors import ConfigError
+from ds_quant.linear.convert import step_key_of
 
 
 class Listing(Recorder):

@@ -7,8 +7,8 @@ import math
 
 import pytest
 
+from ds_quant.base.errors import ConfigError
 from ds_quant.diagnostics.measurement import KINDS, Measurement, rows_csv, scalars_csv
-from ds_quant.errors import ConfigError
 
 FOUND = Measurement(
     "outliers",

@@ -5,11 +5,11 @@ import math
 import pytest
 import torch
 
+from ds_quant.base.errors import ConfigError
 from ds_quant.config import MomentConfig
 from ds_quant.diagnostics.moments import FORMATS, LOWEST, MomentRecorder, loss_sums, octaves
-from ds_quant.errors import ConfigError
-from ds_quant.moment import QuantizedMoment
 from ds_quant.numerics.codes import code_map, code_values
+from ds_quant.optim.state import QuantizedMoment
 
 LINEAR = {"bits": 8, "map": "linear", "rounding": "nearest"}
 

@@ -6,10 +6,10 @@ from small_models import batch, converted, llama
 from torch import nn
 
 import ds_quant
+from ds_quant.base.errors import ConfigError
 from ds_quant.diagnostics.hooks import attach
 from ds_quant.diagnostics.oscillation import OscillationRecorder, codes_and_distances, sample_indices
-from ds_quant.errors import ConfigError
-from ds_quant.plan import Quantizer
+from ds_quant.linear.recipe import Quantizer
 
 FOUR_BITS = {"weight": {"bits": 4, "granularity": "tensor"}}
 

@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import nn
 
+from ds_quant.base.errors import ConfigError
 from ds_quant.diagnostics.hooks import attach
 from ds_quant.diagnostics.measurement import Measurement
 from ds_quant.diagnostics.outliers import OutlierRecorder, outlier_channels, persistence
-from ds_quant.errors import ConfigError
 
 PLANTED = [3, 77, 200]
 

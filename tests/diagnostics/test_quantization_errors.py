@@ -8,9 +8,9 @@ import torch
 from small_models import batch, converted, gpt2, llama
 
 import ds_quant
+from ds_quant.base.errors import ConfigError
 from ds_quant.diagnostics.hooks import attach
 from ds_quant.diagnostics.quantization_error import QuantizationErrorRecorder, error_figures, error_sums
-from ds_quant.errors import ConfigError
 from ds_quant.numerics import fake_quantize, quantize
 
 

@@ -8,10 +8,10 @@ from small_models import batch, converted, gpt2, llama
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from ds_quant.base.errors import ConfigError
 from ds_quant.diagnostics.landscape import landscape
 from ds_quant.diagnostics.perturbation import filter_normalized_direction
 from ds_quant.diagnostics.sharpness import sharpness
-from ds_quant.errors import ConfigError
 
 
 class Quadratic(nn.Module):

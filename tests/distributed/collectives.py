@@ -17,12 +17,12 @@ from pathlib import Path
 import torch
 from torch import distributed as dist
 
+from ds_quant.base.errors import ConfigError
 from ds_quant.comm import all_reduce, backend, reduce_scatter
 from ds_quant.comm.exchange import Call
 from ds_quant.comm.layout import Span, build, cut_each, cut_evenly
 from ds_quant.comm.reducer import STREAM, Reducer
 from ds_quant.config import GradientCommunicationConfig
-from ds_quant.errors import ConfigError
 from ds_quant.numerics import wire
 from ds_quant.numerics.random import derive_words, fold_words
 

@@ -19,8 +19,8 @@ from collectives import LEVELS, CountedWire, bound, same_on_all
 from torch import distributed as dist
 from torch import nn
 
+from ds_quant.base.errors import ConfigError
 from ds_quant.comm import DDPState, ddp_hook
-from ds_quant.errors import ConfigError
 
 ROWS = 4
 STEPS = 24

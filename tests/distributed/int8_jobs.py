@@ -29,10 +29,9 @@ from torch.utils._pytree import tree_leaves
 from transformers import LlamaForCausalLM
 
 import ds_quant
-from ds_quant import int8, linear, weight_codes
-from ds_quant.linear import QuantizedModule
-from ds_quant.weight_codes import WeightCodes
-from ds_quant.zero import weights as zero_weights
+from ds_quant.engine import weights as zero_weights
+from ds_quant.linear import QuantizedModule, int8, modules, weight_codes
+from ds_quant.linear.weight_codes import WeightCodes
 
 CASES = ["0:fp32", "0:bf16", "1:fp32", "1:bf16", "2:fp32", "2:bf16", "1:bf16_fp32", "1:offload"]
 """STAGE:DTYPE; bf16_fp32 accumulates the gradients of bf16 in fp32, offload keeps the moments of fp32 on the CPU."""
@@ -104,9 +103,9 @@ class Counts:
     def __init__(self):
         self._counts = {}
         for name, owner, attribute in (
-            ("weights", linear, "quantize_weight"),
+            ("weights", modules, "quantize_weight"),
             ("weights in the backward", int8, "quantize_weight"),
-            ("inputs", linear, "quantize_input"),
+            ("inputs", modules, "quantize_input"),
             ("looked up", WeightCodes, "get"),
         ):
             setattr(owner, attribute, self._counted(name, getattr(owner, attribute)))

@@ -15,9 +15,9 @@ from deepspeed.utils import safe_get_full_optimizer_state, safe_set_full_optimiz
 from torch import nn
 
 import ds_quant
-from ds_quant.errors import ConfigError
-from ds_quant.moment import QuantizedMoment
+from ds_quant.base.errors import ConfigError
 from ds_quant.optim import MOMENTS
+from ds_quant.optim.state import QuantizedMoment
 
 CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
 VOCABULARY, WIDTH, HIDDEN, LENGTH = 61, 30, 57, 8

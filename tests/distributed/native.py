@@ -18,7 +18,7 @@ from deepspeed import comm as dist
 from transformers import LlamaForCausalLM
 
 import ds_quant
-from ds_quant.conversion import coverage, step_key_of
+from ds_quant.linear.convert import coverage, step_key_of
 
 STEPS, ROWS, ACCUMULATION, LR = 3, 2, 2, 1e-2
 

@@ -20,8 +20,8 @@ from deepspeed.comm.comm import comms_logger
 from torch import nn
 
 import ds_quant
+from ds_quant.base.errors import ConfigError
 from ds_quant.comm.statistics import Statistics
-from ds_quant.errors import ConfigError
 
 ROWS, WIDTH, HIDDEN = 4, 24, 96
 TRAINED, MORE = 3, 3

@@ -12,7 +12,7 @@ from moment_jobs import ACCUMULATION, CLIPPING, HIDDEN, LR, ROWS, TRAINED, VOCAB
 from moment_moves import SCALED, SWITCHED, TAG, UNIVERSAL
 from moments import CASES, OFFLOADED
 
-from ds_quant.moment import QuantizedMoment
+from ds_quant.optim.state import QuantizedMoment
 
 # Each launch has a time-out of its own; a test that starts several must outlive them.
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(1200)]

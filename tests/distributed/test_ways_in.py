@@ -7,8 +7,8 @@ import pytest
 from conftest import ROOT
 from launching import PROGRAMS, launch
 
-from ds_quant.report import main
-from ds_quant.ways_in import WAYS
+from ds_quant.cli.report import main
+from ds_quant.config.ways_in import WAYS
 
 pytestmark = pytest.mark.distributed
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from ds_quant.errors import ConfigError
+from ds_quant.base.errors import ConfigError
 from ds_quant.kernels import dispatch, wire
 from ds_quant.kernels.choice import VARIABLE, chosen
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from numerics import oracle
 
-from ds_quant import linear, plan, simulated
+from ds_quant.linear import modules, recipe, simulated
 from ds_quant.numerics import products
 from ds_quant.numerics.random import derive_key, fold_key
 
@@ -131,7 +131,7 @@ def test_epilogue(rng, shape):
 
 
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
-@pytest.mark.parametrize("layout", [linear.QuantLinear, None], ids=["linear", "transposed"])
+@pytest.mark.parametrize("layout", [modules.QuantLinear, None], ids=["linear", "transposed"])
 @pytest.mark.parametrize(
     ("weight", "activation", "gradient"), [("channel", "token", "outer"), ("tensor", "tensor", "tensor")]
 )
@@ -151,7 +151,7 @@ def test_linear_has_these_operands_and_results(monkeypatch, rounding, layout, we
         "activation": {"bits": 6, "granularity": activation},
         "gradient": {"bits": 8, "granularity": gradient, "rounding": rounding},
     }
-    module = linear.QuantLinear(48, 24, dtype=torch.bfloat16, config=config)
+    module = modules.QuantLinear(48, 24, dtype=torch.bfloat16, config=config)
     if layout is None:
         module.weight = torch.nn.Parameter(module.weight.detach().t().contiguous())
         module.transposed = True
@@ -171,8 +171,8 @@ def test_linear_has_these_operands_and_results(monkeypatch, rounding, layout, we
     if rounding == "stochastic":
         local, stream = module.step_key.local(x.device), module._quant_plan.stream
         keys = (
-            derive_key(local, stream + plan.STREAM_GRAD_INPUT),
-            derive_key(local, stream + plan.STREAM_GRAD_WEIGHT),
+            derive_key(local, stream + recipe.STREAM_GRAD_INPUT),
+            derive_key(local, stream + recipe.STREAM_GRAD_WEIGHT),
         )
     if gradient == "outer":
         g_rows, g_scale, g_columns, g_column_scale = products.quantize_both(

@@ -1,32 +1,21 @@
-"""`ds_quant_export CHECKPOINT OUT`: what was trained, in a format that servers load.
+"""What was trained, in a format that servers load: see `ds_quant.cli.export` for what comes out."""
 
-With linears trained in W8A8 (or with 4- or 8-bit weights alone) OUT is a compressed-tensors checkpoint: codes times
-scale is the very weight that training multiplied by, bit for bit, and nothing is calibrated. With `--format bf16` it is
-the same checkpoint in bf16, without quantizers. docs/export.md tells what each server makes of it.
-
-OUT is written beside its place and renamed into it at the end.
-"""
-
-import argparse
 import json
 import shutil
-import signal
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ds_quant.config import ConfigError, LinearConfig
-from ds_quant.conversion import convert
-from ds_quant.deepspeed_json import SECTION
-from ds_quant.errors import fail
-from ds_quant.experts import fused_experts
-from ds_quant.hf_checkpoint import (
+from ds_quant.base.errors import fail
+from ds_quant.base.whole_folder import check_new, whole_folder
+from ds_quant.config import LinearConfig
+from ds_quant.config.deepspeed_json import SECTION
+from ds_quant.export.hf_checkpoint import (
     INDEX,
     HFCheckpoint,
     check_weights_fit,
@@ -35,8 +24,7 @@ from ds_quant.hf_checkpoint import (
     skeleton,
     tied_names,
 )
-from ds_quant.linear import QuantLinear
-from ds_quant.serving_format import (
+from ds_quant.export.serving_format import (
     ServingFormat,
     activation_note,
     encode,
@@ -44,7 +32,9 @@ from ds_quant.serving_format import (
     quantization_config,
     serving_format,
 )
-from ds_quant.whole_folder import check_new, whole_folder
+from ds_quant.linear.convert import convert
+from ds_quant.linear.experts import fused_experts
+from ds_quant.linear.modules import QuantLinear
 
 FORMATS = ("compressed-tensors", "bf16")
 
@@ -245,39 +235,3 @@ def _write_config(source: HFCheckpoint, plan: _Plan | None, folder: Path) -> Non
         if any(plan.plain.values()):
             config["tie_word_embeddings"] = False
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-
-
-# ---- the command
-
-
-def _leave(number: int, frame: Any) -> NoReturn:
-    sys.exit(128 + number)
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Returns 0, or 2 for what ds_quant refuses and 1 for what the system does."""
-    parser = argparse.ArgumentParser(
-        prog="ds_quant_export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("checkpoint", help="a folder of save_pretrained or the Trainer, such as runs/tiny/model")
-    parser.add_argument("out", help="the folder to make")
-    parser.add_argument("--config", help="the DeepSpeed JSON of the training, where the checkpoint has no section")
-    parser.add_argument("--format", choices=FORMATS, default=FORMATS[0], help="default: %(default)s")
-    options = parser.parse_args(arguments)
-    signal.signal(signal.SIGTERM, _leave)  # by an exception, which removes what was begun
-    try:
-        report = export(options.checkpoint, options.out, config=options.config, format=options.format)
-    except ConfigError as error:
-        print(f"ds_quant_export: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"ds_quant_export: {error}; nothing was left behind", file=sys.stderr)
-        return 1
-    for line in report.lines():
-        print(line)
-    print(f"written to {options.out}")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

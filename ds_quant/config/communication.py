@@ -1,0 +1,51 @@
+"""`ds_quant.communication`: how gradients cross the wire."""
+
+from collections.abc import Iterator
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from ds_quant.config.deepspeed_json import SECTION
+from ds_quant.config.section import Rule, Section
+from ds_quant.config.values import (
+    FlatBlock,
+    RanksPerNode,
+    Rounding,
+    WireBits,
+    flat_block_size,
+    nothing,
+)
+
+
+class GradientCommunicationConfig(Section):
+    """How gradients cross the wire."""
+
+    where: ClassVar[str] = f"{SECTION}.communication.gradient"
+
+    bits: WireBits
+    """Bits of a code, 4 or 8. Required."""
+    block_size: FlatBlock = Field(default_factory=flat_block_size)
+    """Consecutive elements that share a scale. Default 256 at 8 bits, 128 at 4."""
+    rounding: Rounding = "nearest"
+    """`nearest` (ties to even) or `stochastic`."""
+    error_feedback: bool = False
+    """Add to a gradient what its last transmission lost. Takes 2 bytes an element of the gradient on every rank, 4
+    where steps may be skipped."""
+    rotation: Literal["none", "hadamard"] = "none"
+    """`hadamard` rotates each block before it is quantized, which spreads outliers over the block."""
+    hierarchical: RanksPerNode = False
+    """Sum inside the node first, in the gradients' dtype, and quantize between nodes only: `true`, or the number of
+    ranks in a node."""
+
+
+class CommunicationConfig(Section):
+    """What crosses the wire in few bits."""
+
+    where: ClassVar[str] = f"{SECTION}.communication"
+
+    gradient: GradientCommunicationConfig | None = None
+    """Absent: gradients are reduced by DeepSpeed."""
+
+    def rules(self) -> Iterator[Rule]:
+        if not self.gradient:
+            yield nothing(self, "gradient")

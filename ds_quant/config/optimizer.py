@@ -1,0 +1,76 @@
+"""`ds_quant.optimizer`: how Adam's moments are stored."""
+
+from collections.abc import Iterator
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field
+
+from ds_quant.config.deepspeed_json import SECTION
+from ds_quant.config.section import BlockSection, Rule, Section
+from ds_quant.config.values import (
+    FlatBlock,
+    Patterns,
+    Rounding,
+    WireBits,
+    flat_block_size,
+    nothing,
+)
+
+
+def _moment_map(data: dict[str, Any]) -> Literal["float", "power"]:
+    return "float" if data["bits"] == 8 else "power"
+
+
+class MomentConfig(BlockSection):
+    """How a moment of Adam is stored."""
+
+    where: ClassVar[str] = f"{SECTION}.optimizer.exp_avg(_sq)"
+
+    bits: WireBits
+    """Bits of a code, 4 or 8. Required."""
+    map: Literal["float", "power", "linear", "dynamic"] = Field(default_factory=_moment_map)
+    """What a code means: `float` (8 bits only) exponent and three bits of mantissa; `power` a power of it (8 bits:
+    exp_avg its signed fourth power, exp_avg_sq its eighth; 4 bits: exp_avg its signed square, exp_avg_sq the eighth
+    power of (c + 3) / 18); `linear` itself; `dynamic` bitsandbytes' map. Default `float` at 8 bits, `power` at 4."""
+    granularity: Literal["block", "tensor", "channel"] = "block"
+    """What shares a scale. `tensor` and `channel` are the paper's: map `linear`, and whole parameters only."""
+    block_size: FlatBlock = Field(default_factory=flat_block_size)
+    """Consecutive elements that share a scale, for granularity `block`. Default 256 at 8 bits, 128 at 4."""
+    rounding: Rounding | None = None
+    """`stochastic` or `nearest`. Null (default): stochastic. `nearest` is refused for exp_avg per block, where it keeps
+    moving what no longer has a gradient."""
+
+    def rules(self) -> Iterator[Rule]:
+        yield from super().rules()
+        if self.map == "float" and self.bits != 8:
+            yield "map", "float", '"power", "linear", "dynamic" with 4 bits', "set one of them, or remove it"
+        if self.granularity != "block" and self.map != "linear":
+            yield (
+                "map",
+                self.map,
+                f'"linear" with granularity "{self.granularity}"',
+                'set it, or use granularity "block"',
+            )
+
+
+class OptimizerConfig(Section):
+    """Which moments of Adam are stored in few bits."""
+
+    where: ClassVar[str] = f"{SECTION}.optimizer"
+
+    exp_avg: MomentConfig | None = None
+    """The first moment. Absent: 32 bits."""
+    exp_avg_sq: MomentConfig | None = None
+    """The second moment. Absent: 32 bits."""
+    exclude: Patterns = ()
+    """Shell patterns on parameter names: those keep 32-bit moments. Default none."""
+
+    def rules(self) -> Iterator[Rule]:
+        if not (self.exp_avg or self.exp_avg_sq):
+            yield nothing(self, "exp_avg or exp_avg_sq")
+        if self.exp_avg and self.exp_avg.rounding == "nearest" and self.exp_avg.granularity == "block":
+            reason = (
+                '"stochastic": rounded to nearest, small values never decay, and parameters whose gradients have ended '
+                "move on for ever"
+            )
+            yield "exp_avg.rounding", "nearest", reason, "remove it; checkpoints written with it go on"

@@ -1,0 +1,60 @@
+"""The `ds_quant` section of the DeepSpeed JSON: what may be written, what it means, what it defaults to.
+
+`QuantConfig.load` takes the whole DeepSpeed config. JSON objects of a single part go through the `parse` of their
+class (`LinearConfig.parse({...})`); both raise `ConfigError` with every problem found. Neither torch nor DeepSpeed is
+imported here.
+"""
+
+from collections.abc import Iterator
+from typing import Any, Self
+
+from ds_quant.base.errors import ConfigError, fail
+from ds_quant.config.communication import CommunicationConfig
+from ds_quant.config.deepspeed_json import SECTION, TRIPWIRE, has_tripwire, misspelt_section, read_deepspeed_config
+from ds_quant.config.diagnostics import DiagnosticsConfig
+from ds_quant.config.linear import LinearConfig
+from ds_quant.config.optimizer import OptimizerConfig
+from ds_quant.config.section import Rule, Section
+
+
+class QuantConfig(Section):
+    """The `ds_quant` section."""
+
+    enabled: bool = True
+    """False: a plain DeepSpeed run; the rest is still validated."""
+    linear: LinearConfig | None = None
+    """The operands of the linears. Absent: full precision."""
+    optimizer: OptimizerConfig | None = None
+    """The moments of Adam. Absent: 32 bits."""
+    communication: CommunicationConfig | None = None
+    """The gradients on the wire. Absent: DeepSpeed's own reduction."""
+    diagnostics: DiagnosticsConfig | None = None
+    """What is measured inside training. Absent: nothing, at no cost."""
+
+    def rules(self) -> Iterator[Rule]:
+        if self.enabled and not (self.linear or self.optimizer or self.communication or self.diagnostics):
+            keys = "at least one of linear, optimizer, communication or diagnostics"
+            yield "", self.model_dump(exclude_unset=True), keys, "it quantizes nothing, and measures nothing: say what"
+
+    @classmethod
+    def load(cls, source: Any) -> Self:
+        """The section of a whole DeepSpeed config (path, dict or base64).
+
+        Without the section, or with `"enabled": false`, the result is `QuantConfig(enabled=False)`.
+        """
+        config = read_deepspeed_config(source)
+        if stray := misspelt_section(config):
+            raise ConfigError("\n".join(stray))
+        tripwire = has_tripwire(config)
+        if SECTION not in config:
+            if tripwire:
+                place = f"zero_optimization.{TRIPWIRE}"
+                raise fail(place, True, f"only with the section {SECTION}", "add the section, or remove this key")
+            return cls(enabled=False)
+        section = cls.parse(config[SECTION])
+        return section if section.enabled else cls(enabled=False)
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON schema of the section."""
+    return QuantConfig.model_json_schema()

@@ -1,0 +1,8 @@
+"""A checkpoint of a training run becomes a folder that inference servers load.
+
+Begin with `exporter`; `hf_checkpoint` reads what was trained, `serving_format` says it in the servers' format.
+"""
+
+from ds_quant.export.exporter import COPIED, FORMATS, Exported, export
+
+__all__ = ["COPIED", "FORMATS", "Exported", "export"]
