@@ -1,4 +1,4 @@
-"""The three products of a quantized linear by their definition in ds_quant/plan.py, in float64, with error bounds."""
+"""The three products of a quantized linear by their definition in linear/recipe.py, in float64, with error bounds."""
 
 import numpy as np
 import torch

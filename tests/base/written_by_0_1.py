@@ -7,7 +7,6 @@ import os
 import sys
 from pathlib import Path
 
-import deepspeed
 import torch
 from torch import nn
 

@@ -9,13 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import free_port
+from conftest import ROOT, free_port
 
 from ds_quant.config import TRIPWIRE, QuantConfig, has_tripwire, resolve_auto, unresolved_auto
 from ds_quant.config.deepspeed_json import TRIPWIRE_VALUE
 from ds_quant.config.refusals import check_refusals
 
-ROOT = Path(__file__).parent.parent
 FILES = sorted((ROOT / "ds_configs").glob("*.json"))
 NAMES = [file.stem for file in FILES]
 QUANTIZED = [name for name in NAMES if name != "baseline"]

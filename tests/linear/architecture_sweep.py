@@ -1,6 +1,6 @@
 """Converts the models of transformers' auto mappings, two layers each, on the meta device, and prints the counts.
 
-    python tests/architecture_sweep.py [MAPPING ...]     # such as CAUSAL_LM or CTC; default: all below
+    python tests/linear/architecture_sweep.py [MAPPING ...]     # such as CAUSAL_LM or CTC; default: all below
 
 A refused model is tried again with the `exclude` that the error prints. Exit code 1 where that fails.
 """
