@@ -367,10 +367,10 @@ def test_the_engine_names_the_step():
 
 
 def test_unsupported_versions():
-    for version in ("0.19.7", "0.18.0", "0.20.0", "1.0"):
-        with pytest.raises(ConfigError, match=rf"deepspeed: got version {version}; allowed: >=0\.19\.8,<0\.20; remedy"):
+    for version in ("0.18.8", "0.18.0", "0.20.0", "1.0"):
+        with pytest.raises(ConfigError, match=rf"deepspeed: got version {version}; allowed: >=0\.18\.9,<0\.20; remedy"):
             zero.check_version(version)
-    for version in ("0.19.8", "0.19.8+cpu", "0.19.12"):
+    for version in ("0.18.9", "0.19.8", "0.19.8+cpu", "0.19.12"):
         assert zero.check_version(version) == version
 
 
@@ -382,9 +382,24 @@ def test_a_seam_that_moved_is_named(monkeypatch):
         zero.check_seams()
 
 
+def test_a_seam_that_a_release_does_not_use_is_not_missed(monkeypatch):
+    """DeepSpeed before 0.19.8 has neither the buffers of partitions nor what adds to them."""
+    holder = deepspeed.runtime.zero.stage_1_and_2.DeepSpeedZeroOptimizer
+    name = f"{holder.__module__}.DeepSpeedZeroOptimizer._add_to_grad_partition_buffer"
+    has_buffers = hasattr(holder, "_get_compact_grad_partition_slice")
+    assert zero.find_seams().get(name, False) is has_buffers
+    monkeypatch.setattr(holder, "_get_compact_grad_partition_slice", None, raising=False)
+    monkeypatch.delattr(holder, "_add_to_grad_partition_buffer", raising=False)
+    assert zero.find_seams()[name] is False
+    monkeypatch.delattr(holder, "_get_compact_grad_partition_slice")
+    assert name not in zero.find_seams()
+    zero.check_seams()
+
+
 SEAMS_OF_COMMUNICATION = [
     (module, path)
     for module, path, _ in zero.seams.SEAMS
+    if f"{module}.{path}" in zero.find_seams()
     if path.rpartition(".")[2].startswith(("_DeepSpeedZeroOptimizer_Stage3__avg", "reduce", "all_reduce", "allreduce"))
     or path.rpartition(".")[2] in ("average_tensor", "gradient_reduction_w_predivide", "_add_to_grad_partition_buffer")
     or path.rpartition(".")[2] in ("buffered_allreduce_fallback", "_get_gradients_for_reduction")
@@ -405,7 +420,8 @@ def test_a_seam_of_communication_that_moved_is_named(monkeypatch, module, path):
 
 def test_every_override_is_a_seam():
     """A method that DeepSpeed no longer calls would leave gradients in full precision, in silence."""
-    assert len(SEAMS_OF_COMMUNICATION) == 19
+    with_buffers = hasattr(deepspeed.runtime.zero.stage_1_and_2.DeepSpeedZeroOptimizer, "_add_to_grad_partition_buffer")
+    assert len(SEAMS_OF_COMMUNICATION) == 18 + with_buffers
     names = {path.rpartition(".")[2] for _, path, _ in zero.seams.SEAMS}
     for mixin in (
         gradient_seams.QuantizedReductionEngine,

@@ -157,7 +157,8 @@ class QuantizedReductionStage1And2:
         for owner, (_, gradient, output) in zip(owners, slices, strict=True):
             if owner == reducer.rank:
                 mean = means[start : start + gradient.numel()]
-                self._add_to_grad_partition_buffer(output, mean)  # type: ignore[attr-defined]
+                if output is not None:
+                    self._add_to_grad_partition_buffer(output, mean)  # type: ignore[attr-defined]
                 gradient.copy_(mean)
                 start += gradient.numel()
             if gradient.is_cuda and self.overlap_comm:  # type: ignore[attr-defined]
