@@ -318,7 +318,7 @@ def test_models_that_a_class_swap_does_not_reach():
         ds_quant.initialize(model=pipeline, model_parameters=pipeline.parameters(), config=config())
     from deepspeed.module_inject.layers import LinearLayer
 
-    parallel = nn.Sequential(nn.Linear(8, 8), LinearLayer(nn.Linear(8, 8), mp_group=None))
+    parallel = nn.Sequential(nn.Linear(8, 8), LinearLayer(nn.Linear(8, 8), mp_group=None, skip_partition=True))
     with pytest.raises(ConfigError, match=r"the layer '1' of tensor parallelism \(LinearLayer\)"):
         start(model=parallel, config=config())
 
@@ -367,10 +367,10 @@ def test_the_engine_names_the_step():
 
 
 def test_unsupported_versions():
-    for version in ("0.18.8", "0.18.0", "0.20.0", "1.0"):
-        with pytest.raises(ConfigError, match=rf"deepspeed: got version {version}; allowed: >=0\.18\.9,<0\.20; remedy"):
+    for version in ("0.19.7", "0.18.0", "0.20.0", "1.0"):
+        with pytest.raises(ConfigError, match=rf"deepspeed: got version {version}; allowed: >=0\.19\.8,<0\.20; remedy"):
             zero.check_version(version)
-    for version in ("0.18.9", "0.19.8", "0.19.8+cpu", "0.19.12"):
+    for version in ("0.19.8", "0.19.8+cpu", "0.19.12"):
         assert zero.check_version(version) == version
 
 
@@ -456,6 +456,25 @@ def test_a_moved_attribute_of_communication_is_named(monkeypatch, stage, holder,
     section = {"communication": {"gradient": {"bits": 8}}}
     with pytest.raises(ImportError, match=rf"has moved \w+\.{name}"):
         start(config=config(section, zero_optimization={"ds_quant_required": True, "stage": stage}))
+
+
+def test_a_release_that_averages_always_need_not_say_so(monkeypatch):
+    """DeepSpeed before 0.19.6 has no `gradient_allreduce_op`, and nothing that tells which one was chosen."""
+
+    def without(*args, **kwargs):
+        result = STOCK_INITIALIZE(*args, **kwargs)
+        vars(result[1]).pop("gradient_average", None)
+        return result
+
+    monkeypatch.setattr(deepspeed, "initialize", without)
+    section = {"communication": {"gradient": {"bits": 8}}}
+    settings = {"section": section, "zero_optimization": {"ds_quant_required": True, "stage": 2}}
+    monkeypatch.setattr(gradient_seams, "CAN_SUM", True)
+    with pytest.raises(ImportError, match=r"has moved \w+\.gradient_average"):
+        start(config=config(**copy.deepcopy(settings)))
+    monkeypatch.setattr(gradient_seams, "CAN_SUM", False)
+    engine = start(config=config(**copy.deepcopy(settings)))[0]
+    assert hasattr(engine, "ds_quant_gradients")
 
 
 def test_importing_the_package_is_light():

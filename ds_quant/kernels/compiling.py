@@ -22,13 +22,15 @@ def compile_whole(
     Functions that share their code, as those that are defined in one place do, do not share that limit: `function` gets
     a copy of its code. `options` are Inductor's.
     """
-    function.__code__ = function.__code__.replace()  # type: ignore[attr-defined]
+    function.__code__ = function.__code__.replace()
     if backend == "inductor":
         options = {**(options or {}), **_rounded_divisions()}
     how: dict[str, Any] = {"fullgraph": True, "dynamic": True, "backend": backend, "options": options or None}
     if _TAKES_LIMIT:
-        return torch.compile(function, **how, recompile_limit=recompile_limit)
-    compiled = torch.compile(function, **how)
+        how["recompile_limit"] = recompile_limit
+    compiled: Callable[..., Any] = torch.compile(function, **how)
+    if _TAKES_LIMIT:
+        return compiled
 
     @functools.wraps(function)
     def limited(*args: Any, **kwargs: Any) -> Any:

@@ -13,12 +13,16 @@ from typing import Any
 
 import torch
 from deepspeed import comm as dist
+from deepspeed.runtime import constants
 from deepspeed.runtime import engine as engine_module
 from deepspeed.runtime.zero import stage3, stage_1_and_2
 from torch import Tensor
 
 from ds_quant.comm.layout import Piece, Span
 from ds_quant.zero.gradients import GradientCommunication
+
+CAN_SUM = hasattr(constants, "GRADIENT_ALLREDUCE_OP")
+"""Whether gradients may be summed over ranks. Before 0.19.6 DeepSpeed averages them always."""
 
 
 class _Collectives:
@@ -147,7 +151,7 @@ class QuantizedReductionStage1And2:
             for span in gradients.spans(gradient, number)
         ]
         factor = 1.0
-        if divide and self.gradient_average:  # type: ignore[attr-defined]
+        if divide and (not CAN_SUM or self.gradient_average):  # type: ignore[attr-defined]
             factor = self.sequence_parallel_size / reducer.world_size  # type: ignore[attr-defined]
         numel = reducer.own_numel(pieces)
         buffer = gradients.buffers.take(4 * numel, tensors[0].device)
