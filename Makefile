@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/.cache/torch_extensions
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help venv pretrain baseline compare moments communication int8 test test-all test-kills lint pytest clean
+.PHONY: help venv pretrain baseline compare moments communication int8 test test-all test-kills test-stack lint pytest clean
 
 help:
 	@echo "make pretrain   pre-train the tiny model in W8A8 (sets everything up first)"
@@ -17,15 +17,17 @@ help:
 	@echo "make communication   losses with gradients in few bits on the wire, 4 ranks, some 15 runs"
 	@echo "make int8       losses with int8 linear layers, 15 runs of two minutes"
 	@echo "make test-kills  kill a run of two ranks at 200 points drawn from a seed, 15 minutes"
+	@echo "make test-stack STACK=oldest   the tests with the oldest versions of all packages, some hours and 6 GB"
 	@echo "make clean      remove the environment and the build caches (not runs/)"
 
 venv: $(VENV)/.installed
 
-$(VENV)/.installed: pyproject.toml constraints.txt
+CONSTRAINTS := constraints.txt
+$(VENV)/.installed: pyproject.toml $(CONSTRAINTS)
 	@echo "Installing the pinned packages into $(VENV) (once, some minutes)"
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[launch,plot,dev]'
+	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) torch
+	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[launch,plot,dev]'
 	@touch $@
 
 pretrain: venv
@@ -71,5 +73,11 @@ pytest: venv
 	python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder --durations 20 -m "$(MARKERS)" --ignore tests/slurm
 	python -m pytest --durations 5 -m "$(MARKERS)" tests/slurm
 
+# Not in CI. tests/stacks has the versions, docs/stacks.md what came out.
+STACK ?= oldest
+test-stack: STACK_VENV := .venv-$(STACK)
+test-stack:
+	$(MAKE) pytest VENV=$(STACK_VENV) CONSTRAINTS=tests/stacks/$(STACK).txt TORCH_EXTENSIONS_DIR=$(CURDIR)/$(STACK_VENV)/torch_extensions
+
 clean:
-	rm -rf $(VENV) .cache build *.egg-info
+	rm -rf $(VENV) .venv-* .cache build *.egg-info

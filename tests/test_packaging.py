@@ -7,6 +7,10 @@ import tomllib
 from importlib.metadata import requires
 
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.version import Version
+
+from ds_quant.engine import seams
 
 
 def test_installed_package_runs_outside_the_checkout(root, tmp_path):
@@ -35,11 +39,15 @@ def test_installed_package_runs_outside_the_checkout(root, tmp_path):
     assert "MISSING" not in done.stdout
 
 
+def pinned(file):
+    lines = file.read_text().splitlines()
+    pins = dict(line.split("==") for line in lines if line and not line.startswith("#"))
+    return {name.lower().replace("_", "-"): version for name, version in pins.items()}
+
+
 def test_constraints_satisfy_the_ranges(root):
     """Every requirement of every extra that is pinned lies in its range, and every core one is pinned."""
-    lines = (root / "constraints.txt").read_text().splitlines()
-    pins = dict(line.split("==") for line in lines if line and not line.startswith("#"))
-    pins = {name.lower().replace("_", "-"): version for name, version in pins.items()}
+    pins = pinned(root / "constraints.txt")
     for line in requires("ds_quant"):
         requirement = Requirement(line)
         name = requirement.name.lower().replace("_", "-")
@@ -47,6 +55,20 @@ def test_constraints_satisfy_the_ranges(root):
             assert pins[name] in requirement.specifier, line
         else:
             assert 'extra == "eval"' in line, f"{line} has no pin"
+
+
+def test_ranges_begin_where_the_oldest_stack_does(root):
+    """A range that begins lower promises what nobody ran."""
+    pins = pinned(root / "tests" / "stacks" / "oldest.txt")
+    project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    triton = [line for line in extras["dev"] if line.startswith("triton")]
+    for line in project["dependencies"] + extras["export"] + extras["launch"] + triton:
+        requirement = Requirement(line)
+        begins = [Version(bound.version) for bound in requirement.specifier if bound.operator == ">="]
+        assert begins == [Version(pins[requirement.name])] or not requirement.specifier, line
+    deepspeed = next(Requirement(line) for line in project["dependencies"] if line.startswith("deepspeed"))
+    assert deepspeed.specifier == SpecifierSet(">={},<{}".format(*seams.SUPPORTED))
 
 
 def test_version_is_said_once(root):

@@ -13,12 +13,16 @@ from typing import Any
 
 import torch
 from deepspeed import comm as dist
+from deepspeed.runtime import constants
 from deepspeed.runtime import engine as engine_module
 from deepspeed.runtime.zero import stage3, stage_1_and_2
 from torch import Tensor
 
 from ds_quant.comm.layout import Piece, Span
 from ds_quant.engine.gradients import GradientCommunication
+
+CAN_SUM = hasattr(constants, "GRADIENT_ALLREDUCE_OP")
+"""Whether gradients may be summed over ranks. Before 0.19.6 DeepSpeed averages them always."""
 
 
 class _Collectives:
@@ -147,7 +151,7 @@ class QuantizedReductionStage1And2:
             for span in gradients.spans(gradient, number)
         ]
         factor = 1.0
-        if divide and self.gradient_average:  # type: ignore[attr-defined]
+        if divide and (not CAN_SUM or self.gradient_average):  # type: ignore[attr-defined]
             factor = self.sequence_parallel_size / reducer.world_size  # type: ignore[attr-defined]
         numel = reducer.own_numel(pieces)
         buffer = gradients.buffers.take(4 * numel, tensors[0].device)
@@ -157,7 +161,8 @@ class QuantizedReductionStage1And2:
         for owner, (_, gradient, output) in zip(owners, slices, strict=True):
             if owner == reducer.rank:
                 mean = means[start : start + gradient.numel()]
-                self._add_to_grad_partition_buffer(output, mean)  # type: ignore[attr-defined]
+                if output is not None:
+                    self._add_to_grad_partition_buffer(output, mean)  # type: ignore[attr-defined]
                 gradient.copy_(mean)
                 start += gradient.numel()
             if gradient.is_cuda and self.overlap_comm:  # type: ignore[attr-defined]

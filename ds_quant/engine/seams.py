@@ -100,6 +100,12 @@ SEAMS: tuple[tuple[str, str, str], ...] = (
 )
 """(module, attribute path, what for)."""
 
+USED_WITH = {
+    # Before 0.19.8 stages 1 and 2 have no buffer of their own partition, and hand over nothing to add to.
+    "DeepSpeedZeroOptimizer._add_to_grad_partition_buffer": "DeepSpeedZeroOptimizer._get_compact_grad_partition_slice",
+}
+"""Seams that only some releases have, with what those have that use them (in the same module)."""
+
 
 def check_version(installed: str | None = None) -> str:
     """The installed DeepSpeed version.
@@ -125,17 +131,22 @@ def check_live(expected: Iterable[tuple[Any, str]]) -> None:
 
 
 def find_seams() -> dict[str, bool]:
-    """Each seam as ``module.attribute``, and whether this DeepSpeed has it."""
-    found = {}
-    for module_name, path, _ in SEAMS:
-        try:
-            target: Any = importlib.import_module(module_name)
-            for part in path.split("."):
-                target = getattr(target, part)
-            found[f"{module_name}.{path}"] = True
-        except (ImportError, AttributeError):
-            found[f"{module_name}.{path}"] = False
-    return found
+    """Each seam as ``module.attribute``, and whether this DeepSpeed has it. Left out: those that it does not use."""
+    return {
+        f"{module}.{path}": _has(module, path)
+        for module, path, _ in SEAMS
+        if path not in USED_WITH or _has(module, USED_WITH[path])
+    }
+
+
+def _has(module_name: str, path: str) -> bool:
+    try:
+        target: Any = importlib.import_module(module_name)
+        for part in path.split("."):
+            target = getattr(target, part)
+    except (ImportError, AttributeError):
+        return False
+    return True
 
 
 def check_seams() -> None:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ds_quant.base.log import warn
 from ds_quant.kernels.choice import chosen
+from ds_quant.kernels.compiling import compile_whole
 from ds_quant.kernels.work import AdamWWork
 from ds_quant.numerics.adam import AdamWScalars, Moment, adamw_step
 from ds_quant.numerics.blockwise import QuantizedBlocks, packed_bytes
@@ -165,10 +166,7 @@ def _compiled(exp_avg: Layout, exp_avg_sq: Layout, backend: str | Callable = "in
         _overwrite(first, new_first)
         _overwrite(second, new_second)
 
-    # Formats share the code of `step`, but not the limit of how often it may be compiled.
-    return torch.compile(  # type: ignore[call-overload]  # its overloads leave out the last two
-        step, fullgraph=True, dynamic=True, backend=backend, isolate_recompiles=True, recompile_limit=64
-    )
+    return compile_whole(step, 64, backend)
 
 
 def _moment(codes: Tensor, scale: Tensor | None, layout: Layout, numel: int) -> Moment:

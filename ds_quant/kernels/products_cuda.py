@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ds_quant.kernels.compiling import compile_whole
 from ds_quant.numerics import products as reference
 
 
@@ -134,14 +135,6 @@ def _compiled(function: Callable, value: int | torch.dtype, backend: str | Calla
     def call(matrix: Tensor, **tensors: Any) -> Any:
         return function(matrix, constant(), **tensors)
 
-    # A copy, because the number of compilations is limited for all functions of one code object together. There are
-    # 108 kinds of calls of `quantize_both` with the same bits, with square matrices first, and fewer of all others.
-    call.__code__ = call.__code__.replace()
-    return torch.compile(  # type: ignore[call-overload]  # its overloads leave out the last one
-        call,
-        fullgraph=True,
-        dynamic=True,
-        backend=backend,
-        options={"emulate_precision_casts": True} if backend == "inductor" else None,
-        recompile_limit=256,
-    )
+    # There are 108 kinds of calls of `quantize_both` with the same bits, with square matrices first; fewer of others.
+    options = {"emulate_precision_casts": True} if backend == "inductor" else None
+    return compile_whole(call, 256, backend, options)

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ds_quant.kernels.compiling import compile_whole
 from ds_quant.kernels.wire_rows import (
     Rows,
     Settings,
@@ -179,7 +180,4 @@ def _compiled(function: Callable, settings: Settings, backend: str | Callable = 
     def call(*arguments: Any) -> Any:
         return function(constant(), *arguments)
 
-    # Formats share the code of `call`, but not the limit of how often it may be compiled.
-    return torch.compile(  # type: ignore[call-overload]  # its overloads leave out the last two
-        call, fullgraph=True, dynamic=True, backend=backend, isolate_recompiles=True, recompile_limit=64
-    )
+    return compile_whole(call, 64, backend)

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 
 import pytest
 
@@ -17,7 +18,7 @@ from ds_quant.engine.extension_locks import STALE_SECONDS
 def test_versions_and_seams(capsys):
     assert main([]) == 0
     printed = capsys.readouterr().out
-    assert "deepspeed     0.19.8" in printed
+    assert f"deepspeed     {version('deepspeed')}" in printed
     assert "MISSING" not in printed
     assert "DeepSpeedEngine.forward" in printed
     assert "accelerator" in printed

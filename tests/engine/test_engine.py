@@ -318,7 +318,7 @@ def test_models_that_a_class_swap_does_not_reach():
         ds_quant.initialize(model=pipeline, model_parameters=pipeline.parameters(), config=config())
     from deepspeed.module_inject.layers import LinearLayer
 
-    parallel = nn.Sequential(nn.Linear(8, 8), LinearLayer(nn.Linear(8, 8), mp_group=None))
+    parallel = nn.Sequential(nn.Linear(8, 8), LinearLayer(nn.Linear(8, 8), mp_group=None, skip_partition=True))
     with pytest.raises(ConfigError, match=r"the layer '1' of tensor parallelism \(LinearLayer\)"):
         start(model=parallel, config=config())
 
@@ -382,9 +382,24 @@ def test_a_seam_that_moved_is_named(monkeypatch):
         engine_package.check_seams()
 
 
+def test_a_seam_that_a_release_does_not_use_is_not_missed(monkeypatch):
+    """DeepSpeed before 0.19.8 has neither the buffers of partitions nor what adds to them."""
+    holder = deepspeed.runtime.zero.stage_1_and_2.DeepSpeedZeroOptimizer
+    name = f"{holder.__module__}.DeepSpeedZeroOptimizer._add_to_grad_partition_buffer"
+    has_buffers = hasattr(holder, "_get_compact_grad_partition_slice")
+    assert engine_package.find_seams().get(name, False) is has_buffers
+    monkeypatch.setattr(holder, "_get_compact_grad_partition_slice", None, raising=False)
+    monkeypatch.delattr(holder, "_add_to_grad_partition_buffer", raising=False)
+    assert engine_package.find_seams()[name] is False
+    monkeypatch.delattr(holder, "_get_compact_grad_partition_slice")
+    assert name not in engine_package.find_seams()
+    engine_package.check_seams()
+
+
 SEAMS_OF_COMMUNICATION = [
     (module, path)
     for module, path, _ in engine_package.seams.SEAMS
+    if f"{module}.{path}" in engine_package.find_seams()
     if path.rpartition(".")[2].startswith(("_DeepSpeedZeroOptimizer_Stage3__avg", "reduce", "all_reduce", "allreduce"))
     or path.rpartition(".")[2] in ("average_tensor", "gradient_reduction_w_predivide", "_add_to_grad_partition_buffer")
     or path.rpartition(".")[2] in ("buffered_allreduce_fallback", "_get_gradients_for_reduction")
@@ -405,7 +420,8 @@ def test_a_seam_of_communication_that_moved_is_named(monkeypatch, module, path):
 
 def test_every_override_is_a_seam():
     """A method that DeepSpeed no longer calls would leave gradients in full precision, in silence."""
-    assert len(SEAMS_OF_COMMUNICATION) == 19
+    with_buffers = hasattr(deepspeed.runtime.zero.stage_1_and_2.DeepSpeedZeroOptimizer, "_add_to_grad_partition_buffer")
+    assert len(SEAMS_OF_COMMUNICATION) == 18 + with_buffers
     names = {path.rpartition(".")[2] for _, path, _ in engine_package.seams.SEAMS}
     for mixin in (
         reduction.QuantizedReductionEngine,
@@ -440,6 +456,25 @@ def test_a_moved_attribute_of_communication_is_named(monkeypatch, stage, holder,
     section = {"communication": {"gradient": {"bits": 8}}}
     with pytest.raises(ImportError, match=rf"has moved \w+\.{name}"):
         start(config=config(section, zero_optimization={"ds_quant_required": True, "stage": stage}))
+
+
+def test_a_release_that_averages_always_need_not_say_so(monkeypatch):
+    """DeepSpeed before 0.19.6 has no `gradient_allreduce_op`, and nothing that tells which one was chosen."""
+
+    def without(*args, **kwargs):
+        result = STOCK_INITIALIZE(*args, **kwargs)
+        vars(result[1]).pop("gradient_average", None)
+        return result
+
+    monkeypatch.setattr(deepspeed, "initialize", without)
+    section = {"communication": {"gradient": {"bits": 8}}}
+    settings = {"section": section, "zero_optimization": {"ds_quant_required": True, "stage": 2}}
+    monkeypatch.setattr(gradient_seams, "CAN_SUM", True)
+    with pytest.raises(ImportError, match=r"has moved \w+\.gradient_average"):
+        start(config=config(**copy.deepcopy(settings)))
+    monkeypatch.setattr(gradient_seams, "CAN_SUM", False)
+    engine = start(config=config(**copy.deepcopy(settings)))[0]
+    assert hasattr(engine, "ds_quant_gradients")
 
 
 def test_importing_the_package_is_light():

@@ -1,0 +1,49 @@
+"""torch.compile as the CUDA kernels use it, on each torch that is supported."""
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+_TAKES_LIMIT = "recompile_limit" in inspect.signature(torch.compile).parameters
+"""Before 2.13 torch knows one limit for all functions of a process."""
+
+
+def compile_whole(
+    function: Callable[..., Any],
+    recompile_limit: int,
+    backend: str | Callable = "inductor",
+    options: dict[str, Any] | None = None,
+) -> Callable[..., Any]:
+    """`function` compiled for all shapes as one graph. It is compiled `recompile_limit` times at most, then it raises.
+
+    Functions that share their code, as those that are defined in one place do, do not share that limit: `function` gets
+    a copy of its code. `options` are Inductor's.
+    """
+    function.__code__ = function.__code__.replace()
+    if backend == "inductor":
+        options = {**(options or {}), **_rounded_divisions()}
+    how: dict[str, Any] = {"fullgraph": True, "dynamic": True, "backend": backend, "options": options or None}
+    if _TAKES_LIMIT:
+        how["recompile_limit"] = recompile_limit
+    compiled: Callable[..., Any] = torch.compile(function, **how)
+    if _TAKES_LIMIT:
+        return compiled
+
+    @functools.wraps(function)
+    def limited(*args: Any, **kwargs: Any) -> Any:
+        with torch._dynamo.config.patch(recompile_limit=recompile_limit):
+            return compiled(*args, **kwargs)
+
+    return limited
+
+
+def _rounded_divisions() -> dict[str, bool]:
+    """What `numerics.integer.divide` needs where Inductor writes addcdiv as an ordinary division: torch before 2.13."""
+    from torch._inductor.lowering import lowerings
+
+    if torch.ops.aten.addcdiv.default in lowerings:
+        return {}
+    return {"eager_numerics.division_rounding": True}
