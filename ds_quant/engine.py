@@ -14,6 +14,7 @@ import torch
 from deepspeed.constants import TORCH_DISTRIBUTED_DEFAULT_PORT
 
 from ds_quant import optimizer_setup, zero
+from ds_quant.batch_sizes import check_ranks, num_ranks
 from ds_quant.config import (
     ConfigError,
     OptimizerConfig,
@@ -136,6 +137,8 @@ def initialize(
             + ", ".join(f"{path.rpartition('.')[2]}=..." for path in left)
             + ")"
         )
+    if mpu is None and mesh_param is None and not {"sequence_parallel_size", "data_parallel_size"} & raw.keys():
+        check_ranks(raw, num_ranks(), on_cpu=zero.accelerator()[0] == "cpu")
     zero.check_model(model)
     if not _is_trained(raw, optimizer):
         quant = _for_evaluation(quant, model)

@@ -3,13 +3,12 @@
 import copy
 from typing import Any
 
+from ds_quant.batch_sizes import BATCH_SIZES
 from ds_quant.deepspeed_json import resolve_auto, unresolved_auto
 
 WAYS = ("trainer", "accelerate", "accelerate-dummy", "native")
 """Hugging Face's Trainer; an accelerate loop with an AdamW of its own; one with DummyOptim and DummyScheduler; a script
 that hands the config to deepspeed.initialize."""
-
-BATCH_SIZES = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 
 ASSUMED = {
     "train_micro_batch_size_per_gpu": 8,

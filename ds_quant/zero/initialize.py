@@ -10,6 +10,7 @@ import deepspeed
 import torch
 from torch import nn
 
+from ds_quant.batch_sizes import check_filled
 from ds_quant.config import ConfigError, read_deepspeed_config, strip_tripwire
 from ds_quant.optim import QuantAdamW
 
@@ -87,7 +88,9 @@ def strip_tripwire_in_zero_init() -> Callable[[], None]:
         bound = signature.bind(self, *args, **kwargs)
         for name in ("config_dict_or_path", "config"):
             if bound.arguments.get(name) is not None:
-                bound.arguments[name] = strip_tripwire(read_deepspeed_config(bound.arguments[name]))
+                config = strip_tripwire(read_deepspeed_config(bound.arguments[name]))
+                check_filled(config)
+                bound.arguments[name] = config
         original(*bound.args, **bound.kwargs)
 
     def undo() -> None:
