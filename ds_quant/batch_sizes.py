@@ -17,9 +17,9 @@ def check_filled(config: dict[str, Any]) -> None:
             f"deepspeed.zero.Init: {', '.join(left)}",
             "auto",
             "numbers: at ZeRO stage 3 the config is read when the model is built",
-            "with Hugging Face's Trainer, make TrainingArguments before the model; with accelerate, write numbers "
-            "(ds_quant_report CONFIG --for accelerate --set train_micro_batch_size_per_gpu=8 --set "
-            "gradient_accumulation_steps=1, without train_batch_size) or set zero3_init_flag: false",
+            "write numbers, or fill them in first: ds_quant.resolve_auto(config, train_micro_batch_size_per_gpu=..., "
+            "gradient_accumulation_steps=...). Hugging Face's Trainer does it where TrainingArguments are made before "
+            "the model, accelerate where Accelerator is",
         )
 
 

@@ -32,7 +32,7 @@ def test_auto_when_a_stage_3_model_is_built(key):
     with pytest.raises(TypeError):
         deepspeed.zero.Init(config_dict_or_path=config)
     ds_quant.enable()
-    with pytest.raises(ConfigError, match=rf'zero.Init: {key}: got "auto"; allowed: numbers.*zero3_init_flag: false'):
+    with pytest.raises(ConfigError, match=rf'zero.Init: {key}: got "auto"; allowed: numbers.*resolve_auto'):
         deepspeed.zero.Init(config_dict_or_path=config)
 
 
