@@ -2,6 +2,7 @@
 
 import deepspeed
 import pytest
+import torch
 from torch import nn
 
 import ds_quant
@@ -34,6 +35,24 @@ def test_auto_when_a_stage_3_model_is_built(key):
     ds_quant.enable()
     with pytest.raises(ConfigError, match=rf'zero.Init: {key}: got "auto"; allowed: numbers.*resolve_auto'):
         deepspeed.zero.Init(config_dict_or_path=config)
+
+
+def test_zero_init_knows_the_ranks_when_it_checks_batch_sizes(monkeypatch):
+    """accelerate has started torch's process group for CPUs, and DeepSpeed's communication waits for somebody."""
+    knows = []
+    original = deepspeed.runtime.config.DeepSpeedConfig.__init__
+
+    def noting(self, *args, **kwargs):
+        knows.append(deepspeed.comm.is_initialized())
+        original(self, *args, **kwargs)
+
+    monkeypatch.setattr(deepspeed.runtime.config.DeepSpeedConfig, "__init__", noting)
+    deepspeed.init_distributed()
+    monkeypatch.setattr(deepspeed.comm.comm, "cdb", None)
+    assert torch.distributed.is_initialized()
+    ds_quant.enable()
+    deepspeed.zero.Init(config_dict_or_path={**CONFIG, "zero_optimization": {"stage": 3}})
+    assert knows == [True]
 
 
 def test_a_batch_computed_for_one_rank_of_two(monkeypatch):

@@ -75,7 +75,7 @@ def check_model(model: nn.Module) -> None:
 
 
 def strip_tripwire_in_zero_init() -> Callable[[], None]:
-    """Let `deepspeed.zero.Init` take configs with the tripwire; returns what undoes it.
+    """Let `deepspeed.zero.Init` take configs with the tripwire, and know the ranks; returns what undoes it.
 
     Hugging Face enters zero.Init with the whole JSON when it builds a ZeRO-3 model, long before initialize.
     """
@@ -91,6 +91,10 @@ def strip_tripwire_in_zero_init() -> Callable[[], None]:
                 config = strip_tripwire(read_deepspeed_config(bound.arguments[name]))
                 check_filled(config)
                 bound.arguments[name] = config
+                if not deepspeed.comm.is_initialized():
+                    # As zero.Init does by itself, but only after it has multiplied batch sizes by one rank: accelerate
+                    # starts torch's process group for CPUs, and leaves DeepSpeed's to it.
+                    deepspeed.init_distributed()
         original(*bound.args, **bound.kwargs)
 
     def undo() -> None:

@@ -40,6 +40,7 @@ CLIENTS = [
         way="trainer",
         recipe="w8a8_adam8_comm8",
         linears=14,
+        stock_without="train_batch_size",
         after=("resumed", "evaluated"),
     ),
     Client(
@@ -170,10 +171,9 @@ CLIENTS = [
         launcher="torchrun",
         ranks=2,
         stage=2,
-        way="native",
+        way="lightning",
         recipe="full_int8",
         linears=14,
         package="lightning",
-        values={"lr": "0.01"},
     ),
 ]
