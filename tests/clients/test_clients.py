@@ -9,7 +9,7 @@ from running import run_and_check
 
 pytestmark = pytest.mark.distributed
 
-QUICK = ("trainer-zero3", "accelerate-dummy", "native")
+QUICK = ("trainer-zero3", "native")  # accelerate: distributed/test_ways_in.py and test_front_ends.py
 
 
 @pytest.fixture(scope="module")
