@@ -3,13 +3,12 @@
 import copy
 from typing import Any
 
+from ds_quant.config.batch_sizes import BATCH_SIZES
 from ds_quant.config.deepspeed_json import resolve_auto, unresolved_auto
 
-WAYS = ("trainer", "accelerate", "accelerate-dummy", "native")
-"""Hugging Face's Trainer; an accelerate loop with an AdamW of its own; one with DummyOptim and DummyScheduler; a script
-that hands the config to deepspeed.initialize."""
-
-BATCH_SIZES = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+WAYS = ("trainer", "accelerate", "accelerate-dummy", "lightning", "native")
+"""Hugging Face's Trainer; an accelerate loop with an AdamW of its own; one with DummyOptim and DummyScheduler;
+Lightning with an AdamW of its own; a script that hands the config to deepspeed.initialize."""
 
 ASSUMED = {
     "train_micro_batch_size_per_gpu": 8,
@@ -38,10 +37,17 @@ def config_for(config: dict[str, Any], way: str, values: dict[str, Any]) -> tupl
             config.setdefault(key, "auto")
         return (resolve_auto(config, **values) if values else config), lines
     # accelerate refuses an optimizer here beside the script's; a scheduler has lengths that only the script knows.
-    dropped = {"accelerate": ("optimizer", "scheduler"), "accelerate-dummy": (), "native": ("scheduler",)}[way]
-    for key in dropped:
+    dropped = {
+        "accelerate": ("optimizer", "scheduler"),
+        "accelerate-dummy": (),
+        "lightning": ("optimizer", "scheduler"),
+        "native": ("scheduler",),
+    }
+    for key in dropped[way]:
         if config.pop(key, None) is not None:
             lines.append(f"{key} is left out: the script brings its own" + (", or none" if key == "scheduler" else ""))
+    if way == "lightning":
+        lines += _leave_to_lightning(config)
     if way == "native" and config.get("train_batch_size") == "auto":
         del config["train_batch_size"]  # DeepSpeed computes it from the other two and the ranks
     if values:
@@ -64,3 +70,21 @@ def config_for(config: dict[str, Any], way: str, values: dict[str, Any]) -> tupl
     elif unresolved_auto(config):
         config.get("optimizer", {}).get("params", {}).pop("eps", None)
     return config, lines
+
+
+def _leave_to_lightning(config: dict[str, Any]) -> list[str]:
+    """Drop what Lightning's Trainer fills in, or refuses to find: accumulation. A line for each that was there."""
+    theirs = {
+        "gradient_accumulation_steps": "accumulate_grad_batches",
+        "gradient_clipping": "gradient_clip_val",
+        "bf16": "precision",
+    }
+    if config.get("train_micro_batch_size_per_gpu") == "auto":
+        del config["train_micro_batch_size_per_gpu"]  # the data loader's
+    if config.get("train_batch_size") == "auto":
+        del config["train_batch_size"]  # DeepSpeed computes it
+    return [
+        f"{key} is left out: it is Lightning's Trainer({argument}=...)"
+        for key, argument in theirs.items()
+        if config.pop(key, None) is not None
+    ]

@@ -24,6 +24,7 @@ from ds_quant.config import (
     strip_tripwire,
     unresolved_auto,
 )
+from ds_quant.config.batch_sizes import check_ranks, num_ranks
 from ds_quant.config.deepspeed_json import TRIPWIRE_VALUE
 from ds_quant.config.refusals import check_refusals
 from ds_quant.diagnostics.choice import choose
@@ -33,6 +34,7 @@ from ds_quant.engine.diagnostics import attach_diagnostics, second_moments
 from ds_quant.engine.extension_locks import check_extension_locks
 from ds_quant.engine.moments import attach_moments
 from ds_quant.engine.patches import (
+    accelerator,
     check_model,
     no_step_at_start,
     op_names,
@@ -150,6 +152,8 @@ def initialize(
             + ", ".join(f"{path.rpartition('.')[2]}=..." for path in left)
             + ")"
         )
+    if mpu is None and mesh_param is None and not {"sequence_parallel_size", "data_parallel_size"} & raw.keys():
+        check_ranks(raw, num_ranks(), on_cpu=accelerator()[0] == "cpu")
     check_model(model)
     if not _is_trained(raw, optimizer):
         quant = _for_evaluation(quant, model)

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ds_quant.config import ConfigError, read_deepspeed_config, strip_tripwire
+from ds_quant.config.batch_sizes import check_filled
 from ds_quant.optim.adamw import QuantAdamW
 
 # ZeRO compares exact types.
@@ -74,7 +75,7 @@ def check_model(model: nn.Module) -> None:
 
 
 def strip_tripwire_in_zero_init() -> Callable[[], None]:
-    """Let `deepspeed.zero.Init` take configs with the tripwire; returns what undoes it.
+    """Let `deepspeed.zero.Init` take configs with the tripwire, and know the ranks; returns what undoes it.
 
     Hugging Face enters zero.Init with the whole JSON when it builds a ZeRO-3 model, long before initialize.
     """
@@ -87,7 +88,13 @@ def strip_tripwire_in_zero_init() -> Callable[[], None]:
         bound = signature.bind(self, *args, **kwargs)
         for name in ("config_dict_or_path", "config"):
             if bound.arguments.get(name) is not None:
-                bound.arguments[name] = strip_tripwire(read_deepspeed_config(bound.arguments[name]))
+                config = strip_tripwire(read_deepspeed_config(bound.arguments[name]))
+                check_filled(config)
+                bound.arguments[name] = config
+                if not deepspeed.comm.is_initialized():
+                    # As zero.Init does by itself, but only after it has multiplied batch sizes by one rank: accelerate
+                    # starts torch's process group for CPUs, and leaves DeepSpeed's to it.
+                    deepspeed.init_distributed()
         original(*bound.args, **bound.kwargs)
 
     def undo() -> None:

@@ -8,7 +8,9 @@ from conftest import ROOT
 from launching import PROGRAMS, launch
 
 from ds_quant.cli.report import main
-from ds_quant.config.ways_in import WAYS
+from ds_quant.config.batch_sizes import BATCH_SIZES
+from ds_quant.config.deepspeed_json import unresolved_auto
+from ds_quant.config.ways_in import WAYS, config_for
 
 pytestmark = pytest.mark.distributed
 
@@ -22,3 +24,24 @@ def test_each_way_in_runs_its_file_unedited(tmp_path):
     launch([sys.executable, "-m", "ds_quant", PROGRAMS / "ways_in.py", output, tmp_path], timeout=240)
     for way, got in json.loads(output.read_text()).items():
         assert got == {"linears": 7, "optimizer": "QuantAdamW", "steps": 2, "world_size": 1}, way
+
+
+def test_what_lightning_fills_in_is_left_to_it():
+    """Its Trainer refuses gradient_accumulation_steps in the config; tests/clients trains with it."""
+    recipe = json.loads((ROOT / "ds_configs" / "full_int8.json").read_text())
+    config, lines = config_for(recipe, "lightning", {})
+    assert unresolved_auto(config) == []
+    assert set(recipe) - set(config) == {
+        *BATCH_SIZES,
+        "gradient_clipping",
+        "bf16",
+        "optimizer",
+        "scheduler",
+    }
+    assert [line.partition(" ")[0] for line in lines] == [
+        "optimizer",
+        "scheduler",
+        "gradient_accumulation_steps",
+        "gradient_clipping",
+        "bf16",
+    ]

@@ -469,10 +469,10 @@ def test_a_release_that_averages_always_need_not_say_so(monkeypatch):
     monkeypatch.setattr(deepspeed, "initialize", without)
     section = {"communication": {"gradient": {"bits": 8}}}
     settings = {"section": section, "zero_optimization": {"ds_quant_required": True, "stage": 2}}
-    monkeypatch.setattr(gradient_seams, "CAN_SUM", True)
+    monkeypatch.setattr(reduction, "CAN_SUM", True)
     with pytest.raises(ImportError, match=r"has moved \w+\.gradient_average"):
         start(config=config(**copy.deepcopy(settings)))
-    monkeypatch.setattr(gradient_seams, "CAN_SUM", False)
+    monkeypatch.setattr(reduction, "CAN_SUM", False)
     engine = start(config=config(**copy.deepcopy(settings)))[0]
     assert hasattr(engine, "ds_quant_gradients")
 
