@@ -25,7 +25,7 @@ def test_installed_package_runs_outside_the_checkout(root, tmp_path):
     modules = {str(path.relative_to(copy)) for path in (copy / "ds_quant").rglob("*.py")}
     assert {str(path.relative_to(site)) for path in (site / "ds_quant").rglob("*.py")} == modules
     assert not (site / "tests").exists()
-    program = "import ds_quant, ds_quant.report as r; print(ds_quant.__file__); r.main([])"
+    program = "import ds_quant, ds_quant.cli.report as r; print(ds_quant.__file__); r.main([])"
     done = subprocess.run(
         [sys.executable, "-c", program],
         capture_output=True,

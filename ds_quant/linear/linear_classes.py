@@ -22,7 +22,7 @@ _CONV1D = "transformers.pytorch_utils.Conv1D"
 # By qualified name where importing the class would import a whole library for models that do not have it.
 _registry: dict[type | str, type | str] = {
     nn.Linear: QuantLinear,
-    _CONV1D: "ds_quant.conv1d:QuantConv1D",
+    _CONV1D: "ds_quant.linear.conv1d:QuantConv1D",
 }
 
 SAME_PRODUCTS = ("transformers.models.falcon.modeling_falcon.FalconLinear",)
