@@ -1,15 +1,15 @@
 """What all tests share: where DeepSpeed's op is built, and a process group of one rank for tests within pytest."""
 
-import contextlib
 import importlib
 import os
 import random
-import socket
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+
+from ds_quant.base.one_rank import free_port
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -32,15 +32,6 @@ def pytest_collection_modifyitems(items):
         return LONGEST_FIRST.index(folder) if folder in LONGEST_FIRST else len(LONGEST_FIRST)
 
     items.sort(key=rank)
-
-
-def free_port() -> int:
-    """A port for a program that is started next. Systems hand out ports above 32768 to any connection meanwhile."""
-    for port in random.SystemRandom().sample(range(12_000, 29_000), 100):
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("", port))
-            return port
-    raise OSError("found no free port between 12000 and 29000")
 
 
 @pytest.fixture(scope="session")

@@ -233,7 +233,7 @@ class _Step:
         return next(self._streams)
 
     def say_once(self, text: str) -> None:
-        """Tell the user, once for this optimizer: wrappers load it in several parts."""
+        """Tell the user, once for this optimizer: ZeRO stage 3 steps it once for each sub-group."""
         said = self._optimizer.__dict__.setdefault("_said", set())
         if text not in said:
             said.add(text)

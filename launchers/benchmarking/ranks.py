@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -16,6 +15,7 @@ from pathlib import Path
 from benchmarking.errors import BenchmarkError
 from benchmarking.signals import hold_signals, raise_on_signals
 from benchmarking.slow_link import Link
+from ds_quant.base.one_rank import free_port
 
 LAUNCHERS = Path(__file__).resolve().parents[1]
 _SHOWN_LINES = 15
@@ -28,7 +28,8 @@ def run_ranks(
 
     BenchmarkError with the last lines of the first rank that fails, or where they take more than `timeout` seconds.
     """
-    port = _free_port()
+    # Also for namespaces, where any would do: DeepSpeed's files in shared memory are named after it.
+    port = free_port()
     shared = {
         **os.environ,
         "OMP_WAIT_POLICY": "PASSIVE",
@@ -99,10 +100,3 @@ def _end(processes: list[subprocess.Popen]) -> None:
 
 def _last_lines(log: Path) -> str:
     return "\n".join(log.read_text(errors="replace").splitlines()[-_SHOWN_LINES:])
-
-
-def _free_port() -> int:
-    # Also for namespaces, where any would do: DeepSpeed's files in shared memory are named after it.
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
