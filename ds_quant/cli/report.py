@@ -49,7 +49,7 @@ def environment() -> tuple[list[tuple[str, str]], list[str]]:
     try:
         from ds_quant import engine
         from ds_quant.engine.extension_locks import check_extension_locks
-        from ds_quant.kernels import dispatch
+        from ds_quant.kernels.adamw import ops as dispatch
         from ds_quant.kernels.integer_units import integer_units
     except (ConfigError, ImportError) as error:
         return [("deepspeed", "cannot be used")], [str(error)]

@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 from ds_quant.base.log import warn
 
-FOLDER = Path(__file__).parent
+FOLDER = Path(__file__).parent / "csrc"
 DRIVERS = ("adamw.cpp", "wire.cpp", "products.cpp")
 STAGES = ("stages.cpp", "wire_stages.cpp", "products_stages.cpp")
 """Compiled once for each instruction set."""

@@ -20,8 +20,8 @@ from torch import Tensor
 from ds_quant.base.errors import fail
 from ds_quant.base.log import say
 from ds_quant.config import ConfigError
-from ds_quant.kernels import dispatch
-from ds_quant.kernels.work import AdamWWork
+from ds_quant.kernels.adamw import ops as dispatch
+from ds_quant.kernels.adamw.work import AdamWWork
 from ds_quant.numerics.random import fold_key
 from ds_quant.optim.group_options import (
     MOMENTS,

@@ -18,8 +18,11 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from ds_quant.config import ConfigError
 from ds_quant.engine import dry_start
-from ds_quant.kernels import build, cpu, products_cpu, wire_cpu
+from ds_quant.kernels import build
+from ds_quant.kernels.adamw import cpu
+from ds_quant.kernels.int8 import cpu as products_cpu
 from ds_quant.kernels.integer_units import integer_units
+from ds_quant.kernels.wire import cpu as wire_cpu
 from ds_quant.planning import models
 from ds_quant.planning.dry_run import DryRun
 from ds_quant.planning.job import Job, Outcome, run_job

@@ -14,7 +14,7 @@ import torch
 from benchmarking import contenders, memory, timing
 from benchmarking.errors import BenchmarkError
 from benchmarking.results import environment, print_table, write_csv
-from ds_quant.kernels import dispatch
+from ds_quant.kernels.adamw import ops as dispatch
 
 HELP = "time, state and extra memory of an optimizer step"
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from ds_quant.kernels import triton_int8 as kernels
-from ds_quant.kernels.triton_int8 import Tile
+from ds_quant.kernels.int8 import triton as kernels
+from ds_quant.kernels.int8.triton import Tile
 from ds_quant.numerics import products as reference
 
 SMALL = Tile(16, 32, 32, 4, 2)

@@ -5,7 +5,9 @@ import sys
 import pytest
 from kernels.works import assert_same, copy_work, make_work
 
-from ds_quant.kernels import build, dispatch, reference
+from ds_quant.kernels import build
+from ds_quant.kernels.adamw import ops as dispatch
+from ds_quant.kernels.adamw import reference
 
 WORKS = build.load().library is not None
 needs_compiler = pytest.mark.skipif(not WORKS, reason="no C++ compiler")
@@ -166,7 +168,7 @@ def test_compilers_are_tried_in_turn(monkeypatch, tmp_path):
 
 
 def test_importing_builds_nothing(tmp_path):
-    program = "import ds_quant.kernels.dispatch, ds_quant.kernels.cpu"
+    program = "import ds_quant.kernels.adamw.ops, ds_quant.kernels.adamw.cpu"
     environment = {**os.environ, "DS_QUANT_CACHE": str(tmp_path / "cache"), "CXX": "/bin/false"}
     subprocess.run([sys.executable, "-c", program], env=environment, check=True, timeout=100)
     assert not (tmp_path / "cache").exists()

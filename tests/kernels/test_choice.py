@@ -2,8 +2,9 @@ import pytest
 import torch
 
 from ds_quant.base.errors import ConfigError
-from ds_quant.kernels import dispatch, wire
+from ds_quant.kernels.adamw import ops as dispatch
 from ds_quant.kernels.choice import VARIABLE, chosen
+from ds_quant.kernels.wire import ops as wire
 
 
 @pytest.mark.parametrize("value", ["", "reference", "triton"])

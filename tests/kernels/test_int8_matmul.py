@@ -10,8 +10,10 @@ import time
 import pytest
 import torch
 
-from ds_quant.kernels import int8_matmul, integer_units, ops
-from ds_quant.kernels.int8_matmul import MAX_CONTRACTION, fp32_products, int_mm, scaled_matmul
+from ds_quant.kernels import integer_units
+from ds_quant.kernels.int8 import matmul as int8_matmul
+from ds_quant.kernels.int8 import ops
+from ds_quant.kernels.int8.matmul import MAX_CONTRACTION, fp32_products, int_mm, scaled_matmul
 from ds_quant.numerics import products as reference
 from ds_quant.numerics.random import fold_key
 
@@ -143,7 +145,8 @@ def test_without_integer_units_products_stay_exact(monkeypatch, units):
 
 PROBE = """
 import torch
-from ds_quant.kernels import integer_units, int8_matmul
+from ds_quant.kernels import integer_units
+from ds_quant.kernels.int8 import matmul as int8_matmul
 a = torch.full((40, 600), 127, dtype=torch.int8)
 print("saturates", torch._int_mm(a, a.t())[0, 0].item() != 600 * 127**2)
 print("exact", integer_units.integer_units(torch.device("cpu")).is_exact)

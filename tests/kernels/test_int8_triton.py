@@ -31,13 +31,13 @@ def test_interpreter():
 
 @pytest.fixture
 def compile_for(monkeypatch, tmp_path):
-    from ds_quant.kernels.triton_int8 import kernel
+    from ds_quant.kernels.int8.triton import kernel
 
     return compiler(kernel, monkeypatch, tmp_path)
 
 
 def launch_of(layout, m, n, k, dtype=torch.bfloat16, has_vectors=True):
-    from ds_quant.kernels.triton_int8 import launch
+    from ds_quant.kernels.int8.triton import launch
 
     a = torch.empty((m, k) if layout[0] == "N" else (k, m), dtype=torch.int8)
     b = torch.empty((k, n) if layout[1] == "N" else (n, k), dtype=torch.int8)
@@ -86,7 +86,7 @@ def test_compiles(name, product, capability, compile_for, tmp_path):
 
 
 def test_table():
-    from ds_quant.kernels.triton_int8 import TILES, choose_tile
+    from ds_quant.kernels.int8.triton import TILES, choose_tile
 
     names = dict(zip(SIZES, TILES, strict=True))
     for name, size in SIZES.items():
@@ -121,7 +121,7 @@ def test_odd_sizes(capability, compile_for, tmp_path):
 
 def test_launches_do_not_compile_again(compile_for):
     """New numbers of tokens are the same kernel, save that the tile divides them or not."""
-    from ds_quant.kernels.triton_int8 import kernel
+    from ds_quant.kernels.int8.triton import kernel
 
     kernel.device_caches.clear()
     for num_tokens in (4096, 8192, 16384):

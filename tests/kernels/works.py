@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from ds_quant.kernels.work import AdamWWork
+from ds_quant.kernels.adamw.work import AdamWWork
 from ds_quant.numerics.adam import adamw_scalars
 from ds_quant.numerics.blockwise import QuantizedBlocks, quantize_blockwise
 from ds_quant.numerics.codes import CodeMap, code_map

@@ -13,7 +13,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 import ds_quant
 from ds_quant.config import ConfigError, LinearConfig
-from ds_quant.kernels import int8_matmul, ops
+from ds_quant.kernels.int8 import matmul as int8_matmul
+from ds_quant.kernels.int8 import ops
 from ds_quant.linear.convert import convert, remove_forward_counter, step_key_of
 
 WEIGHTS = {"none": None, "8 channel": {"bits": 8}, "4 tensor": {"bits": 4, "granularity": "tensor"}}

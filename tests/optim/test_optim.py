@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ds_quant.config import ConfigError, MomentConfig
-from ds_quant.kernels import dispatch
+from ds_quant.kernels.adamw import ops as dispatch
 from ds_quant.numerics import code_map, dequantize_blockwise, fold_key, quantize_blockwise
 from ds_quant.numerics.adam import adamw_scalars, adamw_step
 from ds_quant.numerics.random import derive_key

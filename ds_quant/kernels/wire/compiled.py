@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ds_quant.kernels.compiling import compile_whole
-from ds_quant.kernels.wire_rows import (
+from ds_quant.kernels.wire.rows import (
     Rows,
     Settings,
     dequantize_rows,

@@ -166,11 +166,11 @@ def _kernel(kind: str) -> ModuleType:
         "operands of int8 products are quantized by the reference instead, which is many times slower and allocates "
         "several fp32 tensors of their size"
     ):
-        from ds_quant.kernels import products_cpu
+        from ds_quant.kernels.int8 import cpu as products_cpu
 
         return products_cpu
     if kind == "cuda":
-        from ds_quant.kernels import products_cuda
+        from ds_quant.kernels.int8 import compiled as products_cuda
 
         return products_cuda
     return reference

@@ -7,7 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from ds_quant.kernels import build, cpu, products, products_cpu, products_cuda
+from ds_quant.kernels import build
+from ds_quant.kernels.adamw import cpu
+from ds_quant.kernels.int8 import compiled as products_cuda
+from ds_quant.kernels.int8 import cpu as products_cpu
+from ds_quant.kernels.int8 import products
 from ds_quant.numerics import products as reference
 from ds_quant.numerics.random import fold_key
 

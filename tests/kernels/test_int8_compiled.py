@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 
-from ds_quant.kernels import products_cuda
+from ds_quant.kernels.int8 import compiled as products_cuda
 from ds_quant.numerics import products as reference
 from ds_quant.numerics.random import fold_key
 

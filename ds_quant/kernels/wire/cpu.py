@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ds_quant.kernels import cpu
+from ds_quant.kernels.adamw import cpu
 from ds_quant.numerics.wire import Parts, Residuals, WireFormat
 
 

@@ -5,7 +5,9 @@ import pytest
 import torch
 from kernels.works import FORMATS, KEY, assert_same, copy_work, make_work, rough_values, tensors
 
-from ds_quant.kernels import build, cpu, dispatch, reference
+from ds_quant.kernels import build
+from ds_quant.kernels.adamw import cpu, reference
+from ds_quant.kernels.adamw import ops as dispatch
 from ds_quant.numerics.blockwise import QuantizedBlocks, dequantize_blockwise, quantize_blockwise
 from ds_quant.numerics.codes import CodeMap, code_map, code_values
 from ds_quant.numerics.random import derive_key, uniform16

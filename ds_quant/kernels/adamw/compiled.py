@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from ds_quant.base.log import warn
+from ds_quant.kernels.adamw.work import AdamWWork
 from ds_quant.kernels.choice import chosen
 from ds_quant.kernels.compiling import compile_whole
-from ds_quant.kernels.work import AdamWWork
 from ds_quant.numerics.adam import AdamWScalars, Moment, adamw_step
 from ds_quant.numerics.blockwise import QuantizedBlocks, packed_bytes
 from ds_quant.numerics.codes import CodeMap
@@ -50,7 +50,7 @@ def adamw_(works: Sequence[AdamWWork]) -> None:
         if work.param.numel() == 0:
             continue
         if chosen == "triton":
-            from ds_quant.kernels import triton
+            from ds_quant.kernels.adamw import triton
 
             with _current(work.param.device):
                 triton.adamw_(work)
@@ -88,7 +88,7 @@ def _current(device: torch.device) -> AbstractContextManager:
 def _not_for_triton(work: AdamWWork) -> str | None:
     if not _is_installed("triton"):
         return "triton is not installed"
-    from ds_quant.kernels import triton
+    from ds_quant.kernels.adamw import triton
 
     return triton.unsupported(work)
 

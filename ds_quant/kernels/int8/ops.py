@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ds_quant.kernels import int8_matmul, products
+from ds_quant.kernels.int8 import matmul as int8_matmul
+from ds_quant.kernels.int8 import products
 from ds_quant.kernels.spans import span
 
 

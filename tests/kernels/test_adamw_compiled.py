@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 
-from ds_quant.kernels import cuda
-from ds_quant.kernels.work import AdamWWork
+from ds_quant.kernels.adamw import compiled as cuda
+from ds_quant.kernels.adamw.work import AdamWWork
 from ds_quant.numerics import code_map, derive_key, fold_key, quantize_blockwise
 from ds_quant.numerics.adam import adamw_scalars, adamw_step
 from ds_quant.numerics.blockwise import QuantizedBlocks
@@ -122,7 +122,7 @@ def counters(monkeypatch):
 
 
 def test_import_needs_no_triton():
-    program = "import sys; sys.modules.update(triton=None); import ds_quant.kernels.cuda"
+    program = "import sys; sys.modules.update(triton=None); import ds_quant.kernels.adamw.compiled"
     subprocess.run([sys.executable, "-c", program], check=True, timeout=100)
 
 
@@ -135,7 +135,7 @@ def test_path_of_each_format(name, rng, installed, warnings, monkeypatch):
 
 
 def test_path_with_triton(rng, installed, warnings, monkeypatch):
-    pytest.importorskip("triton", reason="test_triton.py fails where triton should be installed and is not")
+    pytest.importorskip("triton", reason="test_adamw_triton.py fails where triton should be installed and is not")
     monkeypatch.setenv("DS_QUANT_KERNELS", "triton")
     assert cuda.path(make_work(rng, 1000, FORMATS["m4v8"])) == "triton"
     assert not warnings

@@ -8,9 +8,10 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from ds_quant.kernels import build, reference
+from ds_quant.kernels import build
+from ds_quant.kernels.adamw import reference
+from ds_quant.kernels.adamw.work import AdamWWork
 from ds_quant.kernels.choice import chosen
-from ds_quant.kernels.work import AdamWWork
 
 Step = Callable[[Sequence[AdamWWork]], None]
 
@@ -45,11 +46,11 @@ def _kernel(kind: str) -> tuple[Step, str]:
         "optimizer steps on the CPU take the reference instead, which is about 200 times slower and allocates several "
         "fp32 tensors of each parameter's size"
     ):
-        from ds_quant.kernels import cpu
+        from ds_quant.kernels.adamw import cpu
 
         return cpu.adamw_, f"cpu: C++ {cpu.isa()}"
     if kind == "cuda":
-        from ds_quant.kernels import cuda
+        from ds_quant.kernels.adamw import compiled as cuda
 
         return cuda.adamw_, "cuda: ds_quant.kernels.cuda"
     return reference.adamw_, "reference"

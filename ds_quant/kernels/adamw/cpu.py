@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ds_quant.kernels.adamw.work import AdamWWork
 from ds_quant.kernels.build import load
-from ds_quant.kernels.work import AdamWWork
 from ds_quant.numerics.adam import Moment
 from ds_quant.numerics.blockwise import packed_bytes
 from ds_quant.numerics.codes import CodeMap, code_values, decode, encode
@@ -40,7 +40,7 @@ def library() -> Library:
     handle, reason = load()
     if handle is None:
         raise RuntimeError(
-            f"ds_quant.kernels.cpu: got no library ({reason}); remedy: call kernels.dispatch or kernels.wire instead"
+            f"ds_quant.kernels.adamw.cpu: got no library ({reason}); remedy: call the operations in ops.py instead"
         )
     handle.ds_quant_adamw.argtypes = [
         *(ctypes.c_char_p, ctypes.c_int64, ctypes.c_char_p),

@@ -122,11 +122,11 @@ def _kernel(kind: str) -> ModuleType:
         "gradients are quantized by the reference instead, which is many times slower and allocates several fp32 "
         "tensors of their size"
     ):
-        from ds_quant.kernels import wire_cpu
+        from ds_quant.kernels.wire import cpu as wire_cpu
 
         return wire_cpu
     if kind == "cuda":
-        from ds_quant.kernels import wire_cuda
+        from ds_quant.kernels.wire import compiled as wire_cuda
 
         return wire_cuda
     return reference

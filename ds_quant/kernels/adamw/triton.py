@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ds_quant.kernels.work import AdamWWork
+from ds_quant.kernels.adamw.work import AdamWWork
 from ds_quant.numerics.adam import Moment
 from ds_quant.numerics.codes import LOWEST_FLOAT, CodeMap, code_map
 from ds_quant.numerics.random import derive_words

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ds_quant.kernels.work import AdamWWork
+from ds_quant.kernels.adamw.work import AdamWWork
 from ds_quant.numerics.adam import Moment, adamw_step
 from ds_quant.numerics.random import derive_key
 

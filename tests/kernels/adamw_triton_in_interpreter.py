@@ -1,6 +1,6 @@
 """The Triton kernel in Triton's interpreter, which numpy computes: rounded to nearest, nothing fused, bit for bit.
 
-`test_triton.py` runs this file in a process of its own, because TRITON_INTERPRET must be set before triton is imported.
+`test_adamw_triton.py` runs this file in a process of its own: TRITON_INTERPRET must be set before triton is imported.
 The interpreter's one departure: it truncates where a GPU rounds to bf16.
 """
 
@@ -10,8 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
-from ds_quant.kernels import triton as kernels
-from ds_quant.kernels.work import AdamWWork
+from ds_quant.kernels.adamw import triton as kernels
+from ds_quant.kernels.adamw.work import AdamWWork
 from ds_quant.numerics import (
     code_map,
     code_values,

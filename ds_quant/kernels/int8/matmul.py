@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ds_quant.kernels import products as kernels
 from ds_quant.kernels.choice import chosen
+from ds_quant.kernels.int8 import products as kernels
 from ds_quant.kernels.integer_units import integer_units
 from ds_quant.kernels.spans import span
 from ds_quant.numerics import products as reference
@@ -66,7 +66,7 @@ def scaled_matmul(
     if a.shape[1] > MAX_CONTRACTION:
         finish = functools.partial(reference.epilogue, **finish.keywords)
     elif chosen() == "triton" and a.device.type == "cuda":
-        from ds_quant.kernels import triton_int8
+        from ds_quant.kernels.int8 import triton as triton_int8
 
         return triton_int8.scaled_matmul(a, b, **finish.keywords)
     elif a.device.type == "cpu" and chosen() != "reference" and a.numel() and b.numel():

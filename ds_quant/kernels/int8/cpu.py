@@ -11,7 +11,7 @@ import functools
 import torch
 from torch import Tensor
 
-from ds_quant.kernels import cpu
+from ds_quant.kernels.adamw import cpu
 from ds_quant.numerics.integer import symmetric_levels
 
 

@@ -9,7 +9,11 @@ import torch
 from numerics.wire_oracle import gradient, lay_out
 from torch._dynamo.testing import CompileCounter
 
-from ds_quant.kernels import build, cpu, wire, wire_cpu, wire_cuda
+from ds_quant.kernels import build
+from ds_quant.kernels.adamw import cpu
+from ds_quant.kernels.wire import compiled as wire_cuda
+from ds_quant.kernels.wire import cpu as wire_cpu
+from ds_quant.kernels.wire import ops as wire
 from ds_quant.numerics import wire as reference
 from ds_quant.numerics.wire import Parts, Residuals, WireFormat
 

@@ -1,0 +1,1 @@
+"""Fused steps of AdamW. `ops` is what the optimizer calls."""
