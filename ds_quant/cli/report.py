@@ -49,7 +49,7 @@ def environment() -> tuple[list[tuple[str, str]], list[str]]:
     try:
         from ds_quant import engine
         from ds_quant.engine.extension_locks import check_extension_locks
-        from ds_quant.kernels.adamw import ops as dispatch
+        from ds_quant.kernels import registry
         from ds_quant.kernels.integer_units import integer_units
     except (ConfigError, ImportError) as error:
         return [("deepspeed", "cannot be used")], [str(error)]
@@ -57,7 +57,7 @@ def environment() -> tuple[list[tuple[str, str]], list[str]]:
     rows.append(("accelerator", f"{name}, {devices} device(s)"))
     rows.append(("CPU instructions", torch.backends.cpu.get_cpu_capability()))
     for device in dict.fromkeys(("cpu", name)):
-        rows.append((f"AdamW's steps on {device}", dispatch.implementation(device)))
+        rows += [(f"{title} on {device}", serving) for title, serving in registry.report(device)]
     units = integer_units(torch.device(name))
     rows.append((f"int8 products on {name}", units.line()))
     for seam, there in engine.find_seams().items():

@@ -1,1 +1,8 @@
-"""Fused optimizer steps (see `dispatch`) and gradients on the wire (see `wire`): C++ for CPUs, built on first use."""
+"""Fast versions of `numerics`. Read `registry` first: it has what an operation and a backend are.
+
+    adamw   int8   wire     a folder for each family: `ops` declares its operations; cpu, compiled and triton do them
+    csrc                    the C++ that `cpu` calls; `build` compiles it on first use, `native` holds the library
+    choice                  what DS_QUANT_KERNELS may say
+
+`integer_units` and `bf16_units` tell what a processor multiplies fast.
+"""

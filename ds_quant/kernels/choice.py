@@ -1,8 +1,10 @@
 """DS_QUANT_KERNELS in the environment: which kernels to take instead of the fastest.
 
 reference   the definitions of `ds_quant.numerics` for everything, slow
-triton      on CUDA, `kernels.triton` for AdamW's steps where it takes their format, `kernels.triton_int8` for the
-            products of int8 linear layers
+triton      on CUDA, Triton's kernels for the steps of AdamW whose format they take, and for the products of int8
+            linear layers
+
+Other names are those of backends that `registry.add_backend` was told to take only by choice.
 """
 
 import os
@@ -10,12 +12,18 @@ import os
 from ds_quant.base.errors import fail
 
 VARIABLE = "DS_QUANT_KERNELS"
-CHOICES = ("reference", "triton")
+REFERENCE = "reference"
+CHOICES = [REFERENCE, "triton"]
 
 
 def chosen() -> str:
     """One of CHOICES, or "" where none is made. Raises ConfigError for any other."""
     value = os.environ.get(VARIABLE, "")
+    check_choice(value)
+    return value
+
+
+def check_choice(value: str) -> None:
+    """Raises ConfigError for what DS_QUANT_KERNELS may not say."""
     if value and value not in CHOICES:
         raise fail(VARIABLE, value, " or ".join(CHOICES), "correct it, or unset it for the fastest kernels")
-    return value

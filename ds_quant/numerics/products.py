@@ -44,10 +44,10 @@ def quantize_both(
     *,
     column_scale: Tensor | None = None,
     row_scale: Tensor | None = None,
-    keys: tuple[Tensor, Tensor] | None = None,
+    row_key: Tensor | None = None,
+    column_key: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`quantize_rows` with the first of `keys`, then `quantize_columns` with the second, of one gradient [M, N]."""
-    row_key, column_key = keys or (None, None)
+    """`quantize_rows` with `row_key`, then `quantize_columns` with `column_key`, of one gradient [M, N]."""
     rows = quantize_rows(g, bits, column_scale=column_scale, key=row_key)
     return *rows, *quantize_columns(g, bits, row_scale=row_scale, key=column_key)
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from ds_quant.base.errors import fail
 from ds_quant.base.log import say
 from ds_quant.config import ConfigError
-from ds_quant.kernels.adamw import ops as dispatch
+from ds_quant.kernels.adamw import ops
 from ds_quant.kernels.adamw.work import AdamWWork
 from ds_quant.numerics.random import fold_key
 from ds_quant.optim.group_options import (
@@ -140,7 +140,7 @@ class QuantAdamW(torch.optim.Optimizer):
             work = AdamWWork(data, grad, first, second, options.scalars(step), key, second_key, stream)
             works.setdefault(param.device, []).append(work)
         for batch in works.values():
-            dispatch.adamw_(batch)
+            ops.adamw_(batch)
         for param, data in strided:
             param.copy_(data)
         # As torch's own: a number, or a tensor without alpha, is converted for each counter, at several times the cost.

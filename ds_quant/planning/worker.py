@@ -18,9 +18,9 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from ds_quant.config import ConfigError
 from ds_quant.engine import dry_start
-from ds_quant.kernels import build
-from ds_quant.kernels.adamw import cpu
-from ds_quant.kernels.int8 import cpu as products_cpu
+from ds_quant.kernels import build, native
+from ds_quant.kernels.adamw import cpu as adamw_cpu
+from ds_quant.kernels.int8 import cpu as int8_cpu
 from ds_quant.kernels.integer_units import integer_units
 from ds_quant.kernels.wire import cpu as wire_cpu
 from ds_quant.planning import models
@@ -38,10 +38,11 @@ class _NoArithmetic:
 
 def _silence_kernels() -> None:
     nothing: Any = _NoArithmetic()
-    library = cpu.Library(nothing, 0, None)
+    library = native.Library(nothing, 0, None)
     build.is_usable = lambda *arguments: True
-    cpu.library = lambda: library  # type: ignore[assignment]
-    products_cpu._library = lambda: nothing  # type: ignore[assignment]
+    native.library = lambda: library  # type: ignore[assignment]
+    adamw_cpu._library = lambda: nothing  # type: ignore[assignment]
+    int8_cpu._library = lambda: nothing  # type: ignore[assignment]
     wire_cpu._function = lambda: nothing.call  # type: ignore[assignment]
 
 

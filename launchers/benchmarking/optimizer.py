@@ -14,7 +14,7 @@ import torch
 from benchmarking import contenders, memory, timing
 from benchmarking.errors import BenchmarkError
 from benchmarking.results import environment, print_table, write_csv
-from ds_quant.kernels.adamw import ops as dispatch
+from ds_quant.kernels.adamw.ops import adamw_
 
 HELP = "time, state and extra memory of an optimizer step"
 
@@ -54,7 +54,7 @@ def run(options: argparse.Namespace) -> None:
     chosen = _choose(options.only)
     where = environment(device)
     print(f"{where['processor']}, {where['threads']} threads, torch {where['torch']}, {where['commit']}")
-    print(f"QuantAdamW is served by {dispatch.implementation(device)}")
+    print(f"QuantAdamW is served by {adamw_.implementation(device)}")
     rows: list[dict[str, Any]] = []
     for text, (count, numel) in zip(options.sizes.split(","), sizes, strict=True):
         rows += _measure(text, count, numel, chosen, options, device)

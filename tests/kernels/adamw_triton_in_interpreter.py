@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ds_quant.kernels.adamw import triton as kernels
+from ds_quant.kernels.adamw import triton_kernel as kernels
 from ds_quant.kernels.adamw.work import AdamWWork
 from ds_quant.numerics import (
     code_map,

@@ -1,4 +1,4 @@
-"""The CUDA step: which way a work goes; each way on the CPU as far as it goes there, and on a GPU if there is one."""
+"""The compiled step, on the CPU as far as it goes there; what serves CUDA, on a GPU if there is one."""
 
 import functools
 import itertools
@@ -10,12 +10,15 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 
+from ds_quant.kernels import registry
 from ds_quant.kernels.adamw import compiled as cuda
+from ds_quant.kernels.adamw import ops
 from ds_quant.kernels.adamw.work import AdamWWork
 from ds_quant.numerics import code_map, derive_key, fold_key, quantize_blockwise
 from ds_quant.numerics.adam import adamw_scalars, adamw_step
 from ds_quant.numerics.blockwise import QuantizedBlocks
 
+NO_TRITON = "test_adamw_triton.py fails where triton should be installed and is not"
 DYNAMIC = (("dynamic", 8, 256), ("dynamic", 8, 256))
 FORMATS = {
     "8/8": (("power", 8, 256), ("power", 8, 256)),
@@ -91,20 +94,14 @@ def assert_close(work, expected, same=0.999):
 
 
 @pytest.fixture
-def warnings(monkeypatch):
-    cuda._warn_once.cache_clear()
-    said = []
-    monkeypatch.setattr(cuda, "warn", said.append)
-    yield said
-    cuda._warn_once.cache_clear()
-
-
-@pytest.fixture
-def installed(monkeypatch):
-    """The packages that are found: a set to change."""
-    packages = {"triton"}
-    monkeypatch.setattr(cuda, "_is_installed", lambda name: name in packages)
-    return packages
+def forgetful(monkeypatch):
+    """What serves is found out anew, here and after."""
+    caches = (registry._serving, registry._is_ready)
+    for cache in caches:
+        cache.cache_clear()
+    yield
+    for cache in caches:
+        cache.cache_clear()
 
 
 @pytest.fixture
@@ -126,28 +123,45 @@ def test_import_needs_no_triton():
     subprocess.run([sys.executable, "-c", program], check=True, timeout=100)
 
 
-@pytest.mark.parametrize("name", FORMATS)
-def test_path_of_each_format(name, rng, installed, warnings, monkeypatch):
+def test_what_serves_cuda(forgetful, monkeypatch, caplog):
+    device = torch.device("cuda")
     monkeypatch.delenv("DS_QUANT_KERNELS", raising=False)
-    work = make_work(rng, 1500, FORMATS[name])
-    assert cuda.path(work) == "compiled"
-    assert not warnings
-
-
-def test_path_with_triton(rng, installed, warnings, monkeypatch):
-    pytest.importorskip("triton", reason="test_adamw_triton.py fails where triton should be installed and is not")
+    assert ops.adamw_.on(device) is cuda.adamw_
     monkeypatch.setenv("DS_QUANT_KERNELS", "triton")
-    assert cuda.path(make_work(rng, 1000, FORMATS["m4v8"])) == "triton"
-    assert not warnings
-    for _ in range(2):
-        assert cuda.path(make_work(rng, 1500, FORMATS["linear by channel"])) == "compiled"
-        assert cuda.path(make_work(rng, 1500, DYNAMIC)) == "compiled"
-    assert len(warnings) == 2
-    assert "blocks of 75" in warnings[0]
-    assert "dynamic" in warnings[1]
-    installed.remove("triton")
-    assert cuda.path(make_work(rng, 1000, FORMATS["m4v8"])) == "compiled"
-    assert "triton is not installed" in warnings[2]
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "triton", None)
+        with caplog.at_level("WARNING", logger="ds_quant"):
+            assert [ops.adamw_.on(device) for _ in range(2)] == [cuda.adamw_] * 2
+    (said,) = (record.getMessage() for record in caplog.records)
+    assert said == "DS_QUANT_KERNELS=triton: a parameter takes another kernel, because triton is not installed"
+    pytest.importorskip("triton", reason=NO_TRITON)
+    registry._serving.cache_clear()
+    registry._is_ready.cache_clear()
+    assert ops.adamw_.implementation(device) == "cuda: ds_quant.kernels.adamw.triton"
+    assert ops.adamw_.after("triton", device) is cuda.adamw_
+
+
+def test_what_triton_does_not_take_goes_on(rng, monkeypatch, caplog):
+    pytest.importorskip("triton", reason=NO_TRITON)
+    from ds_quant.kernels.adamw import triton
+
+    taken, left = [], []
+    monkeypatch.setattr(triton.triton_kernel, "adamw_", taken.append)
+    monkeypatch.setattr(ops.adamw_, "after", lambda backend, device: left.extend)
+    triton._warn_once.cache_clear()
+    first, *others = (make_work(rng, 1500, FORMATS[name]) for name in ("m4v8", "linear by channel", "dynamic"))
+    with caplog.at_level("WARNING", logger="ds_quant"):
+        for _ in range(2):
+            triton.adamw_([*others, first])
+    assert [id(work) for work in taken] == [id(first)] * 2
+    assert [id(work) for work in left] == [id(work) for work in others] * 2
+    by_blocks, by_map = (record.getMessage() for record in caplog.records)
+    assert by_blocks.startswith("DS_QUANT_KERNELS=triton: a parameter takes another kernel, because ")
+    assert "blocks of 75" in by_blocks
+    assert "dynamic" in by_map
+    with pytest.raises(ValueError, match=r"works\[1\]\.grad\): got 999 elements"):
+        triton.adamw_([first, first._replace(grad=first.grad[:999])])
+    assert len(taken) == 2
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -257,7 +271,7 @@ def test_on_a_gpu(name, dtype, kernels, rng, monkeypatch):
             grad = values(rng, length).to("cuda", dtype)
             work = work._replace(grad=grad, scalars=adamw_scalars(1e-2, (0.9, 0.99), 1e-8, 0.0, step))
             expected = reference(work)
-            cuda.adamw_([work])
+            ops.adamw_([work])
             assert_close(work, expected, same=0.98)
 
 
@@ -267,7 +281,7 @@ def test_triton_matches_on_a_gpu_bit_for_bit(rng, monkeypatch):
     monkeypatch.setenv("DS_QUANT_KERNELS", "triton")
     for name in ("8/8", "4/4", "m4v8"):
         work = make_work(rng, 75 * 1000, FORMATS[name], keys=(None, KEY), device="cuda")
-        assert cuda.path(work) == "triton"
+        assert ops.adamw_.implementation("cuda").endswith("triton")
         expected = reference(work)
-        cuda.adamw_([work])
+        ops.adamw_([work])
         assert_same(work, expected)

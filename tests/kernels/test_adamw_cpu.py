@@ -5,14 +5,14 @@ import pytest
 import torch
 from kernels.works import FORMATS, KEY, assert_same, copy_work, make_work, rough_values, tensors
 
-from ds_quant.kernels import build
+from ds_quant.kernels import build, native
 from ds_quant.kernels.adamw import cpu, reference
-from ds_quant.kernels.adamw import ops as dispatch
+from ds_quant.kernels.adamw.ops import adamw_
 from ds_quant.numerics.blockwise import QuantizedBlocks, dequantize_blockwise, quantize_blockwise
 from ds_quant.numerics.codes import CodeMap, code_map, code_values
 from ds_quant.numerics.random import derive_key, uniform16
 
-ISAS = cpu.ISAS[: cpu.ISAS.index(cpu.isa()) + 1] if build.load().library else ()
+ISAS = native.ISAS[: native.ISAS.index(native.isa()) + 1] if build.load().library else ()
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 POWER8, POWER4 = ("power", 8), ("power", 4)
 
@@ -227,7 +227,7 @@ def test_subkeys_are_those_of_the_definition(stream):
 
 def test_nothing_to_do():
     cpu.adamw_([])
-    dispatch.adamw_([])
+    adamw_([])
 
 
 def test_what_does_not_fit_is_refused_before_anything_is_written(rng):
@@ -266,17 +266,17 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(rng):
 
 
 def test_dispatch_serves_the_cpu_with_the_kernel(rng, monkeypatch):
-    assert dispatch.implementation("cpu") == f"cpu: C++ {cpu.isa()}"
-    assert dispatch.implementation(torch.device("meta")) == "reference"
+    assert adamw_.implementation("cpu") == f"cpu: C++ {native.isa()}"
+    assert adamw_.implementation(torch.device("meta")) == "reference"
     work = make_work(rng, 100, POWER8, POWER8)
     with pytest.raises(ValueError, match=r"adamw_\(works\): got parameters on cpu and meta; allowed: one "):
-        dispatch.adamw_([work, work._replace(param=work.param.to("meta"))])
+        adamw_([work, work._replace(param=work.param.to("meta"))])
     expected = copy_work(work)
-    dispatch.adamw_([expected])
+    adamw_([expected])
     monkeypatch.setenv("DS_QUANT_KERNELS", "reference")
-    assert dispatch.implementation("cpu") == "reference"
+    assert adamw_.implementation("cpu") == "reference"
     monkeypatch.setattr(cpu, "adamw_", None)
-    dispatch.adamw_([work])
+    adamw_([work])
     assert_same(expected, work)
 
 

@@ -58,7 +58,7 @@ def make_work(length, layouts, dtype=torch.float32, grad_dtype=None, stochastic=
 @pytest.fixture
 def compile_for(monkeypatch, tmp_path):
     """Compiles a launch exactly as if it were made on a GPU of a compute capability, and gives the PTX and cubin."""
-    from ds_quant.kernels.adamw.triton import kernel
+    from ds_quant.kernels.adamw.triton_kernel import kernel
 
     compile_launch = compiler(kernel, monkeypatch, tmp_path)
     return lambda launch, capability: compile_launch(launch, capability).asm
@@ -75,7 +75,7 @@ def accesses(ptx):
 @pytest.mark.parametrize("name", FORMATS)
 def test_compiles(name, capability, compile_for, tmp_path):
     """No spills, wide accesses, no product fused into a sum, divisions and roots rounded to nearest."""
-    from ds_quant.kernels.adamw.triton import launches
+    from ds_quant.kernels.adamw.triton_kernel import launches
 
     layouts = FORMATS[name]
     whole, tail = launches(make_work(2 * 4096 + 1, layouts))
@@ -107,7 +107,7 @@ def assert_exact(ptx):
 
 @pytest.mark.parametrize("capability", [80, 90])
 def test_largest_blocks_do_not_spill(capability, compile_for, tmp_path):
-    from ds_quant.kernels.adamw.triton import launches
+    from ds_quant.kernels.adamw.triton_kernel import launches
 
     for name in ("power", "float"):
         for launch in launches(make_work(4097, ((name, 8, 4096), (name, 8, 4096)))):
@@ -117,7 +117,7 @@ def test_largest_blocks_do_not_spill(capability, compile_for, tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_compiles_for_half_precision(dtype, compile_for, tmp_path):
-    from ds_quant.kernels.adamw.triton import launches
+    from ds_quant.kernels.adamw.triton_kernel import launches
 
     code = compile_for(launches(make_work(8192, FORMATS["8/8"], dtype, torch.float32))[0], 90)
     seen = accesses(code["ptx"])
@@ -130,7 +130,7 @@ def test_compiles_for_half_precision(dtype, compile_for, tmp_path):
 
 def test_launches_do_not_compile_again(compile_for):
     """New keys, scalars and lengths of one format are one kernel, and one for tails."""
-    from ds_quant.kernels.adamw.triton import kernel, launches
+    from ds_quant.kernels.adamw.triton_kernel import kernel, launches
 
     kernel.device_caches.clear()
     for length, key in ((4096 + 3, (0, 1)), (16 * 256 * 16 + 5, (2**32 - 1, 2**31)), (256 + 255, (16, 2**31 - 1))):
@@ -150,7 +150,7 @@ def test_launches_do_not_compile_again(compile_for):
     ],
 )
 def test_formats_that_it_refuses(layouts, reason):
-    from ds_quant.kernels.adamw.triton import adamw_, unsupported
+    from ds_quant.kernels.adamw.triton_kernel import adamw_, unsupported
 
     work = make_work(2 * 8193 if "8193" in reason else 512, layouts, stochastic=False)
     assert unsupported(work).startswith(reason)
@@ -159,7 +159,7 @@ def test_formats_that_it_refuses(layouts, reason):
 
 
 def test_maps_that_it_refuses():
-    from ds_quant.kernels.adamw.triton import unsupported
+    from ds_quant.kernels.adamw.triton_kernel import unsupported
 
     work = make_work(512, FORMATS["8/8"])
     for changes in ({"exponent": 16}, {"levels": 1000, "offset": 900}, {"levels": 300}):

@@ -5,9 +5,9 @@ import sys
 import pytest
 from kernels.works import assert_same, copy_work, make_work
 
-from ds_quant.kernels import build
-from ds_quant.kernels.adamw import ops as dispatch
+from ds_quant.kernels import build, registry
 from ds_quant.kernels.adamw import reference
+from ds_quant.kernels.adamw.ops import adamw_
 
 WORKS = build.load().library is not None
 needs_compiler = pytest.mark.skipif(not WORKS, reason="no C++ compiler")
@@ -28,7 +28,7 @@ def fresh(monkeypatch, tmp_path):
     monkeypatch.setenv("DS_QUANT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(build, "ISA_FLAGS", {"plain": ()})
     monkeypatch.setattr(build, "FLAGS", tuple(flag for flag in build.FLAGS if flag != "-O3"))
-    caches = (build.load, dispatch._kernel)
+    caches = (build.load, registry._serving, registry._is_ready)
     for cache in caches:
         cache.cache_clear()
     yield tmp_path / "cache" / "kernels"
@@ -175,13 +175,13 @@ def test_importing_builds_nothing(tmp_path):
 
 
 def check_fallback(rng, caplog, reason):
-    assert dispatch.implementation("cpu") == "reference"
+    assert adamw_.implementation("cpu") == "reference"
     work = make_work(rng, 300, ("power", 8), ("power", 4))
     expected = copy_work(work)
     reference.adamw_([expected])
     with caplog.at_level("WARNING", logger="ds_quant"):
-        dispatch.adamw_([work])
-        dispatch.adamw_([copy_work(work)])
+        adamw_([work])
+        adamw_([copy_work(work)])
     assert_same(work, expected)
     warnings = [record.getMessage() for record in caplog.records]
     assert len(warnings) == 1

@@ -2,9 +2,9 @@ import pytest
 import torch
 
 from ds_quant.base.errors import ConfigError
-from ds_quant.kernels.adamw import ops as dispatch
+from ds_quant.kernels import wire
+from ds_quant.kernels.adamw.ops import adamw_
 from ds_quant.kernels.choice import VARIABLE, chosen
-from ds_quant.kernels.wire import ops as wire
 
 
 @pytest.mark.parametrize("value", ["", "reference", "triton"])
@@ -23,6 +23,6 @@ def test_anything_else_is_refused_wherever_it_is_read(monkeypatch, value):
     monkeypatch.setenv(VARIABLE, value)
     message = f'DS_QUANT_KERNELS: got "{value}"; allowed: reference or triton; remedy: correct it'
     with pytest.raises(ConfigError, match=message):
-        dispatch.implementation("cpu")
+        adamw_.implementation("cpu")
     with pytest.raises(ConfigError, match=message):
-        wire._serving(torch.device("cpu"))
+        wire.quantize.on(torch.device("cpu"))

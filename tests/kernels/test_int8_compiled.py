@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 
-from ds_quant.kernels.int8 import compiled as products_cuda
+from ds_quant.kernels.int8 import compiled as kernels
 from ds_quant.numerics import products as reference
 from ds_quant.numerics.random import fold_key
 
@@ -47,10 +47,11 @@ def assert_same(got, expected, context=""):
 
 def operands(module, x, bits, column_scale, row_scale, keys, names=NAMES):
     first, second = keys or (None, None)
+    both = {"row_key": first, "column_key": second}
     calls = {
         "rows": lambda: module.quantize_rows(x, bits, column_scale=column_scale, key=first),
         "columns": lambda: module.quantize_columns(x, bits, row_scale=row_scale, key=second),
-        "both": lambda: module.quantize_both(x, bits, column_scale=column_scale, row_scale=row_scale, keys=keys),
+        "both": lambda: module.quantize_both(x, bits, column_scale=column_scale, row_scale=row_scale, **both),
         "tensor": lambda: module.quantize_tensor(x, bits, key=first),
         "full rows": lambda: module.quantize_rows(x, bits, column_scale=column_scale, key=first, full_range=True),
         "full tensor": lambda: module.quantize_tensor(x, bits, key=first, full_range=True),
@@ -61,7 +62,7 @@ def operands(module, x, bits, column_scale, row_scale, keys, names=NAMES):
 def check(device, x, bits, column_scale, row_scale, keys, context="", names=NAMES):
     x, column_scale, row_scale, *keys = to(device, x, column_scale, row_scale, *(keys or ()))
     arguments = (x, bits, column_scale, row_scale, tuple(keys) or None, names)
-    assert_same(operands(products_cuda, *arguments), operands(reference, *arguments), context)
+    assert_same(operands(kernels, *arguments), operands(reference, *arguments), context)
 
 
 # Each combination of functions, dtype and rounding compiles for some seconds.
@@ -155,7 +156,7 @@ def test_epilogue(rng, dtype, device):
             matrix, rows, columns, added = to(device, products, rows, columns, added)
             options = {"row_scale": rows, "column_scale": columns, "bias": added, "dtype": dtype}
             for view in (matrix, matrix.t().contiguous().t()):
-                got, expected = products_cuda.epilogue(view, **options), reference.epilogue(view, **options)
+                got, expected = kernels.epilogue(view, **options), reference.epilogue(view, **options)
                 assert_same([got], [expected], f"{shape} {options}")
 
 
@@ -170,7 +171,7 @@ def test_dequantize(rng, dtype, device):
             scale = scales(rng, count)
             scale[1 : 1 + len(special)] = special[: len(scale[1 : 1 + len(special)])]
             matrix, scale = to(device, codes, scale)
-            got = products_cuda.dequantize(matrix, **{name: scale}, dtype=dtype)
+            got = kernels.dequantize(matrix, **{name: scale}, dtype=dtype)
             assert_same([got], [reference.dequantize(matrix, **{name: scale}, dtype=dtype)], f"{shape} {name}")
 
 
@@ -181,7 +182,7 @@ def test_autograd_sees_nothing(rng):
     options = {"column_scale": scale, "bias": bias, "dtype": torch.bfloat16}
     for mode in (torch.enable_grad, torch.no_grad, torch.inference_mode):
         with mode():
-            got = (*products_cuda.quantize_rows(x, 8, column_scale=scale), products_cuda.epilogue(products, **options))
+            got = (*kernels.quantize_rows(x, 8, column_scale=scale), kernels.epilogue(products, **options))
             expected = (*reference.quantize_rows(x, 8, column_scale=scale), reference.epilogue(products, **options))
         assert_same(got, expected)
         assert not any(t.requires_grad for t in got)
@@ -190,12 +191,12 @@ def test_autograd_sees_nothing(rng):
 @pytest.fixture
 def counters(monkeypatch):
     """By function and constant, a backend of torch.compile that counts compilations and runs operations as they are."""
-    compiled, found = products_cuda._compiled, {}
+    compiled, found = kernels._compiled, {}
 
     def count(*kind):
         return compiled(*kind, backend=found.setdefault(kind, CompileCounter()))
 
-    monkeypatch.setattr(products_cuda, "_compiled", count)
+    monkeypatch.setattr(kernels, "_compiled", count)
     yield found
     compiled.cache_clear()
 
@@ -207,8 +208,8 @@ def test_nothing_compiles_again(rng, counters):
         x, keys = numbers(rng, shape, torch.bfloat16), (fold_key(number), fold_key(2**63 + number))
         column_scale, row_scale = scales(rng, shape[1]), scales(rng, shape[0])
         arguments = (x, 8, column_scale, row_scale, keys)
-        assert_same(operands(products_cuda, *arguments), operands(reference, *arguments), f"{shape}")
-        products_cuda.epilogue(
+        assert_same(operands(kernels, *arguments), operands(reference, *arguments), f"{shape}")
+        kernels.epilogue(
             x.int(), row_scale=row_scale, column_scale=column_scale, bias=column_scale, dtype=torch.bfloat16
         )
     assert len(counters) == 7
@@ -218,7 +219,7 @@ def test_nothing_compiles_again(rng, counters):
 def test_square_first_compiles_once_more(rng, counters):
     for shape in ((64, 64), (32, 32), (9, 64), (64, 9), (2, 2), (40, 40)):
         arguments = (numbers(rng, shape), 8, scales(rng, shape[1]), scales(rng, shape[0]), KEYS)
-        operands(products_cuda, *arguments)
+        operands(kernels, *arguments)
     assert max(counter.frame_count for counter in counters.values()) <= 2
 
 
@@ -227,6 +228,6 @@ def test_limits_of_compilations_are_each_functions_own(rng, counters):
     """Kinds of calls that share a code object would add up to the limit, and raise."""
     x = numbers(rng, (3, 8))
     for bits, key in itertools.product((8, 4, 3), (None, KEYS[0])):
-        products_cuda.quantize_rows(x, bits, key=key)
-        products_cuda.quantize_columns(x, bits, key=key)
+        kernels.quantize_rows(x, bits, key=key)
+        kernels.quantize_columns(x, bits, key=key)
     assert [counter.frame_count for counter in counters.values()] == [2] * 6

@@ -7,15 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from ds_quant.kernels import build
-from ds_quant.kernels.adamw import cpu
-from ds_quant.kernels.int8 import compiled as products_cuda
-from ds_quant.kernels.int8 import cpu as products_cpu
-from ds_quant.kernels.int8 import products
+from ds_quant.kernels import build, native, registry
+from ds_quant.kernels.int8 import compiled, cpu, ops
 from ds_quant.numerics import products as reference
 from ds_quant.numerics.random import fold_key
 
-ISAS = cpu.ISAS[: cpu.ISAS.index(cpu.isa()) + 1] if build.load().library else ()
+ISAS = native.ISAS[: native.ISAS.index(native.isa()) + 1] if build.load().library else ()
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Beside whole vectors and their rests: blocks of columns (16384) and a bit, chunks of rows and groups of four.
 SHAPES = ((1, 1), (1, 50), (70, 1), (3, 15), (4, 16), (5, 17), (9, 64), (130, 100), (5, 16387), (60, 1111), (2, 33000))
@@ -51,13 +48,14 @@ def assert_same(got, expected, context):
 def results(module, x, bits, column_scale, row_scale, keys, **options):
     """All that the quantizers give, with and without factors."""
     first, second = keys or (None, None)
+    both = {"row_key": first, "column_key": second}
     return (
         *module.quantize_rows(x, bits, key=first, **options),
         *module.quantize_rows(x, bits, column_scale=column_scale, key=first, **options),
         *module.quantize_columns(x, bits, key=first, **options),
         *module.quantize_columns(x, bits, row_scale=row_scale, key=second, **options),
-        *module.quantize_both(x, bits, column_scale=column_scale, row_scale=row_scale, keys=keys, **options),
-        *module.quantize_both(x, bits, keys=keys, **options),
+        *module.quantize_both(x, bits, column_scale=column_scale, row_scale=row_scale, **both, **options),
+        *module.quantize_both(x, bits, **both, **options),
         *module.quantize_tensor(x, bits, key=first, **options),
         *module.quantize_rows(x, bits, key=first, full_range=True, **options),
         *module.quantize_rows(x, bits, column_scale=column_scale, key=first, full_range=True, **options),
@@ -71,7 +69,7 @@ def check(rng, x, bits, keys, context="", column_scale=None, row_scale=None):
     arguments = (x, bits, column_scale, row_scale, keys)
     expected = results(reference, *arguments)
     for isa in ISAS:
-        assert_same(results(products_cpu, *arguments, isa=isa), expected, f"{isa} {context}")
+        assert_same(results(cpu, *arguments, isa=isa), expected, f"{isa} {context}")
 
 
 @needs_compiler
@@ -126,7 +124,7 @@ def test_ties_go_to_even_and_near_ties_where_division_says(rng):
         check(rng, x.t().contiguous(), 8, None, f"{absmax} by column", torch.ones(1), torch.ones(1))
     for isa in ISAS:
         steps = tensor([[127.0, *(np.arange(-127, 128) / 2)]])
-        codes, _ = products_cpu.quantize_rows(steps, 8, isa=isa)
+        codes, _ = cpu.quantize_rows(steps, 8, isa=isa)
         assert torch.equal(codes, steps.round().to(torch.int8))
 
 
@@ -144,11 +142,11 @@ def test_the_full_range_of_codes(rng):
     seen = set()
     for isa in ISAS:
         steps = tensor([np.arange(-127.5, 128)])
-        codes, own = products_cpu.quantize_rows(steps, 8, full_range=True, isa=isa)
+        codes, own = cpu.quantize_rows(steps, 8, full_range=True, isa=isa)
         assert own.item() == 1.0
         assert torch.equal(codes, steps.round().clamp(-128, 127).to(torch.int8))
         for absmax in rng.uniform(1, 2, size=50).astype(np.float32):
-            codes, _ = products_cpu.quantize_rows(tensor([[-absmax, absmax] * 9]), 8, full_range=True, isa=isa)
+            codes, _ = cpu.quantize_rows(tensor([[-absmax, absmax] * 9]), 8, full_range=True, isa=isa)
             assert (codes[0, 1::2] == 127).all()
             seen |= set(codes[0, ::2].tolist())
     assert seen == {-128, -127}
@@ -159,7 +157,7 @@ def test_stochastic_codes_in_the_full_range():
     """-127.5 becomes -128 or -127, and 127.5 always 127: no code passes the last one."""
     x = torch.full((64, 4096), 127.5)
     x[:, ::2] *= -1
-    for isa, quantize in itertools.product(ISAS, (products_cpu.quantize_rows, products_cpu.quantize_tensor)):
+    for isa, quantize in itertools.product(ISAS, (cpu.quantize_rows, cpu.quantize_tensor)):
         codes, _ = quantize(x, 8, key=KEYS[0], full_range=True, isa=isa)
         assert (codes[:, 1::2] == 127).all()
         share = (codes[:, ::2] == -128).double().mean().item()
@@ -175,7 +173,7 @@ def test_stochastic_codes_stay_within_the_levels():
         largest = np.nextafter(largest, np.float32(2))
     x = torch.full((64, 4096), float(largest))  # some 30 of the draws are below the fraction
     x[:, ::2] *= -1
-    for isa, quantize in itertools.product(ISAS, (products_cpu.quantize_rows, products_cpu.quantize_columns)):
+    for isa, quantize in itertools.product(ISAS, (cpu.quantize_rows, cpu.quantize_columns)):
         codes, _ = quantize(x, 8, key=KEYS[0], isa=isa)
         assert torch.equal(codes, (x.sign() * 127).to(torch.int8))
 
@@ -204,7 +202,7 @@ def test_strides(rng):
         row_scale, column_scale = scales(rng, 2 * view.shape[0])[::2], scales(rng, view.shape[1])
         options = {"row_scale": row_scale, "column_scale": column_scale, "dtype": torch.float32}
         expected = [reference.epilogue(view, **options).contiguous()]
-        assert_same([products_cpu.epilogue(view, **options)], expected, name)
+        assert_same([cpu.epilogue(view, **options)], expected, name)
 
 
 @needs_compiler
@@ -229,7 +227,7 @@ def test_epilogue(rng, shape):
         options["bias"] = None if added is None else bias.to(added)
         expected = reference.epilogue(matrix, **options)
         for isa in ISAS:
-            assert_same([products_cpu.epilogue(matrix, **options, isa=isa)], [expected], f"{isa} {options}")
+            assert_same([cpu.epilogue(matrix, **options, isa=isa)], [expected], f"{isa} {options}")
 
 
 @needs_compiler
@@ -246,7 +244,7 @@ def test_epilogue_of_whole_numbers_in_fp32(rng, shape):
             expected = [reference.epilogue(total, **options, dtype=dtype)]
             assert_same([reference.epilogue(whole, others=added, **options, dtype=dtype)], expected, "reference")
             for isa in ISAS:
-                got = products_cpu.epilogue(whole, others=added, **options, dtype=dtype, isa=isa)
+                got = cpu.epilogue(whole, others=added, **options, dtype=dtype, isa=isa)
                 assert_same([got], expected, f"{isa} {dtype} {added is None}")
 
 
@@ -273,7 +271,7 @@ def test_threads_make_no_difference(rng):
         for threads in (1, 2, 5):
             torch.set_num_threads(threads)
             for _ in range(3):
-                assert_same(run(products_cpu), expected, f"{threads}")
+                assert_same(run(cpu), expected, f"{threads}")
     finally:
         torch.set_num_threads(before)
 
@@ -286,8 +284,8 @@ def test_modes_of_autograd(rng):
     matrix = tensor(rng.integers(-1000, 1000, size=(5, 40)), torch.int32)
     for mode in (torch.enable_grad, torch.no_grad, torch.inference_mode):
         with mode():
-            got = products.quantize_rows(x, 8, column_scale=scale)
-            y = products.epilogue(matrix, column_scale=scale, bias=scale, dtype=torch.bfloat16)
+            got = ops.quantize_rows(x, 8, column_scale=scale)
+            y = ops.epilogue(matrix, column_scale=scale, bias=scale, dtype=torch.bfloat16)
         assert_same(got, expected, f"{mode}")
         assert not any(t.requires_grad for t in (*got, y))
 
@@ -298,8 +296,8 @@ def test_modes_of_autograd(rng):
 @pytest.mark.parametrize("shape", [(0, 5), (5, 0), (0, 0)], ids=str)
 def test_without_elements(rng, shape):
     arguments = (torch.empty(shape), 8, scales(rng, shape[1]), scales(rng, shape[0]), KEYS)
-    assert_same(results(products, *arguments), results(reference, *arguments), "")
-    y = products.epilogue(torch.empty(shape, dtype=torch.int32), bias=torch.empty(shape[1]), dtype=torch.float16)
+    assert_same(results(ops, *arguments), results(reference, *arguments), "")
+    y = ops.epilogue(torch.empty(shape, dtype=torch.int32), bias=torch.empty(shape[1]), dtype=torch.float16)
     assert (y.shape, y.dtype) == (shape, torch.float16)
 
 
@@ -307,23 +305,30 @@ def test_dispatch(rng, monkeypatch):
     monkeypatch.delenv("DS_QUANT_KERNELS", raising=False)
     arguments = (tensor(rng.normal(size=(9, 40))), 8, scales(rng, 40), scales(rng, 9), KEYS)
     expected = results(reference, *arguments)
-    assert_same(results(products, *arguments), expected, "")
-    assert products._serving(torch.device("cpu")) is (products_cpu if ISAS else reference)
-    assert products._serving(torch.device("cuda")) is products_cuda
-    assert products._serving(torch.device("meta")) is reference
+    assert_same(results(ops, *arguments), expected, "")
+    for name in ("quantize_rows", "quantize_columns", "quantize_both", "quantize_tensor", "dequantize", "epilogue"):
+        serving = getattr(ops, name).on
+        assert serving(torch.device("cpu")) is getattr(cpu if ISAS else reference, name)
+        assert serving(torch.device("cuda")) is getattr(compiled, name)
+        assert serving(torch.device("meta")) is getattr(reference, name)
     monkeypatch.setenv("DS_QUANT_KERNELS", "reference")
-    assert products._serving(torch.device("cpu")) is reference
-    assert_same(results(products, *arguments), expected, "")
+    assert ops.epilogue.on(torch.device("cpu")) is reference.epilogue
+    assert_same(results(ops, *arguments), expected, "")
+
+
+def forget():
+    registry._serving.cache_clear()
+    registry._is_ready.cache_clear()
 
 
 def test_without_a_compiler_the_reference_serves_and_says_so_once(monkeypatch, caplog):
     monkeypatch.delenv("DS_QUANT_KERNELS", raising=False)
     monkeypatch.setattr(build, "load", lambda: build.Loaded(None, "no compiler here"))
-    products._kernel.cache_clear()
+    forget()
     x = torch.randn(3, 20)
     with caplog.at_level(logging.WARNING, logger="ds_quant"):
-        got = [products.quantize_rows(x, 8), products.quantize_rows(x, 8)]
-    products._kernel.cache_clear()
+        got = [ops.quantize_rows(x, 8), ops.quantize_rows(x, 8)]
+    forget()
     for pair in got:
         assert_same(pair, reference.quantize_rows(x, 8), "")
     (said,) = (record.getMessage() for record in caplog.records)
@@ -333,35 +338,35 @@ def test_without_a_compiler_the_reference_serves_and_says_so_once(monkeypatch, c
 X = torch.zeros(3, 4)
 INTEGERS = torch.zeros(3, 4, dtype=torch.int32)
 REFUSED = [
-    (products.quantize_rows, (torch.zeros(4), 8), {}, r"quantize_rows\(x\): got torch.float32 of shape \(4,\)"),
-    (products.quantize_columns, (X.double(), 8), {}, r"quantize_columns\(x\): got torch.float64"),
-    (products.quantize_both, ([1.0], 8), {}, r"quantize_both\(g\): got a list"),
-    (products.quantize_tensor, (X, 9), {}, r"quantize_tensor\(bits\): got 9; allowed: integers 2 to 8"),
-    (products.quantize_rows, (X, 1), {}, r"quantize_rows\(bits\): got 1"),
-    (products.quantize_rows, (X, True), {}, r"quantize_rows\(bits\): got True"),
-    (products.quantize_columns, (X, 8.0), {}, r"quantize_columns\(bits\): got 8.0"),
-    (products.quantize_rows, (X, 8), {"column_scale": torch.ones(3)}, r"quantize_rows\(column_scale\): .*\(3,\)"),
-    (products.quantize_rows, (X, 8), {"column_scale": torch.ones(4, 1)}, r"quantize_rows\(column_scale\)"),
-    (products.quantize_rows, (X, 8), {"column_scale": torch.ones(4).double()}, r"column_scale\): got torch.float64"),
-    (products.quantize_rows, (X, 8), {"column_scale": torch.ones(4, device="meta")}, r"column_scale\): .* on meta"),
-    (products.quantize_rows, (X, 8), {"column_scale": 2.0}, r"column_scale\): got a float"),
-    (products.quantize_columns, (X, 8), {"row_scale": torch.ones(4)}, r"quantize_columns\(row_scale\): .*\(4,\)"),
-    (products.quantize_both, (X, 8), {"column_scale": torch.ones(3)}, r"quantize_both\(column_scale\)"),
-    (products.quantize_both, (X, 8), {"row_scale": torch.ones(4)}, r"quantize_both\(row_scale\)"),
-    (products.quantize_both, (X, 8), {"keys": KEYS[0]}, r"quantize_both\(keys\): got tensor"),
-    (products.quantize_both, (X, 8), {"keys": (KEYS[0], None)}, r"quantize_both\(keys\[1\]\): got a NoneType"),
-    (products.quantize_rows, (X, 8), {"key": (1, 2)}, r"quantize_rows\(key\): got a tuple"),
-    (products.quantize_columns, (X, 8), {"key": torch.zeros(3)}, r"quantize_columns\(key\): got torch.float32"),
-    (products.quantize_tensor, (X, 8), {"key": torch.zeros(2)}, r"quantize_tensor\(key\): got torch.float32"),
-    (products.epilogue, (X.double(),), {"dtype": torch.float32}, r"epilogue\(products\): got torch.float64"),
-    (products.epilogue, (X,), {"dtype": torch.float32, "others": X}, r"epilogue\(others\): got torch.float32"),
-    (products.epilogue, (X,), {"dtype": torch.float32, "others": INTEGERS[:2]}, r"epilogue\(others\): .*\(2, 4\)"),
-    (products.epilogue, (INTEGERS[0],), {"dtype": torch.float32}, r"epilogue\(products\): .* of shape \(4,\)"),
-    (products.epilogue, (INTEGERS,), {"dtype": torch.int8}, r"epilogue\(dtype\): got torch.int8"),
-    (products.epilogue, (INTEGERS,), {"dtype": torch.float32, "bias": X}, r"epilogue\(bias\): .*\(3, 4\)"),
-    (products.epilogue, (INTEGERS,), {"dtype": torch.float32, "bias": X[0].int()}, r"epilogue\(bias\): got torch.int"),
-    (products.epilogue, (INTEGERS,), {"dtype": torch.float32, "row_scale": X[0]}, r"epilogue\(row_scale\)"),
-    (products.epilogue, (INTEGERS,), {"dtype": torch.float32, "column_scale": X[:, 0]}, r"epilogue\(column_scale\)"),
+    (ops.quantize_rows, (torch.zeros(4), 8), {}, r"quantize_rows\(x\): got torch.float32 of shape \(4,\)"),
+    (ops.quantize_columns, (X.double(), 8), {}, r"quantize_columns\(x\): got torch.float64"),
+    (ops.quantize_both, ([1.0], 8), {}, r"quantize_both\(g\): got a list"),
+    (ops.quantize_tensor, (X, 9), {}, r"quantize_tensor\(bits\): got 9; allowed: integers 2 to 8"),
+    (ops.quantize_rows, (X, 1), {}, r"quantize_rows\(bits\): got 1"),
+    (ops.quantize_rows, (X, True), {}, r"quantize_rows\(bits\): got True"),
+    (ops.quantize_columns, (X, 8.0), {}, r"quantize_columns\(bits\): got 8.0"),
+    (ops.quantize_rows, (X, 8), {"column_scale": torch.ones(3)}, r"quantize_rows\(column_scale\): .*\(3,\)"),
+    (ops.quantize_rows, (X, 8), {"column_scale": torch.ones(4, 1)}, r"quantize_rows\(column_scale\)"),
+    (ops.quantize_rows, (X, 8), {"column_scale": torch.ones(4).double()}, r"column_scale\): got torch.float64"),
+    (ops.quantize_rows, (X, 8), {"column_scale": torch.ones(4, device="meta")}, r"column_scale\): .* on meta"),
+    (ops.quantize_rows, (X, 8), {"column_scale": 2.0}, r"column_scale\): got a float"),
+    (ops.quantize_columns, (X, 8), {"row_scale": torch.ones(4)}, r"quantize_columns\(row_scale\): .*\(4,\)"),
+    (ops.quantize_both, (X, 8), {"column_scale": torch.ones(3)}, r"quantize_both\(column_scale\)"),
+    (ops.quantize_both, (X, 8), {"row_scale": torch.ones(4)}, r"quantize_both\(row_scale\)"),
+    (ops.quantize_both, (X, 8), {"row_key": KEYS}, r"quantize_both\(row_key\): got a tuple"),
+    (ops.quantize_both, (X, 8), {"row_key": KEYS[0], "column_key": 1}, r"quantize_both\(column_key\): got a int"),
+    (ops.quantize_rows, (X, 8), {"key": (1, 2)}, r"quantize_rows\(key\): got a tuple"),
+    (ops.quantize_columns, (X, 8), {"key": torch.zeros(3)}, r"quantize_columns\(key\): got torch.float32"),
+    (ops.quantize_tensor, (X, 8), {"key": torch.zeros(2)}, r"quantize_tensor\(key\): got torch.float32"),
+    (ops.epilogue, (X.double(),), {"dtype": torch.float32}, r"epilogue\(products\): got torch.float64"),
+    (ops.epilogue, (X,), {"dtype": torch.float32, "others": X}, r"epilogue\(others\): got torch.float32"),
+    (ops.epilogue, (X,), {"dtype": torch.float32, "others": INTEGERS[:2]}, r"epilogue\(others\): .*\(2, 4\)"),
+    (ops.epilogue, (INTEGERS[0],), {"dtype": torch.float32}, r"epilogue\(products\): .* of shape \(4,\)"),
+    (ops.epilogue, (INTEGERS,), {"dtype": torch.int8}, r"epilogue\(dtype\): got torch.int8"),
+    (ops.epilogue, (INTEGERS,), {"dtype": torch.float32, "bias": X}, r"epilogue\(bias\): .*\(3, 4\)"),
+    (ops.epilogue, (INTEGERS,), {"dtype": torch.float32, "bias": X[0].int()}, r"epilogue\(bias\): got torch.int"),
+    (ops.epilogue, (INTEGERS,), {"dtype": torch.float32, "row_scale": X[0]}, r"epilogue\(row_scale\)"),
+    (ops.epilogue, (INTEGERS,), {"dtype": torch.float32, "column_scale": X[:, 0]}, r"epilogue\(column_scale\)"),
 ]
 
 
@@ -374,7 +379,7 @@ def test_refusals(function, arguments, options, message):
 @needs_compiler
 def test_unknown_instruction_set():
     with pytest.raises(ValueError, match=r"quantize\(isa\): got 'neon'"):
-        products_cpu.quantize_rows(X, 8, isa="neon")
+        cpu.quantize_rows(X, 8, isa="neon")
 
 
 @needs_compiler
@@ -390,16 +395,18 @@ def test_dequantize(rng, shape, dtype):
         drawn = rng.choice(special, size=count).astype(np.float32)
         scale = torch.where(torch.from_numpy(rng.uniform(size=count) < 0.3), torch.from_numpy(drawn), scale)
         expected = reference.dequantize(codes, **{name: scale}, dtype=dtype)
-        assert torch.equal(bits_of(products.dequantize(codes, **{name: scale}, dtype=dtype)), bits_of(expected))
+        given = {"row_scale": None, "column_scale": None, name: scale}
+        assert torch.equal(bits_of(ops.dequantize(codes, **given, dtype=dtype)), bits_of(expected))
         for isa in ISAS:
-            got = products_cpu.dequantize(codes, **{name: scale}, dtype=dtype, isa=isa)
+            got = cpu.dequantize(codes, **{name: scale}, dtype=dtype, isa=isa)
             assert_same([got], [expected], f"{isa} {name} of {count}")
             strided = codes.repeat(1, 2)[:, : shape[1]]
-            assert_same([products_cpu.dequantize(strided, **{name: scale}, dtype=dtype, isa=isa)], [expected], isa)
+            assert_same([cpu.dequantize(strided, **{name: scale}, dtype=dtype, isa=isa)], [expected], isa)
 
 
 def test_what_dequantize_refuses():
     codes, scale = torch.zeros(3, 4, dtype=torch.int8), torch.ones(3)
+    good = {"codes": codes, "row_scale": scale, "column_scale": None, "dtype": torch.float32}
     for arguments, match in (
         ({"codes": codes.int()}, r"dequantize\(codes\): got torch.int32"),
         ({"codes": codes[0]}, r"dequantize\(codes\): .*of two dimensions"),
@@ -409,14 +416,14 @@ def test_what_dequantize_refuses():
         ({"dtype": torch.float64}, r"dequantize\(dtype\): got torch.float64"),
     ):
         with pytest.raises(ValueError, match=match):
-            products.dequantize(**{"codes": codes, "row_scale": scale, "dtype": torch.float32, **arguments})
+            ops.dequantize(**{**good, **arguments})
 
 
 def test_epilogue_writes_where_it_is_told(rng):
     integers = tensor(rng.integers(-(2**20), 2**20, size=(5, 7)), torch.int32)
     scale, out = scales(rng, 5), torch.empty(9, 7, dtype=torch.bfloat16)
-    expected = products.epilogue(integers, row_scale=scale, dtype=torch.bfloat16)
-    for module in (products, reference):
+    expected = ops.epilogue(integers, row_scale=scale, dtype=torch.bfloat16)
+    for module in (ops, reference):
         out.fill_(-1)
         got = module.epilogue(integers, row_scale=scale, dtype=torch.bfloat16, out=out[2:7])
         assert got.data_ptr() == out[2:7].data_ptr()
@@ -424,4 +431,4 @@ def test_epilogue_writes_where_it_is_told(rng):
         assert (out[[0, 1, 7, 8]] == -1).all()
     for wrong in (out[:5].float(), out[:4], out[:5].t().contiguous().t()):
         with pytest.raises(ValueError, match=r"epilogue\(out\): got .*bfloat16 of shape \(5, 7\)"):
-            products.epilogue(integers, row_scale=scale, dtype=torch.bfloat16, out=wrong)
+            ops.epilogue(integers, row_scale=scale, dtype=torch.bfloat16, out=wrong)

@@ -11,9 +11,8 @@ import pytest
 import torch
 
 from ds_quant.kernels import integer_units
-from ds_quant.kernels.int8 import matmul as int8_matmul
-from ds_quant.kernels.int8 import ops
-from ds_quant.kernels.int8.matmul import MAX_CONTRACTION, fp32_products, int_mm, scaled_matmul
+from ds_quant.kernels.int8 import matmul, ops
+from ds_quant.kernels.int8.matmul import MAX_CONTRACTION, fp32_products, int_mm
 from ds_quant.numerics import products as reference
 from ds_quant.numerics.random import fold_key
 
@@ -28,11 +27,15 @@ SHAPES = (
     *((1, 1, 1), (1, 64, 5), (5, 1, 3), (33, 40, 1), (5, 7, 3), (16, 8, 8)),
     *((17, 33, 65), (31, 1030, 9), (64, 96, 48), (3, 2050, 1)),
 )
-WAYS = {"int_mm": int_mm, "fp32": fp32_products, "padded": int8_matmul._padded_int_mm}
+WAYS = {"int_mm": int_mm, "fp32": fp32_products, "padded": matmul._padded_int_mm}
 
 
 def codes(*shape, lowest=-127):
     return torch.randint(lowest, 128, shape, dtype=torch.int8)
+
+
+def scaled_matmul(a, b, *, row_scale=None, column_scale=None, bias=None, dtype):
+    return ops.scaled_matmul(a, b, row_scale, column_scale, bias, dtype)
 
 
 def layouts(x):
@@ -97,10 +100,10 @@ def test_scaled_products(monkeypatch, dtype, scratch, units):
     """The two ways have the same bits, so ranks may choose differently."""
     if not integer_units.is_int_mm_exact(CPU):
         units = "wrong"
-    monkeypatch.setattr(int8_matmul, "integer_units", lambda device: UNITS[units])
-    monkeypatch.setattr(int8_matmul, "_SCRATCH_BYTES", scratch)
-    monkeypatch.setattr(int8_matmul, "_FP32_SCRATCH_BYTES", scratch)
-    monkeypatch.setattr(int8_matmul, "_LEAST_ROWS", 4)
+    monkeypatch.setattr(matmul, "integer_units", lambda device: UNITS[units])
+    monkeypatch.setattr(matmul, "_SCRATCH_BYTES", scratch)
+    monkeypatch.setattr(matmul, "_FP32_SCRATCH_BYTES", scratch)
+    monkeypatch.setattr(matmul, "_LEAST_ROWS", 4)
     for m, k, n in SHAPES:
         a, b = codes(m, k), codes(k, n)
         expected = (a.long() @ b.long()).to(torch.int32)
@@ -136,7 +139,7 @@ def test_without_integer_units_products_stay_exact(monkeypatch, units):
     a, b = codes(9, 3000, lowest=-128), codes(3000, 5)
     a[0] = -128
     expected = (a.long() @ b.long()).float()
-    monkeypatch.setattr(int8_matmul, "integer_units", lambda device: UNITS[units])
+    monkeypatch.setattr(matmul, "integer_units", lambda device: UNITS[units])
     monkeypatch.setattr(torch, "_int_mm", None)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         got = scaled_matmul(a, b, row_scale=torch.ones(1), dtype=torch.float32)
@@ -146,13 +149,13 @@ def test_without_integer_units_products_stay_exact(monkeypatch, units):
 PROBE = """
 import torch
 from ds_quant.kernels import integer_units
-from ds_quant.kernels.int8 import matmul as int8_matmul
+from ds_quant.kernels.int8 import matmul
 a = torch.full((40, 600), 127, dtype=torch.int8)
 print("saturates", torch._int_mm(a, a.t())[0, 0].item() != 600 * 127**2)
 print("exact", integer_units.integer_units(torch.device("cpu")).is_exact)
 print("serve", integer_units.integer_units(torch.device("cpu")).serve)
 for _ in range(2):
-    print("right", bool((int8_matmul.int_mm(a, a.t()) == 600 * 127**2).all()))
+    print("right", bool((matmul.int_mm(a, a.t()) == 600 * 127**2).all()))
 """
 
 
@@ -229,16 +232,16 @@ def test_operators_hold_what_they_promise_to_compilers():
     x, scale = torch.randn(6, 10, dtype=torch.bfloat16), torch.rand(10)
     a, b = codes(6, 10), codes(10, 4)
     for operator, arguments in (
-        (ops._quantize_rows_op, (x, 8, scale, key)),
-        (ops._quantize_rows_op, (x, 8, None, None)),
-        (ops._quantize_columns_op, (x, 4, torch.rand(6), None)),
-        (ops._quantize_both_op, (x, 8, scale, torch.rand(6), key, key)),
-        (ops._quantize_both_op, (x, 8, None, None, None, None)),
-        (ops._quantize_tensor_op, (x, 8, key)),
-        (ops._quantize_rows_op, (x, 8, None, None, True)),
-        (ops._quantize_tensor_op, (x, 8, key, True)),
-        (ops._dequantize_op, (a, torch.rand(6), None, torch.bfloat16)),
-        (ops._scaled_matmul_op, (a, b, torch.rand(6), torch.rand(4), torch.randn(4), torch.bfloat16)),
-        (ops._scaled_matmul_op, (a.t(), codes(6, 4), None, None, None, torch.float32)),
+        (ops.quantize_rows.operator, (x, 8, scale, key)),
+        (ops.quantize_rows.operator, (x, 8, None, None)),
+        (ops.quantize_columns.operator, (x, 4, torch.rand(6), None)),
+        (ops.quantize_both.operator, (x, 8, scale, torch.rand(6), key, key)),
+        (ops.quantize_both.operator, (x, 8, None, None, None, None)),
+        (ops.quantize_tensor.operator, (x, 8, key)),
+        (ops.quantize_rows.operator, (x, 8, None, None, True)),
+        (ops.quantize_tensor.operator, (x, 8, key, True)),
+        (ops.dequantize.operator, (a, torch.rand(6), None, torch.bfloat16)),
+        (ops.scaled_matmul.operator, (a, b, torch.rand(6), torch.rand(4), torch.randn(4), torch.bfloat16)),
+        (ops.scaled_matmul.operator, (a.t(), codes(6, 4), None, None, None, torch.float32)),
     ):
         torch.library.opcheck(operator, arguments)

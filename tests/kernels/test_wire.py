@@ -9,15 +9,12 @@ import torch
 from numerics.wire_oracle import gradient, lay_out
 from torch._dynamo.testing import CompileCounter
 
-from ds_quant.kernels import build
-from ds_quant.kernels.adamw import cpu
-from ds_quant.kernels.wire import compiled as wire_cuda
-from ds_quant.kernels.wire import cpu as wire_cpu
-from ds_quant.kernels.wire import ops as wire
+from ds_quant.kernels import build, native, registry, wire
+from ds_quant.kernels.wire import compiled, cpu
 from ds_quant.numerics import wire as reference
 from ds_quant.numerics.wire import Parts, Residuals, WireFormat
 
-ISAS = cpu.ISAS[: cpu.ISAS.index(cpu.isa()) + 1] if build.load().library else ()
+ISAS = native.ISAS[: native.ISAS.index(native.isa()) + 1] if build.load().library else ()
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 NUMELS = (1, 2, 31, 32, 33, 257, 1000, 4096, 4133)
 KEY = (0x12345678, 0x9ABCDEF0)
@@ -96,7 +93,7 @@ def assert_same(got, expected, context):
 def check(job, context="", isas=ISAS):
     expected = job.run(reference)
     for isa in isas:
-        assert_same(job.run(wire_cpu, isa=isa), expected, f"{isa} {context}")
+        assert_same(job.run(cpu, isa=isa), expected, f"{isa} {context}")
 
 
 @needs_compiler
@@ -128,7 +125,7 @@ def test_many_pieces_of_many_tensors(rng):
     lengths = rng.integers(300, 3000, size=40).tolist()
     job = Job(rng, WireFormat(8, 32), numels=rng.integers(1, 300, size=500).tolist(), lengths=lengths, key=KEY)
     expected = job.run(reference)
-    got = job.run(wire_cpu)
+    got = job.run(cpu)
     # Pieces may overlap in what is read; what `dequantize` writes is then left to chance.
     overlapping = slice(6, 6 + len(lengths))
     del expected[0][overlapping], got[0][overlapping]
@@ -159,7 +156,7 @@ def test_ties_and_the_clamp():
         parts = Parts(*(np.array([v]) for v in (0, 0, 256, 0, 4)), np.array([0], dtype=np.uint64))
         for isa in ISAS:
             message = torch.zeros(260, dtype=torch.uint8)
-            wire_cpu.quantize([x], parts, message, WireFormat(8, 256), isa=isa)
+            cpu.quantize([x], parts, message, WireFormat(8, 256), isa=isa)
             assert torch.equal(message[5:].view(torch.int8), levels.round().to(torch.int8))
     largest = np.float32(1.0)
     while not largest / (largest / np.float32(127)) > 127:
@@ -171,7 +168,7 @@ def test_ties_and_the_clamp():
     parts = Parts(*(np.array([v]) for v in (0, 0, count, 0, count // 8)), np.array([0], dtype=np.uint64))
     for isa in ISAS:
         message = torch.zeros(count // 8 + count, dtype=torch.uint8)
-        wire_cpu.quantize([x], parts, message, fmt, key=KEY, isa=isa)
+        cpu.quantize([x], parts, message, fmt, key=KEY, isa=isa)
         assert torch.equal(message[count // 8 :].view(torch.int8), (x.sign() * 127).to(torch.int8))
 
 
@@ -181,7 +178,7 @@ def test_residuals_in_place(rng):
     for fmt in FORMATS[::3]:
         job = Job(rng, fmt, some=False)
         results = []
-        for module in (reference, wire_cpu):
+        for module in (reference, cpu):
             residuals = [tensor.clone() for tensor in job.read]
             message = job.background.clone()
             for _ in range(3):
@@ -200,7 +197,7 @@ def test_threads_make_no_difference(rng):
         try:
             for threads in (1, 2):
                 torch.set_num_threads(threads)
-                results.append(job.run(wire_cpu))
+                results.append(job.run(cpu))
         finally:
             torch.set_num_threads(before)
         assert_same(*results, f"{len(numels)}")
@@ -215,7 +212,7 @@ def test_threads_make_no_difference(rng):
 @pytest.fixture
 def uncompiled(monkeypatch):
     """What would be compiled, as it stands."""
-    monkeypatch.setattr(wire_cuda, "_compiled", lambda f, settings: lambda *arguments: f(settings, *arguments))
+    monkeypatch.setattr(compiled, "_compiled", lambda f, settings: lambda *arguments: f(settings, *arguments))
 
 
 @pytest.mark.parametrize("fmt", FORMATS, ids=str)
@@ -226,18 +223,18 @@ def test_the_batched_function_has_the_bits_of_the_reference(rng, fmt, uncompiled
         (DTYPES[2], KEY, (5,)),
     ):
         job = Job(rng, fmt, dtype=dtype, key=key, numels=numels)
-        assert_same(job.run(wire_cuda), job.run(reference), f"{dtype} {key}")
+        assert_same(job.run(compiled), job.run(reference), f"{dtype} {key}")
 
 
 def counting(monkeypatch):
     """By function, a backend of torch.compile that counts compilations and leaves operations as they are."""
-    compiled, found = wire_cuda._compiled, {}
-    compiled.cache_clear()
+    original, found = compiled._compiled, {}
+    original.cache_clear()
 
     def count(function, settings):
-        return compiled(function, settings, found.setdefault((function, settings), CompileCounter()))
+        return original(function, settings, found.setdefault((function, settings), CompileCounter()))
 
-    monkeypatch.setattr(wire_cuda, "_compiled", count)
+    monkeypatch.setattr(compiled, "_compiled", count)
     return found
 
 
@@ -248,8 +245,8 @@ def test_new_pieces_and_keys_compile_nothing(rng, monkeypatch):
     def step(numels, key):
         job = Job(rng, fmt, numels=numels, key=key, some=False)
         message = job.background.clone()
-        wire_cuda.quantize(job.tensors, job.parts, message, fmt, key=key, residuals=job.residuals())
-        wire_cuda.dequantize(message, job.parts, job.tensors, fmt)
+        compiled.quantize(job.tensors, job.parts, message, fmt, key=key, residuals=job.residuals())
+        compiled.dequantize(message, job.parts, job.tensors, fmt)
 
     step((100, 70, 300), KEY)
     counts = {name: counter.frame_count for name, counter in counters.items()}
@@ -263,7 +260,7 @@ def test_compiled_by_inductor(rng):
     fmt = WireFormat(8, 64)
     job = Job(rng, fmt, numels=(64, 256, 128))
     messages = [job.background.clone(), job.background.clone()]
-    for module, message in zip((wire_cuda, reference), messages, strict=True):
+    for module, message in zip((compiled, reference), messages, strict=True):
         module.quantize(job.tensors, job.parts, message, fmt)
     assert (messages[0] == messages[1]).double().mean() > 0.999
 
@@ -276,22 +273,29 @@ def test_dispatch(rng, monkeypatch):
     job = Job(rng, WireFormat(8, 32))
     expected = job.run(reference)
     assert_same(job.run(wire), expected, "")
-    assert wire._serving(torch.device("cpu")) is (wire_cpu if ISAS else reference)
-    assert wire._serving(torch.device("cuda")) is wire_cuda
-    assert wire._serving(torch.device("meta")) is reference
+    for name in ("quantize", "reduce", "dequantize"):
+        serving = getattr(wire, name).on
+        assert serving(torch.device("cpu")) is getattr(cpu if ISAS else reference, name)
+        assert serving(torch.device("cuda")) is getattr(compiled, name)
+        assert serving(torch.device("meta")) is getattr(reference, name)
     monkeypatch.setenv("DS_QUANT_KERNELS", "reference")
-    assert wire._serving(torch.device("cpu")) is reference
+    assert wire.quantize.on(torch.device("cpu")) is reference.quantize
     assert_same(job.run(wire), expected, "")
+
+
+def forget():
+    registry._serving.cache_clear()
+    registry._is_ready.cache_clear()
 
 
 def test_without_a_compiler_the_reference_serves_and_says_so_once(rng, monkeypatch, caplog):
     monkeypatch.delenv("DS_QUANT_KERNELS", raising=False)
     monkeypatch.setattr(build, "load", lambda: build.Loaded(None, "no compiler here"))
-    wire._kernel.cache_clear()
+    forget()
     job = Job(rng, WireFormat(8, 32))
     with caplog.at_level(logging.WARNING, logger="ds_quant"):
         results = job.run(wire)
-    wire._kernel.cache_clear()
+    forget()
     assert_same(results, job.run(reference), "")
     (said,) = (record.getMessage() for record in caplog.records)
     assert "no compiler here" in said

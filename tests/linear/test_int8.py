@@ -13,8 +13,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 import ds_quant
 from ds_quant.config import ConfigError, LinearConfig
-from ds_quant.kernels.int8 import matmul as int8_matmul
-from ds_quant.kernels.int8 import ops
+from ds_quant.kernels.int8.matmul import MAX_CONTRACTION
 from ds_quant.linear.convert import convert, remove_forward_counter, step_key_of
 
 WEIGHTS = {"none": None, "8 channel": {"bits": 8}, "4 tensor": {"bits": 4, "granularity": "tensor"}}
@@ -97,7 +96,7 @@ def test_simulated_computes_the_same(dtype, layout, rounding):
 @pytest.mark.parametrize("layout", ["linear", "conv1d"])
 def test_contractions_beyond_int32(layout, full):
     """Tokens in dW and output features in dX, all operands at their largest code."""
-    long = int8_matmul.MAX_CONTRACTION + 5000
+    long = MAX_CONTRACTION + 5000
     activation = {"bits": 8, "range": "full"} if full else {"bits": 8}
     config = {"weight": {"bits": 8}, "activation": activation, "gradient": {"bits": 8}, "backend": "int8"}
     for tokens, out in ((long, 2), (3, long)):
@@ -271,4 +270,3 @@ def test_operators_are_named_in_profiles(with_integer_units):
         model(torch.randn(5, IN, requires_grad=True)).sum().backward()
     names = {event.key for event in profile.key_averages()}
     assert {"ds_quant::quantize_rows", "ds_quant::quantize_both", "ds_quant::epilogue", "aten::_int_mm"} <= names
-    assert ops.span.__module__ == "ds_quant.kernels.spans"

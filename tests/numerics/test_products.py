@@ -69,7 +69,9 @@ def test_quantizers(rng, shape, bits):
             assert_quantized(rows, by_column, bits, "row", words[0], context)
             columns = products.quantize_columns(x, bits, row_scale=row_scale, key=second)
             assert_quantized(columns, by_row, bits, "column", words[1], context)
-            both = products.quantize_both(x, bits, column_scale=column_scale, row_scale=row_scale, keys=keys)
+            both = products.quantize_both(
+                x, bits, column_scale=column_scale, row_scale=row_scale, row_key=first, column_key=second
+            )
             assert_quantized(both[:2], by_column, bits, "row", words[0], context)
             assert_quantized(both[2:], by_row, bits, "column", words[1], context)
 
@@ -167,20 +169,17 @@ def test_linear_has_these_operands_and_results(monkeypatch, rounding, layout, we
     qw, w_scale = per_row(w, 8)
     per_row = products.quantize_rows if activation == "token" else products.quantize_tensor
     qx, x_scale = per_row(x2, 6)
-    keys = None
+    first = second = None
     if rounding == "stochastic":
         local, stream = module.step_key.local(x.device), module._quant_plan.stream
-        keys = (
-            derive_key(local, stream + recipe.STREAM_GRAD_INPUT),
-            derive_key(local, stream + recipe.STREAM_GRAD_WEIGHT),
-        )
+        first = derive_key(local, stream + recipe.STREAM_GRAD_INPUT)
+        second = derive_key(local, stream + recipe.STREAM_GRAD_WEIGHT)
     if gradient == "outer":
         g_rows, g_scale, g_columns, g_column_scale = products.quantize_both(
-            g2, 8, column_scale=w_scale, row_scale=x_scale, keys=keys
+            g2, 8, column_scale=w_scale, row_scale=x_scale, row_key=first, column_key=second
         )
         by_input = by_weight = None
     else:
-        first, second = keys or (None, None)
         g_rows, g_scale = products.quantize_tensor(g2, 8, key=first)
         g_columns, g_column_scale = products.quantize_tensor(g2, 8, key=second)
         by_input, by_weight = w_scale, x_scale

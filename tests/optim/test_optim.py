@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ds_quant.config import ConfigError, MomentConfig
-from ds_quant.kernels.adamw import ops as dispatch
+from ds_quant.kernels.adamw import ops
 from ds_quant.numerics import code_map, dequantize_blockwise, fold_key, quantize_blockwise
 from ds_quant.numerics.adam import adamw_scalars, adamw_step
 from ds_quant.numerics.random import derive_key
@@ -917,7 +917,7 @@ def test_bytes_of_a_parameter_at_a_billion(name, limit, monkeypatch):
     param = nn.Parameter(torch.empty(10**9, device="meta"))
     param.grad = torch.empty_like(param)
     optimizer = QuantAdamW([param], **moments(name))
-    monkeypatch.setattr(dispatch, "adamw_", lambda works: None)  # no kernel computes on this device
+    monkeypatch.setattr(ops, "adamw_", lambda works: None)  # no kernel computes on this device
     optimizer.step()
     assert optimizer.state[param]["exp_avg"].device.type == "meta"
     assert 0.98 * limit < optimizer.state_bytes() / 10**9 <= limit

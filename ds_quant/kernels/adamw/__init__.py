@@ -1,1 +1,1 @@
-"""Fused steps of AdamW. `ops` is what the optimizer calls."""
+"""Fused steps of AdamW. `ops` is what the optimizer calls, `work` what it passes."""

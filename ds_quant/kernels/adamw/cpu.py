@@ -4,19 +4,17 @@ import ctypes
 import functools
 import struct
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ds_quant.kernels import native
+from ds_quant.kernels.adamw import ops
 from ds_quant.kernels.adamw.work import AdamWWork
-from ds_quant.kernels.build import load
 from ds_quant.numerics.adam import Moment
 from ds_quant.numerics.blockwise import packed_bytes
 from ds_quant.numerics.codes import CodeMap, code_values, decode, encode
 
-ISAS = ("plain", "avx2", "avx512")
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 MAX_LEVELS = 512
 """The rough roots of the kernel are exact enough up to here."""
 
@@ -27,41 +25,7 @@ _TABLE, _POWER, _FLOAT = range(3)
 _NO_KEY = (0, 0)
 
 
-class Library(NamedTuple):
-    handle: ctypes.CDLL
-    widest: int
-    parallel: int | None
-    """Address of the GOMP_parallel that torch calls itself; None: one thread."""
-
-
-@functools.cache
-def library() -> Library:
-    """The C++ kernels of this process. Raises RuntimeError where there are none."""
-    handle, reason = load()
-    if handle is None:
-        raise RuntimeError(
-            f"ds_quant.kernels.adamw.cpu: got no library ({reason}); remedy: call the operations in ops.py instead"
-        )
-    handle.ds_quant_adamw.argtypes = [
-        *(ctypes.c_char_p, ctypes.c_int64, ctypes.c_char_p),
-        *(ctypes.c_int, ctypes.c_void_p, ctypes.c_int),
-    ]
-    sizes = []
-    for function in (handle.ds_quant_entry_size, handle.ds_quant_format_size):
-        function.restype = ctypes.c_int64
-        sizes.append(function())
-    assert sizes == [_ENTRY.size, 8 + 2 * _MOMENT_FORMAT.size]
-    # Looked up among the libraries that torch depends on: a second OpenMP runtime would spin beside the first.
-    parallel = getattr(ctypes.CDLL(torch._C.__file__), "GOMP_parallel", None)
-    address = None if parallel is None else ctypes.cast(parallel, ctypes.c_void_p).value
-    return Library(handle, handle.ds_quant_widest_isa(), address)
-
-
-def isa() -> str:
-    """The instruction set in use: "avx512", "avx2" or "plain"."""
-    return ISAS[library().widest]
-
-
+@ops.adamw_.by("cpu")
 def adamw_(works: Sequence[AdamWWork], *, isa: str | None = None) -> None:
     """Do the works in place, with torch.get_num_threads() threads; the result does not depend on their number.
 
@@ -70,7 +34,7 @@ def adamw_(works: Sequence[AdamWWork], *, isa: str | None = None) -> None:
 
     Raises ValueError, before anything is changed, where a tensor is not as `AdamWWork` and `QuantizedBlocks` have it.
     """
-    loaded = library()
+    handle = _library()
     formats: dict[tuple, int] = {}
     pack = _ENTRY.pack
     rows = []
@@ -78,8 +42,8 @@ def adamw_(works: Sequence[AdamWWork], *, isa: str | None = None) -> None:
         for number, work in enumerate(works):
             param, grad, exp_avg, exp_avg_sq, scalars, key, sq_key, stream = work
             numel = param.numel()
-            _check("param", number, param, numel, DTYPES)
-            _check("grad", number, grad, numel, DTYPES)
+            _check("param", number, param, numel, native.DTYPES)
+            _check("grad", number, grad, numel, native.DTYPES)
             first_map, codes, scale, block_size = _moment("exp_avg", number, exp_avg, numel)
             second_map, sq_codes, sq_scale, sq_block_size = _moment("exp_avg_sq", number, exp_avg_sq, numel)
             kind = (param.dtype, grad.dtype, first_map, second_map)
@@ -99,21 +63,11 @@ def adamw_(works: Sequence[AdamWWork], *, isa: str | None = None) -> None:
             f"adamw_(works[{number}]): got keys {key}, {sq_key} and stream {stream} ({error}); allowed: keys of two "
             "words below 2^32, a stream below 2^63; make them with fold_key()"
         ) from None
-    chosen = isa_number("adamw_", isa)
+    chosen = native.isa_number("adamw_", isa)
     packed = b"".join(_format(*kind) for kind in formats)
-    threads = torch.get_num_threads()
-    if loaded.handle.ds_quant_adamw(b"".join(rows), len(rows), packed, chosen, loaded.parallel, threads):
+    parallel, threads = native.library().parallel, torch.get_num_threads()
+    if handle.ds_quant_adamw(b"".join(rows), len(rows), packed, chosen, parallel, threads):
         raise MemoryError("adamw_: no memory for the maxima of the blocks")
-
-
-def isa_number(where: str, name: str | None) -> int:
-    """What the C++ functions are told; None is the widest. Raises ValueError for one that this machine lacks."""
-    widest = library().widest
-    if name is None:
-        return widest
-    if name not in ISAS[: widest + 1]:
-        raise ValueError(f"{where}(isa): got {name!r}; allowed: {', '.join(ISAS[: widest + 1])}; leave it out")
-    return ISAS.index(name)
 
 
 def _check(name: str, number: int, tensor: Tensor, numel: int, dtypes: dict[torch.dtype, int]) -> None:
@@ -151,7 +105,7 @@ def _moment(name: str, number: int, moment: Moment, numel: int) -> tuple[CodeMap
 
 @functools.lru_cache(maxsize=256)
 def _format(param: torch.dtype, grad: torch.dtype, exp_avg: CodeMap | None, exp_avg_sq: CodeMap | None) -> bytes:
-    dtypes = struct.pack("@2i", DTYPES[param], DTYPES[grad])
+    dtypes = struct.pack("@2i", native.DTYPES[param], native.DTYPES[grad])
     return dtypes + _moment_format(exp_avg, "exp_avg") + _moment_format(exp_avg_sq, "exp_avg_sq")
 
 
@@ -216,3 +170,18 @@ def _cells(bounds: Tensor) -> list[int]:
         if (bounds >= 0).all() and (is_within.sum(dim=1) <= 1).all() and codes[0] == 0:
             return [shift, first, *codes.tolist()]
     return [0] * 34
+
+
+@functools.cache
+def _library() -> ctypes.CDLL:
+    handle = native.library().handle
+    handle.ds_quant_adamw.argtypes = [
+        *(ctypes.c_char_p, ctypes.c_int64, ctypes.c_char_p),
+        *(ctypes.c_int, ctypes.c_void_p, ctypes.c_int),
+    ]
+    sizes = []
+    for function in (handle.ds_quant_entry_size, handle.ds_quant_format_size):
+        function.restype = ctypes.c_int64
+        sizes.append(function())
+    assert sizes == [_ENTRY.size, 8 + 2 * _MOMENT_FORMAT.size]
+    return handle

@@ -1,390 +1,47 @@
-"""One AdamW step of one tensor in one pass over memory: Triton. Nobody has run it on a GPU yet.
+"""The fused AdamW step by Triton, for the formats that its kernel takes; others go on to the next backend.
 
-The arithmetic is that of `numerics.adam`, `numerics.codes` and `numerics.random`, operation by operation. Divisions and
-the denominator's root are rounded to nearest, and products are not fused into sums (`enable_fp_fusion=False`), so that
-codes, scales and parameters are meant to be those of the definition, bit for bit; the tests show so in Triton's
-interpreter. On a GPU only closeness is promised until a test has run there. Roots that guess a code are approximate.
-
-A *unit* is the smaller one of the two moments' blocks. A program takes `units` of them, enough for whole blocks of the
-larger kind, as two tiles of [units, unit / 2]: the halves of each unit, whose 4-bit codes share bytes, so that packing
-moves nothing between threads. What is left after the last whole block of the larger kind is one more launch of one
-program: the halves of a unit then have lengths that are not known at compile time, which costs wide loads.
-
-Parameters are not batched: each costs a launch, or two if it has such a tail.
-
-Which formats it takes: see `unsupported`. Importing this module needs triton.
+Nobody has run it on a GPU yet.
 """
 
-# What a Triton function is passed has no type that mypy knows.
-# mypy: disallow-incomplete-defs=False
+import functools
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
-from typing import Any, NamedTuple
+import torch
 
-import triton
-import triton.language as tl
-from torch import Tensor
-
-from ds_quant.kernels.adamw.work import AdamWWork
-from ds_quant.numerics.adam import Moment
-from ds_quant.numerics.codes import LOWEST_FLOAT, CodeMap, code_map
-from ds_quant.numerics.random import derive_words
-
-SMALLEST_BLOCK, LARGEST_BLOCK = 32, 4096
-TILE = 1024
-"""Elements of a program, where its blocks are not larger."""
-ELEMENTS_PER_WARP = 256
-"""4 of each half to a thread: 16 bytes of fp32, 4 bytes of codes."""
-UNIT_IN_32_BITS = 256
+from ds_quant.base.log import warn
+from ds_quant.kernels.adamw import ops, triton_kernel
+from ds_quant.kernels.adamw.work import AdamWWork, check_work
+from ds_quant.kernels.choice import VARIABLE
 
 
-class Format(NamedTuple):
-    """How the kernel sees one moment; known when it is compiled."""
+@ops.adamw_.by("triton")
+@torch.no_grad()
+def adamw_(works: Sequence[AdamWWork]) -> None:
+    """Do the works in place. Tensors are written behind autograd's back: their versions stay.
 
-    bits: int
-    signed: bool = True
-    levels: int = 1
-    offset: int = 0
-    squarings: int = 0
-    ratio: int = 1
-    """Units in a block."""
-    stochastic: bool = False
-    is_float: bool = False
-    lowest: float = 0.0
-    """The lowest value above zero of a float map."""
-
-
-class Launch(NamedTuple):
-    """What to call the kernel with."""
-
-    grid: tuple[int]
-    arguments: tuple[Any, ...]
-    options: dict[str, Any]
-
-
-def unsupported(work: AdamWWork) -> str | None:
-    """Why the kernel cannot do this work; None where it can."""
-    unit = _unit(work)
-    for name, moment in (("exp_avg", work.exp_avg), ("exp_avg_sq", work.exp_avg_sq)):
-        if isinstance(moment, Tensor):
-            continue
-        size = moment.block_size
-        if moment.code_map.name == "dynamic":
-            return f"{name} has the dynamic map"
-        if size & (size - 1) or not SMALLEST_BLOCK <= size <= LARGEST_BLOCK:
-            return f"{name} has blocks of {size}, not a power of two from {SMALLEST_BLOCK} to {LARGEST_BLOCK}"
-        if not _is_known(moment.code_map):
-            return f"{name} has a map of its own, {moment.code_map}"
-        if moment.code_map.bits == 4 and size > unit:
-            return f"{name} has 4 bits and larger blocks than the other moment"
-    return None
-
-
-def adamw_(work: AdamWWork) -> None:
-    """One step of one parameter, in place. Raises ValueError for a format that the kernel cannot do."""
-    for launch in launches(work):
-        kernel[launch.grid](*launch.arguments, **launch.options)
-
-
-def launches(work: AdamWWork) -> list[Launch]:
-    """The launches that make the step: one for all whole blocks, one for what is left; none for no elements."""
-    reason = unsupported(work)
-    if reason:
-        raise ValueError(f"triton.adamw_(work): got a format in which {reason}; allowed: others; use another kernel")
-    unit = _unit(work)
-    largest = max((m.block_size for m in (work.exp_avg, work.exp_avg_sq) if not isinstance(m, Tensor)), default=unit)
-    numel = work.param.numel()
-    whole_units, tail = numel // largest * (largest // unit), numel % largest
-    first = _format(work.exp_avg, unit, work.exp_avg_key)
-    second = _format(work.exp_avg_sq, unit, work.exp_avg_sq_key)
-    tensors = (work.param.detach(), work.grad, *_storage(work.exp_avg), *_storage(work.exp_avg_sq))
-    beta1, beta2, *others = map(float, work.scalars)  # an int would compile another kernel
-    numbers = (
-        *(beta1, 1 - beta1, beta2, 1 - beta2, *others),
-        *_words(work.exp_avg_key, 2 * work.stream),
-        *_words(work.exp_avg_sq_key, 2 * work.stream + 1),
-    )
-
-    def launch(num_programs: int, units: int, first_unit: int, length: int, is_tail: bool) -> Launch:
-        # The largest tile would spill registers at 4 elements to a thread.
-        warps = 32 if units * unit == LARGEST_BLOCK else max(units * unit // ELEMENTS_PER_WARP, 1)
-        constants = (first, second, unit, units, is_tail)
-        options = {"num_warps": warps, "enable_fp_fusion": False}
-        return Launch((num_programs,), (*tensors, *numbers, first_unit, length, *constants), options)
-
-    result = []
-    if whole_units:
-        units = max(TILE, largest) // unit
-        result.append(launch(-(-whole_units // units), units, 0, whole_units, False))
-    if tail:
-        result.append(launch(1, largest // unit, whole_units, tail, True))
-    return result
-
-
-def _is_known(kind: CodeMap) -> bool:
-    """Whether the codes fit their bits, and a guess is off by one at most."""
-    if kind.name == "float":
-        return kind == code_map("float", 8, signed=kind.signed)
-    fits = 0 <= kind.offset < kind.levels <= 512 and kind.highest < 2 ** (kind.bits - kind.signed)
-    return fits and kind.exponent in (1, 2, 4, 8)
-
-
-def _unit(work: AdamWWork) -> int:
-    sizes = [m.block_size for m in (work.exp_avg, work.exp_avg_sq) if not isinstance(m, Tensor)]
-    return min(sizes, default=UNIT_IN_32_BITS)
-
-
-def _format(moment: Moment, unit: int, key: tuple[int, int] | None) -> Format:
-    if isinstance(moment, Tensor):
-        return Format(32)
-    kind = moment.code_map
-    is_float = kind.name == "float"
-    return Format(
-        kind.bits,
-        kind.signed,
-        kind.levels,
-        kind.offset,
-        squarings=kind.exponent.bit_length() - 1,
-        ratio=moment.block_size // unit,
-        stochastic=key is not None,
-        is_float=is_float,
-        lowest=LOWEST_FLOAT[kind.signed] if is_float else 0.0,
-    )
-
-
-def _storage(moment: Moment) -> tuple[Tensor, Tensor]:
-    """Codes and scales; a 32-bit moment stands in for its scale, which is not read."""
-    return (moment, moment) if isinstance(moment, Tensor) else (moment.codes, moment.scale)
-
-
-def _words(key: tuple[int, int] | None, stream: int) -> tuple[int, int]:
-    """The subkey as int32: Triton would compile once for words below 2^31 and once for the others."""
-    if key is None:
-        return 0, 0
-    first, second = derive_words(key, stream)
-    return first - (first >> 31 << 32), second - (second >> 31 << 32)
-
-
-@triton.jit
-def _mix(x):
-    x = x ^ (x >> 16)
-    x = x * 0x21F0AAAD
-    x = x ^ (x >> 15)
-    x = x * 0x735A2D97
-    return x ^ (x >> 15)
-
-
-@triton.jit
-def _draws(offset, key):
-    """Draws of `uniform16` in units of 2^-16, for elements at these offsets from the start of the program.
-
-    Two elements share a word, but not always a thread: each makes it for itself.
+    Raises ValueError, before anything is changed, where a tensor is not as `AdamWWork` and `QuantizedBlocks` have it.
     """
-    word = (((offset >> 5) << 4) | (offset & 15)).to(tl.uint32) + key[2]
-    bits = _mix(_mix(word ^ key[0]) + key[1] + key[3] * 0x1E3779B1)
-    return ((bits >> (offset & 16).to(tl.uint32)) & 0xFFFF).to(tl.int32)
+    for number, work in enumerate(works):
+        check_work(number, work)
+    others = []
+    for work in works:
+        reason = triton_kernel.unsupported(work)
+        if reason:
+            _warn_once(f"{VARIABLE}=triton: a parameter takes another kernel, because {reason}")
+            others.append(work)
+        elif work.param.numel():
+            with _current(work.param.device):
+                triton_kernel.adamw_(work)
+    if others:
+        ops.adamw_.after("triton", others[0].param.device)(others)
 
 
-@triton.jit
-def _magnitude(count, FORMAT: tl.constexpr):
-    SQUARINGS: tl.constexpr = FORMAT.squarings
-    value = (count + FORMAT.offset) * (1.0 / FORMAT.levels)
-    for _ in tl.static_range(SQUARINGS):
-        value = value * value
-    return value
+def _current(device: torch.device) -> AbstractContextManager:
+    """Triton launches on the current device."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
-@triton.jit
-def _decode(codes, FORMAT: tl.constexpr):
-    """Values of int32 codes, in units of the scale."""
-    if FORMAT.is_float:
-        magnitude = codes & FORMAT.levels
-        value = (0x3F800000 - ((FORMAT.levels - magnitude) << 20)).to(tl.float32, bitcast=True)
-        if FORMAT.signed:
-            value = tl.where(magnitude > 0, value, 0.0)
-            value = tl.where(codes > FORMAT.levels, -value, value)
-    else:
-        count = codes.to(tl.float32)
-        value = _magnitude(tl.abs(count), FORMAT)
-        if FORMAT.signed:
-            value = tl.where(count < 0, -value, value)
-    return value
-
-
-@triton.jit
-def _encode(x, scale, offset, key, FORMAT: tl.constexpr):
-    """int32 codes of the values `x` [units, width] in blocks with these scales [units]."""
-    # Where the scale is 0 or NaN, the codes are those of 0.
-    inverse = tl.where(scale > 0, tl.math.div_rn(1.0, tl.where(scale > 0, scale, 1.0)), 0.0)[:, None]
-    x = tl.where(inverse > 0, x * inverse, 0.0)
-    magnitude = tl.abs(x) if FORMAT.signed else tl.maximum(x, 0.0)
-    if FORMAT.is_float:
-        codes = _encode_float(x, magnitude, offset, key, FORMAT)
-    else:
-        codes = _encode_power(x, magnitude, offset, key, FORMAT)
-    return codes
-
-
-@triton.jit
-def _encode_power(x, magnitude, offset, key, FORMAT: tl.constexpr):
-    """The roots may be off by some ulp and flush denormals: the guess is then off by one, and corrected."""
-    SQUARINGS: tl.constexpr = FORMAT.squarings
-    LAST: tl.constexpr = FORMAT.levels - FORMAT.offset - 1.0
-    root = magnitude
-    for _ in tl.static_range(SQUARINGS):
-        root = tl.sqrt(root)
-    low = tl.minimum(tl.maximum(tl.floor(root * FORMAT.levels) - FORMAT.offset, 0.0), LAST)
-    low = tl.where(_magnitude(low, FORMAT) > magnitude, low - 1.0, low)
-    low = tl.where(_magnitude(low + 1.0, FORMAT) <= magnitude, low + 1.0, low)
-    low = tl.minimum(tl.maximum(low, 0.0), LAST)
-    low_value = _magnitude(low, FORMAT)
-    high_value = _magnitude(low + 1.0, FORMAT)
-    rest = magnitude - low_value
-    if FORMAT.stochastic:
-        up = _draws(offset, key).to(tl.float32) * (1.0 / 65536) * (high_value - low_value) < rest
-    else:
-        up = rest > high_value - magnitude
-    codes = tl.where(up, low + 1.0, low)
-    return (tl.where(x < 0, -codes, codes) if FORMAT.signed else codes).to(tl.int32)
-
-
-@triton.jit
-def _encode_float(x, magnitude, offset, key, FORMAT: tl.constexpr):
-    magnitude = tl.minimum(magnitude, 1.0)
-    bits = tl.maximum(magnitude, FORMAT.lowest).to(tl.int32, bitcast=True)
-    if FORMAT.stochastic:
-        draws = _draws(offset, key)
-        carry = draws << 4
-        up = draws.to(tl.float32) * (1.0 / 65536) * FORMAT.lowest < magnitude
-    else:
-        carry = (1 << 19) - 1
-        up = magnitude > FORMAT.lowest * 0.5
-    codes = ((bits + carry) >> 20) - (0x3F800000 >> 20) + FORMAT.levels
-    if FORMAT.signed:
-        codes = tl.where(magnitude < FORMAT.lowest, up.to(tl.int32), codes)
-        codes = tl.where(x.to(tl.int32, bitcast=True) < 0, codes | 128, codes)
-    return codes
-
-
-@triton.jit
-def _load(codes, scales, unit, at, FORMAT: tl.constexpr):
-    """The two halves of a moment, [units, width] each. `at`: see the kernel."""
-    low, high, packed, mask_low, mask_high, valid = at
-    if FORMAT.bits == 4:
-        both = tl.load(codes + packed, mask=mask_low, other=0).to(tl.int32)
-        x_low, x_high = both & 15, both >> 4
-        if FORMAT.signed:
-            x_low, x_high = (x_low ^ 8) - 8, (x_high ^ 8) - 8
-    else:
-        x_low = tl.load(codes + low, mask=mask_low, other=0)
-        x_high = tl.load(codes + high, mask=mask_high, other=0)
-    if FORMAT.bits != 32:
-        scale = tl.load(scales + unit // FORMAT.ratio, mask=valid, other=0.0)[:, None]
-        x_low = _decode(x_low.to(tl.int32), FORMAT) * scale
-        x_high = _decode(x_high.to(tl.int32), FORMAT) * scale
-    return x_low, x_high
-
-
-@triton.jit
-def _absmax(x):
-    """Of each row; Inf where there is a NaN, which a maximum may leave out."""
-    magnitude = tl.abs(x)
-    return tl.max(tl.where(magnitude < float("inf"), magnitude, float("inf")), axis=1)
-
-
-@triton.jit
-def _store(codes, scales, x_low, x_high, unit, at, key, UNITS: tl.constexpr, FORMAT: tl.constexpr):
-    """Quantize and store the two halves of a moment; they are 0 where there is no element."""
-    low, high, packed, mask_low, mask_high, valid = at
-    if FORMAT.bits == 32:
-        tl.store(codes + low, x_low, mask=mask_low)
-        tl.store(codes + high, x_high, mask=mask_high)
-    else:
-        RATIO: tl.constexpr = FORMAT.ratio
-        absmax = tl.maximum(_absmax(x_low), _absmax(x_high))
-        if RATIO > 1:
-            absmax = tl.max(tl.reshape(absmax, [UNITS // RATIO, RATIO]), axis=1)
-            absmax = tl.reshape(tl.broadcast_to(absmax[:, None], [UNITS // RATIO, RATIO]), [UNITS])
-        scale = tl.where(absmax >= 1.1754943508222875e-38, absmax, 0.0)  # 2^-126, the smallest normal number
-        scale = tl.where(absmax < float("inf"), scale, float("nan"))
-        tl.store(scales + unit // RATIO, scale, mask=valid & (unit % RATIO == 0))
-        codes_low = _encode(x_low, scale, low, key, FORMAT)
-        codes_high = _encode(x_high, scale, high, key, FORMAT)
-        if FORMAT.bits == 4:
-            both = (codes_low & 15) | ((codes_high & 15) << 4)
-            tl.store(codes + packed, both.to(tl.uint8), mask=mask_low)
-        else:
-            tl.store(codes + low, codes_low.to(codes.dtype.element_ty), mask=mask_low)
-            tl.store(codes + high, codes_high.to(codes.dtype.element_ty), mask=mask_high)
-
-
-@triton.jit
-def _update(param, grad, at, mask, first, second, scalars):
-    """Stores the parameter. The new moments, 0 where there is no element."""
-    beta1, one_minus_beta1, beta2, one_minus_beta2, eps, decay, step_size, correction = scalars
-    gradient = tl.load(grad + at, mask=mask, other=0.0).to(tl.float32)
-    # Finite moments of finite gradients, as numerics.adam has it; the product is a NaN where there is an Inf or a NaN.
-    limited = tl.minimum(tl.maximum(gradient, -9223372036854775808.0), 9223372036854775808.0)  # 2^63
-    gradient = limited + gradient * 0.0
-    first = first * beta1 + gradient * one_minus_beta1
-    second = second * beta2 + (gradient * gradient) * one_minus_beta2
-    denominator = tl.math.sqrt_rn(second) * correction + eps
-    value = tl.load(param + at, mask=mask, other=0.0).to(tl.float32)
-    value = value * decay - tl.math.div_rn(first, denominator) * step_size
-    tl.store(param + at, value.to(param.dtype.element_ty), mask=mask)
-    return tl.where(mask, first, 0.0), tl.where(mask, second, 0.0)
-
-
-@triton.jit(
-    do_not_specialize=["first_unit", "length", *(f"{name}_{i}" for name in ("first_key", "second_key") for i in (0, 1))]
-)
-def kernel(
-    param, grad, exp_avg, exp_avg_scale, exp_avg_sq, exp_avg_sq_scale,
-    beta1, one_minus_beta1, beta2, one_minus_beta2, eps, decay, step_size, correction,
-    first_key_0, first_key_1, second_key_0, second_key_1,
-    first_unit, length,
-    FIRST: tl.constexpr, SECOND: tl.constexpr, UNIT: tl.constexpr, UNITS: tl.constexpr, IS_TAIL: tl.constexpr,
-):  # fmt: skip
-    """From unit `first_unit` on. `length` counts units, or, for the tail, elements."""
-    WIDTH: tl.constexpr = UNIT // 2
-    start_unit = first_unit.to(tl.int64) + tl.program_id(0) * UNITS
-    start = start_unit * UNIT
-    param += start
-    grad += start
-    exp_avg += start // 2 if FIRST.bits == 4 else start
-    exp_avg_sq += start // 2 if SECOND.bits == 4 else start
-    if FIRST.bits != 32:
-        exp_avg_scale += start_unit // FIRST.ratio
-    if SECOND.bits != 32:
-        exp_avg_sq_scale += start_unit // SECOND.ratio
-
-    # From here on, 32-bit offsets from `start`: of the two halves, of the bytes that their 4-bit codes share.
-    unit = tl.arange(0, UNITS)
-    column = tl.arange(0, WIDTH)[None, :]
-    packed = unit[:, None] * WIDTH + column
-    low = unit[:, None] * UNIT + column
-    if IS_TAIL:
-        numel = tl.minimum(tl.maximum(length - unit * UNIT, 0), UNIT)
-        half = ((numel + 1) // 2)[:, None]
-        high = low + half
-        mask_low = column < half
-        mask_high = column < numel[:, None] - half
-        valid = numel > 0
-    else:
-        high = low + WIDTH
-        valid = start_unit + unit < length
-        mask_low = valid[:, None] & (column < WIDTH)
-        mask_high = mask_low
-    at = (low, high, packed, mask_low, mask_high, valid)
-
-    first_low, first_high = _load(exp_avg, exp_avg_scale, unit, at, FIRST)
-    second_low, second_high = _load(exp_avg_sq, exp_avg_sq_scale, unit, at, SECOND)
-    scalars = (beta1, one_minus_beta1, beta2, one_minus_beta2, eps, decay, step_size, correction)
-    first_low, second_low = _update(param, grad, low, mask_low, first_low, second_low, scalars)
-    first_high, second_high = _update(param, grad, high, mask_high, first_high, second_high, scalars)
-
-    # Of the word that the first two elements draw. `start` is a multiple of the tile: all draws share the high half.
-    low_word, high_word = (start >> 1).to(tl.uint32), (start >> 33).to(tl.uint32)
-    key = (first_key_0.to(tl.uint32, bitcast=True), first_key_1.to(tl.uint32, bitcast=True), low_word, high_word)
-    _store(exp_avg, exp_avg_scale, first_low, first_high, unit, at, key, UNITS, FIRST)
-    key = (second_key_0.to(tl.uint32, bitcast=True), second_key_1.to(tl.uint32, bitcast=True), low_word, high_word)
-    _store(exp_avg_sq, exp_avg_sq_scale, second_low, second_high, unit, at, key, UNITS, SECOND)
+@functools.cache
+def _warn_once(text: str) -> None:
+    warn(text)

@@ -1,10 +1,14 @@
 """What a fused step is asked to do: one entry for each parameter."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from ds_quant.numerics.adam import AdamWScalars, Moment
+from ds_quant.numerics.blockwise import packed_bytes
+from ds_quant.numerics.integer import DTYPES
 
 
 class AdamWWork(NamedTuple):
@@ -24,3 +28,36 @@ class AdamWWork(NamedTuple):
     exp_avg_sq_key: tuple[int, int] | None
     stream: int
     """Names the parameter: exp_avg draws with derive_key(key, 2 * stream), exp_avg_sq with 2 * stream + 1."""
+
+
+def check_work(number: int, work: AdamWWork) -> None:
+    """Raises ValueError where a tensor of work `number` is not as `AdamWWork` and `QuantizedBlocks` have it."""
+    numel = work.param.numel()
+
+    def check(name: str, tensor: Tensor, count: int, dtypes: Sequence[torch.dtype]) -> None:
+        same = tensor.numel() == count and tensor.dtype in dtypes and tensor.device == work.param.device
+        if not same or not tensor.is_contiguous():
+            layout = "contiguous" if tensor.is_contiguous() else "not contiguous"
+            raise ValueError(
+                f"adamw_(works[{number}].{name}): got {tensor.numel()} elements, {tensor.dtype}, {tensor.device}, "
+                f"{layout}; allowed: {count} elements, {' or '.join(map(str, dtypes))}, {work.param.device}, "
+                "contiguous; make it so"
+            )
+
+    check("param", work.param, numel, DTYPES)
+    check("grad", work.grad, numel, DTYPES)
+    for name, moment in (("exp_avg", work.exp_avg), ("exp_avg_sq", work.exp_avg_sq)):
+        if isinstance(moment, Tensor):
+            check(name, moment, numel, (torch.float32,))
+            continue
+        size = moment.block_size
+        if moment.numel != numel or size < 1 or (size & (size - 1) and numel % size):
+            raise ValueError(
+                f"adamw_(works[{number}].{name}): got {moment.numel} elements in blocks of {size}; allowed: {numel} "
+                "elements, in blocks of a power of two or a divisor of that; quantize it so"
+            )
+        if moment.code_map.bits == 4:
+            check(f"{name}.codes", moment.codes, packed_bytes(numel, size), (torch.uint8,))
+        else:
+            check(f"{name}.codes", moment.codes, numel, (moment.code_map.dtype,))
+        check(f"{name}.scale", moment.scale, -(-numel // size), (torch.float32,))

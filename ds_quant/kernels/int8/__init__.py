@@ -1,1 +1,1 @@
-"""Quantized operands of int8 matrix products, and the products. `ops` is what a linear layer calls."""
+"""Operands and results of int8 matrix products, and the products (`matmul`). `ops` is what a linear layer calls."""

@@ -13,7 +13,7 @@ compiles again for new shapes, keys or scales. To keep it so
 - matrices that are not contiguous are copied first, in their own dtype;
 - scales have no dimension, if they are one number, or one.
 
-What `kernels.products` checks is not checked again here.
+What `ops` checks is not checked again here.
 """
 
 import functools
@@ -24,9 +24,11 @@ import torch
 from torch import Tensor
 
 from ds_quant.kernels.compiling import compile_whole
+from ds_quant.kernels.int8 import ops
 from ds_quant.numerics import products as reference
 
 
+@ops.quantize_rows.by("compiled")
 @torch.no_grad()
 def quantize_rows(
     x: Tensor, bits: int, *, column_scale: Tensor | None = None, key: Tensor | None = None, full_range: bool = False
@@ -36,6 +38,7 @@ def quantize_rows(
     return _call(function, x, bits, column_scale=_scale(column_scale), key=_data(key))
 
 
+@ops.quantize_columns.by("compiled")
 @torch.no_grad()
 def quantize_columns(
     x: Tensor, bits: int, *, row_scale: Tensor | None = None, key: Tensor | None = None
@@ -44,6 +47,7 @@ def quantize_columns(
     return _call(reference.quantize_columns, x, bits, row_scale=_scale(row_scale), key=_data(key))
 
 
+@ops.quantize_both.by("compiled")
 @torch.no_grad()
 def quantize_both(
     g: Tensor,
@@ -51,14 +55,16 @@ def quantize_both(
     *,
     column_scale: Tensor | None = None,
     row_scale: Tensor | None = None,
-    keys: tuple[Tensor, Tensor] | None = None,
+    row_key: Tensor | None = None,
+    column_key: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`numerics.products.quantize_both`."""
-    plain = None if keys is None else (_data(keys[0]), _data(keys[1]))
     scales = {"column_scale": _scale(column_scale), "row_scale": _scale(row_scale)}
-    return _call(reference.quantize_both, g, bits, **scales, keys=plain)
+    keys = {"row_key": _data(row_key), "column_key": _data(column_key)}
+    return _call(reference.quantize_both, g, bits, **scales, **keys)
 
 
+@ops.quantize_tensor.by("compiled")
 @torch.no_grad()
 def quantize_tensor(
     x: Tensor, bits: int, *, key: Tensor | None = None, full_range: bool = False
@@ -68,6 +74,7 @@ def quantize_tensor(
     return _call(function, x, bits, key=_data(key))
 
 
+@ops.dequantize.by("compiled")
 @torch.no_grad()
 def dequantize(
     codes: Tensor, *, row_scale: Tensor | None = None, column_scale: Tensor | None = None, dtype: torch.dtype
@@ -76,6 +83,7 @@ def dequantize(
     return _call(_dequantize, codes, dtype, row_scale=_scale(row_scale), column_scale=_scale(column_scale))
 
 
+@ops.epilogue.by("compiled")
 @torch.no_grad()
 def epilogue(
     products: Tensor,
@@ -92,6 +100,12 @@ def epilogue(
     tensors["others"] = others
     result = _call(_epilogue, products, dtype, **tensors)
     return result if out is None else out.copy_(result)
+
+
+@ops.scaled_matmul.by("compiled")
+def scaled_matmul(a: Tensor, b: Tensor, **options: Any) -> Tensor:
+    """Products by cuBLASLt, and the epilogue above."""
+    return ops.scaled_matmul.reference(a, b, **options)
 
 
 def _full_range_rows(x: Tensor, bits: int, **tensors: Tensor | None) -> tuple[Tensor, Tensor]:

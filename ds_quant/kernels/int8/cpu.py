@@ -1,6 +1,6 @@
 """Operands and results of int8 products on the CPU: hands them to C++, which has the reference's bits.
 
-What `kernels.products` checks is not checked again here. Functions are those of `numerics.products`, with `isa` to ask
+What `ops` checks is not checked again here. Functions are those of `numerics.products`, with `isa` to ask
 for a narrower instruction set. They take torch.get_num_threads() threads and allocate, beside what they give, the
 maxima of the columns for each thread where columns are quantized.
 """
@@ -11,7 +11,8 @@ import functools
 import torch
 from torch import Tensor
 
-from ds_quant.kernels.adamw import cpu
+from ds_quant.kernels import native
+from ds_quant.kernels.int8 import matmul, ops
 from ds_quant.numerics.integer import symmetric_levels
 
 
@@ -59,6 +60,7 @@ class _DequantizeCall(ctypes.Structure):
     )
 
 
+@ops.quantize_rows.by("cpu")
 def quantize_rows(
     x: Tensor,
     bits: int,
@@ -74,6 +76,7 @@ def quantize_rows(
     return rows.codes, rows.scale
 
 
+@ops.quantize_columns.by("cpu")
 def quantize_columns(
     x: Tensor, bits: int, *, row_scale: Tensor | None = None, key: Tensor | None = None, isa: str | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -83,22 +86,24 @@ def quantize_columns(
     return columns.codes, columns.scale
 
 
+@ops.quantize_both.by("cpu")
 def quantize_both(
     g: Tensor,
     bits: int,
     *,
     column_scale: Tensor | None = None,
     row_scale: Tensor | None = None,
-    keys: tuple[Tensor, Tensor] | None = None,
+    row_key: Tensor | None = None,
+    column_key: Tensor | None = None,
     isa: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`numerics.products.quantize_both`."""
-    row_key, column_key = keys or (None, None)
     rows, columns = _Half(g, 0, column_scale, row_key), _Half(g, 1, row_scale, column_key)
     _quantize(g, bits, isa, rows=rows, columns=columns)
     return rows.codes, rows.scale, columns.codes, columns.scale
 
 
+@ops.quantize_tensor.by("cpu")
 def quantize_tensor(
     x: Tensor, bits: int, *, key: Tensor | None = None, full_range: bool = False, isa: str | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -108,6 +113,7 @@ def quantize_tensor(
     return rows.codes, rows.scale
 
 
+@ops.epilogue.by("cpu")
 def epilogue(
     products: Tensor,
     *,
@@ -120,7 +126,7 @@ def epilogue(
     isa: str | None = None,
 ) -> Tensor:
     """`numerics.products.epilogue`."""
-    chosen = cpu.isa_number("epilogue", isa)
+    chosen = native.isa_number("epilogue", isa)
     result = torch.empty(products.shape, dtype=dtype, device=products.device) if out is None else out
     if not result.numel():
         return result
@@ -129,7 +135,7 @@ def epilogue(
         *(products.data_ptr(), None if others is None else others.data_ptr()), *products.shape, products.stride(0)
     )
     call.is_fp32 = products.dtype == torch.float32
-    call.result, call.dtype = result.data_ptr(), cpu.DTYPES[dtype]
+    call.result, call.dtype = result.data_ptr(), native.DTYPES[dtype]
     if row_scale is not None:
         row_scale = row_scale.detach().contiguous()
         call.row_scale, call.one_row_scale = row_scale.data_ptr(), row_scale.numel() == 1
@@ -138,11 +144,12 @@ def epilogue(
         call.column_scale, call.one_column_scale = column_scale.data_ptr(), column_scale.numel() == 1
     if bias is not None:
         bias = bias.detach().contiguous()
-        call.bias, call.bias_dtype = bias.data_ptr(), cpu.DTYPES[bias.dtype]
-    _library().ds_quant_products_epilogue(call, chosen, cpu.library().parallel, torch.get_num_threads())
+        call.bias, call.bias_dtype = bias.data_ptr(), native.DTYPES[bias.dtype]
+    _library().ds_quant_products_epilogue(call, chosen, native.library().parallel, torch.get_num_threads())
     return result
 
 
+@ops.dequantize.by("cpu")
 def dequantize(
     codes: Tensor,
     *,
@@ -152,7 +159,7 @@ def dequantize(
     isa: str | None = None,
 ) -> Tensor:
     """`numerics.products.dequantize`."""
-    chosen = cpu.isa_number("dequantize", isa)
+    chosen = native.isa_number("dequantize", isa)
     result = torch.empty(codes.shape, dtype=dtype, device=codes.device)
     if not result.numel():
         return result
@@ -165,9 +172,26 @@ def dequantize(
         call.row_scale = scale.data_ptr()
     else:
         call.column_scale = scale.data_ptr()
-    call.result, call.one_scale, call.dtype = result.data_ptr(), scale.numel() == 1, cpu.DTYPES[dtype]
-    _library().ds_quant_products_dequantize(call, chosen, cpu.library().parallel, torch.get_num_threads())
+    call.result, call.one_scale, call.dtype = result.data_ptr(), scale.numel() == 1, native.DTYPES[dtype]
+    _library().ds_quant_products_dequantize(call, chosen, native.library().parallel, torch.get_num_threads())
     return result
+
+
+@ops.scaled_matmul.by("cpu")
+def scaled_matmul(
+    a: Tensor,
+    b: Tensor,
+    *,
+    row_scale: Tensor | None,
+    column_scale: Tensor | None,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """torch multiplies, or exact products in fp32 where its int8 is slow: see `matmul`."""
+    if not (a.numel() and b.numel()):
+        return ops.scaled_matmul.reference(a, b, row_scale=row_scale, column_scale=column_scale, bias=bias, dtype=dtype)
+    finish = functools.partial(ops.epilogue, column_scale=column_scale, bias=bias, dtype=dtype)
+    return matmul.multiply_in_parts(a, b, row_scale, finish)
 
 
 class _Half:
@@ -198,7 +222,7 @@ def _quantize(
     columns: _Half | None = None,
     full_range: bool = False,
 ) -> None:
-    chosen = cpu.isa_number("quantize", isa)
+    chosen = native.isa_number("quantize", isa)
     if not x.numel():
         for half in (rows, columns):
             if half is not None:
@@ -208,9 +232,9 @@ def _quantize(
     call = _QuantizeCall(
         *(x.data_ptr(), *x.shape, x.stride(0)),
         *(_NONE if half is None else half.side for half in (rows, columns)),
-        *(cpu.DTYPES[x.dtype], symmetric_levels(bits, full_range=full_range)),
+        *(native.DTYPES[x.dtype], symmetric_levels(bits, full_range=full_range)),
     )
-    if _library().ds_quant_products_quantize(call, chosen, cpu.library().parallel, torch.get_num_threads()):
+    if _library().ds_quant_products_quantize(call, chosen, native.library().parallel, torch.get_num_threads()):
         raise MemoryError("quantize: no memory for the maxima of the columns")
 
 
@@ -220,7 +244,7 @@ def _readable(x: Tensor) -> Tensor:
 
 @functools.cache
 def _library() -> ctypes.CDLL:
-    handle = cpu.library().handle
+    handle = native.library().handle
     for size, structure in (
         (handle.ds_quant_products_quantize_call_size, _QuantizeCall),
         (handle.ds_quant_products_epilogue_call_size, _EpilogueCall),

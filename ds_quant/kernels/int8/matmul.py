@@ -1,4 +1,4 @@
-"""Exact products of int8 matrices, and what a linear layer makes of them.
+"""Exact products of int8 matrices.
 
 `torch._int_mm` multiplies: oneDNN on a CPU, cuBLASLt on CUDA. Where it is wrong or slow (`integer_units`) the codes are
 multiplied as fp32, in sums that are short enough to be exact. Operands are taken as they lie, transposed views too.
@@ -12,10 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ds_quant.kernels.choice import chosen
-from ds_quant.kernels.int8 import products as kernels
 from ds_quant.kernels.integer_units import integer_units
-from ds_quant.kernels.spans import span
-from ds_quant.numerics import products as reference
 
 MAX_CONTRACTION = 131_072
 """Products of codes overflow int32 from 132,105 terms on where one operand has -128: 132,105 * 128 * 127 > 2^31."""
@@ -49,31 +46,9 @@ def int_mm(a: Tensor, b: Tensor) -> Tensor:
     return total
 
 
-def scaled_matmul(
-    a: Tensor,
-    b: Tensor,
-    *,
-    row_scale: Tensor | None = None,
-    column_scale: Tensor | None = None,
-    bias: Tensor | None = None,
-    dtype: torch.dtype,
-) -> Tensor:
-    """`numerics.products.epilogue` of the products of a [M, K] and b [K, N], int8: [M, N] in `dtype`.
-
-    row_scale and column_scale: fp32 [M] and [N], or of one element. bias: [N].
-    """
-    finish = functools.partial(kernels.epilogue, row_scale=row_scale, column_scale=column_scale, bias=bias, dtype=dtype)
-    if a.shape[1] > MAX_CONTRACTION:
-        finish = functools.partial(reference.epilogue, **finish.keywords)
-    elif chosen() == "triton" and a.device.type == "cuda":
-        from ds_quant.kernels.int8 import triton as triton_int8
-
-        return triton_int8.scaled_matmul(a, b, **finish.keywords)
-    elif a.device.type == "cpu" and chosen() != "reference" and a.numel() and b.numel():
-        return (_in_parts if _int_mm_serves(a.device) else _in_fp32_parts)(a, b, row_scale, finish)
-    products = int_mm(a, b)
-    with span("epilogue"):
-        return finish(products)
+def multiply_in_parts(a: Tensor, b: Tensor, row_scale: Tensor | None, finish: functools.partial[Tensor]) -> Tensor:
+    """What `finish`, an epilogue with all but row_scale, makes of the products on a CPU, without holding them all."""
+    return (_in_parts if _int_mm_serves(a.device) else _in_fp32_parts)(a, b, row_scale, finish)
 
 
 def _in_parts(a: Tensor, b: Tensor, row_scale: Tensor | None, finish: functools.partial[Tensor]) -> Tensor:
@@ -87,8 +62,7 @@ def _in_parts(a: Tensor, b: Tensor, row_scale: Tensor | None, finish: functools.
     for begin in range(0, a.shape[0], num_rows):
         end = min(begin + num_rows, a.shape[0])
         products = torch._int_mm(_flat(a[begin:end]), b, out=_scratch(end - begin, b.shape[1]))
-        with span("epilogue"):
-            finish(products, row_scale=_of_rows(row_scale, begin, end), out=result[begin:end])
+        finish(products, row_scale=_of_rows(row_scale, begin, end), out=result[begin:end])
     return result
 
 
@@ -109,8 +83,7 @@ def _in_fp32_parts(a: Tensor, b: Tensor, row_scale: Tensor | None, finish: funct
                 else:
                     others += products.to(torch.int32)
             torch.mm(last[begin:end], second, out=products)
-            with span("epilogue"):
-                finish(products, others=others, row_scale=_of_rows(row_scale, begin, end), out=result[begin:end])
+            finish(products, others=others, row_scale=_of_rows(row_scale, begin, end), out=result[begin:end])
     return result
 
 

@@ -1,75 +1,218 @@
-"""What a linear layer calls of the int8 kernels: plain functions in eager mode, operators that torch.compile keeps
-whole in compiled code. `kernels.products` and `kernels.int8_matmul` say what they do and which arguments they refuse.
-"""
+"""What a linear layer calls of the int8 kernels, and what these compute: `numerics.products`, bit for bit.
 
-from collections.abc import Callable
-from typing import Any
+What is asked for is checked here: ValueError. Autograd sees nothing.
+
+Matrices are read in place if consecutive elements of a row are neighbours in memory, at any distance from row to row;
+any other, a transposed one say, is copied first, in its own dtype. Quantize the other dimension of what is transposed
+instead: rows of w.t() are columns of w. The result does not depend on strides, nor on the number of threads.
+"""
 
 import torch
 from torch import Tensor
 
-from ds_quant.kernels.int8 import matmul as int8_matmul
-from ds_quant.kernels.int8 import products
-from ds_quant.kernels.spans import span
+from ds_quant.kernels.int8 import matmul
+from ds_quant.kernels.registry import Family, operation
+from ds_quant.numerics import products as reference
+from ds_quant.numerics.integer import DTYPES
+from ds_quant.numerics.random import check_key
+
+FAMILY = Family(
+    package=__name__.rpartition(".")[0],
+    title="operands and results of int8 products",
+    caller="a product of int8",
+    without_cpp="operands of int8 products are quantized by the reference instead, which is many times slower and "
+    "allocates several fp32 tensors of their size",
+)
+_FLOATS = "float32, bfloat16 or float16"
+_PRODUCTS = (torch.int32, torch.float32)
 
 
-def _operator(function: Callable[..., Any]) -> Any:
-    """Registers torch.ops.ds_quant.<name>, which a graph holds as one node; it never alters its arguments."""
-    return torch.library.custom_op(f"ds_quant::{function.__name__}", function, mutates_args=())
+def _codes(x: Tensor) -> Tensor:
+    return x.new_empty(x.shape, dtype=torch.int8)
 
 
+def _scale(x: Tensor, count: int) -> Tensor:
+    return x.new_empty((count,), dtype=torch.float32)
+
+
+@operation(
+    FAMILY,
+    reference=reference.quantize_rows,
+    shapes=lambda x, bits, column_scale=None, key=None, full_range=False: (_codes(x), _scale(x, x.shape[0])),
+    profiled=True,
+)
 def quantize_rows(
     x: Tensor, bits: int, column_scale: Tensor | None = None, key: Tensor | None = None, full_range: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """`products.quantize_rows`."""
-    if torch.compiler.is_compiling():
-        return _quantize_rows_op(x, bits, column_scale, key, full_range)
-    with span("quantize_rows"):
-        return products.quantize_rows(x, bits, column_scale=column_scale, key=key, full_range=full_range)
+    """Codes int8 [M, K] and scale fp32 [M] of x [M, K], as `numerics.products.quantize_rows` gives them.
+
+    x: fp32, bf16 or fp16. bits: 2 to 8. column_scale: fp32 [K] or of one element. key: as `fold_key` gives it, None for
+    nearest rounding. full_range: all 2^bits codes, down to -2^(bits-1). Raises ValueError for what is not so.
+    """
+    _check_operand("quantize_rows(x)", x, "quantize_rows(bits)", bits)
+    _check_scale("quantize_rows(column_scale)", column_scale, x, 1)
+    _check_key("quantize_rows(key)", key)
+    return quantize_rows.on(x.device)(x, bits, column_scale=column_scale, key=key, full_range=full_range)
 
 
+@operation(
+    FAMILY,
+    reference=reference.quantize_columns,
+    shapes=lambda x, bits, row_scale=None, key=None: (_codes(x), _scale(x, x.shape[1])),
+    profiled=True,
+)
 def quantize_columns(
     x: Tensor, bits: int, row_scale: Tensor | None = None, key: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """`products.quantize_columns`."""
-    if torch.compiler.is_compiling():
-        return _quantize_columns_op(x, bits, row_scale, key)
-    with span("quantize_columns"):
-        return products.quantize_columns(x, bits, row_scale=row_scale, key=key)
+    """Codes int8 [M, N], contiguous, and scale fp32 [N] of x [M, N], as `numerics.products.quantize_columns` has it.
+
+    row_scale: fp32 [M] or of one element; else as `quantize_rows`. Raises ValueError for what is not so.
+    """
+    _check_operand("quantize_columns(x)", x, "quantize_columns(bits)", bits)
+    _check_scale("quantize_columns(row_scale)", row_scale, x, 0)
+    _check_key("quantize_columns(key)", key)
+    return quantize_columns.on(x.device)(x, bits, row_scale=row_scale, key=key)
 
 
+@operation(
+    FAMILY,
+    reference=reference.quantize_both,
+    shapes=lambda g, bits, column_scale=None, row_scale=None, row_key=None, column_key=None: (
+        *(_codes(g), _scale(g, g.shape[0])),
+        *(_codes(g), _scale(g, g.shape[1])),
+    ),
+    profiled=True,
+)
 def quantize_both(
     g: Tensor,
     bits: int,
-    column_scale: Tensor | None,
-    row_scale: Tensor | None,
-    row_key: Tensor | None,
-    column_key: Tensor | None,
+    column_scale: Tensor | None = None,
+    row_scale: Tensor | None = None,
+    row_key: Tensor | None = None,
+    column_key: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`products.quantize_both`; both keys or none."""
-    if torch.compiler.is_compiling():
-        return _quantize_both_op(g, bits, column_scale, row_scale, row_key, column_key)
-    keys = None if row_key is None or column_key is None else (row_key, column_key)
-    with span("quantize_both"):
-        return products.quantize_both(g, bits, column_scale=column_scale, row_scale=row_scale, keys=keys)
+    """Codes and scale of rows, then of columns, as the two functions above give them; `g` is read twice, not thrice.
+
+    row_key: of the rows' rounding. column_key: of the columns'. Else as those. Raises ValueError for what is not so.
+    """
+    _check_operand("quantize_both(g)", g, "quantize_both(bits)", bits)
+    _check_scale("quantize_both(column_scale)", column_scale, g, 1)
+    _check_scale("quantize_both(row_scale)", row_scale, g, 0)
+    _check_key("quantize_both(row_key)", row_key)
+    _check_key("quantize_both(column_key)", column_key)
+    return quantize_both.on(g.device)(
+        g, bits, column_scale=column_scale, row_scale=row_scale, row_key=row_key, column_key=column_key
+    )
 
 
+@operation(
+    FAMILY,
+    reference=reference.quantize_tensor,
+    shapes=lambda x, bits, key=None, full_range=False: (_codes(x), _scale(x, 1)),
+    profiled=True,
+)
 def quantize_tensor(x: Tensor, bits: int, key: Tensor | None = None, full_range: bool = False) -> tuple[Tensor, Tensor]:
-    """`products.quantize_tensor`."""
-    if torch.compiler.is_compiling():
-        return _quantize_tensor_op(x, bits, key, full_range)
-    with span("quantize_tensor"):
-        return products.quantize_tensor(x, bits, key=key, full_range=full_range)
+    """Codes int8 [M, K] and one scale, fp32 [1], as `numerics.products.quantize_tensor` gives them.
+
+    Else as `quantize_rows`. Raises ValueError for what is not so.
+    """
+    _check_operand("quantize_tensor(x)", x, "quantize_tensor(bits)", bits)
+    _check_key("quantize_tensor(key)", key)
+    return quantize_tensor.on(x.device)(x, bits, key=key, full_range=full_range)
 
 
+@operation(
+    FAMILY,
+    reference=reference.dequantize,
+    shapes=lambda codes, row_scale, column_scale, dtype: codes.new_empty(codes.shape, dtype=dtype),
+    profiled=True,
+)
 def dequantize(codes: Tensor, row_scale: Tensor | None, column_scale: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """`products.dequantize`."""
-    if torch.compiler.is_compiling():
-        return _dequantize_op(codes, row_scale, column_scale, dtype)
-    with span("dequantize"):
-        return products.dequantize(codes, row_scale=row_scale, column_scale=column_scale, dtype=dtype)
+    """[M, K] in `dtype` from codes int8 [M, K], as `numerics.products.dequantize` gives it.
+
+    One of row_scale, fp32 [M] or of one element, and column_scale, [K] or of one. Raises ValueError for what is not so.
+    """
+    if not isinstance(codes, Tensor) or codes.dtype != torch.int8 or codes.dim() != 2:
+        raise _error("dequantize(codes)", _described(codes), "int8 of two dimensions", "pass what quantize_rows gives")
+    if (row_scale is None) == (column_scale is None):
+        got = "none" if row_scale is None else "both"
+        raise _error("dequantize(row_scale, column_scale)", got, "one of the two", "pass the scale of the codes")
+    _check_scale("dequantize(row_scale)", row_scale, codes, 0)
+    _check_scale("dequantize(column_scale)", column_scale, codes, 1)
+    if dtype not in DTYPES:
+        raise _error("dequantize(dtype)", dtype, _FLOATS, "set it to one of them")
+    return dequantize.on(codes.device)(codes, row_scale=row_scale, column_scale=column_scale, dtype=dtype)
 
 
+@operation(FAMILY, reference=reference.epilogue, profiled=True)
+def epilogue(
+    products: Tensor,
+    *,
+    others: Tensor | None = None,
+    row_scale: Tensor | None = None,
+    column_scale: Tensor | None = None,
+    bias: Tensor | None = None,
+    dtype: torch.dtype,
+    out: Tensor | None = None,
+) -> Tensor:
+    """((products * row_scale) * column_scale) + bias in fp32, rounded once to `dtype`: [M, N], or `out` of that kind.
+
+    products: int32 [M, N], or fp32 of whole numbers up to 2^24. others: int32 [M, N], contiguous, added to the products
+    first, exactly. row_scale, column_scale: fp32 [M] and [N], or of one element. bias: fp32, bf16 or fp16, [N].
+    dtype: fp32, bf16 or fp16. Raises ValueError for what is not so.
+    """
+    if not isinstance(products, Tensor) or products.dtype not in _PRODUCTS or products.dim() != 2:
+        allowed = "int32 or float32 of two dimensions"
+        raise _error("epilogue(products)", _described(products), allowed, "pass what _int_mm gives")
+    if others is not None and not (
+        others.dtype == torch.int32
+        and others.shape == products.shape
+        and others.device == products.device
+        and others.is_contiguous()
+    ):
+        allowed = f"int32 of shape {tuple(products.shape)} on {products.device}, contiguous"
+        raise _error("epilogue(others)", _described(others), allowed, "leave it out")
+    _check_scale("epilogue(row_scale)", row_scale, products, 0)
+    _check_scale("epilogue(column_scale)", column_scale, products, 1)
+    num_columns = products.shape[1]
+    if bias is not None and not (
+        isinstance(bias, Tensor)
+        and bias.dtype in DTYPES
+        and bias.shape == (num_columns,)
+        and bias.device == products.device
+    ):
+        allowed = f"{_FLOATS} of shape ({num_columns},) on {products.device}"
+        raise _error("epilogue(bias)", _described(bias), allowed, "make it so")
+    if dtype not in DTYPES:
+        raise _error("epilogue(dtype)", dtype, _FLOATS, "set it to one of them")
+    if out is not None and not (
+        out.dtype == dtype and out.shape == products.shape and out.device == products.device and out.is_contiguous()
+    ):
+        allowed = f"{dtype} of shape {tuple(products.shape)} on {products.device}, contiguous"
+        raise _error("epilogue(out)", _described(out), allowed, "leave it out")
+    options = {"others": others, "row_scale": row_scale, "column_scale": column_scale, "bias": bias}
+    return epilogue.on(products.device)(products, **options, dtype=dtype, out=out)
+
+
+def _multiply(
+    a: Tensor,
+    b: Tensor,
+    row_scale: Tensor | None,
+    column_scale: Tensor | None,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The reference of `scaled_matmul`, for all sizes: the products as a whole, and then the epilogue."""
+    products = matmul.int_mm(a, b)
+    finish = epilogue if products.dtype == torch.int32 else reference.epilogue
+    return finish(products, row_scale=row_scale, column_scale=column_scale, bias=bias, dtype=dtype)
+
+
+@operation(
+    FAMILY,
+    reference=_multiply,
+    shapes=lambda a, b, row_scale, column_scale, bias, dtype: a.new_empty((a.shape[0], b.shape[1]), dtype=dtype),
+)
 def scaled_matmul(
     a: Tensor,
     b: Tensor,
@@ -78,59 +221,42 @@ def scaled_matmul(
     bias: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    """`int8_matmul.scaled_matmul`."""
-    if torch.compiler.is_compiling():
-        return _scaled_matmul_op(a, b, row_scale, column_scale, bias, dtype)
-    return int8_matmul.scaled_matmul(a, b, row_scale=row_scale, column_scale=column_scale, bias=bias, dtype=dtype)
+    """`epilogue` of the exact products of a [M, K] and b [K, N], int8 of any strides: [M, N] in `dtype`.
+
+    row_scale and column_scale: fp32 [M] and [N], or of one element. bias: [N]. Backends get no K above
+    `matmul.MAX_CONTRACTION`, the longest sum that fits int32.
+    """
+    serving = _multiply if a.shape[1] > matmul.MAX_CONTRACTION else scaled_matmul.on(a.device)
+    return serving(a, b, row_scale=row_scale, column_scale=column_scale, bias=bias, dtype=dtype)
 
 
-# Operators run outside of compilation, so each comes back to its function above.
-
-_quantize_rows_op = _operator(quantize_rows)
-_quantize_columns_op = _operator(quantize_columns)
-_quantize_both_op = _operator(quantize_both)
-_quantize_tensor_op = _operator(quantize_tensor)
-_dequantize_op = _operator(dequantize)
-_scaled_matmul_op = _operator(scaled_matmul)
+def _error(where: str, got: object, allowed: str, remedy: str) -> ValueError:
+    return ValueError(f"{where}: got {got}; allowed: {allowed}; {remedy}")
 
 
-def _codes(x: Tensor) -> Tensor:
-    return x.new_empty(x.shape, dtype=torch.int8)
+def _described(value: object) -> str:
+    if not isinstance(value, Tensor):
+        return f"a {type(value).__name__}"
+    return f"{value.dtype} of shape {tuple(value.shape)} on {value.device}"
 
 
-def _scale(x: Tensor, count: Any) -> Tensor:
-    return x.new_empty((count,), dtype=torch.float32)
+def _check_operand(where: str, x: object, where_bits: str, bits: object) -> None:
+    if not isinstance(x, Tensor) or x.dtype not in DTYPES or x.dim() != 2:
+        raise _error(where, _described(x), f"{_FLOATS} of two dimensions", "reshape it to [tokens, features]")
+    if isinstance(bits, bool) or not isinstance(bits, int) or not 2 <= bits <= 8:
+        raise _error(where_bits, repr(bits), "integers 2 to 8", "set bits to one of them")
 
 
-@_quantize_rows_op.register_fake
-def _(
-    x: Tensor, bits: int, column_scale: Any = None, key: Any = None, full_range: Any = False
-) -> tuple[Tensor, Tensor]:
-    return _codes(x), _scale(x, x.shape[0])
+def _check_scale(where: str, scale: object, matrix: Tensor, dim: int) -> None:
+    if scale is None:
+        return
+    count = matrix.shape[dim]
+    is_fp32 = isinstance(scale, Tensor) and scale.dtype == torch.float32 and scale.device == matrix.device
+    if not is_fp32 or (scale.shape != (count,) and scale.numel() != 1):  # type: ignore[attr-defined]
+        allowed = f"float32 of shape ({count},), or of one element, on {matrix.device}"
+        raise _error(where, _described(scale), allowed, "flatten the scale, one number a row or column")
 
 
-@_quantize_columns_op.register_fake
-def _(x: Tensor, bits: int, row_scale: Any = None, key: Any = None) -> tuple[Tensor, Tensor]:
-    return _codes(x), _scale(x, x.shape[1])
-
-
-@_quantize_both_op.register_fake
-def _(
-    g: Tensor, bits: int, column_scale: Any, row_scale: Any, row_key: Any, column_key: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _codes(g), _scale(g, g.shape[0]), _codes(g), _scale(g, g.shape[1])
-
-
-@_quantize_tensor_op.register_fake
-def _(x: Tensor, bits: int, key: Any = None, full_range: Any = False) -> tuple[Tensor, Tensor]:
-    return _codes(x), _scale(x, 1)
-
-
-@_dequantize_op.register_fake
-def _(codes: Tensor, row_scale: Any, column_scale: Any, dtype: torch.dtype) -> Tensor:
-    return codes.new_empty(codes.shape, dtype=dtype)
-
-
-@_scaled_matmul_op.register_fake
-def _(a: Tensor, b: Tensor, row_scale: Any, column_scale: Any, bias: Any, dtype: torch.dtype) -> Tensor:
-    return a.new_empty((a.shape[0], b.shape[1]), dtype=dtype)
+def _check_key(where: str, key: Tensor | None) -> None:
+    if key is not None:
+        check_key(where, key)

@@ -39,6 +39,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ds_quant.kernels.int8 import ops
+
 ALIGNMENT = 16
 """Bytes of the widest load."""
 LARGEST_STRIDE = 2**22
@@ -79,6 +81,7 @@ def int_mm(a: Tensor, b: Tensor) -> Tensor:
     return _run(a, b, torch.int32)
 
 
+@ops.scaled_matmul.by("triton")
 def scaled_matmul(
     a: Tensor,
     b: Tensor,

@@ -8,7 +8,7 @@ its first call, once for whole and once for shorter blocks, and again for a lone
 Results are close to the reference's, not equal: Inductor may fuse products into sums. Its price: temporaries of
 several times the tensors' size, and where `errors` is given, waiting for the device.
 
-What `kernels.wire` checks is not checked again here.
+What `ops` checks is not checked again here.
 """
 
 import functools
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ds_quant.kernels.compiling import compile_whole
+from ds_quant.kernels.wire import ops
 from ds_quant.kernels.wire.rows import (
     Rows,
     Settings,
@@ -32,6 +33,7 @@ from ds_quant.numerics.random import derive_words
 from ds_quant.numerics.wire import Parts, Residuals, WireFormat
 
 
+@ops.quantize.by("compiled")
 @torch.no_grad()
 def quantize(
     tensors: Sequence[Tensor],
@@ -49,6 +51,7 @@ def quantize(
     _send(call, (), tensors, parts, message, fmt, key, residuals, errors)
 
 
+@ops.reduce.by("compiled")
 @torch.no_grad()
 def reduce(
     tensors: Sequence[Tensor],
@@ -79,6 +82,7 @@ def reduce(
     return None
 
 
+@ops.dequantize.by("compiled")
 @torch.no_grad()
 def dequantize(message: Tensor, parts: Parts, tensors: Sequence[Tensor], fmt: WireFormat) -> None:
     """`numerics.wire.dequantize`."""

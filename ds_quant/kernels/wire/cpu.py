@@ -1,6 +1,6 @@
 """Gradients on the wire, on the CPU: hands the pieces of a call to C++, which has the reference's bits.
 
-What `kernels.wire` checks is not checked again here. Functions are those of `numerics.wire`, with `isa` to ask for a
+What `ops` checks is not checked again here. Functions are those of `numerics.wire`, with `isa` to ask for a
 narrower instruction set. They take torch.get_num_threads() threads and allocate some bytes a piece; the result does
 not depend on the number of threads.
 """
@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ds_quant.kernels.adamw import cpu
+from ds_quant.kernels import native
+from ds_quant.kernels.wire import ops
 from ds_quant.numerics.wire import Parts, Residuals, WireFormat
 
 
@@ -35,6 +36,7 @@ class _Call(ctypes.Structure):
 _QUANTIZE, _REDUCE, _DEQUANTIZE = range(3)
 
 
+@ops.quantize.by("cpu")
 def quantize(
     tensors: Sequence[Tensor],
     parts: Parts,
@@ -50,6 +52,7 @@ def quantize(
     _run(_QUANTIZE, isa, tensors, parts, fmt, residuals, message=message, key=key, errors=errors)
 
 
+@ops.reduce.by("cpu")
 def reduce(
     tensors: Sequence[Tensor],
     parts: Parts,
@@ -78,6 +81,7 @@ def reduce(
     )
 
 
+@ops.dequantize.by("cpu")
 def dequantize(
     message: Tensor, parts: Parts, tensors: Sequence[Tensor], fmt: WireFormat, *, isa: str | None = None
 ) -> None:
@@ -87,7 +91,7 @@ def dequantize(
 
 @functools.cache
 def _function() -> "ctypes._NamedFuncPointer":
-    handle = cpu.library().handle
+    handle = native.library().handle
     handle.ds_quant_wire_call_size.restype = ctypes.c_int64
     assert handle.ds_quant_wire_call_size() == ctypes.sizeof(_Call)
     handle.ds_quant_wire.argtypes = [
@@ -114,7 +118,7 @@ def _run(
 ) -> None:
     if not len(parts.numel):
         return
-    chosen = cpu.isa_number("wire", isa)
+    chosen = native.isa_number("wire", isa)
     dtype = tensors[0].dtype
     columns = [np.ascontiguousarray(column) for column in parts]  # kept alive until the call is over
     source, start, numel, scale_at, codes_at, stream = columns
@@ -129,7 +133,7 @@ def _run(
         block_size=fmt.block_size,
         bits=fmt.bits,
         rotated=fmt.rotation == "hadamard",
-        dtype=cpu.DTYPES[dtype],
+        dtype=native.DTYPES[dtype],
     )
     if message is not None:
         call.message = message.data_ptr()
@@ -151,8 +155,8 @@ def _run(
         call.num_ranks, call.own_rank, call.factor = received.shape[0] + 1, own_rank, factor
     if output is not None:
         result = output.data_ptr() + (np.cumsum(numel) - numel) * output.dtype.itemsize
-        call.result, call.result_dtype = result.ctypes.data, cpu.DTYPES[output.dtype]
-    if _function()(call, operation, chosen, cpu.library().parallel, torch.get_num_threads()):
+        call.result, call.result_dtype = result.ctypes.data, native.DTYPES[output.dtype]
+    if _function()(call, operation, chosen, native.library().parallel, torch.get_num_threads()):
         raise MemoryError("wire: no memory for the list of chunks")
     if errors is not None:
         errors += sums

@@ -1,4 +1,4 @@
-"""Gradients on the wire, all blocks of a call at once: what `kernels.wire_cuda` compiles.
+"""Gradients on the wire, all blocks of a call at once: what `compiled` compiles.
 
 The definition of `numerics.wire` for a matrix [num_rows, block_size] whose rows are blocks of any pieces: either all
 whole, or all shorter and filled up with zeros. Rows say where their elements and codes lie; what is written beyond a
