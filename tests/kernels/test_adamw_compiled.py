@@ -165,9 +165,8 @@ def test_what_triton_does_not_take_goes_on(rng, monkeypatch, caplog):
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_compiles_once_for_a_format(name, rng, counters, installed):
+def test_compiles_once_for_a_format(name, rng, counters):
     """Five steps of two parameters with new lr, betas, keys and gradients: one compilation, the reference's bits."""
-    installed.clear()
     layouts = FORMATS[name]
     keys = [KEY if number and layout else None for number, layout in enumerate(layouts)]
     # 6 and 12 scales in blocks of 256: as many as there are scalars.
