@@ -17,13 +17,13 @@ FORMAT = "1"
 _REMEDY = "copy the checkpoint again, or delete its files ds_quant_residuals_* to begin anew"
 
 
-def _file(folder: str, rank: int) -> Path:
+def _file(folder: str | Path, rank: int) -> Path:
     return Path(folder) / f"ds_quant_residuals_rank_{rank:05d}.safetensors"
 
 
-def save_residuals(engine: Any, folder: str) -> None:
+def save_residuals(engine: Any, folder: Path) -> None:
     """Write this rank's file into the folder of a checkpoint, whole or not at all."""
-    os.makedirs(folder, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     path = _file(folder, dist.get_rank())
     part = path.with_suffix(f".{os.getpid()}.part")
     metadata = {"format": FORMAT, "world_size": str(dist.get_world_size()), "step": str(engine.global_steps)}
