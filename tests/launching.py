@@ -40,10 +40,11 @@ def launch(command, *, timeout, env=None, cwd=ROOT, check=True):
     return process.returncode, output
 
 
-def run_ranks(program, *arguments, ranks=2, timeout, check=True):
+def run_ranks(program, *arguments, ranks=2, timeout, env=None, cwd=ROOT, check=True):
     """Run a program on ranks that are forked from a process with all imports done; (exit status, output).
 
-    For programs that test what ranks do. `launch` starts them as users do, and is for what launchers do.
+    For programs that test what ranks do. `launch` starts them as users do, and is for what launchers do. With 0 ranks
+    it is one process that no launcher has started.
     """
     port, server = free_port(), _rank_server()
     with tempfile.NamedTemporaryFile(prefix="ranks", suffix=".log") as log:
@@ -52,8 +53,8 @@ def run_ranks(program, *arguments, ranks=2, timeout, check=True):
             "arguments": [str(argument) for argument in arguments],
             "ranks": ranks,
             "port": port,
-            "env": _environment(),
-            "cwd": str(ROOT),
+            "env": _environment(env),
+            "cwd": str(cwd),
             "log": log.name,
             "timeout": timeout,
         }

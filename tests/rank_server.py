@@ -23,6 +23,7 @@ GRACE_SECONDS = 5.0
 def import_everything():
     """What the programs import, and starts no threads."""
     import accelerate  # noqa: F401
+    import datasets  # noqa: F401
     import torch  # noqa: F401
     import transformers
     from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments  # noqa: F401
@@ -43,12 +44,15 @@ def become_rank(job, rank):
         os.dup2(opened, number)
         os.close(opened)
     os.environ.clear()
-    ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": job["ranks"], "LOCAL_WORLD_SIZE": job["ranks"]}
-    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": job["port"]}
-    os.environ.update({**job["env"], **{name: str(value) for name, value in {**ranks, **address}.items()}})
+    os.environ.update(job["env"])
+    if job["ranks"]:
+        ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": job["ranks"], "LOCAL_WORLD_SIZE": job["ranks"]}
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": job["port"]}
+        os.environ.update({name: str(value) for name, value in {**ranks, **address}.items()})
     os.chdir(job["cwd"])
     sys.argv = [job["program"], *job["arguments"]]
-    sys.path[0] = os.path.dirname(job["program"])
+    wanted = [os.path.dirname(job["program"]), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    sys.path[:1] = [path for path in wanted if path]
 
 
 def wait_for(pids, timeout):
@@ -83,7 +87,7 @@ def main():
     import_everything()
     while line := sys.stdin.readline():
         job, pids = json.loads(line), []
-        for rank in range(job["ranks"]):
+        for rank in range(max(1, job["ranks"])):
             pid = os.fork()
             if not pid:
                 become_rank(job, rank)

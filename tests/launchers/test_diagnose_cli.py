@@ -14,7 +14,7 @@ import diagnose
 import pytest
 from conftest import ROOT
 from headless import browser, open_page
-from launching import deepspeed, launch
+from launching import launch, run_ranks
 from samples import write_corpus
 
 from ds_quant.diagnostics import folder
@@ -28,7 +28,7 @@ SECTIONS = "Array.from(document.querySelectorAll('section')).map(s => [s.id, s.q
 
 
 def command(*arguments: Any, code: int = 0) -> str:
-    status, output = launch([sys.executable, SCRIPT, *arguments], timeout=280, env=ENV, check=False)
+    status, output = run_ranks(SCRIPT, *arguments, ranks=0, timeout=280, env=ENV, check=False)
     assert status == code, output
     assert "Traceback" not in output
     return output
@@ -50,9 +50,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Path:
         *("--train_file", corpus, "--validation_fraction", "0.2", "--output_dir", place / "run"),
     ]
     script = ROOT / "launchers" / "pretrain.py"
-    _, output = launch(
-        deepspeed(script, "--deepspeed", place / "config.json", *arguments), timeout=280, env=ENV, cwd=place
-    )
+    _, output = run_ranks(script, "--deepspeed", place / "config.json", *arguments, timeout=280, env=ENV, cwd=place)
     (place / "output.txt").write_text(output)
     return place
 

@@ -12,7 +12,7 @@ import diagnose
 import pytest
 import torch
 from conftest import ROOT
-from launching import deepspeed, launch
+from launching import run_ranks
 from pretraining import metrics
 from safetensors.torch import load_file
 from samples import write_corpus
@@ -41,7 +41,7 @@ def train(place: Path, corpus: Path) -> Path:
         "train_file": corpus, "validation_fraction": 0.2, "output_dir": place,
     }  # fmt: skip
     arguments = [part for name, value in flags.items() for part in (f"--{name}", value)]
-    launch(deepspeed(SCRIPT, "--deepspeed", place.with_suffix(".json"), *arguments), timeout=200)
+    run_ranks(SCRIPT, "--deepspeed", place.with_suffix(".json"), *arguments, timeout=200)
     return place
 
 

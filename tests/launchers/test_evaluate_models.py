@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import ROOT
 from evaluate_files import W8A8, section, write_json, write_model
-from launching import deepspeed, launch
+from launching import run_ranks
 from samples import write_corpus
 from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM
 
@@ -62,14 +62,14 @@ def zero_3(tmp_path_factory):
     folder = tmp_path_factory.mktemp("zero-3")
     config = json.loads((ROOT / "ds_configs" / "w8a8.json").read_text())
     config["zero_optimization"] |= {"stage": 3, "stage3_gather_16bit_weights_on_model_save": True}
-    command = deepspeed(
-        *("launchers/pretrain.py", "--deepspeed", write_json(folder / "zero-3.json", config)),
+    command = (
+        *(ROOT / "launchers/pretrain.py", "--deepspeed", write_json(folder / "zero-3.json", config)),
         *("--config_overrides", "num_hidden_layers=1,hidden_size=32,intermediate_size=64", "--vocab_size", 320),
         *("--context_length", 32, "--global_batch_size", 4, "--train_file", write_corpus(folder / "corpus.jsonl")),
         *("--validation_fraction", 0.2, "--max_eval_sequences", 4, "--output_dir", folder / "run"),
         *("--max_steps", 4, "--save_steps", 2, "--save_total_limit", 2, "--bf16", "true"),
     )
-    launch(command, timeout=280)
+    run_ranks(*command, timeout=280)
     return folder / "run"
 
 
