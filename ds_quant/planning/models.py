@@ -14,7 +14,7 @@ WAYS = (
     "a preset of launchers/pretrain.py, a folder with config.json or such a file, a name on the Hugging Face hub, or a "
     "description such as model_type=llama,hidden_size=4096,num_hidden_layers=32,vocab_size=32000"
 )
-_PRESETS = Path(__file__).resolve().parents[2] / "launchers" / "pretraining" / "presets.py"
+_PRESETS = Path(__file__).with_name("presets.py")
 _LENGTHS = ("max_position_embeddings", "n_positions")
 
 

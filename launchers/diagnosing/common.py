@@ -19,13 +19,13 @@ from loaded_model import LoadedModel, load_opened
 from opened_model import OpenedModel, open_model
 from pretraining import environment, metrics
 from pretraining.outputs import commit
-from pretraining.presets import PYTHON_SOURCE
 
 from diagnosing.errors import DiagnoseError
 from ds_quant.base.whole_folder import write_whole
 from ds_quant.cli import report
 from ds_quant.diagnostics import figures, folder
 from ds_quant.diagnostics.measurement import Measurement, rows_csv
+from ds_quant.planning.presets import PYTHON_SOURCE
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "saved": None}
 

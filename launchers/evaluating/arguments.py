@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from pretraining.presets import PYTHON_SOURCE
-
+from ds_quant.planning.presets import PYTHON_SOURCE
 from evaluating import tasks, texts
 from evaluating.errors import EvaluateError
 

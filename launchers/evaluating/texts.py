@@ -11,10 +11,10 @@ from typing import NamedTuple
 import datasets
 import torch
 from pretraining import documents, packing
-from pretraining.presets import PYTHON_SOURCE
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from ds_quant.planning.presets import PYTHON_SOURCE
 from evaluating.errors import EvaluateError
 
 BLANK_LINES, EOS = "blank-lines", "eos"

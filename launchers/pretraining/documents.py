@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 
 import datasets
 
+from ds_quant.planning.presets import PYTHON_SOURCE
 from pretraining import shards
 from pretraining.arguments import DataArguments
 from pretraining.errors import LaunchError
-from pretraining.presets import PYTHON_SOURCE
 
 _KINDS = ".txt, .py, .jsonl, .json, .parquet"
 _READERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet", ".py": "text"}
