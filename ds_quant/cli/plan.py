@@ -1,4 +1,4 @@
-"""`ds_quant_report plan`: its arguments and what it prints."""
+"""`ds_quant plan`: its arguments and what it prints."""
 
 import argparse
 import json
@@ -6,7 +6,7 @@ import re
 import sys
 from typing import Any
 
-from ds_quant.base.errors import fail
+from ds_quant.base.errors import ConfigError, fail
 from ds_quant.config import read_deepspeed_config
 from ds_quant.planning.configs import job_config
 from ds_quant.planning.job import Outcome
@@ -18,6 +18,20 @@ from ds_quant.planning.traffic import totals
 _UNITS = {"": 1, "B": 1, **{f"{u}B": 1000**n for n, u in enumerate("KMGT", 1)}, **{
     f"{u}iB": 1024**n for n, u in enumerate("KMGT", 1)
 }}  # fmt: skip
+
+
+def main(arguments: list[str] | None = None, *, prog: str = "ds_quant plan") -> int:
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        description="What a training job takes of each rank's memory and puts on the wire, and the least hardware that "
+        "it fits on. Exit code: 0; 1 where it does not fit; 2 where it cannot be planned.",
+    )
+    add_arguments(parser)
+    try:
+        return run(parser.parse_args(arguments))
+    except (ConfigError, RuntimeError) as error:  # RuntimeError: what training itself would end with
+        print(error, file=sys.stderr)
+        return 2
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
