@@ -23,8 +23,6 @@ from ds_quant.config import (
 from ds_quant.config import unresolved_auto as find_auto
 from ds_quant.config.refusals import check_refusals
 from ds_quant.config.ways_in import WAYS, config_for
-from ds_quant.diagnostics.choice import choose
-from ds_quant.linear.modules import describe
 
 PACKAGES = ("ds_quant", "torch", "deepspeed", "transformers", "accelerate", "datasets", "bitsandbytes")
 
@@ -86,6 +84,8 @@ def explain(source: Any) -> tuple[list[tuple[str, str]], list[str]]:
         ("tripwire", "set" if has_tripwire(raw) else "missing: a script that forgets ds_quant trains without it")
     )
     if quant.linear:
+        from ds_quant.linear.modules import describe
+
         exclude = quant.linear.exclude
         rows.append(("linear layers", describe(quant.linear)))
         rows.append(("  include", ", ".join(quant.linear.include)))
@@ -118,6 +118,8 @@ def explain(source: Any) -> tuple[list[tuple[str, str]], list[str]]:
 
 def _diagnostics(quant: QuantConfig) -> list[tuple[str, str]]:
     """Raises ConfigError for a kind that the section has no component for."""
+    from ds_quant.diagnostics.choice import choose
+
     config = quant.diagnostics
     if config is None:
         return []
