@@ -72,8 +72,8 @@ def _settings(argv: list[str], planned: Work) -> dict[str, Any]:
     import dataclasses
 
     from loaded_model import KEY_SEED
-    from pretraining.outputs import commit
 
+    from ds_quant.base.commit import commit
     from ds_quant.cli import report
 
     asked = planned.asked
@@ -101,13 +101,14 @@ def _version_of(package: str | None) -> dict[str, str]:
 
 def _write(path: Path, content: dict[str, Any] | str) -> None:
     from evaluating.errors import EvaluateError
-    from pretraining import durable, metrics
+
+    from ds_quant.base.whole_folder import write_json, write_whole
 
     try:
         if isinstance(content, str):
-            metrics.write_atomically(path, content.encode())
+            write_whole(path, content)
         else:
-            durable.write_json(path, content)
+            write_json(path, content)
     except OSError as error:
         raise EvaluateError(
             f"--output: got {path} ({error.strerror or error}); allowed: a file that can be written; give another"

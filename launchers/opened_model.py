@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pretraining import checkpoints
 from transformers import AutoConfig, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from ds_quant.base import trainer_checkpoints
 from ds_quant.base.errors import fail
 from ds_quant.config import ConfigError, LinearConfig, QuantConfig
 from ds_quant.export.hf_checkpoint import A_CHECKPOINT, INDEX, SINGLE, HFCheckpoint, linear_section, open_checkpoint
@@ -60,7 +60,7 @@ def open_model(folder: str | Path) -> OpenedModel:
             raise fail(str(path), f"a model in {method}", allowed, "name the checkpoint it was made from")
         return OpenedModel(path, config, model_config, None, None, exported=True)
     if _only_in_deepspeed_files(path):
-        if problem := checkpoints.defect(path):
+        if problem := trainer_checkpoints.defect(path):
             raise fail(str(path), problem, "a whole checkpoint", "name another one, or copy it again")
         bare = HFCheckpoint(path, config, {}, sharded=False)
         return OpenedModel(path, config, model_config, None, linear_section(bare, None), exported=False)
@@ -109,11 +109,11 @@ def resolve(folder: Path) -> Path:
         return folder
     if (folder / "model" / "config.json").is_file():
         return folder / "model"
-    if checkpoints.listed(folder):
-        newest = checkpoints.newest_whole(folder)
+    if trainer_checkpoints.listed(folder):
+        newest = trainer_checkpoints.newest_whole(folder)
         if newest is None:
-            last = checkpoints.listed(folder)[-1]
-            problem = checkpoints.defect(last, ours=True)
+            last = trainer_checkpoints.listed(folder)[-1]
+            problem = trainer_checkpoints.defect(last, ours=True)
             raise fail(str(last), f"a broken checkpoint: {problem}", A_CHECKPOINT, "name another, or train on")
         return newest
     inner = sorted(path.parent.name for path in folder.glob("*/config.json"))

@@ -17,12 +17,12 @@ from evaluating import texts
 from evaluating.arguments import LONGEST_DEFAULT
 from loaded_model import LoadedModel, load_opened
 from opened_model import OpenedModel, open_model
-from pretraining import environment, metrics
-from pretraining.outputs import commit
 
 from diagnosing.errors import DiagnoseError
+from ds_quant.base.commit import commit
 from ds_quant.base.whole_folder import write_whole
 from ds_quant.cli import report
+from ds_quant.cli.shared import terminal
 from ds_quant.diagnostics import figures, folder
 from ds_quant.diagnostics.measurement import Measurement, rows_csv
 from ds_quant.planning.presets import PYTHON_SOURCE
@@ -210,7 +210,7 @@ def run(options: argparse.Namespace, kind: str, measure: Callable[[argparse.Name
         ConfigError, DiagnoseError, LaunchError: it cannot be measured or written; nothing is written then.
     """
     output = _output(options, kind)
-    environment.quiet(verbose=False)
+    terminal.quiet(verbose=False)
     if not options.no_pictures:
         figures.check_matplotlib()
     found = [replace(one, settings={**about(), **one.settings}) for one in measure(options)]
@@ -220,7 +220,7 @@ def run(options: argparse.Namespace, kind: str, measure: Callable[[argparse.Name
     try:
         output.mkdir(parents=True, exist_ok=True)
         for number, (figure, _) in enumerate(drawn):
-            metrics.write_atomically(output / _picture(kind, number), figures.png(figure))
+            write_whole(output / _picture(kind, number), figures.png(figure))
         write_whole(output / f"{kind}.csv", rows_csv(found))
         write_whole(output / f"{kind}.json", folder.to_text(found))
     except OSError as error:

@@ -6,10 +6,10 @@ import argparse
 from pathlib import Path
 
 from opened_model import resolve
-from pretraining import metrics
 
 from diagnosing import common
 from diagnosing.errors import DiagnoseError
+from ds_quant.cli.shared.run_folder import read_metrics
 from ds_quant.diagnostics.gradient_norms import FACTOR, WINDOW, GradientNormRecorder, norm_history
 from ds_quant.diagnostics.hooks import attach
 from ds_quant.diagnostics.measurement import Measurement
@@ -63,7 +63,7 @@ def _history(folder: Path, options: argparse.Namespace) -> Measurement | None:
         print(f"{folder} has no metrics.csv: no norms of the run, and no spikes")
         return None
     try:
-        rows = [row for row in metrics.read(path) if row["grad_norm"] is not None]
+        rows = [row for row in read_metrics(path) if row["grad_norm"] is not None]
         steps = [int(row["step"] or 0) for row in rows]
         norms = [float(row["grad_norm"] or 0) for row in rows]
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -11,11 +11,11 @@ from typing import Any
 
 from benchmarking.errors import BenchmarkError
 from benchmarking.ranks import run_ranks
-from benchmarking.results import environment, print_table, write_csv
-from pretraining.durable import write_json
 
 from diagnosing.errors import DiagnoseError
 from diagnosing.memory_chart import PARTS, draw
+from ds_quant.base.whole_folder import write_json
+from ds_quant.cli.shared.tables import environment, print_table, write_csv
 from ds_quant.planning.configs import job_config
 from ds_quant.planning.job import Job, Outcome
 from ds_quant.planning.models import WAYS, resolve_model

@@ -6,8 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarking.charts import draw_stacks
-
+from ds_quant.cli.shared.pictures import draw_stacks
 from ds_quant.planning.ledger import ROLES
 
 PARTS = (*ROLES, "in_kernels")

@@ -17,9 +17,9 @@ from typing import Any
 
 import deepspeed
 import torch
-from benchmarking.held import peak_bytes
 from deepspeed import comm as dist
 
+from ds_quant.cli.shared.process_memory import peak_bytes
 from ds_quant.planning.job import Job, Outcome, run_job
 from ds_quant.planning.ledger import Ledger
 

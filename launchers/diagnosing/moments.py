@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import argparse
 
-from pretraining import checkpoints
-
 from diagnosing import common
 from diagnosing.stored_moments import checkpoint_of, stored_moments
+from ds_quant.base import trainer_checkpoints
 from ds_quant.config import MomentConfig
 from ds_quant.diagnostics.measurement import Measurement
 from ds_quant.diagnostics.moments import MomentRecorder
@@ -50,7 +49,7 @@ def measure(options: argparse.Namespace) -> list[Measurement]:
         recorder = MomentRecorder(options.moment, formats, options.seed)
         for name, moment in stored_moments(folder, options.moment):
             recorder.observe(name, moment)
-        measured = recorder.result(checkpoints.step_of(folder))
+        measured = recorder.result(trainer_checkpoints.step_of(folder))
         measured.settings["name"] = f"{folder.parent.name}/{folder.name}"
         found.append(measured)
     return found

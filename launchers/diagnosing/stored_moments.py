@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pretraining import checkpoints, resize
 from torch import Tensor
 
 from diagnosing.errors import DiagnoseError
-from ds_quant.base.checkpoint_files import read_checkpoint_file
+from ds_quant.base import trainer_checkpoints
+from ds_quant.base.checkpoint_files import read_checkpoint_file, to_universal
 from ds_quant.base.errors import ConfigError
 
 _ALLOWED = "a checkpoint-N of launchers/pretrain.py or the Trainer, or a run that has one"
@@ -24,18 +24,18 @@ def checkpoint_of(given: str) -> Path:
         DiagnoseError: there is none, it is broken, or it has no optimizer states.
     """
     folder = Path(given)
-    if checkpoints.listed(folder):
-        newest = checkpoints.newest_whole(folder)
-        folder = checkpoints.listed(folder)[-1] if newest is None else newest
+    if trainer_checkpoints.listed(folder):
+        newest = trainer_checkpoints.newest_whole(folder)
+        folder = trainer_checkpoints.listed(folder)[-1] if newest is None else newest
     if folder.is_dir() and not (folder / "latest").is_file():
         raise DiagnoseError(
             f"{given}: got a folder without optimizer states; allowed: {_ALLOWED}; the final model has none, name a "
             "checkpoint of its training"
         )
-    if problem := checkpoints.defect(folder):
+    if problem := trainer_checkpoints.defect(folder):
         raise DiagnoseError(f"{folder}: got a broken checkpoint: {problem}; allowed: {_ALLOWED}; name another")
     try:
-        checkpoints.step_of(folder)
+        trainer_checkpoints.step_of(folder)
     except ValueError as error:
         raise DiagnoseError(f"{given}: got another name; allowed: {_ALLOWED}; rename it so") from error
     return folder
@@ -49,15 +49,15 @@ def stored_moments(checkpoint: Path, moment: str) -> Iterator[tuple[str, Tensor]
     Raises:
         DiagnoseError: the checkpoint has no such moments, or DeepSpeed cannot read them, or a file would run code.
     """
-    states = checkpoints.states_of(checkpoint)
+    states = trainer_checkpoints.states_of(checkpoint)
     for path in sorted(states.rglob("*.pt")):
         _read(path)  # DeepSpeed's conversion would run what is in them
-    if not checkpoints.optimizer_ranks(checkpoint):
+    if not trainer_checkpoints.optimizer_ranks(checkpoint):
         yield from _replicated(checkpoint, states, moment)
         return
     with tempfile.TemporaryDirectory(prefix="ds_quant_moments_") as scratch:
         universal = Path(scratch) / "universal"
-        said = resize.to_universal(states, universal)
+        said = to_universal(states, universal)
         if said is not None:
             raise DiagnoseError(
                 f"{states}: got states that DeepSpeed cannot put together ({said}); allowed: those of all ranks of one "

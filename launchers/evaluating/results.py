@@ -8,11 +8,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from benchmarking.results import print_table
-from collecting.configs import Gap, Spread
-from collecting.table import markdown_table
 from rich.markup import escape
 
+from ds_quant.cli.shared.spreads import Gap, Spread
+from ds_quant.cli.shared.tables import markdown_table, print_table
 from evaluating.perplexity import Perplexity
 from evaluating.tasks import Figures
 

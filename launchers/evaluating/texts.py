@@ -10,10 +10,10 @@ from typing import NamedTuple
 
 import datasets
 import torch
-from pretraining import documents, packing
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from ds_quant.cli.shared import text_files, token_ids
 from ds_quant.planning.presets import PYTHON_SOURCE
 from evaluating.errors import EvaluateError
 
@@ -77,7 +77,7 @@ class Text:
                 "--join: got eos for a tokenizer without an end-of-sequence token; allowed: blank-lines; give that, or "
                 "set eos_token in its tokenizer_config.json"
             )
-        key = (packing.fingerprint(tokenizer), join)
+        key = (token_ids.fingerprint(tokenizer), join)
         if key not in self._tokens:
             self._tokens[key] = Tokens(
                 name=self.name,
@@ -106,7 +106,7 @@ class Tokens:
 
 def _encode(texts: list[str], tokenizer: PreTrainedTokenizerBase, join: str) -> list[int]:
     if join == EOS:
-        return [token for ids in packing.encoder(tokenizer)(texts) for token in ids]
+        return [token for ids in token_ids.encoder(tokenizer)(texts) for token in ids]
     # verbose: a text longer than the model's context is what windows are for.
     ids: list[int] = tokenizer("\n\n".join(texts), add_special_tokens=False, verbose=False)["input_ids"]
     return ids
@@ -123,19 +123,19 @@ def by_name(name: str, *, validation_fraction: float, seed: int) -> Text:
         EvaluateError, LaunchError: the hub cannot be reached, or has no such data set any more.
     """
     if name == PYTHON_SOURCE:
-        every = documents.read_files(documents.python_source(), "text", PYTHON_SOURCE)
-        held = documents.split(every, validation_fraction, seed=seed).validation
+        every = text_files.read_files(text_files.python_source(), "text", PYTHON_SOURCE)
+        held = text_files.split(every, validation_fraction, seed=seed).validation
         return Text(name, held["text"][:], f"{PYTHON_SOURCE}, validation_fraction {validation_fraction}, seed {seed}")
     asked = HUB[name]
     load: Callable[[], datasets.Dataset] = partial(datasets.load_dataset, asked.name, asked.config, split="test")
     if asked.files is not None:
         load = partial(datasets.load_dataset, "parquet", data_files={"test": asked.files}, split="test")
-    loaded = documents.guarded(
+    loaded = text_files.guarded(
         load,
         f"--dataset {name}: the test part of {asked.name} could not be loaded",
         "Check that the Hugging Face hub can be reached, or fetch the text elsewhere and give it with --text_file.",
     )
-    rows = documents.only(loaded, asked.column, f"--dataset {name}")[asked.column][:]
+    rows = text_files.only(loaded, asked.column, f"--dataset {name}")[asked.column][:]
     return Text(name, rows, " ".join(filter(None, (asked.name, asked.config, "test", asked.files))))
 
 
@@ -145,7 +145,7 @@ def from_files(pattern: str, column: str) -> Text:
     Raises:
         LaunchError: no such file, an empty one, or one of another kind than .txt, .py, .jsonl, .json and .parquet.
     """
-    loaded = documents.read_files([pattern], column, "--text_file")
+    loaded = text_files.read_files([pattern], column, "--text_file")
     return Text(Path(pattern).name, loaded["text"][:], str(Path(pattern).absolute()))
 
 

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from collecting import names
 from loaded_model import LoadedModel, device_named, load_opened
 from opened_model import OpenedModel, choose, open_model, short_name
-from pretraining import manifest
 
+from ds_quant.base import manifest
+from ds_quant.cli.shared.run_folder import of_folder
 from evaluating import perplexity, texts
 from evaluating.arguments import LONGEST_DEFAULT, Options
 from evaluating.errors import EvaluateError
@@ -169,8 +169,8 @@ def _check_baseline(baseline: str, jobs: list[_Job]) -> None:
 def _config_of(path: Path) -> tuple[str, int | None]:
     """Config and seed of the run that the model in `path` is of; a checkpoint-N is a config of its own."""
     if path.name == short_name(path):
-        return names.of_folder(path, path.parent)
-    config, seed = names.of_folder(path.parent, path.parent.parent)
+        return of_folder(path, path.parent)
+    config, seed = of_folder(path.parent, path.parent.parent)
     return config if path.name == "model" else f"{config}/{path.name}", seed
 
 

@@ -11,8 +11,9 @@ from typing import Any
 
 from transformers import TrainingArguments
 
+from ds_quant.base import manifest
 from ds_quant.planning.presets import PRESETS
-from pretraining import batches, manifest, resize
+from pretraining import batches, resize
 from pretraining.deepspeed_json import DeepSpeedJson
 from pretraining.errors import LaunchError
 from pretraining.parser import Parser

@@ -1,4 +1,4 @@
-"""Where a benchmark ran, and its rows: a table for the eye, a CSV to keep."""
+"""Rows of figures: a table for the eye, a CSV or Markdown to keep, and where they were measured."""
 
 from __future__ import annotations
 
@@ -6,20 +6,24 @@ import csv
 import datetime
 import os
 import platform
+from collections.abc import Iterable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from pretraining.outputs import commit
-from rich.console import Console
-from rich.table import Table
+from ds_quant.base.commit import commit
+from ds_quant.cli.shared.errors import CommandError
+
+if TYPE_CHECKING:
+    import torch
 
 PACKAGES = ("ds_quant", "torch", "deepspeed", "bitsandbytes", "torchao")
 
 
 def environment(device: torch.device) -> dict[str, Any]:
     """Date, commit, processor, threads and versions: columns of every CSV row."""
+    import torch
+
     found: dict[str, Any] = {
         "date": datetime.date.today().isoformat(),
         "commit": commit() or "unknown",
@@ -47,12 +51,32 @@ def write_csv(path: Path, rows: list[dict[str, Any]], where: dict[str, Any]) -> 
 
 def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
     """Print rows of text; the first column is a name, the others are figures."""
+    try:
+        from rich.console import Console
+        from rich.table import Table
+    except ImportError as error:
+        raise CommandError(
+            f"tables: got no package rich ({error}); allowed: rich 14 or newer; pip install 'ds_quant[launch]'"
+        ) from error
     table = Table(title=title, title_justify="left")
     for number, column in enumerate(columns):
         table.add_column(column, justify="left" if number == 0 else "right", no_wrap=number == 0)
     for row in rows:
         table.add_row(*row)
     Console(width=max(130, Console().width)).print(table)
+
+
+def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """The lines of a Markdown table."""
+    lines = [columns, ["---"] * len(columns), *rows]
+    return ["| " + " | ".join(map(escaped, cells)) + " |" for cells in lines]
+
+
+def escaped(text: str) -> str:
+    """As Markdown shows it unchanged in a table."""
+    for mark in ("\\", "|", "<", "*", "`"):
+        text = text.replace(mark, f"\\{mark}")
+    return text
 
 
 def _cpu() -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,6 +28,16 @@ def peak_extra_bytes(call: Callable[[], object], device: torch.device) -> int | 
     before = _kilobytes("VmRSS")
     call()
     return max(0, _kilobytes("VmHWM") - before) * 1024
+
+
+def peak_bytes(call: Callable[[], object], device: torch.device) -> int | None:
+    """`peak_extra_bytes` of a process that has first given back what it does not use."""
+    gc.collect()
+    # What glibc keeps of freed memory would be used again unseen.
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if device.type == "cpu" else None
+    if trim is not None:
+        trim(0)
+    return peak_extra_bytes(call, device)
 
 
 def _kilobytes(key: str) -> int:

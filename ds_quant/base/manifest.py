@@ -13,8 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ds_quant.base.whole_folder import sync
-from pretraining import durable
+from ds_quant.base.whole_folder import sync, write_json
 
 NAME = "manifest.json"
 FORMAT = 1
@@ -55,7 +54,7 @@ def digest(folder: Path, paths: Iterable[str]) -> list[FileEntry]:
 def write(folder: Path, entries: Iterable[FileEntry], about: dict[str, Any]) -> None:
     """Write the manifest; `about` tells of the run what a restart needs (step, world_size, global_batch_size)."""
     content = {"format": FORMAT, **about, "files": [entry._asdict() for entry in sorted(entries)]}
-    durable.write_json(folder / NAME, content)
+    write_json(folder / NAME, content)
     for inner in {(folder / entry.path).parent for entry in entries}:
         sync(inner)
 
