@@ -6,8 +6,9 @@ import sys
 
 import pytest
 from conftest import ROOT, free_port
-from diagnosing import memory
 from launching import PROGRAMS, launch
+
+from ds_quant.cli.diagnosing import memory
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(300)]
 

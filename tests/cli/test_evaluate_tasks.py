@@ -6,11 +6,12 @@ import json
 import statistics
 import sys
 
-import evaluate
 import pytest
 from evaluate_files import write_model, write_tasks
-from evaluating import tasks
 from launching import launch
+
+from ds_quant.cli import evaluate
+from ds_quant.cli.evaluating import tasks
 
 
 @pytest.fixture(scope="module")

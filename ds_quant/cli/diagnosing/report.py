@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from diagnosing.errors import DiagnoseError
+from ds_quant.cli.diagnosing.errors import DiagnoseError
 
 HELP = "one HTML report of the measurements in folders"
 

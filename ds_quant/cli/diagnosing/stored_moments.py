@@ -9,10 +9,10 @@ from typing import Any
 
 from torch import Tensor
 
-from diagnosing.errors import DiagnoseError
 from ds_quant.base import trainer_checkpoints
 from ds_quant.base.checkpoint_files import read_checkpoint_file, to_universal
 from ds_quant.base.errors import ConfigError
+from ds_quant.cli.diagnosing.errors import DiagnoseError
 
 _ALLOWED = "a checkpoint-N of launchers/pretrain.py or the Trainer, or a run that has one"
 

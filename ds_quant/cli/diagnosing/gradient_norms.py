@@ -5,10 +5,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from opened_model import resolve
-
-from diagnosing import common
-from diagnosing.errors import DiagnoseError
+from ds_quant.cli.diagnosing import common
+from ds_quant.cli.diagnosing.errors import DiagnoseError
+from ds_quant.cli.shared.opened_model import resolve
 from ds_quant.cli.shared.run_folder import read_metrics
 from ds_quant.diagnostics.gradient_norms import FACTOR, WINDOW, GradientNormRecorder, norm_history
 from ds_quant.diagnostics.hooks import attach
@@ -35,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Measure and write. Raises ConfigError, DiagnoseError, LaunchError."""
+    """Measure and write. Raises ConfigError, DiagnoseError, CommandError."""
     common.run(options, "gradient_norms", measure)
 
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
+from ds_quant.cli.evaluating import tasks, texts
+from ds_quant.cli.evaluating.errors import EvaluateError
 from ds_quant.planning.presets import PYTHON_SOURCE
-from evaluating import tasks, texts
-from evaluating.errors import EvaluateError
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 LONGEST_DEFAULT = 1024

@@ -10,18 +10,19 @@ import subprocess
 import sys
 import time
 
-import evaluate
-import loaded_model
 import pytest
 import torch
 from evaluate_files import CONTEXT, W8A8, section, write_json, write_model
-from evaluating import arguments, perplexity, results, texts
 from hypothesis import given
 from hypothesis import strategies as st
 from launching import launch
 from pretraining import documents, packing
 from samples import write_corpus
 from transformers import AutoTokenizer
+
+from ds_quant.cli import evaluate
+from ds_quant.cli.evaluating import arguments, perplexity, results, texts
+from ds_quant.cli.shared import loaded_model
 
 W4 = {"weight": {"bits": 4}}
 

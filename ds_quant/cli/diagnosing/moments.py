@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 
-from diagnosing import common
-from diagnosing.stored_moments import checkpoint_of, stored_moments
 from ds_quant.base import trainer_checkpoints
+from ds_quant.cli.diagnosing import common
+from ds_quant.cli.diagnosing.stored_moments import checkpoint_of, stored_moments
 from ds_quant.config import MomentConfig
 from ds_quant.diagnostics.measurement import Measurement
 from ds_quant.diagnostics.moments import MomentRecorder
@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Measure and write. Raises ConfigError, DiagnoseError, LaunchError."""
+    """Measure and write. Raises ConfigError, DiagnoseError, CommandError."""
     common.run(options, "moments", measure)
 
 

@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from evaluating.errors import EvaluateError
-from evaluating.texts import Tokens
+from ds_quant.cli.evaluating.errors import EvaluateError
+from ds_quant.cli.evaluating.texts import Tokens
 
 
 class Window(NamedTuple):

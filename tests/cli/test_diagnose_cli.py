@@ -10,13 +10,13 @@ from argparse import ArgumentParser
 from pathlib import Path
 from typing import Any
 
-import diagnose
 import pytest
 from conftest import ROOT
 from headless import browser, open_page
 from launching import deepspeed, launch
 from samples import write_corpus
 
+from ds_quant.cli import diagnose
 from ds_quant.diagnostics import folder
 
 SCRIPT = ROOT / "launchers" / "diagnose.py"
@@ -150,7 +150,7 @@ def test_bad_input_is_one_clear_error(arguments: list[str], said: str) -> None:
 
 def test_help_is_quick() -> None:
     code = (
-        "import sys\nsys.argv = ['diagnose.py', '--help']\nimport diagnose\n"
+        "import sys\nsys.argv = ['diagnose.py', '--help']\nfrom ds_quant.cli import diagnose\n"
         "try:\n    diagnose.main()\nexcept SystemExit:\n    print('torch' in sys.modules)\n"
     )
     _, output = launch([sys.executable, "-c", code], timeout=60, env={"PYTHONPATH": str(SCRIPT.parent)})
@@ -160,7 +160,7 @@ def test_help_is_quick() -> None:
 
 @pytest.mark.parametrize("name", diagnose.COMMANDS)
 def test_every_command_is_there_and_says_what_it_does(name: str) -> None:
-    module: Any = importlib.import_module(f"diagnosing.{name.replace('-', '_')}")
+    module: Any = importlib.import_module(f"ds_quant.cli.diagnosing.{name.replace('-', '_')}")
     assert diagnose.COMMANDS[name] == module.HELP
     parser = ArgumentParser()
     module.add_arguments(parser)

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from ds_quant.cli.evaluating.errors import EvaluateError
 from ds_quant.cli.shared import text_files, token_ids
 from ds_quant.planning.presets import PYTHON_SOURCE
-from evaluating.errors import EvaluateError
 
 BLANK_LINES, EOS = "blank-lines", "eos"
 JOINS = (BLANK_LINES, EOS)
@@ -120,7 +120,7 @@ def by_name(name: str, *, validation_fraction: float, seed: int) -> Text:
         seed: for `python-source`: the --data_seed of the training, which chose them.
 
     Raises:
-        EvaluateError, LaunchError: the hub cannot be reached, or has no such data set any more.
+        EvaluateError, CommandError: the hub cannot be reached, or has no such data set any more.
     """
     if name == PYTHON_SOURCE:
         every = text_files.read_files(text_files.python_source(), "text", PYTHON_SOURCE)
@@ -143,7 +143,7 @@ def from_files(pattern: str, column: str) -> Text:
     """The documents of the files that match; named after them.
 
     Raises:
-        LaunchError: no such file, an empty one, or one of another kind than .txt, .py, .jsonl, .json and .parquet.
+        CommandError: no such file, an empty one, or one of another kind than .txt, .py, .jsonl, .json and .parquet.
     """
     loaded = text_files.read_files([pattern], column, "--text_file")
     return Text(Path(pattern).name, loaded["text"][:], str(Path(pattern).absolute()))

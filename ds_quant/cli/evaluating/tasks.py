@@ -13,7 +13,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ds_quant.base.errors import closest
-from evaluating.errors import EvaluateError
+from ds_quant.cli.evaluating.errors import EvaluateError
 
 PAPER = (
     *("mnli", "mrpc", "rte", "qnli", "sst2", "wnli"),

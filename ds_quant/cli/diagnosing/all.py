@@ -7,11 +7,10 @@ import importlib
 import sys
 from typing import Any
 
-from evaluating.errors import EvaluateError
-
-from diagnosing import common, report
-from diagnosing.errors import DiagnoseError
 from ds_quant.base.errors import ConfigError
+from ds_quant.cli.diagnosing import common, report
+from ds_quant.cli.diagnosing.errors import DiagnoseError
+from ds_quant.cli.evaluating.errors import EvaluateError
 from ds_quant.diagnostics import html
 
 HELP = "every diagnostic that a checkpoint allows, and the report"
@@ -44,7 +43,7 @@ def run(options: argparse.Namespace) -> None:
     """Measure all that can be, and write the report.
 
     Raises:
-        ConfigError, DiagnoseError, LaunchError: a checkpoint or the text cannot be read, or nothing could be measured.
+        ConfigError, DiagnoseError, CommandError: a checkpoint or the text cannot be read, or nothing could be measured.
     """
     if missing := html.missing_packages():
         remedy = "pip install 'ds_quant[plot]', or run the commands one by one with --no_pictures"
@@ -57,7 +56,7 @@ def run(options: argparse.Namespace) -> None:
     for name in NAMES:
         print(f"---- {name}", flush=True)
         try:
-            module: Any = importlib.import_module(f"diagnosing.{name}")
+            module: Any = importlib.import_module(f"ds_quant.cli.diagnosing.{name}")
             module.run(_options(module, options))
         except (ConfigError, DiagnoseError, EvaluateError) as error:
             left_out[name] = str(error)

@@ -13,16 +13,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from evaluating import texts
-from evaluating.arguments import LONGEST_DEFAULT
-from loaded_model import LoadedModel, load_opened
-from opened_model import OpenedModel, open_model
 
-from diagnosing.errors import DiagnoseError
 from ds_quant.base.commit import commit
 from ds_quant.base.whole_folder import write_whole
 from ds_quant.cli import report
+from ds_quant.cli.diagnosing.errors import DiagnoseError
+from ds_quant.cli.evaluating import texts
+from ds_quant.cli.evaluating.arguments import LONGEST_DEFAULT
 from ds_quant.cli.shared import terminal
+from ds_quant.cli.shared.loaded_model import LoadedModel, load_opened
+from ds_quant.cli.shared.opened_model import OpenedModel, open_model
 from ds_quant.diagnostics import figures, folder
 from ds_quant.diagnostics.measurement import Measurement, rows_csv
 from ds_quant.planning.presets import PYTHON_SOURCE
@@ -113,7 +113,7 @@ def subjects(options: argparse.Namespace) -> Iterator[Subject]:
     """The checkpoints one after the other, each loaded when the one before may be forgotten.
 
     Raises:
-        ConfigError, DiagnoseError, LaunchError: something is missing, broken or does not fit together.
+        ConfigError, DiagnoseError, CommandError: something is missing, broken or does not fit together.
     """
     check_positive(options, "batch_size", "batches")
     models = load_all(options)
@@ -207,7 +207,7 @@ def run(options: argparse.Namespace, kind: str, measure: Callable[[argparse.Name
     """Measure, print the sentences, and write KIND.json, KIND.csv and the pictures, each whole or not at all.
 
     Raises:
-        ConfigError, DiagnoseError, LaunchError: it cannot be measured or written; nothing is written then.
+        ConfigError, DiagnoseError, CommandError: it cannot be measured or written; nothing is written then.
     """
     output = _output(options, kind)
     terminal.quiet(verbose=False)

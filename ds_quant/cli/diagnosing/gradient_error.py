@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from dataclasses import replace
 
-from diagnosing import common
-from diagnosing.common import Subject
+from ds_quant.cli.diagnosing import common
+from ds_quant.cli.diagnosing.common import Subject
 from ds_quant.config import GradientCommunicationConfig, GradientConfig
 from ds_quant.diagnostics.gradient_error import GradientErrorRecorder
 from ds_quant.diagnostics.hooks import attach
@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Measure and write. Raises ConfigError, DiagnoseError, LaunchError."""
+    """Measure and write. Raises ConfigError, DiagnoseError, CommandError."""
     common.run(options, "gradient_error", measure)
 
 

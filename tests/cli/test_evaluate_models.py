@@ -6,8 +6,6 @@ import json
 import shutil
 import types
 
-import loaded_model
-import opened_model
 import pytest
 import torch
 from conftest import ROOT
@@ -17,6 +15,7 @@ from samples import write_corpus
 from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM
 
 import ds_quant
+from ds_quant.cli.shared import loaded_model, opened_model
 from ds_quant.config import LinearConfig
 from ds_quant.export import export
 

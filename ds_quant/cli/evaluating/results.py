@@ -10,10 +10,10 @@ from typing import Any
 
 from rich.markup import escape
 
+from ds_quant.cli.evaluating.perplexity import Perplexity
+from ds_quant.cli.evaluating.tasks import Figures
 from ds_quant.cli.shared.spreads import Gap, Spread
 from ds_quant.cli.shared.tables import markdown_table, print_table
-from evaluating.perplexity import Perplexity
-from evaluating.tasks import Figures
 
 FORMAT = 1
 SHOWN_METRICS = ("acc_norm", "acc", "exact_match")

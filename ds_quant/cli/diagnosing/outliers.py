@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from dataclasses import replace
 
-from diagnosing import common
-from diagnosing.errors import DiagnoseError
+from ds_quant.cli.diagnosing import common
+from ds_quant.cli.diagnosing.errors import DiagnoseError
 from ds_quant.diagnostics.hooks import attach
 from ds_quant.diagnostics.measurement import Measurement
 from ds_quant.diagnostics.outliers import NUM_STD, OutlierRecorder, persistence
@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Measure and write. Raises ConfigError, DiagnoseError, LaunchError."""
+    """Measure and write. Raises ConfigError, DiagnoseError, CommandError."""
     common.run(options, "outliers", measure)
 
 

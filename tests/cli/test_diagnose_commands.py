@@ -8,7 +8,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import diagnose
 import pytest
 import torch
 from conftest import ROOT
@@ -19,6 +18,7 @@ from samples import write_corpus
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import ds_quant
+from ds_quant.cli import diagnose
 from ds_quant.diagnostics.folder import read_file
 from ds_quant.diagnostics.measurement import Measurement
 

@@ -9,12 +9,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarking.errors import BenchmarkError
-from benchmarking.ranks import run_ranks
-
-from diagnosing.errors import DiagnoseError
-from diagnosing.memory_chart import PARTS, draw
 from ds_quant.base.whole_folder import write_json
+from ds_quant.cli.diagnosing.errors import DiagnoseError
+from ds_quant.cli.diagnosing.memory_chart import PARTS, draw
+from ds_quant.cli.shared.ranks import RanksError, run_ranks
 from ds_quant.cli.shared.tables import environment, print_table, write_csv
 from ds_quant.planning.configs import job_config
 from ds_quant.planning.job import Job, Outcome
@@ -122,13 +120,13 @@ def measure(cases: list[Case], timeout: float) -> list[dict[str, Any]]:
         specification.write_text(json.dumps([dataclasses.asdict(case.job) for case in cases]))
         try:
             run_ranks(
-                ["-m", "diagnosing.memory_worker", str(specification)],
+                ["-m", "ds_quant.cli.diagnosing.memory_worker", str(specification)],
                 ranks=ranks,
                 link=None,
                 environment={"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
                 timeout=timeout,
             )
-        except BenchmarkError as error:
+        except RanksError as error:
             raise DiagnoseError(str(error)) from error
         measured = [json.loads(Path(folder, f"rank-{rank}.json").read_text()) for rank in range(ranks)]
     rows = []

@@ -9,17 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from loaded_model import LoadedModel, device_named, load_opened
-from opened_model import OpenedModel, choose, open_model, short_name
 
 from ds_quant.base import manifest
+from ds_quant.cli.evaluating import perplexity, texts
+from ds_quant.cli.evaluating.arguments import LONGEST_DEFAULT, Options
+from ds_quant.cli.evaluating.errors import EvaluateError
+from ds_quant.cli.evaluating.results import Row
+from ds_quant.cli.evaluating.tasks import Tasks
+from ds_quant.cli.evaluating.texts import Text
+from ds_quant.cli.shared.loaded_model import LoadedModel, device_named, load_opened
+from ds_quant.cli.shared.opened_model import OpenedModel, choose, open_model, short_name
 from ds_quant.cli.shared.run_folder import of_folder
-from evaluating import perplexity, texts
-from evaluating.arguments import LONGEST_DEFAULT, Options
-from evaluating.errors import EvaluateError
-from evaluating.results import Row
-from evaluating.tasks import Tasks
-from evaluating.texts import Text
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def plan(asked: Options) -> Work:
     """Look through every folder, JSON, text and task.
 
     Raises:
-        EvaluateError, ConfigError, LaunchError: whatever is missing, broken or does not go together.
+        EvaluateError, ConfigError, CommandError: whatever is missing, broken or does not go together.
     """
     device_named(asked.device)
     opened = [open_model(folder) for folder in asked.checkpoints]

@@ -1,4 +1,4 @@
-"""One rank of `diagnose.py memory`: `python -m diagnosing.memory_worker SPEC.json`, with a launcher's variables set.
+"""One rank of `diagnose memory`, started as a module with the path of SPEC.json and a launcher's variables.
 
 Trains for real and writes rank-R.json beside the specification: for each job what the ledger of operators says, and
 what torch's allocator has counted by itself, in the events of torch's profiler.

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from diagnosing import common
-from diagnosing.errors import DiagnoseError
+from ds_quant.cli.diagnosing import common
+from ds_quant.cli.diagnosing.errors import DiagnoseError
 from ds_quant.diagnostics.measurement import Measurement
 from ds_quant.diagnostics.oscillation import SAMPLE, OscillationRecorder
 from ds_quant.diagnostics.recorder import weight_matrix
@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Measure and write. Raises ConfigError, DiagnoseError, LaunchError."""
+    """Measure and write. Raises ConfigError, DiagnoseError, CommandError."""
     common.run(options, "oscillation", measure)
 
 

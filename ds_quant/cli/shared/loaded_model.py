@@ -14,10 +14,10 @@ from typing import Any
 
 import psutil
 import torch
-from opened_model import OpenedModel, choose, first_line, open_model, step_of
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ds_quant.base.errors import fail
+from ds_quant.cli.shared.opened_model import OpenedModel, choose, first_line, open_model, step_of
 from ds_quant.config import ConfigError, LinearConfig
 from ds_quant.linear.convert import convert, step_key_of
 
@@ -106,10 +106,10 @@ def _saved_dtype(config: dict[str, Any]) -> torch.dtype:
 
 def _from_deepspeed_files(path: Path) -> dict[str, torch.Tensor]:
     """The fp32 master weights, which ZeRO-3 keeps in parts; by the model's names."""
-    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+    from ds_quant.engine.zero_files import fp32_weights
 
     try:
-        return dict(get_fp32_state_dict_from_zero_checkpoint(str(path)))
+        return fp32_weights(str(path))
     except Exception as error:  # of DeepSpeed, for files that are missing or cut short
         raise ConfigError(
             f"{path}: got files of DeepSpeed that cannot be put together ({type(error).__name__}: {error}); allowed: "

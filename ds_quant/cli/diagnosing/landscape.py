@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from diagnosing import common
+from ds_quant.cli.diagnosing import common
 from ds_quant.diagnostics.landscape import landscape
 from ds_quant.diagnostics.measurement import Measurement
 
@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Measure and write. Raises ConfigError, DiagnoseError, LaunchError."""
+    """Measure and write. Raises ConfigError, DiagnoseError, CommandError."""
     common.run(options, "landscape", measure)
 
 
