@@ -5,4 +5,4 @@ import sys
 from ds_quant.cli.evaluate import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(prog="python launchers/evaluate.py"))

@@ -10,6 +10,8 @@ COMMANDS = {
     "report": ("report", "what is installed here, and what a config will do"),
     "plan": ("plan", "memory and traffic of a job that has not run, and the least hardware it fits on"),
     "export": ("export", "a checkpoint in a format that servers load"),
+    "evaluate": ("evaluate", "perplexity and few-shot tasks of checkpoints, with their quantizers, without, or others"),
+    "diagnose": ("diagnose", "what quantizing does inside a model, and what a training step takes of memory"),
     "schema": ("schema", "the JSON schema of the ds_quant section"),
 }
 """Module in this room, and a line of help, by name. A module is imported when its command runs: some load torch."""

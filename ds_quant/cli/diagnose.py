@@ -1,11 +1,11 @@
 """Look inside a quantized run: the paper's analyses (arXiv 2407.11722) on checkpoints, and reports of them.
 
-    python launchers/diagnose.py outliers CHECKPOINT [CHECKPOINT ...]
-    python launchers/diagnose.py all CHECKPOINT --output DIR
-    python launchers/diagnose.py report FOLDER [FOLDER ...]
+    ds_quant diagnose outliers CHECKPOINT [CHECKPOINT ...]
+    ds_quant diagnose all CHECKPOINT --output DIR
+    ds_quant diagnose report FOLDER [FOLDER ...]
 
-`diagnose.py COMMAND --help` lists what a command takes. Inside training the same is done every so many steps by the
-JSON's "diagnostics" (docs/diagnostics.md). Exit code: 0; 2 where something cannot be measured as asked; 1 where
+`ds_quant diagnose COMMAND --help` lists what a command takes. Inside training the same is done every so many steps by
+the JSON's "diagnostics" (docs/diagnostics.md). Exit code: 0; 2 where something cannot be measured as asked; 1 where
 `memory --table` finds a prediction that is off.
 """
 
@@ -31,11 +31,11 @@ COMMANDS = {
 """By name. A command's module, diagnosing/NAME.py, is imported when it is used: most of them load torch."""
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None, *, prog: str = "ds_quant diagnose") -> int:
     """Run one command; returns the exit code."""
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(
-        prog="diagnose.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     wanted = next((argument for argument in argv if not argument.startswith("-")), None)
@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         status: int | None = module.run(options)
     except (DiagnoseError, EvaluateError, CommandError, ConfigError) as error:
-        print(f"diagnose.py {options.command}: {error}", file=sys.stderr)
+        print(f"{prog} {options.command}: {error}", file=sys.stderr)
         return 2
     return status or 0
 

@@ -1,7 +1,7 @@
 """Evaluate checkpoints: perplexity and few-shot tasks, with the quantizers of the training, without, or with others.
 
-    python launchers/evaluate.py runs/tiny --dataset python-source
-    python launchers/evaluate.py runs/w8a8-s1 runs/baseline-s1 --quantizers trained off ds_configs/w4_channel.json \\
+    ds_quant evaluate runs/tiny --dataset python-source
+    ds_quant evaluate runs/w8a8-s1 runs/baseline-s1 --quantizers trained off w4_channel.json \\
         --dataset paper --tasks paper --output results.json results.md
 
 A row is a checkpoint with a choice of quantizers, a column a text or a task. docs/evaluate.md tells how each figure is
@@ -18,15 +18,15 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ds_quant.cli.shared import terminal
+from ds_quant.cli.shared import tables, terminal
 from ds_quant.cli.shared.errors import CommandError
 
 if TYPE_CHECKING:
     from ds_quant.cli.evaluating.work import Work
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Evaluate once; returns the exit status."""
+def main(argv: list[str] | None = None, *, prog: str = "ds_quant evaluate") -> int:
+    """Evaluate once; returns the exit status. `prog`: what was called, as the record of it says."""
     terminal.let_threads_sleep()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # Forks of a process in which torch's threads run may hang: lm-eval is to bootstrap in this one.
@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
     from ds_quant.config import ConfigError
 
     try:
-        _evaluate(sys.argv[1:] if argv is None else argv)
+        _evaluate(sys.argv[1:] if argv is None else argv, prog)
     except (EvaluateError, ConfigError, CommandError) as error:
         terminal.complain(str(error))
         return CommandError.exit_status
@@ -48,17 +48,21 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _evaluate(argv: list[str]) -> None:
-    from ds_quant.cli.evaluating import arguments, results, work
+def _evaluate(argv: list[str], prog: str) -> None:
+    from ds_quant.cli.evaluating import arguments
 
-    asked = arguments.parse(argv, str(__doc__))
+    asked = arguments.parse(argv, prog=prog.rpartition("/")[2], description=str(__doc__))
+
+    from ds_quant.cli.evaluating import results, work
+
+    tables.need_rich()
     terminal.quiet(verbose=False)
     planned = work.plan(asked)
     for note in planned.notes:
         terminal.say(note)
     rows = planned.run(terminal.say)
     averaged = results.means(rows, asked.baseline)
-    settings = _settings(argv, planned)
+    settings = _settings(argv, prog, planned)
     results.show(rows, averaged)
     for path in asked.output:
         text = results.to_markdown(rows, averaged, settings, planned.notes)
@@ -66,7 +70,7 @@ def _evaluate(argv: list[str]) -> None:
         terminal.say(f"written: {path}")
 
 
-def _settings(argv: list[str], planned: Work) -> dict[str, Any]:
+def _settings(argv: list[str], prog: str, planned: Work) -> dict[str, Any]:
     """All that the figures depend on."""
     import dataclasses
 
@@ -76,7 +80,7 @@ def _settings(argv: list[str], planned: Work) -> dict[str, Any]:
 
     asked = planned.asked
     return {
-        "command": shlex.join(["python", "launchers/evaluate.py", *argv]),
+        "command": f"{prog} {shlex.join(argv)}",
         "date": datetime.date.today().isoformat(),
         "commit": commit() or "unknown",
         "versions": {**report.versions(), **_version_of("lm_eval" if asked.tasks else None)},

@@ -46,7 +46,7 @@ def resolve_model(name: str, *, length: int | None = None, vocabulary: int | Non
     if preset := _preset(name):
         values = {**preset.model, "vocab_size": vocabulary or preset.flags.get("vocab_size", 50257)}
         values |= {"bos_token_id": None, "eos_token_id": None}  # the tokenizer's
-        # As pretrain.py does it: the tokenizer's ids filled up to a multiple, positions as many as tokens.
+        # As pre-training does it: the tokenizer's ids filled up to a multiple, positions as many as tokens.
         values["vocab_size"] = -(-values["vocab_size"] // preset.vocab_multiple) * preset.vocab_multiple
         length = length or preset.flags["context_length"]
         values["n_positions" if values["model_type"] == "gpt2" else "max_position_embeddings"] = length

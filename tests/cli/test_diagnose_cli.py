@@ -1,4 +1,4 @@
-"""launchers/diagnose.py as users start it, and the diagnostics of a job of launchers/pretrain.py."""
+"""`ds_quant diagnose` by its door in launchers/, and the diagnostics of a job of launchers/pretrain.py."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ def test_bad_input_is_one_clear_error(arguments: list[str], said: str) -> None:
 
 def test_help_is_quick() -> None:
     code = (
-        "import sys\nsys.argv = ['diagnose.py', '--help']\nfrom ds_quant.cli import diagnose\n"
+        "import sys\nsys.argv = ['ds_quant', '--help']\nfrom ds_quant.cli import diagnose\n"
         "try:\n    diagnose.main()\nexcept SystemExit:\n    print('torch' in sys.modules)\n"
     )
     _, output = launch([sys.executable, "-c", code], timeout=60, env={"PYTHONPATH": str(SCRIPT.parent)})

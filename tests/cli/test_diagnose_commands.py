@@ -1,4 +1,4 @@
-"""The commands of launchers/diagnose.py on checkpoints that the launcher trained: GPT-2 on two ranks, and a Llama."""
+"""The commands of `ds_quant diagnose` on checkpoints that the launcher trained: GPT-2 on two ranks, and a Llama."""
 
 from __future__ import annotations
 

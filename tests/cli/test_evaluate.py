@@ -1,4 +1,4 @@
-"""launchers/evaluate.py: perplexity, quantizers, means, and what it leaves behind."""
+"""`ds_quant evaluate`: perplexity, quantizers, means, and what it leaves behind."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""launchers/loaded_model.py: which folder stands for which model, and what is wrong with it."""
+"""A checkpoint as a model: which folder stands for which model, and what is wrong with it."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""The commands of launchers/diagnose.py."""
+"""The commands of `ds_quant diagnose`, a module each."""

@@ -1,4 +1,4 @@
-"""`diagnose.py all`: every diagnostic that a checkpoint allows, with its own defaults, and the report of them."""
+"""`diagnose all`: every diagnostic that a checkpoint allows, with its own defaults, and the report of them."""
 
 from __future__ import annotations
 

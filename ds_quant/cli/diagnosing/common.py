@@ -1,4 +1,4 @@
-"""What the commands of launchers/diagnose.py share: which checkpoints, which text, and where the figures go."""
+"""What the commands of `diagnose` share: which checkpoints, which text, and where the figures go."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import argparse
 import datetime
 import json
 import shlex
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -234,7 +233,7 @@ def run(options: argparse.Namespace, kind: str, measure: Callable[[argparse.Name
 def about() -> dict[str, Any]:
     """The command, when and with what it ran."""
     return {
-        "command": shlex.join(["python", *sys.argv]),
+        "command": shlex.join(terminal.words_of_command()),
         "date": datetime.date.today().isoformat(),
         "commit": commit() or "unknown",
         "versions": report.versions(),

@@ -1,4 +1,4 @@
-"""`diagnose.py gradient-error`: quantized against exact weight gradients, for any quantizer of gradients."""
+"""`diagnose gradient-error`: quantized against exact weight gradients, for any quantizer of gradients."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`diagnose.py gradient-norms`: norms of gradients before clipping and their spikes, and what is near zero."""
+"""`diagnose gradient-norms`: norms of gradients before clipping and their spikes, and what is near zero."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def _history(folder: Path, options: argparse.Namespace) -> Measurement | None:
         steps = [int(row["step"] or 0) for row in rows]
         norms = [float(row["grad_norm"] or 0) for row in rows]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        allowed = "the metrics.csv of launchers/pretrain.py"
+        allowed = "the metrics.csv of a pre-training run"
         raise DiagnoseError(f"{path}: got {type(error).__name__}: {error}; allowed: {allowed}; remove it") from error
     if not norms:
         print(f"{path} has no gradient norms")

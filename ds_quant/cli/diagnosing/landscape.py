@@ -1,4 +1,4 @@
-"""`diagnose.py landscape`: the loss along one or two random filter-normalized directions."""
+"""`diagnose landscape`: the loss along one or two random filter-normalized directions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`diagnose.py memory`: the peak of a real training step, split by what holds it; and held against the prediction."""
+"""`diagnose memory`: the peak of a real training step, split by what holds it; and held against the prediction."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ds_quant.base.whole_folder import write_json
 from ds_quant.cli.diagnosing.errors import DiagnoseError
 from ds_quant.cli.diagnosing.memory_chart import PARTS, draw
 from ds_quant.cli.shared.ranks import RanksError, run_ranks
-from ds_quant.cli.shared.tables import environment, print_table, write_csv
+from ds_quant.cli.shared.tables import environment, need_rich, print_table, write_csv
 from ds_quant.planning.configs import job_config
 from ds_quant.planning.job import Job, Outcome
 from ds_quant.planning.models import WAYS, resolve_model
@@ -60,6 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure, print, write. Exit code 1: a prediction is off. Raises DiagnoseError and ConfigError before training."""
+    need_rich()
     cases = make_cases(args)
     if args.output is not None:
         if args.output.exists() and not args.output.is_dir():

@@ -1,4 +1,4 @@
-"""The picture of `diagnose.py memory`: one bar for each case, stacked by what holds the memory."""
+"""The picture of `diagnose memory`: one bar for each case, stacked by what holds the memory."""
 
 from __future__ import annotations
 

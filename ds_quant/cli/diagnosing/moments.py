@@ -1,4 +1,4 @@
-"""`diagnose.py moments`: histograms of Adam's moments in a checkpoint, and what becomes zero under any format."""
+"""`diagnose moments`: histograms of Adam's moments in a checkpoint, and what becomes zero under any format."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`diagnose.py oscillation`: weights that swing between two codes, over the checkpoints of a run."""
+"""`diagnose oscillation`: weights that swing between two codes, over the checkpoints of a run."""
 
 from __future__ import annotations
 

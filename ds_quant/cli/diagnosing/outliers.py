@@ -1,4 +1,4 @@
-"""`diagnose.py outliers`: input channels that are far larger than the others, and whether they stay so."""
+"""`diagnose outliers`: input channels that are far larger than the others, and whether they stay so."""
 
 from __future__ import annotations
 

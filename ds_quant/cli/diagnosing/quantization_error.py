@@ -1,4 +1,4 @@
-"""`diagnose.py quantization-error`: what quantizing loses of weights and activations, layer by layer."""
+"""`diagnose quantization-error`: what quantizing loses of weights and activations, layer by layer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`diagnose.py report`: one HTML file of what was measured, in a run or by commands."""
+"""`diagnose report`: one HTML file of what was measured, in a run or by commands."""
 
 from __future__ import annotations
 
@@ -46,5 +46,5 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _of_run(path: Path) -> Path:
-    """Where a run of launchers/pretrain.py has its diagnostics; other folders as they are."""
+    """Where a run of pre-training has its diagnostics; other folders as they are."""
     return path / "diagnostics" if (path / "diagnostics").is_dir() else path

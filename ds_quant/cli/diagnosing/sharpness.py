@@ -1,4 +1,4 @@
-"""`diagnose.py sharpness`: m-sharpness, how far the loss rises one small step up the gradient."""
+"""`diagnose sharpness`: m-sharpness, how far the loss rises one small step up the gradient."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from ds_quant.base.checkpoint_files import read_checkpoint_file, to_universal
 from ds_quant.base.errors import ConfigError
 from ds_quant.cli.diagnosing.errors import DiagnoseError
 
-_ALLOWED = "a checkpoint-N of launchers/pretrain.py or the Trainer, or a run that has one"
+_ALLOWED = "a checkpoint-N of the Trainer, or a run that has one"
 
 
 def checkpoint_of(given: str) -> Path:

@@ -1,1 +1,1 @@
-"""The parts of launchers/evaluate.py."""
+"""The parts of `ds_quant evaluate`."""

@@ -1,4 +1,4 @@
-"""The command line of launchers/evaluate.py, checked before anything is loaded."""
+"""The command line of `evaluate`, checked before anything is loaded."""
 
 from __future__ import annotations
 
@@ -51,13 +51,13 @@ class _Parser(argparse.ArgumentParser):
         raise EvaluateError(f"{message} (--help lists every flag)")
 
 
-def parse(argv: list[str], description: str) -> Options:
+def parse(argv: list[str], *, prog: str, description: str) -> Options:
     """Read and check the command line.
 
     Raises:
         EvaluateError: a flag is wrong, nothing is to be measured, or an output cannot be written.
     """
-    options = _parser(description).parse_args(argv)
+    options = _parser(prog, description).parse_args(argv)
     if "paper" in options.tasks:
         options.num_fewshot = tasks.PAPER_FEWSHOT if options.num_fewshot is None else options.num_fewshot
         options.seeds = options.seeds or list(tasks.PAPER_SEEDS)
@@ -70,9 +70,9 @@ def parse(argv: list[str], description: str) -> Options:
     return asked
 
 
-def _parser(description: str) -> argparse.ArgumentParser:
+def _parser(prog: str, description: str) -> argparse.ArgumentParser:
     parser = _Parser(
-        prog="evaluate.py",
+        prog=prog,
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,

@@ -63,7 +63,7 @@ def windows(num_tokens: int, length: int, stride: int) -> list[Window]:
 
 
 def spread(found: list[Window], length: int, count: int | None) -> list[Window]:
-    """`count` of the windows of whole length, spread evenly as the validation of launchers/pretrain.py spreads them."""
+    """`count` of the windows of whole length, spread evenly as the validation of pre-training spreads them."""
     if count is None:
         return found
     whole = [window for window in found if window.end - window.begin == length]

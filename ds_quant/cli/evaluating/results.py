@@ -8,8 +8,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from rich.markup import escape
-
 from ds_quant.cli.evaluating.perplexity import Perplexity
 from ds_quant.cli.evaluating.tasks import Figures
 from ds_quant.cli.shared.spreads import Gap, Spread
@@ -140,6 +138,8 @@ def tables(rows: Sequence[Row], averaged: Sequence[Mean]) -> list[Table]:
 
 def show(rows: Sequence[Row], averaged: Sequence[Mean]) -> None:
     """The tables on the terminal, a few columns at a time."""
+    from rich.markup import escape
+
     for table in tables(rows, averaged):
         keys = table.num_keys
         for begin in range(keys, len(table.columns), COLUMNS_SHOWN):

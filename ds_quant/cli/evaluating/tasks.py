@@ -8,12 +8,13 @@ import logging
 import statistics
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
-
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any
 
 from ds_quant.base.errors import closest
 from ds_quant.cli.evaluating.errors import EvaluateError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 PAPER = (
     *("mnli", "mrpc", "rte", "qnli", "sst2", "wnli"),

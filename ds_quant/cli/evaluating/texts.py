@@ -6,16 +6,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
-
-import datasets
-import torch
-from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ds_quant.cli.evaluating.errors import EvaluateError
 from ds_quant.cli.shared import text_files, token_ids
 from ds_quant.planning.presets import PYTHON_SOURCE
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
 
 BLANK_LINES, EOS = "blank-lines", "eos"
 JOINS = (BLANK_LINES, EOS)
@@ -77,6 +76,8 @@ class Text:
                 "--join: got eos for a tokenizer without an end-of-sequence token; allowed: blank-lines; give that, or "
                 "set eos_token in its tokenizer_config.json"
             )
+        import torch
+
         key = (token_ids.fingerprint(tokenizer), join)
         if key not in self._tokens:
             self._tokens[key] = Tokens(
@@ -127,7 +128,8 @@ def by_name(name: str, *, validation_fraction: float, seed: int) -> Text:
         held = text_files.split(every, validation_fraction, seed=seed).validation
         return Text(name, held["text"][:], f"{PYTHON_SOURCE}, validation_fraction {validation_fraction}, seed {seed}")
     asked = HUB[name]
-    load: Callable[[], datasets.Dataset] = partial(datasets.load_dataset, asked.name, asked.config, split="test")
+    datasets = text_files.need_datasets()
+    load: Callable[[], Any] = partial(datasets.load_dataset, asked.name, asked.config, split="test")
     if asked.files is not None:
         load = partial(datasets.load_dataset, "parquet", data_files={"test": asked.files}, split="test")
     loaded = text_files.guarded(

@@ -56,7 +56,7 @@ def load_model(
     """Load a causal language model and its tokenizer.
 
     Args:
-        folder: a checkpoint-N, the final model, a run of launchers/pretrain.py (its final model, else its newest whole
+        folder: a checkpoint-N, the final model, a run of pre-training (its final model, else its newest whole
             checkpoint), a folder of save_pretrained, or a compressed-tensors export.
         quantizers: `trained`, as the checkpoint's config.json says; `off`; or the path of a DeepSpeed JSON whose
             `ds_quant.linear` is put in their place. Of an export, `trained` is the quantization of the server.

@@ -49,15 +49,22 @@ def write_csv(path: Path, rows: list[dict[str, Any]], where: dict[str, Any]) -> 
         writer.writerows([{**row, **where} for row in rows])
 
 
-def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
-    """Print rows of text; the first column is a name, the others are figures."""
+def need_rich() -> None:
+    """Raise CommandError without the package that draws tables: better before minutes of work."""
     try:
-        from rich.console import Console
-        from rich.table import Table
+        import rich  # noqa: F401
     except ImportError as error:
         raise CommandError(
             f"tables: got no package rich ({error}); allowed: rich 14 or newer; pip install 'ds_quant[launch]'"
         ) from error
+
+
+def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
+    """Print rows of text; the first column is a name, the others are figures."""
+    need_rich()
+    from rich.console import Console
+    from rich.table import Table
+
     table = Table(title=title, title_justify="left")
     for number, column in enumerate(columns):
         table.add_column(column, justify="left" if number == 0 else "right", no_wrap=number == 0)
