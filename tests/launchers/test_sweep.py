@@ -49,7 +49,7 @@ def test_a_dry_run_prints_the_whole_matrix(tmp_path: Path) -> None:
         text=True,
         timeout=120,
         cwd=tmp_path,
-        env={"PATH": str(bare), "HOME": str(tmp_path)},
+        env={"PATH": str(bare), "HOME": str(tmp_path), "PYTHONPATH": str(ROOT)},
     )
     assert done.returncode == 0, done.stderr
     rows = [line.split() for line in done.stdout.splitlines()]

@@ -29,8 +29,8 @@ class Wire(Protocol):
     def environment(self) -> dict[str, str]:
         """Variables that all ranks need to meet on it."""
 
-    def within(self, rank: int, words: list[str]) -> list[str]:
-        """The command that runs `words` where this rank's network is."""
+    def within(self, rank: int, command: list[str]) -> list[str]:
+        """What runs `command` where this rank's network is."""
 
 
 def run_ranks(
