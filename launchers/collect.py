@@ -32,11 +32,12 @@ import sys
 import time
 from pathlib import Path
 
-from benchmarking.results import print_table
 from collecting import configs, curves, names, runs, table
 from collecting.errors import CollectError
 from pretraining.metrics import write_atomically
 from rich.markup import escape
+
+from ds_quant.cli.shared.tables import print_table
 
 
 def main(argv: list[str] | None = None) -> int:

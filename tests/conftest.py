@@ -20,7 +20,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 
-LONGEST_FIRST = ("distributed", "launchers", "kernels", "diagnostics")
+LONGEST_FIRST = ("distributed", "launchers", "cli", "kernels", "diagnostics")
 """Folders whose tests begin first where several processes share the suite: what is left at the end should be short."""
 
 

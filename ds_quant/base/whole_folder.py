@@ -1,10 +1,12 @@
 """Folders and files that are there whole or not at all: written beside their place and renamed into it."""
 
 import contextlib
+import json
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from ds_quant.base.errors import fail
 
@@ -35,12 +37,12 @@ def whole_folder(out: Path) -> Iterator[Path]:
     sync(out.parent)
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Replace a file: a reader finds the old text or the new, after a power cut too. Raises OSError."""
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Replace a file: a reader finds the old content or the new, after a power cut too. Raises OSError."""
     beside = path.with_name(f".{path.name}.tmp")
     try:
-        with beside.open("w", encoding="utf-8") as file:
-            file.write(text)
+        with beside.open("wb") as file:
+            file.write(content.encode("utf-8") if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
@@ -49,6 +51,11 @@ def write_whole(path: Path, text: str) -> None:
             beside.unlink(missing_ok=True)
         raise
     sync(path.parent)
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """`write_whole` of a JSON file."""
+    write_whole(path, json.dumps(content, indent=1) + "\n")
 
 
 def sync(path: Path) -> None:

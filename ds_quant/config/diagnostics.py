@@ -67,7 +67,7 @@ class DiagnosticsConfig(Section):
         kinds = list(self.kinds)
         moving = [kind for kind in kinds if kind in ON_CHECKPOINTS]
         if moving:
-            remedy = f"take it out, and run python launchers/diagnose.py {moving[0]} CHECKPOINT"
+            remedy = f"take it out, and run ds_quant diagnose {moving[0]} CHECKPOINT"
             reason = "what leaves the weights alone: ZeRO holds them in 16 bits, which swallow such small changes"
             yield "kinds", kinds, reason, remedy
         elif not kinds or len(set(kinds)) < len(kinds):

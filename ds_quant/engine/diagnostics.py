@@ -84,7 +84,7 @@ def _refuse_compiled(got: str) -> None:
         "ds_quant.diagnostics",
         got,
         "a model in eager mode: the hooks that diagnostics watch with are not called in compiled code",
-        "train without torch.compile, or remove the section and run launchers/diagnose.py on checkpoints",
+        "train without torch.compile, or remove the section and run ds_quant diagnose on checkpoints",
     )
 
 

@@ -9,18 +9,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pretraining import plots
+from ds_quant.cli.shared.pictures import MISSING, draw_stacks, new_figure, save_figure
 
-_MISSING = "no picture: matplotlib is missing (pip install 'ds_quant[plot]')"
+__all__ = ["draw_speed_ups", "draw_stacks"]
 
 
 def draw_speed_ups(path: Path, title: str, rows: Sequence[Mapping[str, Any]], by: str, base: str) -> None:
     """Bars of every contender's speed-up over `base` and its percentiles, a group for each value of the column `by`."""
     groups = list(dict.fromkeys(row[by] for row in rows))
     names = [name for name in dict.fromkeys(row["contender"] for row in rows) if name != base]
-    figure = plots.new_figure(width=3.0 + 1.8 * max(3, len(groups)), height=4.6)
+    figure = new_figure(width=3.0 + 1.8 * max(3, len(groups)), height=4.6)
     if figure is None:
-        print(_MISSING)
+        print(MISSING)
         return
     axis = figure.subplots()
     width = 0.84 / max(1, len(names))
@@ -39,25 +39,5 @@ def draw_speed_ups(path: Path, title: str, rows: Sequence[Mapping[str, Any]], by
     axis.set(ylabel=f"times as fast as {base}", title=title)
     axis.set_axisbelow(True)
     figure.legend(loc="outside right center", fontsize=8)
-    plots.save_figure(figure, [axis], path)
-    print(f"written: {path}")
-
-
-def draw_stacks(path: Path, title: str, xlabel: str, bars: list[str], parts: dict[str, list[float]], rest: str) -> None:
-    """One horizontal bar for each of `bars`: the parts' values one after the other, the part `rest` in gray."""
-    figure = plots.new_figure(width=9.5, height=1.4 + 0.42 * len(bars))
-    if figure is None:
-        print(_MISSING)
-        return
-    axis = figure.subplots()
-    left = [0.0] * len(bars)
-    for name, values in parts.items():
-        axis.barh(bars, values, left=left, label=name, color="lightgray" if name == rest else None)
-        left = [a + b for a, b in zip(left, values, strict=True)]
-    axis.margins(y=0.01)
-    axis.invert_yaxis()
-    axis.set(xlabel=xlabel, title=title)
-    axis.set_axisbelow(True)
-    figure.legend(loc="outside right center", fontsize=8)
-    plots.save_figure(figure, [axis], path)
+    save_figure(figure, [axis], path)
     print(f"written: {path}")

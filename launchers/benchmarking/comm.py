@@ -16,8 +16,8 @@ from benchmarking.comm_worker import Measured, Spec
 from benchmarking.errors import BenchmarkError
 from benchmarking.optimizer import parse_size
 from benchmarking.ranks import run_ranks
-from benchmarking.results import environment, print_table, write_csv
 from benchmarking.slow_link import INTERFACE, Link
+from ds_quant.cli.shared.tables import environment, print_table, write_csv
 
 HELP = "time and bytes of all-reduce, reduce-scatter and DDP hooks, over slow links too"
 

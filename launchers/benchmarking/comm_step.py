@@ -17,8 +17,8 @@ import torch
 from benchmarking import links, timing
 from benchmarking.errors import BenchmarkError
 from benchmarking.ranks import LAUNCHERS, run_ranks
-from benchmarking.results import environment, print_table, write_csv
 from benchmarking.slow_link import INTERFACE, Link
+from ds_quant.cli.shared.tables import environment, print_table, write_csv
 
 HELP = "seconds and bytes of whole training steps of the default job, over slow links too"
 

@@ -12,12 +12,12 @@ from typing import Any, NamedTuple
 
 import torch
 from pretraining.environment import ensure_process_group_variables
-from pretraining.presets import PRESETS
 from torch import Tensor, nn
 
 from benchmarking import choices, timing
 from benchmarking.errors import BenchmarkError
-from benchmarking.results import environment, print_table, write_csv
+from ds_quant.cli.shared.tables import environment, print_table, write_csv
+from ds_quant.planning.presets import PRESETS
 
 HELP = "what diagnostics inside training add to a step"
 

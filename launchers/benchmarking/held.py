@@ -1,9 +1,7 @@
-"""What a forward leaves in memory for its backward, and the peak of a call."""
+"""What a forward leaves in memory for its backward."""
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -13,8 +11,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-
-from benchmarking import memory
 
 
 class Held(NamedTuple):
@@ -66,16 +62,6 @@ def held_bytes(model: nn.Module, forward: Callable[[], object], within: Iterable
     kept = _storages(_attributes(model))
     del result
     return Held(_sum(total, own), _sum(parts, own), _sum(kept, own | total))
-
-
-def peak_bytes(call: Callable[[], object], device: torch.device) -> int | None:
-    """memory.peak_extra_bytes of a process that has first given back what it does not use."""
-    gc.collect()
-    # What glibc keeps of freed memory would be used again unseen.
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if device.type == "cpu" else None
-    if trim is not None:
-        trim(0)
-    return memory.peak_extra_bytes(call, device)
 
 
 @contextmanager

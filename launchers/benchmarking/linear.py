@@ -14,7 +14,8 @@ import torch
 from benchmarking import charts, choices, held, linear_contenders, recipes, timing
 from benchmarking.errors import BenchmarkError
 from benchmarking.linear_contenders import BASE, CEILING, Contender, Layer, Operands
-from benchmarking.results import environment, print_table, write_csv
+from ds_quant.cli.shared import process_memory
+from ds_quant.cli.shared.tables import environment, print_table, write_csv
 
 HELP = "time and saved bytes of one linear layer, forward and backward"
 
@@ -116,7 +117,7 @@ def _measure(
                 "saved_bytes": saved and saved.saved,
                 "saved_bytes_per_element": saved and saved.saved / operands.x.numel(),
                 "kept_bytes": saved and saved.kept,
-                "peak_extra_bytes": held.peak_bytes(call, device),
+                "peak_extra_bytes": process_memory.peak_bytes(call, device),
                 "rounds": options.rounds,
             }
         )

@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 
-from benchmarking import contenders, memory, timing
+from benchmarking import contenders, timing
 from benchmarking.errors import BenchmarkError
-from benchmarking.results import environment, print_table, write_csv
+from ds_quant.cli.shared import process_memory
+from ds_quant.cli.shared.tables import environment, print_table, write_csv
 from ds_quant.kernels import dispatch
 
 HELP = "time, state and extra memory of an optimizer step"
@@ -139,7 +140,7 @@ def _measure(
                 **timing.columns("seconds", took),
                 **timing.columns("ratio", ratio[name]),
                 "state_bytes_per_parameter": state / total,
-                "peak_extra_bytes_per_parameter": _per(memory.peak_extra_bytes(optimizer.step, device), total),
+                "peak_extra_bytes_per_parameter": _per(process_memory.peak_extra_bytes(optimizer.step, device), total),
                 "fraction_of_bandwidth_floor": floor / took.p50,
                 "bandwidth_bytes_per_second": bandwidth,
                 "rounds": options.rounds,

@@ -26,7 +26,7 @@ if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from benchmarking.errors import BenchmarkError
-from benchmarking.signals import hold_signals, raise_on_signals
+from ds_quant.cli.shared.signals import hold_signals, raise_on_signals
 
 INTERFACE = "wire"
 """What the interface is called in every rank's namespace."""

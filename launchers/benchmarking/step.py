@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from benchmarking import charts, choices, held, recipes, step_contenders, step_models, step_profile, timing
 from benchmarking.errors import BenchmarkError
-from benchmarking.results import environment, print_table, write_csv
 from benchmarking.step_contenders import BASE, Contender, Step
+from ds_quant.cli.shared import process_memory
+from ds_quant.cli.shared.tables import environment, print_table, write_csv
 
 HELP = "time and saved bytes of a whole training step of GPT-2 small and a small Llama"
 
@@ -161,7 +162,7 @@ def _measure(
                 "saved_bytes": found.saved,
                 "saved_bytes_of_linears": None if step.compiled else found.saved_within,
                 "kept_bytes": found.kept,
-                "peak_extra_bytes": held.peak_bytes(step.run, device),
+                "peak_extra_bytes": process_memory.peak_bytes(step.run, device),
                 "first_step_seconds": first_seconds[name],
                 "rounds": options.rounds,
             }

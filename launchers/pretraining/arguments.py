@@ -11,11 +11,12 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from pretraining import batches, manifest, resize
+from ds_quant.base import manifest
+from ds_quant.planning.presets import PRESETS
+from pretraining import batches, resize
 from pretraining.deepspeed_json import DeepSpeedJson
 from pretraining.errors import LaunchError
 from pretraining.parser import Parser
-from pretraining.presets import PRESETS
 
 
 def _flag(help_text: str, default: Any = None, **metadata: Any) -> Any:

@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ds_quant.planning.presets import PYTHON_SOURCE
 from pretraining import document_stream, documents
 from pretraining.document_stream import Stream
 from pretraining.errors import LaunchError
-from pretraining.presets import PYTHON_SOURCE
 
 TRAIN, VALIDATION = "train", "validation"
 _GROUP = 64

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+from ds_quant.cli.shared.errors import CommandError
 
-class LaunchError(Exception):
-    """A mistake in what was asked for; the message says where, what was got and how to mend it."""
-
-    exit_status = 2
+LaunchError = CommandError
+"""A mistake in what was asked for, as the commands of ds_quant end with too."""
 
 
 class RunEnded(Exception):

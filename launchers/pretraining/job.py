@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from transformers import TrainingArguments
 
 import ds_quant
+from ds_quant.base.commit import commit
 from ds_quant.cli import report
 from ds_quant.comm.reducer import describe_wire
 from ds_quant.optim.setup import describe_moments
@@ -197,7 +198,7 @@ def _train(trainer: PretrainTrainer, args: Arguments, config: DeepSpeedJson, res
         "seed": training.seed,
         "config": config.content,
         "versions": report.versions(),
-        "commit": outputs.commit(),
+        "commit": commit(),
     }
     outputs.write_summary(output_dir / "summary.json", summary)
     outputs.write_curves(output_dir, str(output_dir))

@@ -11,10 +11,13 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ds_quant.cli.shared.run_folder import read_metrics
+
 COLUMNS = ("step", "tokens", "train_loss", "eval_loss", "grad_norm", "lr")
 _NAMES = {"loss": "train_loss", "eval_loss": "eval_loss", "grad_norm": "grad_norm", "learning_rate": "lr"}
 
 Row = dict[str, Any]
+read = read_metrics
 
 
 class MetricsCallback(TrainerCallback):
@@ -88,12 +91,6 @@ def to_csv(rows: Iterable[Row], *, header: bool) -> str:
         writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()
-
-
-def read(path: Path) -> list[dict[str, float | None]]:
-    """The rows of a metrics.csv, empty fields as None."""
-    with path.open(newline="") as file:
-        return [{key: float(value) if value else None for key, value in row.items()} for row in csv.DictReader(file)]
 
 
 def write_atomically(path: Path, content: bytes) -> None:

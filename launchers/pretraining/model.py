@@ -15,9 +15,9 @@ from transformers import (
     set_seed,
 )
 
+from ds_quant.planning.presets import PRESETS
 from pretraining.arguments import ModelArguments
 from pretraining.errors import LaunchError
-from pretraining.presets import PRESETS
 
 
 def resolve_config(args: ModelArguments, *, vocab_size: int, context_length: int) -> PretrainedConfig:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -38,23 +37,6 @@ def write_curves(output_dir: Path, title: str) -> None:
     """Draw curves.png from metrics.csv, or say in one line why there is none."""
     if not plots.draw_curves(metrics.read(output_dir / "metrics.csv"), output_dir / "curves.png", title):
         say("curves.png was not drawn: matplotlib is missing (pip install 'ds_quant[plot]').")
-
-
-def commit() -> str | None:
-    """The commit of the checkout that this file lies in, `-dirty` with changes; None outside of one."""
-    here = Path(__file__).parent
-    try:
-        done = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-            cwd=here,
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=True,
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip() or None
 
 
 def print_table(summary: dict[str, Any], output_dir: Path) -> None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+from ds_quant.base import manifest
+from ds_quant.base.checkpoint_files import to_universal
 from ds_quant.base.whole_folder import sync
-from pretraining import batches, checkpoints, manifest, metrics
+from pretraining import batches, checkpoints, metrics
 from pretraining.errors import LaunchError
 from pretraining.lease import Lease
 
@@ -85,19 +85,3 @@ def make_universal(checkpoint: Path, lease: Lease) -> None:
     os.replace(part, universal)
     sync(checkpoint)
     metrics.write_atomically(pointer, universal.name.encode())
-
-
-def to_universal(states: Path, out: Path) -> str | None:
-    """Convert the folder of DeepSpeed's files to its universal format; what went wrong, in a line, or None."""
-    command = [
-        *(sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"),
-        *("--input_folder", str(states), "--output_folder", str(out)),
-        *("--num_extract_workers", "1", "--num_merge_workers", "1"),
-    ]
-    # A process of its own must not take itself for a rank of this job.
-    ranks = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
-    environment = {key: value for key, value in os.environ.items() if key not in ranks}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode == 0 and (out / "zero").is_dir():
-        return None
-    return (done.stderr.strip() or done.stdout.strip() or "no message").splitlines()[-1]

@@ -8,8 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ds_quant.base import manifest
 from ds_quant.base.whole_folder import sync
-from pretraining import checkpoints, disk, manifest
+from pretraining import checkpoints, disk
 from pretraining.control import Control
 from pretraining.errors import Failed, RunEnded
 from pretraining.lease import Lease

@@ -25,7 +25,8 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from pretraining import durable, environment, packing, shards
+from ds_quant.base.whole_folder import write_json
+from pretraining import environment, packing, shards
 from pretraining import tokenizer as tokenizers
 from pretraining.corpus import TRAIN, VALIDATION, Corpus, CorpusArguments, Group, Place
 from pretraining.errors import LaunchError
@@ -78,7 +79,7 @@ def _tokenize(folder: Path, args: CorpusArguments) -> None:
                 tokens += _add(done, chunk.close())
                 number += 1
                 after = group.place._replace(skip=document + 1)._asdict()
-                durable.write_json(folder / shards.PROGRESS, {**done, "next": after, "chunks": number})
+                write_json(folder / shards.PROGRESS, {**done, "next": after, "chunks": number})
                 rate = tokens / (time.monotonic() - begin)
                 environment.say(f"chunk {number}: {tokens} tokens so far, {rate:.0f} tokens/s")
                 chunk = _Chunk(folder, number, dtype)
@@ -89,7 +90,7 @@ def _tokenize(folder: Path, args: CorpusArguments) -> None:
                 f"No document of the corpus is for {part}. {remedy}, or name a --validation_file, and start over in an "
                 "empty --output_dir."
             )
-    durable.write_json(folder / shards.INDEX, done)
+    write_json(folder / shards.INDEX, done)
     (folder / shards.PROGRESS).unlink(missing_ok=True)
 
 

@@ -5,8 +5,9 @@ import json
 
 import pytest
 from conftest import ROOT
-from diagnosing import memory
 from launching import PROGRAMS, run_ranks
+
+from ds_quant.cli.diagnosing import memory
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(300)]
 

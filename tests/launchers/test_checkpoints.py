@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from pretraining import checkpoints, manifest, resize
+from pretraining import checkpoints, resize
 from pretraining.errors import LaunchError
+
+from ds_quant.base import manifest
 
 OPTIMIZER = "bf16_zero_pp_rank_{}_mp_rank_00_optim_states.pt"
 
