@@ -37,20 +37,28 @@ def whole_folder(out: Path) -> Iterator[Path]:
     sync(out.parent)
 
 
-def write_whole(path: Path, content: str | bytes) -> None:
-    """Replace a file: a reader finds the old content or the new, after a power cut too. Raises OSError."""
-    beside = path.with_name(f".{path.name}.tmp")
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A file to write that replaces `path` at the end, or vanishes: a reader finds the old one or the new one.
+
+    Both are on the disk by then, so that this holds after a power cut, too. Raises OSError.
+    """
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with beside.open("wb") as file:
-            file.write(content.encode("utf-8") if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
+        yield beside
+        sync(beside)
         os.replace(beside, path)
     except BaseException:
         with contextlib.suppress(OSError):
             beside.unlink(missing_ok=True)
         raise
     sync(path.parent)
+
+
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Replace a file as `whole_file` does; text is written in UTF-8. Raises OSError."""
+    with whole_file(path) as beside:
+        beside.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
@@ -62,7 +70,9 @@ def sync(path: Path) -> None:
     """Bring a file, or a folder's own entries, to the disk: a rename survives a power cut only then."""
     opened = os.open(path, os.O_RDONLY)
     try:
-        with contextlib.suppress(OSError):  # some network file systems have no such call for folders
-            os.fsync(opened)
+        os.fsync(opened)
+    except OSError:
+        if not path.is_dir():  # some network file systems have no such call for folders
+            raise
     finally:
         os.close(opened)

@@ -3,7 +3,6 @@
 The collector itself (`ds_quant.diagnostics.collector`) lies above this package and is handed in.
 """
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,6 +13,7 @@ from deepspeed.utils import safe_get_local_optimizer_state
 from torch import Tensor
 
 from ds_quant.base.errors import fail
+from ds_quant.base.whole_folder import whole_file
 from ds_quant.comm.agreement import raise_together
 from ds_quant.engine.parts import Loading, Part
 from ds_quant.engine.seams import check_live
@@ -125,12 +125,8 @@ def second_moments(engine: Any) -> Iterator[tuple[str, Tensor]]:
 
 def _save(state: dict[str, Any], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    part = folder / f"{_FILE}.{os.getpid()}.part"
-    try:
-        torch.save(state, part)
-        os.replace(part, folder / _FILE)
-    finally:
-        part.unlink(missing_ok=True)
+    with whole_file(folder / _FILE) as beside:
+        torch.save(state, beside)
 
 
 def _load(folder: Path, device: torch.device) -> dict[str, Any] | None:

@@ -11,6 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from ds_quant.base.whole_folder import write_whole
 from pretraining import metrics, plots
 from pretraining.environment import say
 from pretraining.trainer import PretrainTrainer
@@ -30,7 +31,7 @@ def save_model(trainer: PretrainTrainer, folder: Path) -> None:
 
 def write_summary(path: Path, summary: dict[str, Any]) -> None:
     """Write summary.json."""
-    metrics.write_atomically(path, (json.dumps(summary, indent=2) + "\n").encode())
+    write_whole(path, json.dumps(summary, indent=2) + "\n")
 
 
 def write_curves(output_dir: Path, title: str) -> None:

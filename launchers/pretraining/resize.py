@@ -9,8 +9,8 @@ from typing import Any
 
 from ds_quant.base import manifest
 from ds_quant.base.checkpoint_files import to_universal
-from ds_quant.base.whole_folder import sync
-from pretraining import batches, checkpoints, metrics
+from ds_quant.base.whole_folder import sync, write_whole
+from pretraining import batches, checkpoints
 from pretraining.errors import LaunchError
 from pretraining.lease import Lease
 
@@ -84,4 +84,4 @@ def make_universal(checkpoint: Path, lease: Lease) -> None:
     shutil.rmtree(universal, ignore_errors=True)
     os.replace(part, universal)
     sync(checkpoint)
-    metrics.write_atomically(pointer, universal.name.encode())
+    write_whole(pointer, universal.name)
