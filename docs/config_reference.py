@@ -24,7 +24,7 @@ PAGE = Path(__file__).with_name("config-reference.md")
 HEAD = """# Every key of the section
 
 Written from the models in `ds_quant/config` by `python docs/config_reference.py`. What the keys do to a run:
-[config.md](config.md). The same as a JSON schema: `ds_quant_report --schema`.
+[config.md](config.md). The same as a JSON schema: `ds_quant schema`.
 """
 OBJECTS: tuple[type[Section], ...] = (
     QuantConfig,
