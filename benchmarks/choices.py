@@ -10,7 +10,7 @@ from typing import Protocol, TypeVar
 
 import torch
 
-from benchmarking.errors import BenchmarkError
+from benchmarks.errors import BenchmarkError
 
 
 class Choosable(Protocol):

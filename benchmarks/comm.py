@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 
-from benchmarking import comm_contenders, links, timing
-from benchmarking.comm_contenders import BASE, PLAIN, Contender
-from benchmarking.comm_worker import Measured, Spec
-from benchmarking.errors import BenchmarkError
-from benchmarking.optimizer import parse_size
-from benchmarking.ranks import run_ranks
-from benchmarking.slow_link import INTERFACE, Link
+from benchmarks import comm_contenders, links, timing
+from benchmarks.comm_contenders import BASE, PLAIN, Contender
+from benchmarks.comm_worker import Measured, Spec
+from benchmarks.errors import BenchmarkError
+from benchmarks.optimizer import parse_size
+from benchmarks.ranks import run_ranks
+from benchmarks.slow_link import INTERFACE, Link
 from ds_quant.cli.shared.tables import environment, print_table, write_csv
 
 HELP = "time and bytes of all-reduce, reduce-scatter and DDP hooks, over slow links too"
@@ -111,7 +111,7 @@ def _measure(
     with tempfile.TemporaryDirectory() as folder:
         path = spec.write(Path(folder))
         run_ranks(
-            ["-m", "benchmarking.comm_worker", str(path)],
+            ["-m", "benchmarks.comm_worker", str(path)],
             ranks=options.ranks,
             link=link,
             environment={"OMP_NUM_THREADS": str(threads)},

@@ -14,15 +14,14 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarking import links, timing
-from benchmarking.errors import BenchmarkError
-from benchmarking.ranks import LAUNCHERS, run_ranks
-from benchmarking.slow_link import INTERFACE, Link
+from benchmarks import links, timing
+from benchmarks.errors import BenchmarkError
+from benchmarks.ranks import ROOT, run_ranks
+from benchmarks.slow_link import INTERFACE, Link
 from ds_quant.cli.shared.tables import environment, print_table, write_csv
 
 HELP = "seconds and bytes of whole training steps of the default job, over slow links too"
 
-_ROOT = LAUNCHERS.parent
 _DEFAULT = ("baseline.json", "comm8.json", "comm4.json")
 
 
@@ -96,7 +95,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _jobs(configs: str | None, stages: str | None) -> list[Job]:
-    folder = _ROOT / "ds_configs"
+    folder = ROOT / "ds_configs"
     if configs:
         files = [Path(part.strip()) for part in configs.split(",")]
     else:
@@ -145,7 +144,7 @@ def _train(job: Job, text: Path, link: Link | None, options: argparse.Namespace)
         config.write_text(json.dumps(job.content))
         run_ranks(
             [
-                *("-m", "benchmarking.timed_pretrain", name, INTERFACE if link else "-"),
+                *("-m", "benchmarks.timed_pretrain", name, INTERFACE if link else "-"),
                 *("--deepspeed", str(config), "--output_dir", str(folder / "run")),
                 *("--max_steps", str(options.steps), "--warmup_steps", "2", "--save_strategy", "no"),
                 *("--eval_strategy", "no", "--eval_on_start", "false", "--max_eval_sequences", "4"),
@@ -158,7 +157,7 @@ def _train(job: Job, text: Path, link: Link | None, options: argparse.Namespace)
                 "DS_ACCELERATOR": "cpu",
                 "OMP_NUM_THREADS": "1",
                 "TORCH_EXTENSIONS_DIR": os.environ.get(
-                    "TORCH_EXTENSIONS_DIR", str(_ROOT / ".cache" / "torch_extensions")
+                    "TORCH_EXTENSIONS_DIR", str(ROOT / ".cache" / "torch_extensions")
                 ),
             },
             timeout=options.timeout,

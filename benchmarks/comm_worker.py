@@ -1,4 +1,4 @@
-"""One rank of `benchmark.py comm`: `python -m benchmarking.comm_worker SPEC.json`, with a launcher's variables set.
+"""One rank of `benchmark.py comm`: `python -m benchmarks.comm_worker SPEC.json`, with a launcher's variables set.
 
 Writes rank-R.json beside the specification: seconds of each call, bytes sent, errors.
 """
@@ -18,8 +18,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from benchmarking import comm_contenders, timing
-from benchmarking.comm_contenders import Contender, Run
+from benchmarks import comm_contenders, timing
+from benchmarks.comm_contenders import Contender, Run
 
 
 @dataclass

@@ -14,8 +14,8 @@ import torch
 from pretraining.environment import ensure_process_group_variables
 from torch import Tensor, nn
 
-from benchmarking import choices, timing
-from benchmarking.errors import BenchmarkError
+from benchmarks import choices, timing
+from benchmarks.errors import BenchmarkError
 from ds_quant.cli.shared.tables import environment, print_table, write_csv
 from ds_quant.planning.presets import PRESETS
 

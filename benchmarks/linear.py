@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from benchmarking import charts, choices, held, linear_contenders, recipes, timing
-from benchmarking.errors import BenchmarkError
-from benchmarking.linear_contenders import BASE, CEILING, Contender, Layer, Operands
+from benchmarks import charts, choices, held, linear_contenders, recipes, timing
+from benchmarks.errors import BenchmarkError
+from benchmarks.linear_contenders import BASE, CEILING, Contender, Layer, Operands
 from ds_quant.cli.shared import process_memory
 from ds_quant.cli.shared.tables import environment, print_table, write_csv
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from benchmarking import recipes, torchao_int8
+from benchmarks import recipes, torchao_int8
 from ds_quant import QuantLinear, weights_changed
 
 

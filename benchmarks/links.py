@@ -6,9 +6,9 @@ import argparse
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from benchmarking import slow_link
-from benchmarking.errors import BenchmarkError
-from benchmarking.slow_link import Link
+from benchmarks import slow_link
+from benchmarks.errors import BenchmarkError
+from benchmarks.slow_link import Link
 
 LOOPBACK = "loopback"
 _DEFAULT = f"{LOOPBACK},1gbit,100mbit"

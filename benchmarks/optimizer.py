@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from benchmarking import contenders, timing
-from benchmarking.errors import BenchmarkError
+from benchmarks import contenders, timing
+from benchmarks.errors import BenchmarkError
 from ds_quant.cli.shared import process_memory
 from ds_quant.cli.shared.tables import environment, print_table, write_csv
 from ds_quant.kernels import dispatch

@@ -1,6 +1,6 @@
 """A link of a chosen rate between network namespaces of this machine, for one rank in each.
 
-    python launchers/benchmarking/slow_link.py --clean
+    python benchmarks/slow_link.py --clean
 
 removes what killed runs have left. `slow_link(rate, ranks)` takes its link down by itself, also on exceptions, SIGINT,
 SIGTERM and SIGHUP. Everything lies within the namespaces: the machine's own network sees nothing of it.
@@ -25,7 +25,7 @@ if not __package__:
     # Run as a script, Python looks for modules next to this file; the package lies one folder up.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from benchmarking.errors import BenchmarkError
+from benchmarks.errors import BenchmarkError
 from ds_quant.cli.shared.signals import hold_signals, raise_on_signals
 
 INTERFACE = "wire"

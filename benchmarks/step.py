@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarking import charts, choices, held, recipes, step_contenders, step_models, step_profile, timing
-from benchmarking.errors import BenchmarkError
-from benchmarking.step_contenders import BASE, Contender, Step
+from benchmarks import charts, choices, held, recipes, step_contenders, step_models, step_profile, timing
+from benchmarks.errors import BenchmarkError
+from benchmarks.step_contenders import BASE, Contender, Step
 from ds_quant.cli.shared import process_memory
 from ds_quant.cli.shared.tables import environment, print_table, write_csv
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from benchmarking import recipes, step_models, torchao_int8
+from benchmarks import recipes, step_models, torchao_int8
 from ds_quant import convert, weights_changed
 
 LR = 1e-5

@@ -1,4 +1,4 @@
-"""launchers/pretrain.py with a clock: `python -m benchmarking.timed_pretrain FOLDER INTERFACE ARGUMENTS`.
+"""launchers/pretrain.py with a clock: `python -m benchmarks.timed_pretrain FOLDER INTERFACE ARGUMENTS`.
 
 The arguments are pretrain.py's. Each rank writes steps-R.json into FOLDER: the time, and the bytes sent by INTERFACE
 ("-" for none), at the start of every step and at the end of the last.
@@ -26,7 +26,7 @@ def main(folder: Path, interface: str, arguments: list[str]) -> int:
     from transformers import TrainerCallback
     from transformers.trainer import DEFAULT_CALLBACKS
 
-    from benchmarking.comm_worker import sent_bytes
+    from benchmarks.comm_worker import sent_bytes
 
     marks: list[tuple[float, int | None]] = []
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 import sys
 
 from pretraining import environment
-from pretraining.errors import Diverged, LaunchError, RunEnded, Stopped
-from pretraining.signals import StopAtOnce, StopRequest
+from survival.errors import Diverged, LaunchError, RunEnded, Stopped
+from survival.signals import StopAtOnce, StopRequest
 
 
 def main(argv: list[str] | None = None) -> int:

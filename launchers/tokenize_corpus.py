@@ -8,8 +8,8 @@ from __future__ import annotations
 import sys
 
 from pretraining import environment
-from pretraining.errors import LaunchError
 from pretraining.parser import Parser
+from survival.errors import LaunchError
 
 
 def main(argv: list[str] | None = None) -> int:

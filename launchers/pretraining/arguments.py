@@ -9,13 +9,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from survival import batches, resize
+from survival.errors import LaunchError
 from transformers import TrainingArguments
 
 from ds_quant.base import manifest
 from ds_quant.planning.presets import PRESETS
-from pretraining import batches, resize
 from pretraining.deepspeed_json import DeepSpeedJson
-from pretraining.errors import LaunchError
 from pretraining.parser import Parser
 
 

@@ -12,8 +12,9 @@ if not __package__:
     # Run as a script, Python looks for modules next to this file; the package lies one folder up.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from survival.errors import LaunchError
+
 from pretraining import metrics, plots
-from pretraining.errors import LaunchError
 
 
 def load(run: Path) -> tuple[plots.Rows, dict[str, Any]]:

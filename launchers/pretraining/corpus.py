@@ -9,10 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from survival.errors import LaunchError
+
 from ds_quant.planning.presets import PYTHON_SOURCE
 from pretraining import document_stream, documents
 from pretraining.document_stream import Stream
-from pretraining.errors import LaunchError
 
 TRAIN, VALIDATION = "train", "validation"
 _GROUP = 64

@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 
 import datasets
 import torch
+from survival.errors import LaunchError
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from pretraining import document_stream, documents, environment, packing, shards, streaming
 from pretraining import tokenizer as tokenizers
 from pretraining.arguments import Arguments
-from pretraining.errors import LaunchError
 
 
 class Data(NamedTuple):

@@ -8,9 +8,9 @@ from itertools import chain
 from typing import Any, NamedTuple
 
 import datasets
+from survival.errors import LaunchError
 
 from pretraining import documents
-from pretraining.errors import LaunchError
 
 
 class Group(NamedTuple):

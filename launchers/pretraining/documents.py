@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import datasets
+from survival.errors import LaunchError
 
 from ds_quant.cli.shared.text_files import (
     Documents,
@@ -20,7 +21,6 @@ from ds_quant.cli.shared.text_files import (
 from ds_quant.planning.presets import PYTHON_SOURCE
 from pretraining import shards
 from pretraining.arguments import DataArguments
-from pretraining.errors import LaunchError
 
 __all__ = [
     "Documents",

@@ -10,14 +10,14 @@ import subprocess
 from datetime import timedelta
 from pathlib import Path
 
+from survival.errors import LaunchError
+
 from ds_quant.base.one_rank import RANK_VARIABLES, become_one_rank
 from ds_quant.cli.shared.terminal import complain, let_threads_sleep, quiet, rank, say
-from pretraining.errors import LaunchError
 
 __all__ = [
     "complain",
     "ensure_process_group_variables",
-    "hostname",
     "is_bf16_fast",
     "join_process_group",
     "leave_process_group",
@@ -81,11 +81,6 @@ def _scontrol(*arguments: str) -> str:
             f"The first node of this Slurm step is not known, since `{' '.join(command)}` failed ({error}). "
             "Set MASTER_ADDR to the name or address of the node where rank 0 runs."
         ) from error
-
-
-def hostname() -> str:
-    """The name of this machine."""
-    return socket.gethostname()
 
 
 def world_size() -> int:

@@ -6,6 +6,14 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from survival import checkpoints, resize
+from survival.control import Control
+from survival.ending import ending, give_up, take_folder
+from survival.guard import Guard
+from survival.lease import Lease
+from survival.saving import CheckpointSaver
+from survival.signals import StopRequest
+from survival.watchdog import Watchdog
 from transformers import TrainingArguments
 
 import ds_quant
@@ -13,28 +21,10 @@ from ds_quant.base.commit import commit
 from ds_quant.cli import report
 from ds_quant.comm.reducer import describe_wire
 from ds_quant.optim.setup import describe_moments
-from pretraining import (
-    arguments,
-    checkpoints,
-    data,
-    diagnostics,
-    documents,
-    environment,
-    metrics,
-    model,
-    outputs,
-    resize,
-)
+from pretraining import arguments, data, diagnostics, documents, environment, metrics, model, outputs
 from pretraining.arguments import Arguments
-from pretraining.control import Control
 from pretraining.deepspeed_json import DeepSpeedJson, fill_gaps
-from pretraining.ending import ending, give_up, take_folder
-from pretraining.guard import Guard
-from pretraining.lease import Lease
-from pretraining.saving import CheckpointSaver
-from pretraining.signals import StopRequest
 from pretraining.trainer import PretrainTrainer, RestoreProgress, last_eval_loss
-from pretraining.watchdog import Watchdog
 
 
 def run(argv: list[str], *, use_cpu: bool, request: StopRequest) -> None:

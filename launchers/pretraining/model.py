@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+from survival.errors import LaunchError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -17,7 +18,6 @@ from transformers import (
 
 from ds_quant.planning.presets import PRESETS
 from pretraining.arguments import ModelArguments
-from pretraining.errors import LaunchError
 
 
 def resolve_config(args: ModelArguments, *, vocab_size: int, context_length: int) -> PretrainedConfig:

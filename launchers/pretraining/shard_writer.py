@@ -23,13 +23,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from survival.errors import LaunchError
 from transformers import PreTrainedTokenizerBase
 
 from ds_quant.base.whole_folder import write_json
 from pretraining import environment, packing, shards
 from pretraining import tokenizer as tokenizers
 from pretraining.corpus import TRAIN, VALIDATION, Corpus, CorpusArguments, Group, Place
-from pretraining.errors import LaunchError
 
 _CHARACTERS_AT_ONCE = 1 << 18
 """Ids are Python integers at first, of 36 bytes each: few at a time."""

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from survival.errors import LaunchError
 from transformers import PreTrainedTokenizerBase
 
 from pretraining import packing
 from pretraining import tokenizer as tokenizers
-from pretraining.errors import LaunchError
 
 FORMAT = 1
 INDEX, PROGRESS, TOKENIZER = "index.json", "progress.json", "tokenizer"

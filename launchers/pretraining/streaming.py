@@ -17,11 +17,11 @@ from typing import Any, NamedTuple
 import fsspec.asyn  # type: ignore[import-untyped]
 import numpy as np
 import torch
+from survival.errors import LaunchError
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from pretraining import packing
 from pretraining.document_stream import Stream
-from pretraining.errors import LaunchError
 from pretraining.permutation import Permutation
 
 FORMAT = 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pretraining.errors import LaunchError
+from survival.errors import LaunchError
 
 
 def resolve(values: dict[str, Any], *, explicit: frozenset[str], world_size: int) -> None:

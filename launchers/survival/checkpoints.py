@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ds_quant.base.trainer_checkpoints import defect, listed, newest_whole, optimizer_ranks, states_of, step_of
-from pretraining.errors import LaunchError
+from survival.errors import LaunchError
 
 __all__ = [
     "choose",

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from pretraining.errors import Interrupted, LaunchError, RunEnded
+from survival.errors import Interrupted, LaunchError, RunEnded
 
 T = TypeVar("T")
 _ROLL_CALL_SECONDS = 10.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,11 +11,12 @@ from pathlib import Path
 import torch.distributed as dist
 
 from ds_quant import ConfigError
-from pretraining import disk, environment, status
-from pretraining.control import Control
-from pretraining.errors import Failed, Fenced, LaunchError, RunEnded
-from pretraining.lease import Lease, not_writable
-from pretraining.signals import StopAtOnce
+from ds_quant.cli.shared.terminal import complain
+from survival import disk, status
+from survival.control import Control
+from survival.errors import Failed, Fenced, LaunchError, RunEnded
+from survival.lease import Lease, not_writable
+from survival.signals import StopAtOnce
 
 _SEEN_SECONDS = 90.0
 _CONNECTION = (
@@ -50,7 +52,7 @@ def _see(lease: Lease) -> None:
         if time.monotonic() > deadline:
             raise LaunchError(
                 f"--output_dir {lease.output_dir} is not the same folder on all nodes: rank 0 took it, and "
-                f"{environment.hostname()} does not see that. Give a folder on a file system that all nodes share."
+                f"{socket.gethostname()} does not see that. Give a folder on a file system that all nodes share."
             )
         time.sleep(0.5)
 
@@ -94,7 +96,7 @@ def ending(lease: Lease, control: Control) -> Iterator[None]:
 def give_up(lease: Lease, control: Control, seconds: float) -> None:
     """Tell of a run that makes no progress; for the watchdog, which then ends the process."""
     stuck = control.stuck(seconds)
-    environment.complain(str(stuck), everywhere=True)
+    complain(str(stuck), everywhere=True)
     _write(lease, control, stuck.state, str(stuck), retry=stuck.retry)
     if control.rank == 0:
         lease.release()
@@ -128,4 +130,4 @@ def _write(lease: Lease, control: Control, state: str, reason: str = "", *, retr
     try:
         status.write(lease.output_dir, state, reason=reason, step=control.step, retry=retry, rank=control.rank)
     except OSError as error:
-        environment.complain(f"status.json could not be written: {error}", everywhere=True)
+        complain(f"status.json could not be written: {error}", everywhere=True)

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from pretraining import status
-from pretraining.control import Control, Event
-from pretraining.errors import Diverged, Fenced, RunEnded, Stopped
-from pretraining.lease import Lease
-from pretraining.signals import StopRequest
+from survival import status
+from survival.control import Control, Event
+from survival.errors import Diverged, Fenced, RunEnded, Stopped
+from survival.lease import Lease
+from survival.signals import StopRequest
 
 MOST_SKIPPED = 50
 """A run is over whose gradients were NaN or Inf for so many steps in a row: DeepSpeed skips such steps for ever. The

@@ -20,7 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pretraining.errors import Fenced, LaunchError
+from survival.errors import Fenced, LaunchError
 
 BEAT_SECONDS = 5.0
 """A living owner changes its file this often."""

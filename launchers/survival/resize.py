@@ -10,9 +10,9 @@ from typing import Any
 from ds_quant.base import manifest
 from ds_quant.base.checkpoint_files import to_universal
 from ds_quant.base.whole_folder import sync, write_whole
-from pretraining import batches, checkpoints
-from pretraining.errors import LaunchError
-from pretraining.lease import Lease
+from survival import batches, checkpoints
+from survival.errors import LaunchError
+from survival.lease import Lease
 
 
 def needs_universal(checkpoint: Path, world_size: int, config: dict[str, Any]) -> bool:

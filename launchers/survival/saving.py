@@ -10,10 +10,10 @@ from typing import Any
 
 from ds_quant.base import manifest
 from ds_quant.base.whole_folder import sync
-from pretraining import checkpoints, disk
-from pretraining.control import Control
-from pretraining.errors import Failed, RunEnded
-from pretraining.lease import Lease
+from survival import checkpoints, disk
+from survival.control import Control
+from survival.errors import Failed, RunEnded
+from survival.lease import Lease
 
 
 class CheckpointSaver:

@@ -1,6 +1,6 @@
 """status.json: how a run stands, for people, scripts and `collect.py`. The standard library is enough to read it.
 
-    python launchers/pretraining/status.py OUTPUT_DIR
+    python launchers/survival/status.py OUTPUT_DIR
 
 prints the state in one word, followed by `retry` if starting the run again would get further:
 `running`, `stopped retry`, `done`, `diverged`, `failed`, `failed retry`, or `unknown` where there is no such file. A

@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from pretraining.errors import Interrupted
+from survival.errors import Interrupted
 
 _SPARE_SECONDS = 5.0
 """The time-outs of collectives go first: they say what was waited for."""

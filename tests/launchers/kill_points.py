@@ -107,7 +107,7 @@ def run(folder: Path, *, kills: int, seed: int, ranks: int, config: Path, say: b
 
 def _check(killed: Path, newest: int, point: Point) -> tuple[str, int]:
     """What the run was doing when it was killed, and the step of the newest whole checkpoint."""
-    from pretraining import checkpoints
+    from survival import checkpoints
 
     there = checkpoints.listed(killed)
     for path in there:

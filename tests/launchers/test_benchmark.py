@@ -6,10 +6,10 @@ import time
 import benchmark
 import pytest
 import torch
-from benchmarking import contenders, timing
-from benchmarking.errors import BenchmarkError
-from benchmarking.optimizer import parse_size
 
+from benchmarks import contenders, timing
+from benchmarks.errors import BenchmarkError
+from benchmarks.optimizer import parse_size
 from ds_quant import QuantAdamW
 from ds_quant.cli.shared import process_memory
 

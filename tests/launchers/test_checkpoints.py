@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from pretraining import checkpoints, resize
-from pretraining.errors import LaunchError
+from survival import checkpoints, resize
+from survival.errors import LaunchError
 
 from ds_quant.base import manifest
 

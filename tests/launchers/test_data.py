@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from pretraining import arguments, data, documents, packing, shard_writer, shards, streaming, tokenizer
 from pretraining.arguments import DataArguments
 from pretraining.corpus import CorpusArguments
-from pretraining.errors import LaunchError
 from samples import write_corpus
+from survival.errors import LaunchError
 from transformers import PreTrainedTokenizerFast, TrainingArguments
 
 EOS = 1

@@ -16,8 +16,9 @@ import torch
 from conftest import ROOT, free_port
 from launching import deepspeed, launch
 from PIL import Image
-from pretraining import checkpoints, metrics
+from pretraining import metrics
 from samples import write_corpus
+from survival import checkpoints
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ds_quant.kernels.bf16_units import multiplies_bf16_fast

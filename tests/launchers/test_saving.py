@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
-from pretraining import checkpoints
-from pretraining.control import Control
-from pretraining.errors import Failed, Fenced
-from pretraining.lease import Lease
-from pretraining.saving import CheckpointSaver
+from survival import checkpoints
+from survival.control import Control
+from survival.errors import Failed, Fenced
+from survival.lease import Lease
+from survival.saving import CheckpointSaver
 
 from ds_quant.base import manifest
 

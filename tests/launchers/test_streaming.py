@@ -14,9 +14,9 @@ import pytest
 from conftest import ROOT
 from launching import run_ranks
 from pretraining import document_stream
-from pretraining.errors import LaunchError
 from pretraining.permutation import Permutation
 from pretraining.streaming import Lane, LaneLoader, LaneStream, Plan, Position, choose_lanes
+from survival.errors import LaunchError
 
 EOS = 1
 LENGTH = 8

@@ -19,8 +19,9 @@ import pytest
 import torch
 from conftest import ROOT, free_port
 from launching import launch
-from pretraining import checkpoints, metrics, status
+from pretraining import metrics
 from samples import write_corpus
+from survival import checkpoints, status
 from transformers import AutoModelForCausalLM
 
 SCRIPT = ROOT / "launchers" / "pretrain.py"

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import sweep
 from conftest import ROOT
-from pretraining import status
+from survival import status
 from sweeping import hours, matrix, plan, slurm
 from sweeping.errors import SweepError
 from test_collect import a_done_run, write_metrics

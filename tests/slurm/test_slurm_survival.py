@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from pretraining import status
 from slurm_cluster import Cluster, running, wait_for
 from slurm_runs import (
     EVERY,
@@ -22,6 +21,7 @@ from slurm_runs import (
     wait_until_running,
     write_corpus,
 )
+from survival import status
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
 
