@@ -9,7 +9,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 help:
 	@echo "make pretrain   pre-train the tiny model in W8A8 (sets everything up first)"
-	@echo "make check      lint, types, import layers and the tests that need no other process, in two minutes"
+	@echo "make check      lint, types, import layers and the quick tests"
 	@echo "make test       lint, types, import layers, the docs and all tests but the slow ones"
 	@echo "make test-all   the same with the slow tests: more ranks, more points at which a run is killed"
 	@echo "make docs       the documentation as a site, into build/site"
@@ -52,6 +52,8 @@ int8: venv
 
 test: lint docs pytest
 
+# For every change: rooms whose tests start no other process and compile nothing.
+QUICK := $(addprefix tests/,base config comm optim)
 check: lint
 	OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu python -m pytest --quiet --numprocesses 2 -m "not slow and not distributed" $(QUICK)
 
