@@ -3,6 +3,7 @@
 import importlib
 import os
 import random
+import signal
 import sys
 from pathlib import Path
 
@@ -37,6 +38,15 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(scope="session")
 def root() -> Path:
     return ROOT
+
+
+@pytest.fixture(autouse=True)
+def _signals_as_before():
+    """launchers/pretrain.py ignores signals at its end, and children of a process that does ignore them, too."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture
