@@ -375,9 +375,11 @@ def test_without_the_hub_the_error_names_the_other_way(files, capsys, name, monk
 
 
 def test_paper_is_the_papers_list():
-    asked = arguments.parse(["m", "--dataset", "paper", "--tasks", "paper"], "")
+    asked = arguments.parse(["m", "--dataset", "paper", "--tasks", "paper"], prog="evaluate", description="")
     assert asked.dataset == ["wikitext103", "wikitext2", "ptb", "1bw"]
     assert len(asked.tasks) == 10
     assert (asked.num_fewshot, asked.seeds) == (5, [0, 1, 2, 3, 4])
-    asked = arguments.parse(["m", "--tasks", "paper", "--num_fewshot", "0", "--seeds", "7"], "")
+    asked = arguments.parse(
+        ["m", "--tasks", "paper", "--num_fewshot", "0", "--seeds", "7"], prog="evaluate", description=""
+    )
     assert (asked.num_fewshot, asked.seeds) == (0, [7])
