@@ -16,10 +16,12 @@ from typing import Any
 import pretrain
 from pretraining import environment
 
+from ds_quant.cli.shared import terminal
+
 
 def main(folder: Path, interface: str, arguments: list[str]) -> int:
     """Run the job; returns its exit code."""
-    environment.let_threads_sleep()
+    terminal.let_threads_sleep()
     environment.without_accelerator()
 
     # Imported here: it loads deepspeed, which looks for its device when it is imported.

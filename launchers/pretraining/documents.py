@@ -9,10 +9,8 @@ from survival.errors import LaunchError
 
 from ds_quant.cli.shared.text_files import (
     Documents,
-    by_reader,
     files_of,
     guarded,
-    only,
     python_source,
     read_files,
     split,
@@ -21,20 +19,6 @@ from ds_quant.cli.shared.text_files import (
 from ds_quant.planning.presets import PYTHON_SOURCE
 from pretraining import shards
 from pretraining.arguments import DataArguments
-
-__all__ = [
-    "Documents",
-    "by_reader",
-    "check_files",
-    "files_of",
-    "from_hub",
-    "guarded",
-    "load",
-    "only",
-    "python_source",
-    "read_files",
-    "split",
-]
 
 
 def load(args: DataArguments, *, seed: int) -> Documents:

@@ -13,22 +13,6 @@ from pathlib import Path
 from survival.errors import LaunchError
 
 from ds_quant.base.one_rank import RANK_VARIABLES, become_one_rank
-from ds_quant.cli.shared.terminal import complain, let_threads_sleep, quiet, rank, say
-
-__all__ = [
-    "complain",
-    "ensure_process_group_variables",
-    "is_bf16_fast",
-    "join_process_group",
-    "leave_process_group",
-    "let_threads_sleep",
-    "peak_memory_bytes",
-    "quiet",
-    "rank",
-    "say",
-    "without_accelerator",
-    "world_size",
-]
 
 
 def ensure_process_group_variables() -> None:

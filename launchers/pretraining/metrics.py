@@ -11,13 +11,11 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ds_quant.base.whole_folder import write_whole
-from ds_quant.cli.shared.run_folder import read_metrics
 
 COLUMNS = ("step", "tokens", "train_loss", "eval_loss", "grad_norm", "lr")
 _NAMES = {"loss": "train_loss", "eval_loss": "eval_loss", "grad_norm": "grad_norm", "learning_rate": "lr"}
 
 Row = dict[str, Any]
-read = read_metrics
 
 
 class MetricsCallback(TrainerCallback):

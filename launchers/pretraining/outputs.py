@@ -12,8 +12,9 @@ from rich.console import Console
 from rich.table import Table
 
 from ds_quant.base.whole_folder import write_whole
-from pretraining import metrics, plots
-from pretraining.environment import say
+from ds_quant.cli.shared.run_folder import read_metrics
+from ds_quant.cli.shared.terminal import say
+from pretraining import plots
 from pretraining.trainer import PretrainTrainer
 
 
@@ -36,7 +37,7 @@ def write_summary(path: Path, summary: dict[str, Any]) -> None:
 
 def write_curves(output_dir: Path, title: str) -> None:
     """Draw curves.png from metrics.csv, or say in one line why there is none."""
-    if not plots.draw_curves(metrics.read(output_dir / "metrics.csv"), output_dir / "curves.png", title):
+    if not plots.draw_curves(read_metrics(output_dir / "metrics.csv"), output_dir / "curves.png", title):
         say("curves.png was not drawn: matplotlib is missing (pip install 'ds_quant[plot]').")
 
 

@@ -14,19 +14,7 @@ from datasets.fingerprint import Hasher
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from ds_quant.cli.shared.token_ids import Encode, encoder, fingerprint, rules
-
-__all__ = [
-    "Encode",
-    "EvenSubset",
-    "Packed",
-    "PackedDataset",
-    "encoder",
-    "example",
-    "fingerprint",
-    "rules",
-    "tokenize",
-]
+from ds_quant.cli.shared.token_ids import encoder, rules
 
 
 def tokenize(documents: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, *, what: str) -> datasets.Dataset:

@@ -6,20 +6,8 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from ds_quant.base.trainer_checkpoints import defect, listed, newest_whole, optimizer_ranks, states_of, step_of
+from ds_quant.base.trainer_checkpoints import defect, listed, newest_whole
 from survival.errors import LaunchError
-
-__all__ = [
-    "choose",
-    "clear",
-    "defect",
-    "listed",
-    "newest_whole",
-    "optimizer_ranks",
-    "refuse_mixing",
-    "states_of",
-    "step_of",
-]
 
 _FRESH = ("", "false", "none")
 _NEWEST = ("last", "true")

@@ -7,10 +7,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from ds_quant.base import manifest
+from ds_quant.base import manifest, trainer_checkpoints
 from ds_quant.base.checkpoint_files import to_universal
 from ds_quant.base.whole_folder import sync, write_whole
-from survival import batches, checkpoints
+from survival import batches
 from survival.errors import LaunchError
 from survival.lease import Lease
 
@@ -22,7 +22,7 @@ def needs_universal(checkpoint: Path, world_size: int, config: dict[str, Any]) -
     ):
         return False
     # At stage 0 there are none: every rank holds all.
-    saved = len(checkpoints.optimizer_ranks(checkpoint))
+    saved = len(trainer_checkpoints.optimizer_ranks(checkpoint))
     return saved not in (0, world_size)
 
 
@@ -66,7 +66,7 @@ def make_universal(checkpoint: Path, lease: Lease) -> None:
 
     Raises LaunchError where DeepSpeed cannot convert it.
     """
-    states = checkpoints.states_of(checkpoint)
+    states = trainer_checkpoints.states_of(checkpoint)
     universal = states.with_name(f"{states.name}_universal")
     pointer = checkpoint / "latest_universal"
     if pointer.is_file() and pointer.read_text().strip() == universal.name and universal.is_dir():
@@ -76,8 +76,9 @@ def make_universal(checkpoint: Path, lease: Lease) -> None:
     part.parent.mkdir(exist_ok=True)
     if (said := to_universal(states, part)) is not None:
         shutil.rmtree(part, ignore_errors=True)
+        ranks = len(trainer_checkpoints.optimizer_ranks(checkpoint))
         raise LaunchError(
-            f"{checkpoint} was saved by {len(checkpoints.optimizer_ranks(checkpoint))} ranks, and DeepSpeed could not "
+            f"{checkpoint} was saved by {ranks} ranks, and DeepSpeed could not "
             f"convert it for another number: {said}. Resume with as many ranks as saved it."
         )
     lease.check()

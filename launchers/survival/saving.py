@@ -8,9 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ds_quant.base import manifest
+from ds_quant.base import manifest, trainer_checkpoints
 from ds_quant.base.whole_folder import sync
-from survival import checkpoints, disk
+from survival import disk
 from survival.control import Control
 from survival.errors import Failed, RunEnded
 from survival.lease import Lease
@@ -84,8 +84,8 @@ class CheckpointSaver:
             return
         older = [
             path
-            for path in checkpoints.listed(newest.parent)
-            if checkpoints.step_of(path) < checkpoints.step_of(newest)
+            for path in trainer_checkpoints.listed(newest.parent)
+            if trainer_checkpoints.step_of(path) < trainer_checkpoints.step_of(newest)
         ]
         spare = len(older) + 1 - self._limit
         for path in [path for path in older if path.name != keep][: max(spare, 0)]:

@@ -12,13 +12,13 @@ import pytest
 import torch
 from conftest import ROOT
 from launching import run_ranks
-from pretraining import metrics
 from safetensors.torch import load_file
 from samples import write_corpus
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import ds_quant
 from ds_quant.cli import diagnose
+from ds_quant.cli.shared.run_folder import read_metrics
 from ds_quant.diagnostics.folder import read_file
 from ds_quant.diagnostics.measurement import Measurement
 
@@ -168,7 +168,7 @@ def test_any_quantizer_of_gradients_can_be_asked_about(commands: Commands, llama
 def test_norms_come_with_the_runs_own(commands: Commands, gpt2: Path, tmp_path: Path) -> None:
     commands("gradient-norms", gpt2)
     parameters, history = commands.found("gradient_norms")
-    logged = [row["grad_norm"] for row in metrics.read(gpt2 / "metrics.csv") if row["grad_norm"] is not None]
+    logged = [row["grad_norm"] for row in read_metrics(gpt2 / "metrics.csv") if row["grad_norm"] is not None]
     assert [row["norm"] for row in history.rows] == logged
     assert len(logged) == 9
     assert parameters.scalars["norm"] > 0

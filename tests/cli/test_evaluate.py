@@ -16,13 +16,13 @@ from evaluate_files import CONTEXT, W8A8, section, write_json, write_model
 from hypothesis import given
 from hypothesis import strategies as st
 from launching import launch
-from pretraining import documents, packing
+from pretraining import packing
 from samples import write_corpus
 from transformers import AutoTokenizer
 
 from ds_quant.cli import evaluate
 from ds_quant.cli.evaluating import arguments, perplexity, results, texts
-from ds_quant.cli.shared import loaded_model
+from ds_quant.cli.shared import loaded_model, text_files
 
 W4 = {"weight": {"bits": 4}}
 
@@ -122,7 +122,7 @@ def test_a_sliding_window_scores_each_token_in_its_own_context(files):
 def test_joined_by_eos_it_is_the_validation_of_the_training(files, evaluated):
     rows = evaluated("--join", "eos", "--max_windows", 8, text=True)["rows"]
     loaded = loaded_model.load_model(files / "w8a8-s1")
-    held = documents.read_files([str(files / "corpus.jsonl")], "text", "--text_file")
+    held = text_files.read_files([str(files / "corpus.jsonl")], "text", "--text_file")
     tokenized = packing.tokenize(held, loaded.tokenizer, what="validation")
     packed = packing.EvenSubset(packing.PackedDataset(tokenized, CONTEXT), 8)
     batch = torch.stack([packed[index]["input_ids"] for index in range(8)])
