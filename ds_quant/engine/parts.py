@@ -42,7 +42,7 @@ class Part:
         """A forward begins; it `trains` where a backward may follow."""
 
     def after_forward(self, *, trains: bool, failed: bool) -> None:
-        """The forward is over, or has raised."""
+        """The forward is over, or has `failed`, if only because a part raised before it."""
 
     def after_backward(self) -> None:
         """A backward is over, its gradients added up or reduced."""

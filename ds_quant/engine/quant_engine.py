@@ -45,9 +45,9 @@ class QuantEngine(_Base):
     @functools.wraps(_Engine.forward)
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
         trains, failed = self.module.training and torch.is_grad_enabled(), True
-        for part in self.ds_quant_parts:
-            part.before_forward(trains=trains)
         try:
+            for part in self.ds_quant_parts:
+                part.before_forward(trains=trains)
             result = super().forward(*inputs, **kwargs)
             failed = False
         finally:

@@ -132,6 +132,19 @@ def test_parts_hear_of_what_failed(tmp_path, called, monkeypatch, method):
         assert "_load_global_state" not in vars(engine.optimizer), "what holds while DeepSpeed loads is still held"
 
 
+def test_a_part_that_fails_before_a_forward_ends_it_for_all(tmp_path, monkeypatch):
+    """Else a layer that is called outside of a forward would draw the bits of one that never ended."""
+    engine = start(tmp_path)
+
+    def fails(part, *, trains):
+        raise RuntimeError("full")
+
+    monkeypatch.setattr(quant_engine.Diagnostics, "before_forward", fails)
+    with pytest.raises(RuntimeError, match="full"):
+        engine(torch.ones(2, 32))
+    assert engine.ds_quant_step_key._calls is None
+
+
 def test_only_moments_are_offloaded_unpinned(tmp_path, monkeypatch):
     engine, seen = start(tmp_path), []
 
