@@ -5,12 +5,14 @@ BIN := $(VENV)/bin
 export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/.cache/torch_extensions
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help venv pretrain baseline compare moments communication int8 test test-all test-kills test-stack lint pytest clean
+.PHONY: help venv pretrain baseline compare moments communication int8 test test-all test-kills test-stack check docs lint pytest clean
 
 help:
 	@echo "make pretrain   pre-train the tiny model in W8A8 (sets everything up first)"
-	@echo "make test       lint, types, import layers and the tests"
+	@echo "make check      lint, types, import layers and the quick tests"
+	@echo "make test       lint, types, import layers, the docs and all tests but the slow ones"
 	@echo "make test-all   the same with the slow tests: more ranks, more points at which a run is killed"
+	@echo "make docs       the documentation as a site, into build/site"
 	@echo "make baseline   the same run in full precision, into runs/tiny-baseline"
 	@echo "make compare    both runs and their curves in one picture"
 	@echo "make moments    losses of the recipes of the moments, some 30 runs of two minutes"
@@ -27,7 +29,7 @@ $(VENV)/.installed: pyproject.toml $(CONSTRAINTS)
 	@echo "Installing the pinned packages into $(VENV) (once, some minutes)"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) torch
-	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[launch,plot,dev]'
+	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[launch,plot,dev,docs]'
 	@touch $@
 
 pretrain: venv
@@ -48,7 +50,16 @@ communication: venv
 int8: venv
 	python tests/convergence/int8_losses.py
 
-test: lint pytest
+test: lint docs pytest
+
+# For every change: rooms whose tests start no other process and compile nothing.
+QUICK := $(addprefix tests/,base config comm optim)
+check: lint
+	OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu python -m pytest --quiet --numprocesses 2 -m "not slow and not distributed" $(QUICK)
+
+docs: export NO_MKDOCS_2_WARNING := 1
+docs: venv
+	mkdocs build --quiet
 
 test-all: lint
 	$(MAKE) pytest MARKERS=

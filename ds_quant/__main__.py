@@ -32,7 +32,7 @@ def _one_rank_without_a_launcher() -> None:
     """Without a launcher DeepSpeed asks MPI for the ranks, and ends in an error on mpi4py where that is missing."""
     from ds_quant.base.one_rank import RANK_VARIABLES, become_one_rank
 
-    # srun's tasks are for who knows them: launchers/pretrain.py does.
+    # A script that reads srun's own variables makes ranks of its tasks itself.
     if not any(name in os.environ for name in (*RANK_VARIABLES, "SLURM_STEP_NUM_TASKS")):
         become_one_rank()
 

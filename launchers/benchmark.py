@@ -15,9 +15,12 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 
-from benchmarking import comm, comm_step, diagnostics, linear, optimizer, step
-from benchmarking.errors import BenchmarkError
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # where the package benchmarks lies
+
+from benchmarks import comm, comm_step, diagnostics, linear, optimizer, step
+from benchmarks.errors import BenchmarkError
 
 
 def main(argv: list[str] | None = None) -> int:

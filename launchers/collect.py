@@ -32,11 +32,12 @@ import sys
 import time
 from pathlib import Path
 
-from benchmarking.results import print_table
 from collecting import configs, curves, names, runs, table
 from collecting.errors import CollectError
-from pretraining.metrics import write_atomically
 from rich.markup import escape
+
+from ds_quant.base.whole_folder import write_whole
+from ds_quant.cli.shared.tables import print_table
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -84,8 +85,8 @@ def _collect(options: argparse.Namespace) -> int:
         print(f"problems: {len(problems)}, listed in collected.md")
     try:
         output.mkdir(parents=True, exist_ok=True)
-        write_atomically(output / "collected.csv", table.to_csv(found).encode())
-        write_atomically(output / "collected.md", table.to_markdown(found, summarized, problems, baseline).encode())
+        write_whole(output / "collected.csv", table.to_csv(found))
+        write_whole(output / "collected.md", table.to_markdown(found, summarized, problems, baseline))
         drawn = curves.draw(found, output / "curves.png")
     except OSError as error:
         reason = error.strerror or error

@@ -8,8 +8,10 @@ from __future__ import annotations
 import sys
 
 from pretraining import environment
-from pretraining.errors import Diverged, LaunchError, RunEnded, Stopped
-from pretraining.signals import StopAtOnce, StopRequest
+from survival.errors import Diverged, LaunchError, RunEnded, Stopped
+from survival.signals import StopAtOnce, StopRequest
+
+from ds_quant.cli.shared import terminal
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -18,11 +20,11 @@ def main(argv: list[str] | None = None) -> int:
     0: done. 2: wrong arguments. 3: diverged. 4: failed. 75: stopped by SIGUSR1 or SIGTERM with a checkpoint to go on
     from. status.json in the output folder tells more.
     """
-    environment.let_threads_sleep()
+    terminal.let_threads_sleep()
     try:
         environment.ensure_process_group_variables()
     except LaunchError as error:
-        environment.complain(str(error))
+        terminal.complain(str(error))
         return LaunchError.exit_status
     use_cpu = environment.without_accelerator()
     request = StopRequest()
@@ -34,20 +36,20 @@ def main(argv: list[str] | None = None) -> int:
 
         import ds_quant
     except StopAtOnce as stop:
-        environment.complain(str(stop))
+        terminal.complain(str(stop))
         return Stopped.exit_status
 
     try:
         ds_quant.enable()
         job.run(sys.argv[1:] if argv is None else argv, use_cpu=use_cpu, request=request)
     except (LaunchError, ds_quant.ConfigError) as error:
-        environment.complain(str(error))
+        terminal.complain(str(error))
         return LaunchError.exit_status
     except RunEnded as end:
-        environment.complain(str(end), everywhere=not isinstance(end, (Stopped, Diverged)))
+        terminal.complain(str(end), everywhere=not isinstance(end, (Stopped, Diverged)))
         return end.exit_status
     except StopAtOnce as stop:
-        environment.complain(str(stop))
+        terminal.complain(str(stop))
         return Stopped.exit_status
     finally:
         request.end()

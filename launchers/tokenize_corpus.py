@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import sys
 
-from pretraining import environment
-from pretraining.errors import LaunchError
 from pretraining.parser import Parser
+from survival.errors import LaunchError
+
+from ds_quant.cli.shared import terminal
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -18,7 +19,7 @@ def main(argv: list[str] | None = None) -> int:
     from pretraining import shard_writer, shards
     from pretraining.corpus import CorpusArguments
 
-    environment.quiet(verbose=False)
+    terminal.quiet(verbose=False)
     try:
         parser = Parser(CorpusArguments, allow_abbrev=False, prog="tokenize_corpus.py", description=__doc__)
         (args,) = parser.parse_args_into_dataclasses(sys.argv[1:] if argv is None else argv)
@@ -29,17 +30,17 @@ def main(argv: list[str] | None = None) -> int:
         else:
             index = shard_writer.write(args)
     except LaunchError as error:
-        environment.complain(str(error))
+        terminal.complain(str(error))
         return 2
     except OSError as error:
-        environment.complain(f"{error}. Mend this and start the command again with the same arguments: it goes on.")
+        terminal.complain(f"{error}. Mend this and start the command again with the same arguments: it goes on.")
         return 4
     except KeyboardInterrupt:
-        environment.complain("Interrupted. Start the command again with the same arguments: it goes on.")
+        terminal.complain("Interrupted. Start the command again with the same arguments: it goes on.")
         return 130
     for part, files in (("training", index.train), ("validation", index.validation)):
         tokens, documents = sum(file.tokens for file in files), sum(file.documents for file in files)
-        environment.say(f"{part}: {tokens} tokens of {documents} documents in {len(files)} files")
+        terminal.say(f"{part}: {tokens} tokens of {documents} documents in {len(files)} files")
     return 0
 
 

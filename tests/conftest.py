@@ -3,6 +3,7 @@
 import importlib
 import os
 import random
+import signal
 import sys
 from pathlib import Path
 
@@ -20,7 +21,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 
-LONGEST_FIRST = ("distributed", "launchers", "kernels", "diagnostics")
+LONGEST_FIRST = ("distributed", "launchers", "cli", "kernels", "diagnostics")
 """Folders whose tests begin first where several processes share the suite: what is left at the end should be short."""
 
 
@@ -37,6 +38,15 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(scope="session")
 def root() -> Path:
     return ROOT
+
+
+@pytest.fixture(autouse=True)
+def _signals_as_before():
+    """launchers/pretrain.py ignores signals at its end, and children of a process that does ignore them, too."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture

@@ -25,6 +25,7 @@ def test_installed_package_runs_outside_the_checkout(root, tmp_path):
     modules = {str(path.relative_to(copy)) for path in (copy / "ds_quant").rglob("*.py")}
     assert {str(path.relative_to(site)) for path in (site / "ds_quant").rglob("*.py")} == modules
     assert not (site / "tests").exists()
+    assert {"ds_quant", "ds_quant_export", "ds_quant_report"} <= {path.name for path in (site / "bin").iterdir()}
     program = "import ds_quant, ds_quant.cli.report as r; print(ds_quant.__file__); r.main([])"
     done = subprocess.run(
         [sys.executable, "-c", program],

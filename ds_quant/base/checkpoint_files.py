@@ -3,8 +3,11 @@
 import importlib
 import os
 import shlex
+import subprocess
+import sys
 import zipfile
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from ds_quant.base.errors import ConfigError, fail, problem
@@ -53,6 +56,22 @@ def universal_command(path: str) -> str:
 
 def universal_remedy(path: str) -> str:
     return f'run `{universal_command(path)}` and load that with "checkpoint": {{"load_universal": true}}'
+
+
+def to_universal(states: Path, out: Path) -> str | None:
+    """Convert the folder of DeepSpeed's files to its universal format; what went wrong, in a line, or None."""
+    command = [
+        *(sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"),
+        *("--input_folder", str(states), "--output_folder", str(out)),
+        *("--num_extract_workers", "1", "--num_merge_workers", "1"),
+    ]
+    # A process of its own must not take itself for a rank of this job.
+    ranks = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+    environment = {key: value for key, value in os.environ.items() if key not in ranks}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode == 0 and (out / "zero").is_dir():
+        return None
+    return (done.stderr.strip() or done.stdout.strip() or "no message").splitlines()[-1]
 
 
 def read_checkpoint_file(path: str, *, mmap: bool = False) -> Any:

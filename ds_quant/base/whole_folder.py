@@ -1,10 +1,12 @@
 """Folders and files that are there whole or not at all: written beside their place and renamed into it."""
 
 import contextlib
+import json
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from ds_quant.base.errors import fail
 
@@ -35,14 +37,16 @@ def whole_folder(out: Path) -> Iterator[Path]:
     sync(out.parent)
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Replace a file: a reader finds the old text or the new, after a power cut too. Raises OSError."""
-    beside = path.with_name(f".{path.name}.tmp")
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A file to write that replaces `path` at the end, or vanishes: a reader finds the old one or the new one.
+
+    Both are on the disk by then, so that this holds after a power cut, too. Raises OSError.
+    """
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with beside.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
+        yield beside
+        sync(beside)
         os.replace(beside, path)
     except BaseException:
         with contextlib.suppress(OSError):
@@ -51,11 +55,24 @@ def write_whole(path: Path, text: str) -> None:
     sync(path.parent)
 
 
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Replace a file as `whole_file` does; text is written in UTF-8. Raises OSError."""
+    with whole_file(path) as beside:
+        beside.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """`write_whole` of a JSON file."""
+    write_whole(path, json.dumps(content, indent=1) + "\n")
+
+
 def sync(path: Path) -> None:
     """Bring a file, or a folder's own entries, to the disk: a rename survives a power cut only then."""
     opened = os.open(path, os.O_RDONLY)
     try:
-        with contextlib.suppress(OSError):  # some network file systems have no such call for folders
-            os.fsync(opened)
+        os.fsync(opened)
+    except OSError:
+        if not path.is_dir():  # some network file systems have no such call for folders
+            raise
     finally:
         os.close(opened)

@@ -1,4 +1,4 @@
-"""`ds_quant_export CHECKPOINT OUT`: what was trained, in a format that servers load.
+"""`ds_quant export CHECKPOINT OUT`: what was trained, in a format that servers load.
 
 With linears trained in W8A8 (or with 4- or 8-bit weights alone) OUT is a compressed-tensors checkpoint: codes times
 scale is the very weight that training multiplied by, bit for bit, and nothing is calibrated. With `--format bf16` it is
@@ -20,10 +20,10 @@ def _leave(number: int, frame: Any) -> NoReturn:
     sys.exit(128 + number)
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: list[str] | None = None, *, prog: str = "ds_quant_export") -> int:
     """Returns 0, or 2 for what ds_quant refuses and 1 for what the system does."""
     parser = argparse.ArgumentParser(
-        prog="ds_quant_export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("checkpoint", help="a folder of save_pretrained or the Trainer, such as runs/tiny/model")
     parser.add_argument("out", help="the folder to make")
@@ -34,10 +34,10 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         report = export(options.checkpoint, options.out, config=options.config, format=options.format)
     except ConfigError as error:
-        print(f"ds_quant_export: {error}", file=sys.stderr)
+        print(f"{prog}: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"ds_quant_export: {error}; nothing was left behind", file=sys.stderr)
+        print(f"{prog}: {error}; nothing was left behind", file=sys.stderr)
         return 1
     for line in report.lines():
         print(line)

@@ -1,23 +1,40 @@
-"""`ds_quant_report plan`: its arguments and what it prints."""
+"""`ds_quant plan`: its arguments and what it prints."""
+
+from __future__ import annotations
 
 import argparse
 import json
 import re
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ds_quant.base.errors import fail
+from ds_quant.base.errors import ConfigError, fail
 from ds_quant.config import read_deepspeed_config
-from ds_quant.planning.configs import job_config
-from ds_quant.planning.job import Outcome
 from ds_quant.planning.models import WAYS, resolve_model
-from ds_quant.planning.plan import MAX_RANKS, Planner, Request, Setting, check_batch
-from ds_quant.planning.predict import Predictor
-from ds_quant.planning.traffic import totals
+
+# These load torch and deepspeed: not for --help.
+if TYPE_CHECKING:
+    from ds_quant.planning.job import Outcome
+    from ds_quant.planning.plan import Planner, Request, Setting
+    from ds_quant.planning.predict import Predictor
 
 _UNITS = {"": 1, "B": 1, **{f"{u}B": 1000**n for n, u in enumerate("KMGT", 1)}, **{
     f"{u}iB": 1024**n for n, u in enumerate("KMGT", 1)
 }}  # fmt: skip
+
+
+def main(arguments: list[str] | None = None, *, prog: str = "ds_quant plan") -> int:
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        description="What a training job takes of each rank's memory and puts on the wire, and the least hardware that "
+        "it fits on. Exit code: 0; 1 where it does not fit; 2 where it cannot be planned.",
+    )
+    add_arguments(parser)
+    try:
+        return run(parser.parse_args(arguments))
+    except (ConfigError, RuntimeError) as error:  # RuntimeError: what training itself would end with
+        print(error, file=sys.stderr)
+        return 2
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,6 +67,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Plan and print; 1 where it does not fit. Raises ConfigError for what makes no sense."""
+    from ds_quant.planning.configs import job_config
+    from ds_quant.planning.plan import MAX_RANKS, Planner, Request, Setting, check_batch
+    from ds_quant.planning.predict import Predictor
+
     for name in ("nodes", "gpus_per_node", "batch", "micro_batch", "context", "vocab_size"):
         value = getattr(options, name)
         if value is not None and value < 1:
@@ -106,6 +127,8 @@ def parse_size(where: str, text: str) -> int:
 
 def describe(outcome: Outcome, setting: Setting, request: Request) -> dict[str, Any]:
     """What is predicted, as plain data; bytes throughout."""
+    from ds_quant.planning.traffic import totals
+
     wire = totals(outcome.collectives, 0, request.gpus_per_node)
     return {
         "parameters": outcome.num_parameters,
@@ -129,6 +152,8 @@ def describe(outcome: Outcome, setting: Setting, request: Request) -> dict[str, 
 
 def fitting(planner: Planner, predictor: Predictor, setting: Setting, memory: int) -> dict[str, Any]:
     """Whether a setting fits, the least hardware that does, and what else would make it fit."""
+    from ds_quant.planning.plan import MAX_RANKS, Planner, Setting
+
     report: dict[str, Any] = {"usable_bytes": memory, "fits": planner.fits(setting, memory)}
     most = setting.world_size
     least = planner.least_hardware(memory, most)

@@ -1,5 +1,5 @@
-"""`ds_quant_report [CONFIG.json]`: what is installed here, and what a config will do; `ds_quant_report plan`: what a
-job will need on any number of ranks (`ds_quant_report plan --help`); `--for` writes the config for another way in."""
+"""`ds_quant report [CONFIG.json]`: what is installed here, and what a config will do; `--for` writes the config for
+another way in. `ds_quant_report` is the same command, and `ds_quant_report plan` is `ds_quant plan`."""
 
 import argparse
 import importlib.metadata
@@ -10,21 +10,19 @@ from collections.abc import Callable
 from typing import Any
 
 from ds_quant.base.errors import fail
+from ds_quant.cli import schema
 from ds_quant.config import (
     ConfigError,
     GradientCommunicationConfig,
     OptimizerConfig,
     QuantConfig,
     has_tripwire,
-    json_schema,
     near_miss_keys,
     read_deepspeed_config,
 )
 from ds_quant.config import unresolved_auto as find_auto
 from ds_quant.config.refusals import check_refusals
 from ds_quant.config.ways_in import WAYS, config_for
-from ds_quant.diagnostics.choice import choose
-from ds_quant.linear.modules import describe
 
 PACKAGES = ("ds_quant", "torch", "deepspeed", "transformers", "accelerate", "datasets", "bitsandbytes")
 
@@ -86,6 +84,8 @@ def explain(source: Any) -> tuple[list[tuple[str, str]], list[str]]:
         ("tripwire", "set" if has_tripwire(raw) else "missing: a script that forgets ds_quant trains without it")
     )
     if quant.linear:
+        from ds_quant.linear.modules import describe
+
         exclude = quant.linear.exclude
         rows.append(("linear layers", describe(quant.linear)))
         rows.append(("  include", ", ".join(quant.linear.include)))
@@ -118,6 +118,8 @@ def explain(source: Any) -> tuple[list[tuple[str, str]], list[str]]:
 
 def _diagnostics(quant: QuantConfig) -> list[tuple[str, str]]:
     """Raises ConfigError for a kind that the section has no component for."""
+    from ds_quant.diagnostics.choice import choose
+
     config = quant.diagnostics
     if config is None:
         return []
@@ -166,11 +168,13 @@ def _moment_checks(config: OptimizerConfig, raw: dict[str, Any], stage: Any) -> 
     return checks
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: list[str] | None = None, *, prog: str = "ds_quant_report") -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments[:1] == ["plan"]:
-        return _plan(arguments[1:])
-    parser = argparse.ArgumentParser(prog="ds_quant_report", description=__doc__)
+        from ds_quant.cli import plan
+
+        return plan.main(arguments[1:], prog=f"{prog} plan")
+    parser = argparse.ArgumentParser(prog=prog, description=__doc__)
     parser.add_argument("config", nargs="?", help="a DeepSpeed JSON; the report then says what it will do")
     parser.add_argument("--schema", action="store_true", help="print the JSON schema of the ds_quant section and stop")
     parser.add_argument("--for", dest="way", choices=WAYS, help="print the config as this way in wants it, and stop")
@@ -186,7 +190,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.way:
         return _write_for(options)
     if options.schema:
-        print(json.dumps(json_schema(), indent=2))
+        schema.show()
         return 0
     _print("installed", [(name, found or "not installed") for name, found in versions().items()])
     rows, problems = environment()
@@ -227,22 +231,6 @@ def _write_for(options: argparse.Namespace) -> int:
     for line in lines:
         print(line, file=sys.stderr)
     return 0
-
-
-def _plan(arguments: list[str]) -> int:
-    from ds_quant.cli import plan
-
-    parser = argparse.ArgumentParser(
-        prog="ds_quant_report plan",
-        description="What a training job takes of each rank's memory and puts on the wire, and the least hardware that "
-        "it fits on. Exit code: 0; 1 where it does not fit; 2 where it cannot be planned.",
-    )
-    plan.add_arguments(parser)
-    try:
-        return plan.run(parser.parse_args(arguments))
-    except (ConfigError, RuntimeError) as error:  # RuntimeError: what training itself would end with
-        print(error, file=sys.stderr)
-        return 2
 
 
 def _print(title: str, rows: list[tuple[str, str]]) -> None:

@@ -102,6 +102,9 @@ def _decode_base64(text: str) -> str | None:
     return decoded if decoded.lstrip().startswith(("{", "#", "/")) else None
 
 
+_START = "start from a recipe of ds_quant's documentation"
+
+
 def parse_deepspeed_config(text: str, name: str) -> dict[str, Any]:
     """The text of a DeepSpeed config (JSON or Hjson) as a dict; `name` is what errors call it."""
 
@@ -112,7 +115,7 @@ def parse_deepspeed_config(text: str, name: str) -> dict[str, Any]:
         return dict(pairs)
 
     if not text.strip():
-        raise ConfigError(f"{name}: got an empty file; allowed: a JSON object; remedy: start from one in ds_configs/")
+        raise ConfigError(f"{name}: got an empty file; allowed: a JSON object; remedy: {_START}")
     try:
         config = hjson.loads(text, object_pairs_hook=unique)
     except hjson.HjsonDecodeError as error:
@@ -121,7 +124,7 @@ def parse_deepspeed_config(text: str, name: str) -> dict[str, Any]:
             "allowed: a JSON object, comments included; remedy: correct it there"
         ) from error
     if not isinstance(config, dict):
-        raise fail(name, config, "a JSON object", "start from one in ds_configs/")
+        raise fail(name, config, "a JSON object", _START)
     return config
 
 

@@ -1,11 +1,12 @@
 """`ds_quant.diagnostics`: what is measured inside training."""
 
 from collections.abc import Iterator
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
+from ds_quant.base.errors import problem
 from ds_quant.config.deepspeed_json import SECTION
 from ds_quant.config.linear import GradientConfig
 from ds_quant.config.optimizer import MomentConfig
@@ -20,6 +21,16 @@ def _path(value: str) -> str:
 
 ON_CHECKPOINTS = ("sharpness", "landscape")
 """Diagnostics that move the weights: on checkpoints only."""
+
+
+def _leaves_weights_alone(value: Any) -> Any:
+    moving = [kind for kind in value if kind in ON_CHECKPOINTS] if isinstance(value, list | tuple) else []
+    if moving:
+        remedy = f"take it out, and run ds_quant diagnose {moving[0]} CHECKPOINT"
+        reason = "what leaves the weights alone: ZeRO holds them in 16 bits, which swallow such small changes"
+        broken = [("", list(value), reason, remedy)]
+        raise PydanticCustomError("rules", "{text}", {"text": problem("kinds", *broken[0][1:]), "broken": broken})
+    return value
 
 
 class DiagnosticsConfig(Section):
@@ -38,13 +49,12 @@ class DiagnosticsConfig(Section):
                 "moments",
                 "quantization_error",
                 "oscillation",
-                "sharpness",
-                "landscape",
             ],
             ...,
         ]
         | None,
         Field(strict=False),
+        BeforeValidator(_leaves_weights_alone),
         Allowed(
             'a list of "outliers", "gradient_error", "gradient_norms", "moments", "quantization_error", "oscillation", '
             "each once"
@@ -65,10 +75,5 @@ class DiagnosticsConfig(Section):
         if self.kinds is None:
             return
         kinds = list(self.kinds)
-        moving = [kind for kind in kinds if kind in ON_CHECKPOINTS]
-        if moving:
-            remedy = f"take it out, and run python launchers/diagnose.py {moving[0]} CHECKPOINT"
-            reason = "what leaves the weights alone: ZeRO holds them in 16 bits, which swallow such small changes"
-            yield "kinds", kinds, reason, remedy
-        elif not kinds or len(set(kinds)) < len(kinds):
+        if not kinds or len(set(kinds)) < len(kinds):
             yield "kinds", kinds, allowed_values(DiagnosticsConfig, "kinds"), "list each kind once, or remove the key"

@@ -53,7 +53,7 @@ def choose(config: DiagnosticsConfig, quant: QuantConfig) -> Choice:
         remedy = f'write "gradient": {{"bits": 8}} into {config.where} to measure a quantizer that the run does without'
         missing["gradient_error"] = ("no quantizer that weight gradients go through", remedy)
     if not (linear and (linear.weight or linear.activation)):
-        remedy = "add ds_quant.linear.weight or .activation, or run launchers/diagnose.py with --quantizers"
+        remedy = "add ds_quant.linear.weight or .activation, or run ds_quant diagnose with --quantizers"
         missing["quantization_error"] = ("no quantizer of weights or inputs", remedy)
     if not (linear and linear.weight):
         missing["oscillation"] = ("no quantizer of weights", "add ds_quant.linear.weight")

@@ -17,7 +17,7 @@ from ds_quant.base.whole_folder import write_whole
 from ds_quant.diagnostics import folder
 from ds_quant.diagnostics.measurement import KINDS, Measurement
 
-COMMAND = "python launchers/diagnose.py report FOLDER"
+COMMAND = "ds_quant diagnose report FOLDER"
 
 TITLES = {
     "outliers": "Activation outliers",
@@ -63,7 +63,7 @@ def read_folders(folders: Iterable[Path]) -> list[Measurement]:
             found += folder.read_file(path)
     if not found:
         allowed = "folders with the JSON files of diagnostics"
-        remedy = 'measure first: "diagnostics" in the JSON of a run, or launchers/diagnose.py'
+        remedy = 'measure first: "diagnostics" in the JSON of a run, or ds_quant diagnose'
         raise fail(", ".join(map(str, places)), "no measurement", allowed, remedy)
     return sorted(found, key=lambda one: (KINDS.index(one.kind), -1 if one.step is None else one.step))
 

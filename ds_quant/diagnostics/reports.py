@@ -41,7 +41,7 @@ class Reports:
         try:
             html.write_report([self._path], self._path / folder.REPORT)
         except Exception as error:  # whatever it is, the looks are there, and the run goes on
-            remedy = f"python launchers/diagnose.py report {self._path}"
+            remedy = f"ds_quant diagnose report {self._path}"
             warn(f"diagnostics: the report could not be written: {error}; the looks are there: {remedy}")
         self._ended = time.monotonic()
         self._cost = self._ended - begin

@@ -1,19 +1,18 @@
-"""Attaching quantized gradient communication to a live engine, and its part in steps and checkpoints."""
+"""Quantized gradient communication in a live engine: what reduces, the ends of steps, residuals in checkpoints."""
 
-import os
+from pathlib import Path
 from typing import Any
 
 import torch
 from deepspeed import comm as dist
 
 from ds_quant.base.log import say, warn
-from ds_quant.comm.agreement import raise_together
 from ds_quant.comm.reducer import bytes_an_element, describe_wire
 from ds_quant.config import GradientCommunicationConfig
 from ds_quant.engine import reduction
 from ds_quant.engine.engine_class import mix_in
 from ds_quant.engine.gradients import GradientCommunication
-from ds_quant.engine.micro_steps import count_micro_steps
+from ds_quant.engine.parts import Loading, Part
 from ds_quant.engine.reduction import (
     QuantizedReductionEngine,
     QuantizedReductionStage1And2,
@@ -23,96 +22,56 @@ from ds_quant.engine.residual_files import read_residuals, save_residuals
 from ds_quant.engine.seams import check_live
 
 
-class _GradientCommunicationEngine:
-    """Mixed into the class of a live engine: ends steps, and keeps residuals in checkpoints."""
-
-    ds_quant_gradients: GradientCommunication
-
-    def step(self, *args: Any, **kwargs: Any) -> Any:
-        engine: Any = self
-        is_whole = engine.is_gradient_accumulation_boundary()
-        result = super().step(*args, **kwargs)  # type: ignore[misc]
-        if is_whole:
-            engine.ds_quant_gradients.end_step(was_applied=engine.was_step_applied())
-            engine.ds_quant_gradients.write_events()
-        return result
-
-    def save_checkpoint(
-        self,
-        save_dir: str,
-        tag: Any = None,
-        client_state: Any = None,
-        save_latest: bool = True,
-        exclude_frozen_parameters: bool = False,
-    ) -> Any:
-        engine: Any = self
-        feedback = engine.ds_quant_gradients.feedback
-        if feedback is not None and save_dir:
-            tag = f"global_step{engine.global_steps}" if tag is None else str(tag)
-            # Before DeepSpeed writes `latest`: what that names is whole.
-            raise_together(lambda: save_residuals(engine, os.path.join(save_dir, tag)), engine.device)
-        client_state = {} if client_state is None else client_state
-        return super().save_checkpoint(  # type: ignore[misc]
-            save_dir, tag, client_state, save_latest, exclude_frozen_parameters
-        )
-
-    def load_checkpoint(
-        self,
-        load_dir: str,
-        tag: str | None = None,
-        load_module_strict: bool = True,
-        load_optimizer_states: bool = True,
-        load_lr_scheduler_states: bool = True,
-        load_module_only: bool = False,
-        custom_load_fn: Any = None,
-    ) -> Any:
-        engine: Any = self
-        feedback = engine.ds_quant_gradients.feedback
-        residuals: dict[str, Any] = {}
-        if feedback is not None and not load_module_only:
-            # Read first: a file that is broken is found before anything is changed.
-            residuals = read_residuals(engine, load_dir, tag)
-        result = super().load_checkpoint(  # type: ignore[misc]
-            load_dir,
-            tag,
-            load_module_strict,
-            load_optimizer_states,
-            load_lr_scheduler_states,
-            load_module_only,
-            custom_load_fn,
-        )
-        if feedback is not None and result[0] is not None:
-            feedback.reset()
-            if not load_module_only:
-                feedback.load_state_dict(residuals, engine.device)
-        return result
-
-
-def attach_communication(engine: Any, config: GradientCommunicationConfig) -> None:
-    """Have the live engine reduce its gradients by `config`. All ranks call it.
+class Communication(Part):
+    """Has a live engine reduce its gradients by `config`, and keeps residuals in its checkpoints. All ranks make it.
 
     Raises:
         ConfigError: the ranks differ in config or model, or `hierarchical` does not fit them.
         ImportError: the live engine or its wrapper lacks what is used here.
     """
-    stage, wrapper = engine.zero_optimization_stage(), engine.optimizer
-    _check_live(engine)
-    count_micro_steps(engine)
-    gradients = GradientCommunication(engine, config, may_skip_steps=_may_skip_steps(engine))
-    gradients.check_agreement([stage, type(wrapper).__name__, _partitions(wrapper)])
-    engine.ds_quant_gradients = gradients
-    mix_in(engine, _GradientCommunicationEngine)
-    if stage == 3:
-        wrapper.ds_quant_gradients = gradients
-        mix_in(wrapper, QuantizedReductionStage3)
-    elif hasattr(wrapper, "ipg_buckets"):
-        wrapper.ds_quant_gradients = gradients
-        mix_in(wrapper, QuantizedReductionStage1And2)
-    else:
-        mix_in(engine, QuantizedReductionEngine)
-    for group in _groups(engine):
-        gradients.reducer(group)  # ranks that do not fill whole nodes are told now, not in the first backward
-    _tell(engine, gradients)
+
+    def __init__(self, engine: Any, config: GradientCommunicationConfig) -> None:
+        super().__init__(engine)
+        stage, wrapper = engine.zero_optimization_stage(), engine.optimizer
+        _check_live(engine)
+        gradients = GradientCommunication(engine, config, may_skip_steps=_may_skip_steps(engine))
+        gradients.check_agreement([stage, type(wrapper).__name__, _partitions(wrapper)])
+        self._gradients = engine.ds_quant_gradients = gradients
+        self._loaded_residuals: dict[str, Any] = {}
+        if stage == 3:
+            wrapper.ds_quant_gradients = gradients
+            mix_in(wrapper, QuantizedReductionStage3)
+        elif hasattr(wrapper, "ipg_buckets"):
+            wrapper.ds_quant_gradients = gradients
+            mix_in(wrapper, QuantizedReductionStage1And2)
+        else:
+            mix_in(engine, QuantizedReductionEngine)
+        for group in _groups(engine):
+            gradients.reducer(group)  # ranks that do not fill whole nodes are told now, not in the first backward
+        _tell(engine, gradients)
+
+    def after_step(self, *, is_whole: bool) -> None:
+        if is_whole:
+            self._gradients.end_step(was_applied=self.engine.was_step_applied())
+            self._gradients.write_events()
+
+    def before_save(self, folder: Path) -> None:
+        if self._gradients.feedback is not None:
+            save_residuals(self.engine, folder)
+
+    def before_load(self, loading: Loading) -> None:
+        self._loaded_residuals = {}
+        if self._gradients.feedback is not None and not loading.load_module_only:
+            # A file that is broken is found before anything is changed.
+            self._loaded_residuals = read_residuals(self.engine, loading.load_dir, loading.tag)
+
+    def after_load(self, loading: Loading, path: str | None) -> None:
+        feedback, residuals = self._gradients.feedback, self._loaded_residuals
+        self._loaded_residuals = {}
+        if feedback is not None and path is not None:
+            feedback.reset()
+            if not loading.load_module_only:
+                feedback.load_state_dict(residuals, self.engine.device)
 
 
 def _may_skip_steps(engine: Any) -> bool:

@@ -3,25 +3,21 @@
 The collector itself (`ds_quant.diagnostics.collector`) lies above this package and is handed in.
 """
 
-import functools
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
-import deepspeed
 import torch
 from deepspeed import comm as dist
 from deepspeed.utils import safe_get_local_optimizer_state
 from torch import Tensor
 
 from ds_quant.base.errors import fail
+from ds_quant.base.whole_folder import whole_file
 from ds_quant.comm.agreement import raise_together
-from ds_quant.engine.engine_class import mix_in
-from ds_quant.engine.micro_steps import count_micro_steps
+from ds_quant.engine.parts import Loading, Part
 from ds_quant.engine.seams import check_live
 
-_Engine = deepspeed.runtime.engine.DeepSpeedEngine
 _FILE = "ds_quant_diagnostics.pt"
 
 
@@ -44,73 +40,52 @@ class Collector(Protocol):
         """What a checkpoint holds; asked on rank 0."""
 
 
-class _DiagnosedEngine:
-    """Mixed into the class of a live engine."""
-
-    ds_quant_diagnostics: Collector
-
-    @functools.wraps(_Engine.forward)
-    def forward(self, *inputs: Any, **kwargs: Any) -> Any:
-        self.ds_quant_diagnostics.before_forward()
-        return super().forward(*inputs, **kwargs)  # type: ignore[misc]
-
-    def _backward_epilogue(self) -> None:
-        super()._backward_epilogue()  # type: ignore[misc]
-        self.ds_quant_diagnostics.after_backward()
-
-    @functools.wraps(_Engine.step)
-    def step(self, *args: Any, **kwargs: Any) -> Any:
-        is_whole = self.is_gradient_accumulation_boundary()  # type: ignore[attr-defined]
-        result = super().step(*args, **kwargs)  # type: ignore[misc]
-        self.ds_quant_diagnostics.after_step(is_whole=is_whole)
-        return result
-
-    @functools.wraps(_Engine.compile)
-    def compile(self, *args: Any, **kwargs: Any) -> None:
-        refuse_compiled("engine.compile()")
-
-    @functools.wraps(_Engine.save_checkpoint)
-    def save_checkpoint(self, save_dir: str, tag: Any = None, *args: Any, **kwargs: Any) -> Any:
-        engine: Any = self
-        if save_dir:
-            folder = Path(save_dir) / (f"global_step{engine.global_steps}" if tag is None else str(tag))
-            # Before DeepSpeed writes `latest`: what that names is whole.
-            raise_together(lambda: _save(engine, folder), engine.device)
-        return super().save_checkpoint(save_dir, tag, *args, **kwargs)  # type: ignore[misc]
-
-    @functools.wraps(_Engine.load_checkpoint)
-    def load_checkpoint(self, load_dir: str, tag: Any = None, *args: Any, **kwargs: Any) -> Any:
-        result = super().load_checkpoint(load_dir, tag, *args, **kwargs)  # type: ignore[misc]
-        if result[0] is not None:
-            engine: Any = self
-            self.ds_quant_diagnostics.loaded(_load(Path(result[0]).parent, engine.device))
-        return result
-
-
-def refuse_compiled(got: str) -> None:
-    """Raise ConfigError: compiled layers call no hooks."""
-    raise fail(
-        "ds_quant.diagnostics",
-        got,
-        "a model in eager mode: the hooks that diagnostics watch with are not called in compiled code",
-        "train without torch.compile, or remove the section and run launchers/diagnose.py on checkpoints",
-    )
-
-
-def attach_diagnostics(engine: Any, collector: Collector) -> None:
-    """Have the live engine tell `collector`.
+class Diagnostics(Part):
+    """Tells `collector` of an engine's steps.
 
     Raises:
         ConfigError: its model is compiled.
         ImportError: the live engine lacks what is read off it.
     """
-    check_live((engine, name) for name in ("global_steps", "global_samples", "monitor", "is_compiled"))
-    count_micro_steps(engine)
-    compiled = [name for name, module in engine.module.named_modules() if hasattr(module, "_orig_mod")]
-    if engine.is_compiled or compiled:
-        refuse_compiled(f"a compiled model ({compiled[0] or type(engine.module).__name__})" if compiled else "compile")
-    engine.ds_quant_diagnostics = collector
-    mix_in(engine, _DiagnosedEngine)
+
+    def __init__(self, engine: Any, collector: Collector) -> None:
+        super().__init__(engine)
+        check_live((engine, name) for name in ("global_steps", "global_samples", "monitor", "is_compiled"))
+        compiled = [name for name, module in engine.module.named_modules() if hasattr(module, "_orig_mod")]
+        if engine.is_compiled or compiled:
+            name = compiled[0] or type(engine.module).__name__ if compiled else ""
+            _refuse_compiled(f"a compiled model ({name})" if compiled else "compile")
+        self._collector = engine.ds_quant_diagnostics = collector
+
+    def before_forward(self, *, trains: bool) -> None:
+        self._collector.before_forward()
+
+    def after_backward(self) -> None:
+        self._collector.after_backward()
+
+    def after_step(self, *, is_whole: bool) -> None:
+        self._collector.after_step(is_whole=is_whole)
+
+    def before_compile(self) -> None:
+        _refuse_compiled("engine.compile()")
+
+    def before_save(self, folder: Path) -> None:
+        if dist.get_rank() == 0:
+            _save(self._collector.state_dict(), folder)
+
+    def after_load(self, loading: Loading, path: str | None) -> None:
+        if path is not None:
+            self._collector.loaded(_load(Path(path).parent, self.engine.device))
+
+
+def _refuse_compiled(got: str) -> None:
+    """Raise ConfigError: compiled layers call no hooks."""
+    raise fail(
+        "ds_quant.diagnostics",
+        got,
+        "a model in eager mode: the hooks that diagnostics watch with are not called in compiled code",
+        "train without torch.compile, or remove the section and run ds_quant diagnose on checkpoints",
+    )
 
 
 def second_moments(engine: Any) -> Iterator[tuple[str, Tensor]]:
@@ -148,17 +123,10 @@ def second_moments(engine: Any) -> Iterator[tuple[str, Tensor]]:
                     yield names[id(named)] if whole else f"group {index}", moment
 
 
-def _save(engine: Any, folder: Path) -> None:
-    if dist.get_rank() != 0:
-        return
-    state = engine.ds_quant_diagnostics.state_dict()
+def _save(state: dict[str, Any], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    part = folder / f"{_FILE}.{os.getpid()}.part"
-    try:
-        torch.save(state, part)
-        os.replace(part, folder / _FILE)
-    finally:
-        part.unlink(missing_ok=True)
+    with whole_file(folder / _FILE) as beside:
+        torch.save(state, beside)
 
 
 def _load(folder: Path, device: torch.device) -> dict[str, Any] | None:

@@ -29,10 +29,12 @@ from ds_quant.config.deepspeed_json import TRIPWIRE_VALUE
 from ds_quant.config.refusals import check_refusals
 from ds_quant.diagnostics.choice import choose
 from ds_quant.diagnostics.collector import TrainingDiagnostics
-from ds_quant.engine.communication import attach_communication
-from ds_quant.engine.diagnostics import attach_diagnostics, second_moments
+from ds_quant.engine.communication import Communication
+from ds_quant.engine.diagnostics import Diagnostics, second_moments
 from ds_quant.engine.extension_locks import check_extension_locks
-from ds_quant.engine.moments import attach_moments
+from ds_quant.engine.micro_steps import MicroSteps
+from ds_quant.engine.moments import Moments
+from ds_quant.engine.parts import Part
 from ds_quant.engine.patches import (
     accelerator,
     check_model,
@@ -43,8 +45,9 @@ from ds_quant.engine.patches import (
     strip_tripwire_in_zero_init,
     wrap_initialize,
 )
-from ds_quant.engine.steps import attach_steps
-from ds_quant.engine.weights import attach_weights
+from ds_quant.engine.quant_engine import extend
+from ds_quant.engine.steps import Steps
+from ds_quant.engine.weights import Weights
 from ds_quant.kernels.integer_units import integer_units
 from ds_quant.linear.convert import check_still_converted, convert, coverage, step_key_of, write_to_model_config
 from ds_quant.linear.modules import QuantizedModule
@@ -167,26 +170,29 @@ def initialize(
     with optimizer_built_by(moments.build if moments else None), no_step_at_start():
         result = deepspeed_initialize(**forwarded)
     engine = result[0]
+    parts: list[Part] = [micro_steps := MicroSteps(engine)]
     if moments:
-        attach_moments(engine)
+        parts.append(Moments(engine))
         for line in moments.lines:
             say(line)
     if quant.linear:
         check_still_converted(engine.module, names)
         step_key = step_key_of(engine.module)
         if step_key is not None:
-            attach_steps(engine, step_key)
+            parts.append(Steps(engine, step_key, micro_steps))
         if quant.linear.backend == "int8":
-            attach_weights(engine)
+            parts.append(Weights(engine))
             units = integer_units(torch.device(engine.device))  # warns by itself where it is slow
             if units.is_fast:
                 say(units.line())
         for line in coverage(engine.module).lines():
             say(line)
     if quant.communication and quant.communication.gradient:
-        attach_communication(engine, quant.communication.gradient)
+        parts.append(Communication(engine, quant.communication.gradient))
     if quant.diagnostics and choice:
-        attach_diagnostics(engine, TrainingDiagnostics(engine, quant.diagnostics, choice, second_moments))
+        collector = TrainingDiagnostics(engine, quant.diagnostics, choice, second_moments)
+        parts.append(Diagnostics(engine, collector))
+    extend(engine, parts)
     return result
 
 

@@ -1,120 +1,86 @@
 """Quantized moments in a live engine: loading, offloading, and the links of safe_get_full_optimizer_state."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from deepspeed import comm as dist
-from deepspeed.runtime.zero.offload_config import OffloadDeviceEnum, OffloadStateTypeEnum
+from deepspeed.runtime.zero.offload_config import OffloadStateTypeEnum
 
 from ds_quant.base.errors import ConfigError, fail
 from ds_quant.comm.agreement import raise_together
 from ds_quant.engine.checkpoints import check_checkpoint, moment_files, stepped_tensors
-from ds_quant.engine.engine_class import mix_in
+from ds_quant.engine.parts import Loading, Part
 from ds_quant.engine.seams import check_live
 from ds_quant.optim import MOMENTS, QuantAdamW
 
 
-class _QuantizedMomentsEngine:
-    """Mixed into the class of a live engine: moments survive loading and offloading with their bits."""
+class Moments(Part):
+    """Moments of a live engine survive loading and offloading with their bits.
 
-    ds_quant_moments_linked: bool
+    Raises:
+        ConfigError: the engine's optimizer is no QuantAdamW.
+    """
 
-    def step(self, *args: Any, **kwargs: Any) -> Any:
-        result = super().step(*args, **kwargs)  # type: ignore[misc]
-        if not self.ds_quant_moments_linked:
-            # DeepSpeed links them after the step of the first parameter group, when the others have none.
-            self.ds_quant_moments_linked = _link_moments(self)
-        return result
+    # DeepSpeed's pinned buffers are fp32: four times the codes, and the codes would be lost.
+    unpinned = (OffloadStateTypeEnum.optim_states,)
 
-    def load_checkpoint(
-        self,
-        load_dir: str,
-        tag: str | None = None,
-        load_module_strict: bool = True,
-        load_optimizer_states: bool = True,
-        load_lr_scheduler_states: bool = True,
-        load_module_only: bool = False,
-        custom_load_fn: Any = None,
-    ) -> Any:
-        engine: Any = self
-        with_moments = load_optimizer_states and not load_module_only
-        files = moment_files(engine, load_dir, tag) if with_moments else []
-        check_checkpoint(engine, files)
-        own = [dict(group) for group in engine.basic_optimizer.param_groups]
-        with _every_group_loaded(engine, own):
-            result = super().load_checkpoint(  # type: ignore[misc]
-                load_dir,
-                tag,
-                load_module_strict,
-                load_optimizer_states,
-                load_lr_scheduler_states,
-                load_module_only,
-                custom_load_fn,
+    def __init__(self, engine: Any) -> None:
+        super().__init__(engine)
+        optimizer = engine.basic_optimizer
+        if not isinstance(optimizer, QuantAdamW):
+            raise fail(
+                "ds_quant.optimizer",
+                f"an engine with {type(optimizer).__qualname__}",
+                "QuantAdamW",
+                "another library has replaced the optimizer: remove it, or remove ds_quant.optimizer",
             )
+        _check_live(engine)
+        group = getattr(engine.optimizer, "dp_process_group", None)
+        if group is not None:
+            # ZeRO's partitions differ from rank to rank; without it the state is replicated and draws the same bits.
+            optimizer.rank = 1 + dist.get_rank(group=group)
+        self._are_linked = False
+        self._files: list[str] = []
+        self._own_options: list[dict[str, Any]] = []
+
+    def after_step(self, *, is_whole: bool) -> None:
+        if not self._are_linked:
+            # DeepSpeed links them after the step of the first parameter group, when the others have none.
+            self._are_linked = _link_moments(self.engine)
+
+    def before_load(self, loading: Loading) -> None:
+        engine = self.engine
+        self._files = moment_files(engine, loading.load_dir, loading.tag) if loading.with_moments else []
+        check_checkpoint(engine, self._files)
+        self._own_options = [dict(group) for group in engine.basic_optimizer.param_groups]
+        loading.during.enter_context(_every_group_loaded(engine, self._own_options))
+
+    def after_load(self, loading: Loading, path: str | None) -> None:
+        engine = self.engine
         # Universal checkpoints bring the options of the groups that they were saved with, in their order (at stage 3
         # those of the first group, for all), and this run may have split its groups. How moments are stored and what
         # decays is this run's business.
         kept = (*MOMENTS, "weight_decay") if engine.load_universal_checkpoint() else MOMENTS
-        for group, options in zip(engine.basic_optimizer.param_groups, own, strict=True):
+        for group, options in zip(engine.basic_optimizer.param_groups, self._own_options, strict=True):
             group.update({name: options[name] for name in kept})
-        if with_moments and result[0] is not None:
-            raise_together(lambda: _mend(engine, files), engine.device)
-            self.ds_quant_moments_linked = _link_moments(engine)
-        return result
+        if loading.with_moments and path is not None:
+            raise_together(lambda: _mend(engine, self._files), engine.device)
+            self._are_linked = _link_moments(engine)
 
-    def offload_states(
-        self,
-        include: Any = None,
-        device: OffloadDeviceEnum = OffloadDeviceEnum.cpu,
-        pin_memory: bool = True,
-        non_blocking: bool = False,
-    ) -> None:
-        engine: Any = self
+    def before_offload(self, states: Sequence[OffloadStateTypeEnum]) -> None:
         wanted = {OffloadStateTypeEnum.optim_states, OffloadStateTypeEnum.hp_params}
-        if engine.zero_optimization_stage() == 3 and (include is None or wanted & set(include)):
+        if self.engine.zero_optimization_stage() == 3 and wanted & set(states):
             raise fail(
                 "offload_states(include)",
                 "optim_states or hp_params at ZeRO stage 3 with ds_quant.optimizer",
                 "stages 1 and 2, since DeepSpeed takes its own FusedAdam only at stage 3",
                 "leave them out of include, or use zero_optimization.stage 2",
             )
-        moments = OffloadStateTypeEnum.optim_states
-        if pin_memory and (include is None or moments in include):
-            # DeepSpeed's pinned buffers are fp32: four times the codes, and the codes would be lost.
-            super().offload_states([moments], device, False, non_blocking)  # type: ignore[misc]
-            include = [state for state in (OffloadStateTypeEnum if include is None else include) if state != moments]
-            if not include:
-                return
-        super().offload_states(include, device, pin_memory, non_blocking)  # type: ignore[misc]
 
-    def reload_states(self, non_blocking: bool = False) -> None:
-        super().reload_states(non_blocking)  # type: ignore[misc]
-        _link_moments(self)  # DeepSpeed cuts the links when it offloads, and replaces the moments
-
-
-def attach_moments(engine: Any) -> None:
-    """Make the live engine keep its promise on the moments.
-
-    Raises:
-        ConfigError: the engine's optimizer is no QuantAdamW.
-    """
-    optimizer = engine.basic_optimizer
-    if not isinstance(optimizer, QuantAdamW):
-        raise fail(
-            "ds_quant.optimizer",
-            f"an engine with {type(optimizer).__qualname__}",
-            "QuantAdamW",
-            "another library has replaced the optimizer: remove it, or remove ds_quant.optimizer",
-        )
-    _check_live(engine)
-    group = getattr(engine.optimizer, "dp_process_group", None)
-    if group is not None:
-        # ZeRO's partitions differ from rank to rank; without it the state is replicated and draws the same bits.
-        optimizer.rank = 1 + dist.get_rank(group=group)
-    engine.ds_quant_moments_linked = False
-    mix_in(engine, _QuantizedMomentsEngine)
+    def after_reload(self) -> None:
+        _link_moments(self.engine)  # DeepSpeed cuts the links when it offloads, and replaces the moments
 
 
 def _check_live(engine: Any) -> None:

@@ -11,27 +11,24 @@ from safetensors.torch import save_file
 
 from ds_quant.base.errors import fail
 from ds_quant.base.log import warn
+from ds_quant.base.whole_folder import whole_file
 from ds_quant.comm.agreement import raise_together
 
 FORMAT = "1"
 _REMEDY = "copy the checkpoint again, or delete its files ds_quant_residuals_* to begin anew"
 
 
-def _file(folder: str, rank: int) -> Path:
+def _file(folder: str | Path, rank: int) -> Path:
     return Path(folder) / f"ds_quant_residuals_rank_{rank:05d}.safetensors"
 
 
-def save_residuals(engine: Any, folder: str) -> None:
+def save_residuals(engine: Any, folder: Path) -> None:
     """Write this rank's file into the folder of a checkpoint, whole or not at all."""
-    os.makedirs(folder, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     path = _file(folder, dist.get_rank())
-    part = path.with_suffix(f".{os.getpid()}.part")
     metadata = {"format": FORMAT, "world_size": str(dist.get_world_size()), "step": str(engine.global_steps)}
-    try:
-        save_file(engine.ds_quant_gradients.feedback.state_dict(), part, metadata)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    with whole_file(path) as beside:
+        save_file(engine.ds_quant_gradients.feedback.state_dict(), beside, metadata)
 
 
 def read_residuals(engine: Any, load_dir: str, tag: str | None) -> dict[str, Any]:

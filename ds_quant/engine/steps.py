@@ -1,27 +1,21 @@
-"""A live engine tells the quantized layers which step a forward belongs to."""
+"""A live engine tells the quantized layers which step, micro step and forward they are in.
+
+All three stand still during a forward and its backward, recomputed layers included, so that these draw the same bits.
+The second forward of a micro step, say of a policy that is called twice before one backward, gets other bits than the
+first; evaluations and forwards that fail do not count.
+"""
 
 from typing import Any
 
+import deepspeed
 import torch
 from deepspeed import comm as dist
 
-from ds_quant.engine.engine_class import mix_in
-from ds_quant.engine.forwards import number_forwards
-from ds_quant.engine.micro_steps import count_micro_steps
+from ds_quant.engine.micro_steps import MicroSteps
+from ds_quant.engine.parts import Loading, Part
+from ds_quant.linear import recomputation
 from ds_quant.linear.convert import remove_forward_counter
 from ds_quant.linear.step_key import SEED_MASK, StepKey
-
-
-class _StepNamingEngine:
-    """Mixed into the class of a live engine: tells the quantized layers which step a forward belongs to."""
-
-    ds_quant_step_key: StepKey
-
-    def forward(self, *inputs: Any, **kwargs: Any) -> Any:
-        # Both stand still during the backward of this forward. A checkpoint holds the first and begins the second anew.
-        micro_step = self.ds_quant_micro_steps.now()  # type: ignore[attr-defined]
-        self.ds_quant_step_key.set(self.global_steps, micro_step)  # type: ignore[attr-defined]
-        return super().forward(*inputs, **kwargs)  # type: ignore[misc]
 
 
 def seed_of_first_rank(engine: Any, seed: int) -> int:
@@ -31,12 +25,33 @@ def seed_of_first_rank(engine: Any, seed: int) -> int:
     return int(sent.item())
 
 
-def attach_steps(engine: Any, step_key: StepKey) -> None:
-    """Drive `step_key` from the live engine, with the seed of rank 0 on all ranks."""
-    count_micro_steps(engine)
-    step_key.reseed(seed_of_first_rank(engine, step_key.seed), dist.get_rank())
-    step_key.local(torch.device(engine.device))  # keys are made there from now on
-    remove_forward_counter(engine.module)
-    engine.ds_quant_step_key = step_key
-    number_forwards(engine)
-    mix_in(engine, _StepNamingEngine)
+class Steps(Part):
+    """Drives the step key of an engine's model, with the seed of rank 0 on all ranks."""
+
+    def __init__(self, engine: Any, step_key: StepKey, micro_steps: MicroSteps) -> None:
+        super().__init__(engine)
+        self._step_key, self._micro_steps = step_key, micro_steps
+        self._micro_step = (-1, 0)
+        self._forwards = 0
+        step_key.reseed(seed_of_first_rank(engine, step_key.seed), dist.get_rank())
+        step_key.local(torch.device(engine.device))  # keys are made there from now on
+        remove_forward_counter(engine.module)
+        recomputation.follow_reentrant(deepspeed.checkpointing.CheckpointFunction)
+        engine.ds_quant_step_key = step_key
+
+    def before_forward(self, *, trains: bool) -> None:
+        # A checkpoint holds the step, and begins the micro steps anew.
+        step, micro_step = self.engine.global_steps, self._micro_steps.now()
+        if trains:
+            if (step, micro_step) != self._micro_step:
+                self._micro_step, self._forwards = (step, micro_step), 0
+            micro_step |= self._forwards << 32
+        self._step_key.set(step, micro_step)
+        self._step_key.begin_forward()
+
+    def after_forward(self, *, trains: bool, failed: bool) -> None:
+        self._step_key.end_forward()
+        self._forwards += trains and not failed
+
+    def after_load(self, loading: Loading, path: str | None) -> None:
+        self._micro_step = (-1, 0)

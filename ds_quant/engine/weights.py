@@ -9,44 +9,11 @@ from typing import Any
 
 import deepspeed
 
-from ds_quant.engine.engine_class import mix_in
-from ds_quant.engine.seams import check_live
+from ds_quant.engine.parts import Part
 from ds_quant.linear.modules import QuantizedModule
 from ds_quant.linear.weight_codes import weights_changed
 
-_Engine = deepspeed.runtime.engine.DeepSpeedEngine
 _Gathered = deepspeed.zero.GatheredParameters
-
-
-class _WeightsEngine:
-    """Mixed into the class of a live engine: says so whenever one of its methods may have written weights."""
-
-    @functools.wraps(_Engine.step)
-    def step(self, *args: Any, **kwargs: Any) -> Any:
-        steps: int | None = self.global_steps  # type: ignore[attr-defined]
-        try:
-            result = super().step(*args, **kwargs)  # type: ignore[misc]
-            if self.global_steps == steps:  # type: ignore[attr-defined]
-                steps = None  # in the midst of an accumulation
-            return result
-        finally:
-            # Also after an error: what was written until then stays.
-            if steps is not None:
-                weights_changed()
-
-    @functools.wraps(_Engine.load_checkpoint)
-    def load_checkpoint(self, *args: Any, **kwargs: Any) -> Any:
-        try:
-            return super().load_checkpoint(*args, **kwargs)  # type: ignore[misc]
-        finally:
-            weights_changed()
-
-    @functools.wraps(_Engine.load_module_state_dict)
-    def load_module_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        try:
-            return super().load_module_state_dict(*args, **kwargs)  # type: ignore[misc]
-        finally:
-            weights_changed()
 
 
 @functools.cache
@@ -64,12 +31,16 @@ def _tell_of_gathered_parameters() -> None:
     _Gathered.__exit__ = __exit__
 
 
-def attach_weights(engine: Any) -> None:
-    """Have the layers of the live engine quantize their weights once for each step, and shared inputs once."""
-    check_live([(engine, "global_steps")])
-    _tell_of_gathered_parameters()
-    mix_in(engine, _WeightsEngine)
-    if engine.zero_optimization_partition_weights():
-        for module in engine.module.modules():
-            if isinstance(module, QuantizedModule):
-                module.watch_input()
+class Weights(Part):
+    """Has the layers of a live engine quantize their weights once for each step, and shared inputs once."""
+
+    def __init__(self, engine: Any) -> None:
+        super().__init__(engine)
+        _tell_of_gathered_parameters()
+        if engine.zero_optimization_partition_weights():
+            for module in engine.module.modules():
+                if isinstance(module, QuantizedModule):
+                    module.watch_input()
+
+    def after_writing(self) -> None:
+        weights_changed()

@@ -123,7 +123,7 @@ class QuantLinear(QuantizedModule, nn.Linear):
     """nn.Linear with quantized products. Made by :func:`ds_quant.convert`, or directly.
 
     Args:
-        in_features, out_features, bias, device, dtype: as in nn.Linear.
+        in_features: as in nn.Linear, and so are out_features, bias, device and dtype.
         config: what to quantize; `ds_quant.QuantConfig.load(...).linear` or the JSON object.
     """
 

@@ -40,8 +40,12 @@ class QuantAdamW(torch.optim.Optimizer):
     Args:
         params: parameters or parameter groups, fp32, bf16 or fp16, of any shape. A group may have its own
             `exp_avg` and `exp_avg_sq`; None keeps that group's moment in 32 bits.
-        lr, betas, eps, weight_decay: as in torch.optim.AdamW; lr may be a tensor of one element.
-        exp_avg, exp_avg_sq: the objects of the JSON's `ds_quant.optimizer` (or `MomentConfig`), or None for 32 bits.
+        lr: as in torch.optim.AdamW; may be a tensor of one element.
+        betas: as in torch.optim.AdamW.
+        eps: as in torch.optim.AdamW.
+        weight_decay: as in torch.optim.AdamW.
+        exp_avg: the object of the JSON's `ds_quant.optimizer.exp_avg` (or a `MomentConfig`), or None for 32 bits.
+        exp_avg_sq: the same of `exp_avg_sq`.
         seed: of stochastic rounding. Replicas must have the same one.
 
     32-bit moments are fp32 whatever the parameter's dtype.

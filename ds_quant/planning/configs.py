@@ -20,7 +20,7 @@ _FILLINGS: dict[str, Any] = {
     "scheduler.params.warmup_max_lr": 1e-4,
     "scheduler.params.warmup_min_lr": 0.0,
 }
-"""Of "auto"s, with what the Trainer's flags say by default in launchers/pretrain.py; none of the numbers changes memory
+"""Of "auto"s, with what the Trainer's flags say by default in pre-training; none of the numbers changes memory
 or traffic but that clipping is on."""
 
 

@@ -97,7 +97,7 @@ class DryRun(TorchDispatchMode):
                 f"the operator {func}",
                 f"no size without values ({reason})",
                 "models whose memory does not depend on the data",
-                "measure such a model with launchers/diagnose.py memory",
+                "measure such a model with ds_quant diagnose memory",
             ) from error
 
     def _allocated(self, func: Any, args: Any, kwargs: Any, results: Any) -> Any:

@@ -1,20 +1,21 @@
 """Models by what a user calls them, and models from their config.json."""
 
-import importlib.util
-import json
-import sys
-from pathlib import Path
-from typing import Any
+from __future__ import annotations
 
-from torch import nn
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from ds_quant.base.errors import closest, fail
+from ds_quant.planning.presets import PRESETS, Preset
+
+if TYPE_CHECKING:
+    from torch import nn
 
 WAYS = (
-    "a preset of launchers/pretrain.py, a folder with config.json or such a file, a name on the Hugging Face hub, or a "
+    f"a preset ({', '.join(PRESETS)}), a folder with config.json or such a file, a name on the Hugging Face hub, or a "
     "description such as model_type=llama,hidden_size=4096,num_hidden_layers=32,vocab_size=32000"
 )
-_PRESETS = Path(__file__).resolve().parents[2] / "launchers" / "pretraining" / "presets.py"
 _LENGTHS = ("max_position_embeddings", "n_positions")
 
 
@@ -45,7 +46,7 @@ def resolve_model(name: str, *, length: int | None = None, vocabulary: int | Non
     if preset := _preset(name):
         values = {**preset.model, "vocab_size": vocabulary or preset.flags.get("vocab_size", 50257)}
         values |= {"bos_token_id": None, "eos_token_id": None}  # the tokenizer's
-        # As pretrain.py does it: the tokenizer's ids filled up to a multiple, positions as many as tokens.
+        # As pre-training does it: the tokenizer's ids filled up to a multiple, positions as many as tokens.
         values["vocab_size"] = -(-values["vocab_size"] // preset.vocab_multiple) * preset.vocab_multiple
         length = length or preset.flags["context_length"]
         values["n_positions" if values["model_type"] == "gpt2" else "max_position_embeddings"] = length
@@ -71,18 +72,9 @@ def resolve_model(name: str, *, length: int | None = None, vocabulary: int | Non
     return full, length
 
 
-def _preset(name: str) -> Any:
-    """A preset of the launcher, where this package lies beside it (a checkout)."""
-    if not _PRESETS.is_file():
-        return None
-    spec = importlib.util.spec_from_file_location("_ds_quant_presets", _PRESETS)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    found = module.PRESETS.get(name)
-    if found is None and "/" not in name and not Path(name).exists() and (near := closest(name, module.PRESETS, 0.8)):
+def _preset(name: str) -> Preset | None:
+    found = PRESETS.get(name)
+    if found is None and "/" not in name and not Path(name).exists() and (near := closest(name, PRESETS, 0.8)):
         raise fail("--model", name, WAYS, f'did you mean "{near}"?')
     return found
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pretraining import status
 from pretraining.plots import Rows
+from survival import status
 
 _NEEDED = ("step", "train_loss", "eval_loss")
 # No figure of a run comes near; squares of it still fit into a float.

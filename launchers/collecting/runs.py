@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pretraining import status
+from survival import status
 
 from collecting import files, names
 from collecting.files import number

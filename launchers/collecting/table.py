@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 
 from collecting.configs import Config
 from collecting.runs import Run
+from ds_quant.cli.shared.tables import escaped, markdown_table
 
 RUN_COLUMNS = (
     "config",
@@ -83,12 +84,12 @@ def config_rows(configs: Iterable[Config]) -> list[list[str]]:
 
 def to_markdown(runs: Sequence[Run], configs: Sequence[Config], problems: Sequence[str], baseline: str) -> str:
     """The configs, the runs, and the problems."""
-    parts = ["# Collected runs", "", _UNITS.format(baseline=_escaped(baseline)), ""]
+    parts = ["# Collected runs", "", _UNITS.format(baseline=escaped(baseline)), ""]
     parts += [*markdown_table(CONFIG_COLUMNS, config_rows(configs)), "", "## Runs", "", _RUN_UNITS, ""]
     columns = ("config", "seed", "state", "steps", "final loss", "best loss", "tokens/s", "wire bytes/step")
     parts += markdown_table((*columns, "seconds", "peak bytes", "folder", "reason"), [_run_row(run) for run in runs])
     parts += ["", "## Problems", ""]
-    parts += [f"- {_escaped(problem)}" for problem in problems] or ["None."]
+    parts += [f"- {escaped(problem)}" for problem in problems] or ["None."]
     return "\n".join(parts) + "\n"
 
 
@@ -107,17 +108,6 @@ def _run_row(run: Run) -> list[str]:
         run.folder,
         run.reason,
     ]
-
-
-def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    lines = [columns, ["---"] * len(columns), *rows]
-    return ["| " + " | ".join(map(_escaped, cells)) + " |" for cells in lines]
-
-
-def _escaped(text: str) -> str:
-    for mark in ("\\", "|", "<", "*", "`"):
-        text = text.replace(mark, f"\\{mark}")
-    return text
 
 
 def _loss(value: float | None) -> str:

@@ -9,13 +9,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from survival import batches, resize
+from survival.errors import LaunchError
 from transformers import TrainingArguments
 
-from pretraining import batches, manifest, resize
+from ds_quant.base import manifest
+from ds_quant.planning.presets import PRESETS
 from pretraining.deepspeed_json import DeepSpeedJson
-from pretraining.errors import LaunchError
 from pretraining.parser import Parser
-from pretraining.presets import PRESETS
 
 
 def _flag(help_text: str, default: Any = None, **metadata: Any) -> Any:

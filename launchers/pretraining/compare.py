@@ -8,18 +8,21 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from ds_quant.cli.shared.run_folder import read_metrics
+
 if not __package__:
     # Run as a script, Python looks for modules next to this file; the package lies one folder up.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from pretraining import metrics, plots
-from pretraining.errors import LaunchError
+from survival.errors import LaunchError
+
+from pretraining import plots
 
 
 def load(run: Path) -> tuple[plots.Rows, dict[str, Any]]:
     """metrics.csv and summary.json of a run's folder."""
     try:
-        rows = metrics.read(run / "metrics.csv")
+        rows = read_metrics(run / "metrics.csv")
         summary = json.loads((run / "summary.json").read_text())
     except (OSError, ValueError) as error:
         raise LaunchError(

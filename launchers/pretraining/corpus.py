@@ -9,10 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pretraining import document_stream, documents
+from survival.errors import LaunchError
+
+from ds_quant.cli.shared import text_files
+from ds_quant.planning.presets import PYTHON_SOURCE
+from pretraining import document_stream
 from pretraining.document_stream import Stream
-from pretraining.errors import LaunchError
-from pretraining.presets import PYTHON_SOURCE
 
 TRAIN, VALIDATION = "train", "validation"
 _GROUP = 64
@@ -71,7 +73,7 @@ class CorpusArguments:
             del values[name]
         for flag in ("train_file", "validation_file"):
             if values[flag] is not None:
-                files = documents.files_of(values[flag], f"--{flag}")
+                files = text_files.files_of(values[flag], f"--{flag}")
                 values[flag] = [[str(Path(file).resolve()), Path(file).stat().st_size] for file in files]
         return values
 
@@ -108,7 +110,7 @@ class Corpus:
         if args.train_file is not None:
             train = document_stream.from_files(args.train_file, column, "--train_file")
         elif name == PYTHON_SOURCE:
-            train = document_stream.from_files(documents.python_source(), "text", PYTHON_SOURCE)
+            train = document_stream.from_files(text_files.python_source(), "text", PYTHON_SOURCE)
         else:
             hub = document_stream.from_hub(str(name), args.dataset_config_name, column)
             train = [hub[TRAIN]]
@@ -164,6 +166,6 @@ class Corpus:
                         return None
         if not texts:
             return None
-        # As documents.split does, so that both ways of training see the same text.
+        # As text_files.split does, so that both ways of training see the same text.
         cut = max(1, int(len(texts[0]) * (1 - self._args.validation_fraction)))
         return [texts[0][:cut], texts[0][cut:]]

@@ -8,12 +8,13 @@ from typing import Any, NamedTuple
 
 import datasets
 import torch
+from survival.errors import LaunchError
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
-from pretraining import document_stream, documents, environment, packing, shards, streaming
+from ds_quant.cli.shared import terminal, text_files, token_ids
+from pretraining import document_stream, documents, packing, shards, streaming
 from pretraining import tokenizer as tokenizers
 from pretraining.arguments import Arguments
-from pretraining.errors import LaunchError
 
 
 class Data(NamedTuple):
@@ -63,7 +64,7 @@ def _from_stream(args: Arguments, training: TrainingArguments) -> Data:
         stream = stream.in_smaller_parts()
     kept_out: dict[int, int] = {}
     if asked.validation_file is not None:
-        held = documents.read_files(asked.validation_file, asked.text_column, "--validation_file")
+        held = text_files.read_files(asked.validation_file, asked.text_column, "--validation_file")
     else:
         if "validation" in parts:
             texts = [text for part in range(parts["validation"].num_parts) for text in parts["validation"].texts(part)]
@@ -83,18 +84,18 @@ def _from_stream(args: Arguments, training: TrainingArguments) -> Data:
         seed=training.data_seed or 0,
         group=max(1, streaming.SHUFFLED_TOGETHER // lanes),
         kept_out={str(part): count for part, count in kept_out.items()},
-        tokenizer=packing.fingerprint(tokenizer),
+        tokenizer=token_ids.fingerprint(tokenizer),
     )
     train = streaming.LaneStream(
         stream,
-        packing.encoder(tokenizer),
+        token_ids.encoder(tokenizer),
         plan,
         global_batch=global_batch,
         rank=training.process_index,
         world_size=training.world_size,
     )
     if stream.num_parts < lanes:
-        environment.say(
+        terminal.say(
             f"The stream has {stream.num_parts} parts for {lanes} lanes: several lanes read the same part and keep "
             "some of its documents each. More files, or fewer --stream_lanes, would save reading."
         )

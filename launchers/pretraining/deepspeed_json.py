@@ -8,8 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from survival.errors import LaunchError
+
 from ds_quant.config.deepspeed_json import parse_deepspeed_config, read_deepspeed_config
-from pretraining.errors import LaunchError
 
 _FLAGS = {
     "train_micro_batch_size_per_gpu": "per_device_train_batch_size",

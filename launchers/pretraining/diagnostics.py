@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from pretraining.environment import say
+from ds_quant.cli.shared.terminal import say
 
 
 def place(config: dict[str, Any], output_dir: Path) -> Path | None:

@@ -8,9 +8,10 @@ from itertools import chain
 from typing import Any, NamedTuple
 
 import datasets
+from survival.errors import LaunchError
 
+from ds_quant.cli.shared import text_files
 from pretraining import documents
-from pretraining.errors import LaunchError
 
 
 class Group(NamedTuple):
@@ -46,7 +47,7 @@ class Stream(NamedTuple):
         # iter() and not __iter__: in a worker of a DataLoader the latter would share one part out once more.
         batches = rows.iter(batch_size=size)
         before = begin
-        while batch := documents.guarded(lambda: next(batches, None), f"{where} cannot be read", remedy):
+        while batch := text_files.guarded(lambda: next(batches, None), f"{where} cannot be read", remedy):
             texts = batch.get(self.column)
             if texts is None or any(not isinstance(text, str) for text in texts):
                 raise LaunchError(
@@ -71,17 +72,17 @@ class Stream(NamedTuple):
 def from_files(patterns: list[str], text_column: str, flag: str) -> list[Stream]:
     """The documents that `read_files` gives, in the same order, without loading them: a stream for each kind."""
     streams = []
-    for reader, files in documents.by_reader(patterns, flag):
+    for reader, files in text_files.by_reader(patterns, flag):
         text = reader == "text"
         options = {"sample_by": "document"} if text else {}
-        rows = documents.guarded(
+        rows = text_files.guarded(
             partial(datasets.load_dataset, reader, data_files=files, split="train", streaming=True, **options),
             f"{flag} {' '.join(patterns)} cannot be read as {reader}",
             "Check that the files are whole and of the kind their names say.",
         )
         where = f"{flag} {files[0]}"
         column = "text" if text else text_column
-        streams.append(Stream(documents.only(rows, column, where), column, where, files))
+        streams.append(Stream(text_files.only(rows, column, where), column, where, files))
     return streams
 
 
@@ -89,7 +90,7 @@ def from_hub(name: str, config: str | None, text_column: str) -> dict[str, Strea
     """The parts `train` and, if there is one, `validation` of a data set of the hub or a folder."""
     loaded = documents.from_hub(name, config, streaming=True)
     parts = [part for part in ("train", "validation") if part in loaded]
-    return {part: Stream(documents.only(loaded[part], text_column, name), text_column, name) for part in parts}
+    return {part: Stream(text_files.only(loaded[part], text_column, name), text_column, name) for part in parts}
 
 
 def first_documents(stream: Stream, count: int) -> tuple[list[str], dict[int, int]]:

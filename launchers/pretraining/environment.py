@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import re
 import resource
 import socket
 import subprocess
-import sys
-import warnings
 from datetime import timedelta
 from pathlib import Path
 
+from survival.errors import LaunchError
+
 from ds_quant.base.one_rank import RANK_VARIABLES, become_one_rank
-from pretraining.errors import LaunchError
 
 
 def ensure_process_group_variables() -> None:
@@ -69,25 +67,6 @@ def _scontrol(*arguments: str) -> str:
         ) from error
 
 
-def let_threads_sleep() -> None:
-    """Make OpenMP's idle threads wait instead of spin; must be called before torch is imported.
-
-    Where the cores are shared with anything else, spinning threads wait for ones that have no core: ten times slower
-    measured, and nothing lost on an idle machine.
-    """
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
-
-def rank() -> int:
-    """The number of this process among all."""
-    return int(os.environ.get("RANK", os.environ.get("OMPI_COMM_WORLD_RANK", "0")))
-
-
-def hostname() -> str:
-    """The name of this machine."""
-    return socket.gethostname()
-
-
 def world_size() -> int:
     """How many processes train together."""
     return int(os.environ.get("WORLD_SIZE", os.environ.get("OMPI_COMM_WORLD_SIZE", "1")))
@@ -101,35 +80,6 @@ def without_accelerator() -> bool:
         os.environ["DS_ACCELERATOR"] = "cpu"
         return True
     return False
-
-
-def quiet(*, verbose: bool) -> None:
-    """Keep DeepSpeed's and the Trainer's chatter off the terminal unless it was asked for."""
-    if verbose:
-        return
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    # accelerate chooses as many threads as there are cores for each rank, and warns that it did.
-    warnings.filterwarnings("ignore", message="OMP_NUM_THREADS/MKL_NUM_THREADS unset")
-    import datasets
-    from transformers.utils import logging as transformers_logging
-
-    # The bars of saving a model cut through the one of training, which is not among these.
-    transformers_logging.disable_progress_bar()
-    if rank() != 0:
-        datasets.disable_progress_bars()
-        datasets.logging.set_verbosity_error()
-
-
-def say(message: str) -> None:
-    """Print a line, once in the whole job."""
-    if rank() == 0:
-        print(message, flush=True)
-
-
-def complain(message: str, *, everywhere: bool = False) -> None:
-    """Print an error: once in the whole job, or on every rank that meets one of its own."""
-    if everywhere or rank() == 0:
-        print(f"error: {message}", file=sys.stderr, flush=True)
 
 
 def join_process_group(timeout_seconds: float) -> None:

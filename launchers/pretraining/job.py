@@ -6,34 +6,27 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from survival import checkpoints, resize
+from survival.control import Control
+from survival.ending import ending, give_up, take_folder
+from survival.guard import Guard
+from survival.lease import Lease
+from survival.saving import CheckpointSaver
+from survival.signals import StopRequest
+from survival.watchdog import Watchdog
 from transformers import TrainingArguments
 
 import ds_quant
+from ds_quant.base import trainer_checkpoints
+from ds_quant.base.commit import commit
 from ds_quant.cli import report
+from ds_quant.cli.shared import terminal
 from ds_quant.comm.reducer import describe_wire
 from ds_quant.optim.setup import describe_moments
-from pretraining import (
-    arguments,
-    checkpoints,
-    data,
-    diagnostics,
-    documents,
-    environment,
-    metrics,
-    model,
-    outputs,
-    resize,
-)
+from pretraining import arguments, data, diagnostics, documents, environment, metrics, model, outputs
 from pretraining.arguments import Arguments
-from pretraining.control import Control
 from pretraining.deepspeed_json import DeepSpeedJson, fill_gaps
-from pretraining.ending import ending, give_up, take_folder
-from pretraining.guard import Guard
-from pretraining.lease import Lease
-from pretraining.saving import CheckpointSaver
-from pretraining.signals import StopRequest
 from pretraining.trainer import PretrainTrainer, RestoreProgress, last_eval_loss
-from pretraining.watchdog import Watchdog
 
 
 def run(argv: list[str], *, use_cpu: bool, request: StopRequest) -> None:
@@ -43,7 +36,7 @@ def run(argv: list[str], *, use_cpu: bool, request: StopRequest) -> None:
     """
     world_size = environment.world_size()
     args, config = arguments.parse(argv, world_size=world_size)
-    environment.quiet(verbose="log_level" in args.explicit)
+    terminal.quiet(verbose="log_level" in args.explicit)
     ds_quant.QuantConfig.load(config.content)  # before minutes of tokenizing; initialize loads it again
     args.training.setdefault("use_cpu", use_cpu)
     documents.check_files(args.data)
@@ -77,14 +70,14 @@ def _run(args: Arguments, config: DeepSpeedJson, wish: str | None, run: _Run) ->
     if resume is not None:
         # The checkpoint's own history has this evaluation.
         args.training["eval_on_start"] = False
-        environment.say(f"Resuming from {resume}.")
+        terminal.say(f"Resuming from {resume}.")
         line = args.go_on_from(resume, config, world_size=control.world_size)
         if line is not None:
-            environment.say(line)
+            terminal.say(line)
         universal = resize.needs_universal(resume, control.world_size, config.content)
         if universal:
-            environment.say(
-                f"{resume} was saved by {len(checkpoints.optimizer_ranks(resume))} ranks, this run has "
+            terminal.say(
+                f"{resume} was saved by {len(trainer_checkpoints.optimizer_ranks(resume))} ranks, this run has "
                 f"{control.world_size}: converting its optimizer states to DeepSpeed's universal format."
             )
             control.from_first(lambda: resize.make_universal(resume, lease))
@@ -92,7 +85,7 @@ def _run(args: Arguments, config: DeepSpeedJson, wish: str | None, run: _Run) ->
     is_bf16_fast = control.from_first(environment.is_bf16_fast)
     device = "CPU" if args.training["use_cpu"] else "accelerator"
     if (line := args.choose_dtype(resume, is_bf16_fast=is_bf16_fast, device=device)) is not None:
-        environment.say(line)
+        terminal.say(line)
     training = args.build_training_arguments(config)
     plugin = training.deepspeed_plugin.hf_ds_config.config
     fill_gaps(plugin)
@@ -110,7 +103,7 @@ def _run(args: Arguments, config: DeepSpeedJson, wish: str | None, run: _Run) ->
 def _start_over(lease: Lease, *, overwrite: bool) -> None:
     lease.check()
     # Broken checkpoints alone are no reason to delete: they are replaced when their step is reached.
-    if overwrite or not checkpoints.listed(lease.output_dir):
+    if overwrite or not trainer_checkpoints.listed(lease.output_dir):
         checkpoints.clear(lease.output_dir)
 
 
@@ -197,7 +190,7 @@ def _train(trainer: PretrainTrainer, args: Arguments, config: DeepSpeedJson, res
         "seed": training.seed,
         "config": config.content,
         "versions": report.versions(),
-        "commit": outputs.commit(),
+        "commit": commit(),
     }
     outputs.write_summary(output_dir / "summary.json", summary)
     outputs.write_curves(output_dir, str(output_dir))

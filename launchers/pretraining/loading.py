@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from survival.errors import LaunchError
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
 
-from pretraining.errors import LaunchError
 from pretraining.permutation import PermutedBatches
 from pretraining.shards import PackedShards
 from pretraining.streaming import LaneLoader, LaneStream

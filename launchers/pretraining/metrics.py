@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import csv
 import io
-import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from ds_quant.base.whole_folder import write_whole
 
 COLUMNS = ("step", "tokens", "train_loss", "eval_loss", "grad_norm", "lr")
 _NAMES = {"loss": "train_loss", "eval_loss": "eval_loss", "grad_norm": "grad_norm", "learning_rate": "lr"}
@@ -35,7 +36,7 @@ class MetricsCallback(TrainerCallback):
         """Start the file with what the checkpoint remembers: lines after it are of steps that will be taken again."""
         if state.is_world_process_zero and self._may_write():
             rows = rows_of(state.log_history, self._tokens_per_step)
-            write_atomically(self._path, to_csv(rows, header=True).encode())
+            write_whole(self._path, to_csv(rows, header=True))
 
     def on_log(
         self,
@@ -88,19 +89,6 @@ def to_csv(rows: Iterable[Row], *, header: bool) -> str:
         writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()
-
-
-def read(path: Path) -> list[dict[str, float | None]]:
-    """The rows of a metrics.csv, empty fields as None."""
-    with path.open(newline="") as file:
-        return [{key: float(value) if value else None for key, value in row.items()} for row in csv.DictReader(file)]
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that a reader sees the old content or the new, never a part."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
 
 
 def _row(entry: dict[str, Any], tokens_per_step: int) -> Row:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+from survival.errors import LaunchError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -15,9 +16,8 @@ from transformers import (
     set_seed,
 )
 
+from ds_quant.planning.presets import PRESETS
 from pretraining.arguments import ModelArguments
-from pretraining.errors import LaunchError
-from pretraining.presets import PRESETS
 
 
 def resolve_config(args: ModelArguments, *, vocab_size: int, context_length: int) -> PretrainedConfig:

@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from pretraining import metrics, plots
-from pretraining.environment import say
+from ds_quant.base.whole_folder import write_whole
+from ds_quant.cli.shared.run_folder import read_metrics
+from ds_quant.cli.shared.terminal import say
+from pretraining import plots
 from pretraining.trainer import PretrainTrainer
 
 
@@ -31,30 +32,13 @@ def save_model(trainer: PretrainTrainer, folder: Path) -> None:
 
 def write_summary(path: Path, summary: dict[str, Any]) -> None:
     """Write summary.json."""
-    metrics.write_atomically(path, (json.dumps(summary, indent=2) + "\n").encode())
+    write_whole(path, json.dumps(summary, indent=2) + "\n")
 
 
 def write_curves(output_dir: Path, title: str) -> None:
     """Draw curves.png from metrics.csv, or say in one line why there is none."""
-    if not plots.draw_curves(metrics.read(output_dir / "metrics.csv"), output_dir / "curves.png", title):
+    if not plots.draw_curves(read_metrics(output_dir / "metrics.csv"), output_dir / "curves.png", title):
         say("curves.png was not drawn: matplotlib is missing (pip install 'ds_quant[plot]').")
-
-
-def commit() -> str | None:
-    """The commit of the checkout that this file lies in, `-dirty` with changes; None outside of one."""
-    here = Path(__file__).parent
-    try:
-        done = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-            cwd=here,
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=True,
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip() or None
 
 
 def print_table(summary: dict[str, Any], output_dir: Path) -> None:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import NoReturn
 
+from survival.errors import LaunchError
 from transformers import HfArgumentParser
-
-from pretraining.errors import LaunchError
 
 
 class Parser(HfArgumentParser):

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import io
-from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
-from pretraining import metrics
+from ds_quant.cli.shared.pictures import new_figure, save_figure
+
+__all__ = ["Rows", "draw_comparison", "draw_curves", "new_figure", "save_figure", "series"]
 
 Rows = list[dict[str, float | None]]
 
@@ -55,25 +54,3 @@ def draw_comparison(runs: dict[str, Rows], gap: tuple[list[float], list[float]],
     below.set_title(f"{names[1]} minus {names[0]}", fontsize=9)
     save_figure(figure, [above, below], path)
     return True
-
-
-def new_figure(*, width: float, height: float) -> Any:
-    """A matplotlib Figure of that size in inches; None without matplotlib."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        return None
-    # Not pyplot: no window system is looked for, and nothing global is left behind.
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def save_figure(figure: Any, axes: Iterable[Any], path: Path) -> None:
-    """Write it as a PNG, with a faint grid on the axes."""
-    for axis in axes:
-        axis.grid(alpha=0.3)
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=130)
-    metrics.write_atomically(path, picture.getvalue())

@@ -23,12 +23,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from survival.errors import LaunchError
 from transformers import PreTrainedTokenizerBase
 
-from pretraining import durable, environment, packing, shards
+from ds_quant.base.whole_folder import write_json
+from ds_quant.cli.shared import terminal, token_ids
+from pretraining import shards
 from pretraining import tokenizer as tokenizers
 from pretraining.corpus import TRAIN, VALIDATION, Corpus, CorpusArguments, Group, Place
-from pretraining.errors import LaunchError
 
 _CHARACTERS_AT_ONCE = 1 << 18
 """Ids are Python integers at first, of 36 bytes each: few at a time."""
@@ -42,7 +44,7 @@ def write(args: CorpusArguments) -> shards.Index:
         for name in (shards.INDEX, shards.PROGRESS):
             _refuse_others(folder / name, args)
         if (folder / shards.INDEX).is_file():
-            environment.say(f"{folder} is complete: nothing is left to do.")
+            terminal.say(f"{folder} is complete: nothing is left to do.")
         else:
             _tokenize(folder, args)
     return shards.load(str(folder))
@@ -57,7 +59,7 @@ def _tokenize(folder: Path, args: CorpusArguments) -> None:
         "arguments": args.identity(),
         "dtype": dtype.name,
         "vocab_size": len(tokenizer),
-        "tokenizer": packing.fingerprint(tokenizer),
+        "tokenizer": token_ids.fingerprint(tokenizer),
         TRAIN: [],
         VALIDATION: [],
     }
@@ -68,7 +70,7 @@ def _tokenize(folder: Path, args: CorpusArguments) -> None:
         if {**progress, TRAIN: [], VALIDATION: []} != done:
             raise LaunchError(f"{folder}: its tokenizer has changed since the run began. Give an empty --output_dir.")
         done = progress
-        environment.say(f"Going on after {number} chunks: document {place.number + place.skip} of the corpus is next.")
+        terminal.say(f"Going on after {number} chunks: document {place.number + place.skip} of the corpus is next.")
     chunk = _Chunk(folder, number, dtype)
     begin, tokens = time.monotonic(), 0
     for group, flat, ends in _tokenized(corpus.groups(place), folder / shards.TOKENIZER, dtype, args.num_proc):
@@ -78,9 +80,9 @@ def _tokenize(folder: Path, args: CorpusArguments) -> None:
                 tokens += _add(done, chunk.close())
                 number += 1
                 after = group.place._replace(skip=document + 1)._asdict()
-                durable.write_json(folder / shards.PROGRESS, {**done, "next": after, "chunks": number})
+                write_json(folder / shards.PROGRESS, {**done, "next": after, "chunks": number})
                 rate = tokens / (time.monotonic() - begin)
-                environment.say(f"chunk {number}: {tokens} tokens so far, {rate:.0f} tokens/s")
+                terminal.say(f"chunk {number}: {tokens} tokens so far, {rate:.0f} tokens/s")
                 chunk = _Chunk(folder, number, dtype)
     _add(done, chunk.close())
     for part, remedy in ((TRAIN, "Give more text"), (VALIDATION, "Raise --validation_fraction")):
@@ -89,7 +91,7 @@ def _tokenize(folder: Path, args: CorpusArguments) -> None:
                 f"No document of the corpus is for {part}. {remedy}, or name a --validation_file, and start over in an "
                 "empty --output_dir."
             )
-    durable.write_json(folder / shards.INDEX, done)
+    write_json(folder / shards.INDEX, done)
     (folder / shards.PROGRESS).unlink(missing_ok=True)
 
 
@@ -169,14 +171,14 @@ def _tokenized(
             pool.shutdown(cancel_futures=True)
 
 
-_state: dict[str, packing.Encode] = {}
+_state: dict[str, token_ids.Encode] = {}
 """The tokenizer of this process: loaded once, not sent with every group."""
 
 
 def _start(tokenizer: Path, one_of_many: bool = False) -> None:
     if one_of_many:
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    _state["encode"] = packing.encoder(tokenizers.load(str(tokenizer)))
+    _state["encode"] = token_ids.encoder(tokenizers.load(str(tokenizer)))
 
 
 def _encode(texts: list[str], dtype: np.dtype[Any]) -> tuple[np.ndarray, np.ndarray]:
@@ -206,7 +208,7 @@ def _tokenizer(folder: Path, args: CorpusArguments, corpus: Corpus) -> PreTraine
         if args.tokenizer_name is not None:
             tokenizer = tokenizers.load(args.tokenizer_name)
         else:
-            environment.say("Training the tokenizer on the first documents.")
+            terminal.say("Training the tokenizer on the first documents.")
             tokenizer = tokenizers.train(corpus.training_texts(), vocab_size=int(args.vocab_size or 0))
         beside = folder / ".tokenizer.tmp"
         shutil.rmtree(beside, ignore_errors=True)

@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from survival.errors import LaunchError
 from transformers import PreTrainedTokenizerBase
 
+from ds_quant.cli.shared import token_ids
 from pretraining import packing
 from pretraining import tokenizer as tokenizers
-from pretraining.errors import LaunchError
 
 FORMAT = 1
 INDEX, PROGRESS, TOKENIZER = "index.json", "progress.json", "tokenizer"
@@ -130,12 +131,12 @@ def verify(index: Index) -> None:
 def load_tokenizer(index: Index, *, asked_for: str | None) -> PreTrainedTokenizerBase:
     """The tokenizer that made the ids; `asked_for` may name the same one, and nothing else."""
     tokenizer = tokenizers.load(str(index.folder / TOKENIZER))
-    if packing.fingerprint(tokenizer) != index.tokenizer or len(tokenizer) != index.vocab_size:
+    if token_ids.fingerprint(tokenizer) != index.tokenizer or len(tokenizer) != index.vocab_size:
         raise LaunchError(
             f"{index.folder / TOKENIZER} is not the tokenizer that these shards were made with. Restore it, or "
             "tokenize the corpus again."
         )
-    if asked_for is not None and packing.fingerprint(tokenizers.load(asked_for)) != index.tokenizer:
+    if asked_for is not None and token_ids.fingerprint(tokenizers.load(asked_for)) != index.tokenizer:
         raise LaunchError(
             f"--tokenizer_name {asked_for} is another tokenizer than the one that --train_shards {index.folder} was "
             "made with. Leave --tokenizer_name out, or tokenize the corpus with it."

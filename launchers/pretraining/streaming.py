@@ -17,11 +17,11 @@ from typing import Any, NamedTuple
 import fsspec.asyn  # type: ignore[import-untyped]
 import numpy as np
 import torch
+from survival.errors import LaunchError
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from pretraining import packing
+from ds_quant.cli.shared import token_ids
 from pretraining.document_stream import Stream
-from pretraining.errors import LaunchError
 from pretraining.permutation import Permutation
 
 FORMAT = 1
@@ -73,7 +73,7 @@ class Plan(NamedTuple):
 class Lane:
     """One lane's sequences, without end: a new epoch takes the parts and the documents in another order."""
 
-    def __init__(self, stream: Stream, encode: packing.Encode, plan: Plan, number: int) -> None:
+    def __init__(self, stream: Stream, encode: token_ids.Encode, plan: Plan, number: int) -> None:
         self._stream = stream
         self._encode = encode
         self._plan = plan
@@ -137,7 +137,7 @@ class LaneStream(IterableDataset[Share]):
     """The lanes of one rank, from `positions` on; each worker process of a DataLoader reads a share of them."""
 
     def __init__(
-        self, stream: Stream, encode: packing.Encode, plan: Plan, *, global_batch: int, rank: int, world_size: int
+        self, stream: Stream, encode: token_ids.Encode, plan: Plan, *, global_batch: int, rank: int, world_size: int
     ) -> None:
         super().__init__()
         self._stream = stream

@@ -11,10 +11,9 @@ import io
 from collections.abc import Iterable, Iterator
 
 import sentencepiece
+from survival.errors import LaunchError
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
-
-from pretraining.errors import LaunchError
 
 UNK, EOS, PAD = "<unk>", "</s>", "<pad>"
 SPACE = "\u2581"  # SentencePiece's visible stand-in for a space

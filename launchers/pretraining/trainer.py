@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 from accelerate.utils import DummyOptim
+from survival.guard import Guard
+from survival.saving import CheckpointSaver
 from torch import nn
 from torch.utils.data import RandomSampler
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from pretraining.guard import Guard
 from pretraining.loading import ExactLoading
-from pretraining.saving import CheckpointSaver
 
 _PROGRESS = "progress_rank{}.json"
 

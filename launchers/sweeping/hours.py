@@ -31,7 +31,7 @@ def tokens(arguments: Sequence[str], world_size: int) -> int | None:
     # Nothing but parsing: no device is needed for it.
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     from pretraining import arguments as pretrain_arguments
-    from pretraining.errors import LaunchError
+    from survival.errors import LaunchError
 
     import ds_quant
 

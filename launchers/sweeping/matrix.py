@@ -24,18 +24,24 @@ class Config:
     path: str
 
 
+def shipped(folder: Path) -> dict[str, Path]:
+    """The configs in `folder` and its subfolder `paper`, by name, sorted."""
+    found = {path.stem: path for path in [*folder.glob("*.json"), *folder.glob("paper/*.json")]}
+    return dict(sorted(found.items()))
+
+
 def configs(text: str, folder: Path) -> list[Config]:
-    """The configs named in `text`: words such as `w8a8`, `paper_*` or `my/own.json`; all of `folder` where it is empty.
+    """The configs named in `text`: words such as `w8a8`, `paper_*` or `my/own.json`; all shipped ones if it is empty.
 
     Raises:
         SweepError: a word means no config, or two configs have one name.
     """
-    shipped = {path.stem: path for path in sorted(folder.glob("*.json"))}
-    if not shipped:
+    known = shipped(folder)
+    if not known:
         raise SweepError(f"ds_configs: got {folder}, with no .json in it; allowed: the repository's own; restore it")
     found: dict[str, Path] = {}
-    for word in text.replace(",", " ").split() or shipped:
-        for path in _matching(word, shipped):
+    for word in text.replace(",", " ").split() or known:
+        for path in _matching(word, known):
             if found.setdefault(path.stem, path) != path:
                 raise SweepError(
                     f"CONFIGS: got {found[path.stem]} and {path}, whose runs would share a folder; allowed: each name "
@@ -49,17 +55,17 @@ def configs(text: str, folder: Path) -> list[Config]:
     return [Config(name, str(path)) for name, path in found.items()]
 
 
-def _matching(word: str, shipped: dict[str, Path]) -> list[Path]:
+def _matching(word: str, known: dict[str, Path]) -> list[Path]:
     if "/" in word:
         path = Path(word)
         if path.suffix != ".json" or not path.is_file():
             raise SweepError(f"CONFIGS: got {word!r}; allowed: the path of a .json file that is there; correct it")
         return [path]
     name = word.removesuffix(".json")
-    matches = [path for stem, path in shipped.items() if fnmatch.fnmatchcase(stem, name)]
+    matches = [path for stem, path in known.items() if fnmatch.fnmatchcase(stem, name)]
     if not matches:
-        close = difflib.get_close_matches(name, shipped, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"there are: {', '.join(shipped)}"
+        close = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"there are: {', '.join(known)}"
         raise SweepError(
             f"CONFIGS: got {word!r}; allowed: names and patterns of files in ds_configs, and paths with a / of others; "
             f"{hint}"

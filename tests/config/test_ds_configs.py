@@ -1,5 +1,5 @@
-"""The shipped configs: the matrix is complete, they differ in the section only, stock DeepSpeed refuses each of them
-unless it is full precision, and each trains."""
+"""The shipped configs: the matrix is complete and as its script writes it, they differ in the section only, stock
+DeepSpeed refuses each of them unless it is full precision, and each trains."""
 
 import json
 import math
@@ -10,13 +10,15 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, free_port
+from sweeping import paper
+from sweeping.matrix import shipped
 
 from ds_quant.config import TRIPWIRE, QuantConfig, has_tripwire, resolve_auto, unresolved_auto
 from ds_quant.config.deepspeed_json import TRIPWIRE_VALUE
 from ds_quant.config.refusals import check_refusals
 
-FILES = sorted((ROOT / "ds_configs").glob("*.json"))
-NAMES = [file.stem for file in FILES]
+FILES = shipped(ROOT / "ds_configs")
+NAMES = list(FILES)
 QUANTIZED = [name for name in NAMES if name != "baseline"]
 
 # Rows of the experiment matrix, as (bits, granularity, rest) by operand.
@@ -93,15 +95,26 @@ VALUES = {
 
 
 def read(name):
-    return json.loads((ROOT / "ds_configs" / f"{name}.json").read_text(encoding="utf-8"))
+    return json.loads(FILES[name].read_text(encoding="utf-8"))
 
 
 def load(name):
-    return QuantConfig.load(ROOT / "ds_configs" / f"{name}.json")
+    return QuantConfig.load(FILES[name])
 
 
 def test_the_matrix_is_complete():
     assert set(NAMES) == {"baseline", *ROWS, *PAPER_ROWS, *MOMENT_ROWS, *WIRE_ROWS, *INT8_ROWS, *DIAGNOSED_ROWS}
+    assert len(list((ROOT / "ds_configs").rglob("*.json"))) == len(NAMES), "one name, one file"
+
+
+def test_the_papers_matrix_is_what_its_script_writes(tmp_path):
+    (tmp_path / "baseline.json").write_bytes(FILES["baseline"].read_bytes())
+    paper.write(tmp_path)
+    written = {path.relative_to(tmp_path): path.read_bytes() for path in tmp_path.rglob("*.json")}
+    folder = ROOT / "ds_configs"
+    assert {folder / path for path in written} >= set((folder / "paper").iterdir())
+    for path, content in written.items():
+        assert (folder / path).read_bytes() == content, f"{path}: run python launchers/sweeping/paper.py"
 
 
 @pytest.mark.parametrize("name", DIAGNOSED_ROWS)
@@ -133,7 +146,7 @@ def test_each_row_on_the_wire_says_what_its_name_says(name):
 
 @pytest.mark.parametrize("name", MOMENT_ROWS)
 def test_each_moment_row_says_what_its_name_says(name):
-    quant = QuantConfig.load(ROOT / "ds_configs" / f"{name}.json")
+    quant = QuantConfig.load(FILES[name])
     assert quant.communication is None
     assert quant.linear == (QuantConfig.load(ROOT / "ds_configs" / "w8a8.json").linear if "w8a8" in name else None)
     assert quant.optimizer.exclude == ()
@@ -147,7 +160,7 @@ def test_each_moment_row_says_what_its_name_says(name):
 
 @pytest.mark.parametrize("name", [*ROWS, *PAPER_ROWS])
 def test_each_says_what_its_name_says(name):
-    quant = QuantConfig.load(ROOT / "ds_configs" / f"{name}.json")
+    quant = QuantConfig.load(FILES[name])
     paper = name.startswith("paper_")
     linear = quant.linear
     assert quant.optimizer is None
@@ -193,7 +206,7 @@ def test_they_differ_from_the_baseline_in_the_section_and_the_tripwire_only(name
 @pytest.mark.parametrize("world_size", [1, 8])
 @pytest.mark.parametrize("name", NAMES)
 def test_each_resolves_at_any_world_size(name, world_size):
-    resolved = resolve_auto(ROOT / "ds_configs" / f"{name}.json", world_size=world_size, **VALUES)
+    resolved = resolve_auto(FILES[name], world_size=world_size, **VALUES)
     assert unresolved_auto(resolved) == []
     assert resolved["train_batch_size"] == 2 * world_size
     assert has_tripwire(resolved) is (name != "baseline")
@@ -244,7 +257,7 @@ def run_with_deepspeed(script: str, configs: dict[str, dict], tmp_path: Path) ->
 
 
 def resolved_configs() -> dict[str, dict]:
-    return {name: resolve_auto(ROOT / "ds_configs" / f"{name}.json", **VALUES) for name in NAMES}
+    return {name: resolve_auto(FILES[name], **VALUES) for name in NAMES}
 
 
 STOCK = """

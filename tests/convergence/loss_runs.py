@@ -49,9 +49,14 @@ def cell(loss: float | None, base: float) -> str:
     return "" if loss is None else f"{loss:.4f} ({loss - base:+.4f})"
 
 
+def shipped_config(name: str) -> Path:
+    folder = ROOT / "ds_configs"
+    return (folder / "paper" if name.startswith("paper_") else folder) / f"{name}.json"
+
+
 def changed_config(runs: Path, name: str, shipped: str, where: Sequence[str], changes: dict) -> Path:
     """A shipped config; with `changes`, one in `runs` that differs from it by them at `where` in the section."""
-    source = ROOT / "ds_configs" / f"{shipped}.json"
+    source = shipped_config(shipped)
     if not changes:
         return source
     config = json.loads(source.read_text())

@@ -11,7 +11,7 @@ import statistics
 import sys
 from pathlib import Path
 
-from loss_runs import ROOT, cell, final, gaps
+from loss_runs import cell, final, gaps, shipped_config
 from loss_runs import train as train_run
 
 BASELINE = "baseline"
@@ -39,7 +39,7 @@ def train(runs: Path) -> None:
             for config in (BASELINE, *RECIPES):
                 if seed == SEEDS[0] or config in SEVERAL_SEEDS:
                     flags = ("--adam_beta2", beta2, "--seed", str(seed))
-                    train_run(folder(runs, config, beta2, seed), ROOT / "ds_configs" / f"{config}.json", *flags)
+                    train_run(folder(runs, config, beta2, seed), shipped_config(config), *flags)
 
 
 def table(runs: Path) -> str:

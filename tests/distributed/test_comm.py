@@ -4,8 +4,7 @@ import json
 import sys
 
 import pytest
-from conftest import free_port
-from launching import PROGRAMS, launch
+from launching import PROGRAMS, launch, run_ranks
 
 pytestmark = pytest.mark.distributed
 
@@ -13,9 +12,8 @@ TIMEOUT = 200
 
 
 def run(program, output, ranks, *arguments):
-    """Reports of all ranks of a torchrun job."""
-    rendezvous = ["--nproc_per_node", ranks, "--master_addr", "127.0.0.1", "--master_port", free_port()]
-    launch(["torchrun", *rendezvous, PROGRAMS / program, output, *arguments], timeout=TIMEOUT)
+    """Reports of all ranks."""
+    run_ranks(PROGRAMS / program, output, *arguments, ranks=ranks, timeout=TIMEOUT)
     return [json.loads(output.with_name(f"{output.name}.{rank}").read_text()) for rank in range(ranks)]
 
 

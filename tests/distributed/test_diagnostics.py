@@ -9,7 +9,7 @@ import pytest
 from common import LENGTH
 from conftest import ROOT, free_port
 from diagnosed import ACCUMULATION, EVERY, ROWS, SAVED_AT, STEPS
-from launching import PROGRAMS, deepspeed, launch
+from launching import PROGRAMS, launch, run_ranks
 
 from ds_quant.diagnostics import folder
 
@@ -26,8 +26,8 @@ VALUES_A_STEP = 2 * ACCUMULATION
 def run(tmp_path_factory):
     """(reports of all cases by rank, folder, output)."""
     place = tmp_path_factory.mktemp("diagnosed")
-    command = deepspeed(PROGRAMS / "diagnosed.py", place / "report.json", place, *CASES, "wrong")
-    _, output = launch(command, timeout=300)
+    job = (PROGRAMS / "diagnosed.py", place / "report.json", place, *CASES, "wrong")
+    _, output = run_ranks(*job, timeout=300)
     return json.loads((place / "report.json").read_text()), place, output
 
 

@@ -6,7 +6,7 @@ import json
 import pytest
 from conftest import ROOT
 from int8_jobs import ACCUMULATION, CASES, CHECKPOINTED, EARLY, EDITS, MEMORY, STAGE3, STEPS
-from launching import PROGRAMS, deepspeed, launch
+from launching import PROGRAMS, run_ranks
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
 
@@ -25,7 +25,7 @@ EVALUATIONS = ("evaluation of copies", "evaluation of others")
 def reports(tmp_path_factory):
     """Of each rank."""
     output = tmp_path_factory.mktemp("int8") / "report.json"
-    launch(deepspeed(PROGRAMS / "int8_jobs.py", output, CONFIG), timeout=TIMEOUT)
+    run_ranks(PROGRAMS / "int8_jobs.py", output, CONFIG, timeout=TIMEOUT)
     return json.loads(output.read_text())
 
 

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from launching import PROGRAMS, deepspeed, launch
+from launching import PROGRAMS, launch, run_ranks
 from moment_clients import schedule
 from moment_jobs import ACCUMULATION, CLIPPING, HIDDEN, LR, ROWS, TRAINED, VOCABULARY, WIDTH, tiny, tokens
 from moment_moves import SCALED, SWITCHED, TAG, UNIVERSAL
@@ -31,7 +31,7 @@ def folder(tmp_path_factory):
 
 def run(folder, program, *arguments, ranks=2):
     output = folder / f"{program}-{'-'.join(arguments)}-{ranks}.json"
-    launch(deepspeed(PROGRAMS / f"{program}.py", output, folder, *arguments, ranks=ranks), timeout=TIMEOUT)
+    run_ranks(PROGRAMS / f"{program}.py", output, folder, *arguments, ranks=ranks, timeout=TIMEOUT)
     return json.loads(output.read_text())
 
 

@@ -2,12 +2,12 @@
 
 import argparse
 import json
-import sys
 
 import pytest
-from conftest import ROOT, free_port
-from diagnosing import memory
-from launching import PROGRAMS, launch
+from conftest import ROOT
+from launching import PROGRAMS, run_ranks
+
+from ds_quant.cli.diagnosing import memory
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(300)]
 
@@ -57,13 +57,8 @@ def test_predictions_against_real_ranks(ranks, configs, stages, tmp_path, capsys
 @pytest.mark.parametrize(("config", "stage"), [("baseline", 1), ("w8a8_adam8_comm8", 2)])
 def test_traffic_is_what_others_count(config, stage, tmp_path):
     """The bytes of the planner's ledger, against DeepSpeed's comms logger and ds_quant's own statistics."""
-    launch(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", 2, "--master_port", free_port()),
-            *(PROGRAMS / "planning_wire.py", tmp_path / "out.json", CONFIGS / f"{config}.json", stage),
-        ],
-        timeout=200,
-    )
+    job = (PROGRAMS / "planning_wire.py", tmp_path / "out.json", CONFIGS / f"{config}.json", stage)
+    run_ranks(*job, timeout=200)
     report = json.loads((tmp_path / "out.json").read_text())
     found = report["collectives"]
     # With 2 ranks an all-reduce sends its tensor once, an all-gather this rank's half of the result.

@@ -4,7 +4,7 @@ import itertools
 import json
 
 import pytest
-from launching import PROGRAMS, deepspeed, launch
+from launching import PROGRAMS, run_ranks
 
 from ds_quant.engine.reduction import CAN_SUM
 
@@ -111,7 +111,7 @@ def reports(tmp_path_factory):
         if ranks not in found:
             modes, output = folder / f"modes {ranks}", folder / f"report {ranks}.json"
             modes.write_text("\n".join(mode for size, mode in RUNS if size == ranks))
-            _, printed = launch(deepspeed(PROGRAMS / "reductions.py", output, modes, ranks=ranks), timeout=TIMEOUT)
+            _, printed = run_ranks(PROGRAMS / "reductions.py", output, modes, ranks=ranks, timeout=TIMEOUT)
             found[ranks] = json.loads(output.read_text()), printed
         report, printed = found[ranks]
         return [rank[mode] for rank in report], printed

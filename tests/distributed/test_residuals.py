@@ -6,7 +6,7 @@ import math
 import re
 
 import pytest
-from launching import PROGRAMS, deepspeed, launch
+from launching import PROGRAMS, run_ranks
 from residuals import CASES, HIDDEN, LARGE, MORE, TRAINED, WIDTH
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
@@ -22,7 +22,7 @@ def folder(tmp_path_factory):
 
 def run(folder, verb, ranks=2):
     output = folder / f"{verb} {ranks}.json"
-    _, printed = launch(deepspeed(PROGRAMS / "residuals.py", output, folder, verb, ranks=ranks), timeout=TIMEOUT)
+    _, printed = run_ranks(PROGRAMS / "residuals.py", output, folder, verb, ranks=ranks, timeout=TIMEOUT)
     return json.loads(output.read_text()) | {"printed": printed}
 
 

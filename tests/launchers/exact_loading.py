@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 from pretraining import document_stream, shards
-from pretraining.errors import LaunchError
 from pretraining.loading import ExactLoading
 from pretraining.streaming import LaneStream, Plan
+from survival.errors import LaunchError
 from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 
 CONTEXT = 8

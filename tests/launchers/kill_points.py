@@ -28,6 +28,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+from ds_quant.base import trainer_checkpoints
+
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "launchers"), str(ROOT / "tests"), str(ROOT / "tests" / "launchers")]
 STEPS = 40
@@ -107,13 +109,12 @@ def run(folder: Path, *, kills: int, seed: int, ranks: int, config: Path, say: b
 
 def _check(killed: Path, newest: int, point: Point) -> tuple[str, int]:
     """What the run was doing when it was killed, and the step of the newest whole checkpoint."""
-    from pretraining import checkpoints
 
-    there = checkpoints.listed(killed)
+    there = trainer_checkpoints.listed(killed)
     for path in there:
-        problem = checkpoints.defect(path, contents=True, ours=True)
+        problem = trainer_checkpoints.defect(path, contents=True, ours=True)
         assert problem is None, f"{point}: {path.name} has its final name: {problem}"
-    step = checkpoints.step_of(there[-1]) if there else 0
+    step = trainer_checkpoints.step_of(there[-1]) if there else 0
     assert step >= newest, f"{point}: checkpoint-{newest} was whole, and the newest is {step} now"
     touched = (killed.parent / "touched.txt").read_text()
     for part, what in ((".writing-", "while saving"), ("pruned-", "while pruning"), ("checkpoint-", "while renaming")):

@@ -5,11 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pretraining import arguments, batches, manifest
+from pretraining import arguments
 from pretraining.deepspeed_json import DeepSpeedJson, fill_gaps
-from pretraining.errors import LaunchError
+from survival import batches
+from survival.errors import LaunchError
 
 from ds_quant import ConfigError
+from ds_quant.base import manifest
 
 DS = "--deepspeed"
 

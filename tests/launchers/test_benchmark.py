@@ -6,11 +6,12 @@ import time
 import benchmark
 import pytest
 import torch
-from benchmarking import contenders, memory, timing
-from benchmarking.errors import BenchmarkError
-from benchmarking.optimizer import parse_size
 
+from benchmarks import contenders, timing
+from benchmarks.errors import BenchmarkError
+from benchmarks.optimizer import parse_size
 from ds_quant import QuantAdamW
+from ds_quant.cli.shared import process_memory
 
 CPU = torch.device("cpu")
 
@@ -58,12 +59,12 @@ def test_peak_memory_sees_a_temporary():
     def call():
         torch.ones(40_000_000).sum()
 
-    found = memory.peak_extra_bytes(call, CPU)
+    found = process_memory.peak_extra_bytes(call, CPU)
     if found is None:
         pytest.skip("this system does not tell a process its peak memory")
     assert 150_000_000 < found < 250_000_000
     kept = torch.ones(1000)
-    assert memory.peak_extra_bytes(lambda: kept.add_(1), CPU) < 20_000_000
+    assert process_memory.peak_extra_bytes(lambda: kept.add_(1), CPU) < 20_000_000
 
 
 def test_bytes_of_a_state():

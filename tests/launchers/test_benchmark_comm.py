@@ -14,18 +14,19 @@ import benchmark
 import pytest
 import torch
 from benchmark_files import read
-from benchmarking import comm, comm_contenders, comm_step, links, slow_link, timing
-from benchmarking.errors import BenchmarkError
-from benchmarking.ranks import run_ranks
 from conftest import ROOT
+
+from benchmarks import comm, comm_contenders, comm_step, links, slow_link, timing
+from benchmarks.errors import BenchmarkError
+from benchmarks.ranks import run_ranks
 
 WHY_NOT = slow_link.unavailable()
 needs_link = pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))
-SCRIPT = ROOT / "launchers" / "benchmarking" / "slow_link.py"
+SCRIPT = ROOT / "benchmarks" / "slow_link.py"
 NAMES = [contender.name for contender in comm_contenders.ALL]
 HOLD = """
 import sys, time
-from benchmarking.slow_link import slow_link
+from benchmarks.slow_link import slow_link
 with slow_link("1gbit", 2) as link:
     print(*link.namespaces, flush=True)
     time.sleep(100)

@@ -9,10 +9,10 @@ import benchmark
 import pytest
 import torch
 from benchmark_files import PNG, TIMED, read
-from benchmarking import choices, held, linear_contenders, recipes
-from benchmarking.linear_contenders import BASE, CEILING, Operands
 from torch import nn
 
+from benchmarks import choices, held, linear_contenders, recipes
+from benchmarks.linear_contenders import BASE, CEILING, Operands
 from ds_quant import QuantLinear
 
 CPU = torch.device("cpu")

@@ -6,9 +6,9 @@ import benchmark
 import pytest
 import torch
 from benchmark_files import PNG, TIMED, read
-from benchmarking import recipes, step_contenders, step_models, step_profile
 from torch import nn
 
+from benchmarks import recipes, step_contenders, step_models, step_profile
 from ds_quant import QuantLinear, convert
 
 CPU = torch.device("cpu")

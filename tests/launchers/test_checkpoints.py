@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from pretraining import checkpoints, manifest, resize
-from pretraining.errors import LaunchError
+from survival import checkpoints, resize
+from survival.errors import LaunchError
+
+from ds_quant.base import manifest, trainer_checkpoints
 
 OPTIMIZER = "bf16_zero_pp_rank_{}_mp_rank_00_optim_states.pt"
 
@@ -72,7 +74,7 @@ def test_a_damaged_checkpoint_is_refused_with_the_remedy(
 ) -> None:
     make(tmp_path, 3)
     damaged = make(tmp_path, 5)
-    assert checkpoints.defect(damaged, contents=True) is None
+    assert trainer_checkpoints.defect(damaged, contents=True) is None
     damage(damaged)
     with pytest.raises(LaunchError, match=words) as error:
         checkpoints.choose(str(damaged), tmp_path, contents=True)

@@ -16,7 +16,8 @@ import pytest
 from collecting import configs, files, names, runs
 from collecting.errors import CollectError
 from PIL import Image
-from pretraining import metrics, status
+from pretraining import metrics
+from survival import status
 
 HOUR = 3600.0
 OUTPUTS = {"collected.csv", "collected.md", "curves.png"}

@@ -14,9 +14,11 @@ from hypothesis import strategies as st
 from pretraining import arguments, data, documents, packing, shard_writer, shards, streaming, tokenizer
 from pretraining.arguments import DataArguments
 from pretraining.corpus import CorpusArguments
-from pretraining.errors import LaunchError
 from samples import write_corpus
+from survival.errors import LaunchError
 from transformers import PreTrainedTokenizerFast, TrainingArguments
+
+from ds_quant.cli.shared import text_files
 
 EOS = 1
 FEATURES = datasets.Features({"input_ids": datasets.Sequence(datasets.Value("int32"))})
@@ -81,7 +83,7 @@ def test_documents_are_split_and_never_shared(corpus: Path) -> None:
 
 
 def test_the_python_source_is_split_by_file_and_has_no_tests_in_it() -> None:
-    files = documents.python_source()
+    files = text_files.python_source()
     assert len(files) > 300
     assert files == sorted(files)
     assert not [f for f in files if "/test/" in f or "site-packages" in f]
@@ -92,10 +94,10 @@ def test_kinds_of_files(tmp_path: Path) -> None:
     (tmp_path / "b.txt").write_text("other")
     (tmp_path / "c.jsonl").write_text('{"body": "row 1"}\n{"body": "row 2"}\n')
     datasets.Dataset.from_dict({"body": ["row 3"], "more": [1]}).to_parquet(tmp_path / "d.parquet")
-    read = documents.read_files([str(tmp_path / "*.txt")], "ignored", "--train_file")
+    read = text_files.read_files([str(tmp_path / "*.txt")], "ignored", "--train_file")
     assert list(read["text"]) == ["first\n\nsecond line\n", "other"]
     mixed = [str(tmp_path / "c.jsonl"), str(tmp_path / "d.parquet"), str(tmp_path / "b.txt")]
-    assert sorted(documents.read_files(mixed, "body", "--train_file")["text"]) == ["other", "row 1", "row 2", "row 3"]
+    assert sorted(text_files.read_files(mixed, "body", "--train_file")["text"]) == ["other", "row 1", "row 2", "row 3"]
 
 
 def test_one_long_file_gives_its_end_to_validation(tmp_path: Path) -> None:
@@ -125,7 +127,7 @@ def test_bad_files(tmp_path: Path, name: str, content: bytes | None, words: str)
     elif content is not None:
         path.write_bytes(content)
     with pytest.raises(LaunchError, match=words):
-        documents.read_files([str(path)], "text", "--train_file")
+        text_files.read_files([str(path)], "text", "--train_file")
 
 
 def test_a_hub_that_cannot_be_reached_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,7 +148,7 @@ def small_tokenizer(corpus: Path) -> PreTrainedTokenizerFast:
 def test_tokens_are_cached_for_the_next_rank_and_run(
     corpus: Path, small_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
-    read = documents.read_files([str(corpus)], "text", "--train_file")
+    read = text_files.read_files([str(corpus)], "text", "--train_file")
     first = packing.tokenize(read, small_tokenizer, what="training")
     # The same tokenizer in another process: another object, in another state.
     small_tokenizer.save_pretrained(tmp_path)

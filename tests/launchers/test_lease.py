@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
-from pretraining import lease
-from pretraining.errors import Fenced, LaunchError
-from pretraining.lease import Lease
+from survival import lease
+from survival.errors import Fenced, LaunchError
+from survival.lease import Lease
 
 
 @pytest.fixture(autouse=True)
@@ -146,8 +146,8 @@ RACE = """
 import sys, time
 sys.path.insert(0, sys.argv[1])
 from pathlib import Path
-from pretraining import lease
-from pretraining.errors import LaunchError
+from survival import lease
+from survival.errors import LaunchError
 lease.BEAT_SECONDS = 0.1
 print("ready", flush=True)
 sys.stdin.readline()

@@ -10,6 +10,9 @@ from PIL import Image
 from pretraining import compare, environment, metrics, outputs, plots
 from transformers import TrainerControl, TrainerState
 
+from ds_quant.cli.shared import terminal
+from ds_quant.cli.shared.run_folder import read_metrics
+
 HISTORY: list[dict[str, Any]] = [
     {"step": 0, "eval_loss": 6.0, "eval_runtime": 1.0},
     {"step": 10, "loss": 5.1, "grad_norm": 1.5, "learning_rate": 0.1 + 0.2},
@@ -69,19 +72,6 @@ def test_only_the_first_rank_writes(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_half_written_file_is_never_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "summary.json"
-    path.write_text("old")
-
-    def fail(*args: object) -> None:
-        raise OSError("disk full")
-
-    monkeypatch.setattr("os.replace", fail)
-    with pytest.raises(OSError, match="disk full"):
-        metrics.write_atomically(path, b"new")
-    assert path.read_text() == "old"
-
-
 def a_run(folder: Path, shift: float, steps: int = 5) -> Path:
     folder.mkdir()
     history = [{"step": s * 10, "eval_loss": 6 - 0.5 * s + shift * s, "loss": 6 - 0.4 * s} for s in range(steps)]
@@ -101,7 +91,7 @@ def test_compare_prints_the_gap_and_draws_it(tmp_path: Path, capsys: pytest.Capt
     with Image.open(picture) as image:
         assert min(image.size) > 400
         assert len(set(image.convert("RGB").resize((60, 60)).getdata())) > 20, "not blank"
-    steps, gaps = compare.gap(metrics.read(one / "metrics.csv"), metrics.read(two / "metrics.csv"))
+    steps, gaps = compare.gap(read_metrics(one / "metrics.csv"), read_metrics(two / "metrics.csv"))
     assert steps == [0, 10, 20, 30, 40]
     assert gaps == pytest.approx([0, 0.005, 0.01, 0.015, 0.02])
 
@@ -132,8 +122,8 @@ def test_the_table_groups_layers(capsys: pytest.CaptureFixture[str]) -> None:
 def test_only_one_rank_speaks(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     for rank in ("0", "1"):
         monkeypatch.setenv("RANK", rank)
-        environment.say("hello")
-        environment.complain("wrong")
+        terminal.say("hello")
+        terminal.complain("wrong")
     assert capsys.readouterr() == ("hello\n", "error: wrong\n")
 
 
@@ -142,13 +132,13 @@ def test_a_plain_process_is_a_job_of_one(monkeypatch: pytest.MonkeyPatch) -> Non
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
     environment.ensure_process_group_variables()
-    assert (environment.rank(), environment.world_size()) == (0, 1)
+    assert (terminal.rank(), environment.world_size()) == (0, 1)
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     environment.ensure_process_group_variables()
-    assert (environment.rank(), environment.world_size()) == (1, 2)
+    assert (terminal.rank(), environment.world_size()) == (1, 2)
 
 
 def test_series_leave_out_what_was_not_measured(tmp_path: Path) -> None:
     (tmp_path / "m.csv").write_text(CSV)
-    assert plots.series(metrics.read(tmp_path / "m.csv"), "eval_loss") == ([0.0, 20.0], [6.0, 4.5])
+    assert plots.series(read_metrics(tmp_path / "m.csv"), "eval_loss") == ([0.0, 20.0], [6.0, 4.5])

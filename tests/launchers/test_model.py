@@ -4,11 +4,12 @@ import pytest
 import torch
 from accelerate.utils import DummyOptim
 from pretraining.arguments import ModelArguments
-from pretraining.errors import LaunchError
 from pretraining.model import resolve_config
-from pretraining.presets import PRESETS
 from pretraining.trainer import PretrainTrainer, decay_groups
+from survival.errors import LaunchError
 from transformers import AutoModelForCausalLM, Trainer
+
+from ds_quant.planning.presets import PRESETS
 
 
 def test_the_paper_model_without_a_network() -> None:

@@ -16,10 +16,11 @@ import torch
 from conftest import ROOT, free_port
 from launching import deepspeed, launch
 from PIL import Image
-from pretraining import checkpoints, metrics
 from samples import write_corpus
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from ds_quant.base import trainer_checkpoints
+from ds_quant.cli.shared.run_folder import read_metrics
 from ds_quant.kernels.bf16_units import multiplies_bf16_fast
 
 SCRIPT = ROOT / "launchers" / "pretrain.py"
@@ -72,7 +73,7 @@ def test_plain_python_leaves_everything_behind(corpus: Path, tmp_path: Path) -> 
     assert summary["versions"]["torch"] == torch.__version__.split("+")[0] or summary["versions"]["torch"]
     assert {"commit", "versions", "model", "device"} <= summary.keys()
 
-    rows = metrics.read(out / "metrics.csv")
+    rows = read_metrics(out / "metrics.csv")
     assert (out / "metrics.csv").read_text().startswith("step,tokens,train_loss,eval_loss,grad_norm,lr\n")
     assert [row["step"] for row in rows] == list(range(7))
     assert [row["step"] for row in rows if row["eval_loss"] is not None] == [0, 3, 6]
@@ -117,7 +118,7 @@ def test_a_killed_run_resumes_to_the_same_losses(corpus: Path, tmp_path: Path) -
     _, printed = launch(deepspeed(*arguments(config, corpus, whole, steps=20, every=10)), timeout=200, env=ENV)
 
     command = [str(x) for x in deepspeed(*arguments(config, corpus, killed, steps=20, every=10))]
-    kill_when(command, lambda: checkpoints.newest_whole(killed) is not None)
+    kill_when(command, lambda: trainer_checkpoints.newest_whole(killed) is not None)
     assert not (killed / "summary.json").exists(), "killed in the middle"
     resume = ["--resume_from_checkpoint", "last"]
     launch(deepspeed(*arguments(config, corpus, killed, steps=20, every=10), *resume), timeout=200, env=ENV)

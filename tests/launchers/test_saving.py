@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
-from pretraining import checkpoints, manifest
-from pretraining.control import Control
-from pretraining.errors import Failed, Fenced
-from pretraining.lease import Lease
-from pretraining.saving import CheckpointSaver
+from survival.control import Control
+from survival.errors import Failed, Fenced
+from survival.lease import Lease
+from survival.saving import CheckpointSaver
+
+from ds_quant.base import manifest, trainer_checkpoints
 
 
 @pytest.fixture
@@ -37,7 +38,7 @@ def saver(
 
 
 def names(folder: Path) -> list[str]:
-    return [path.name for path in checkpoints.listed(folder)]
+    return [path.name for path in trainer_checkpoints.listed(folder)]
 
 
 def test_older_ones_go_when_a_newer_one_is_there(tmp_path: Path, control: Control) -> None:
@@ -72,7 +73,7 @@ def test_nothing_is_pruned_before_the_newer_one_reads_back_right(tmp_path: Path,
     with pytest.raises(Failed, match=r"checkpoint-2 was written, and reads back wrong: inner/weights is not what was"):
         saver(tmp_path, control, 1, BadDisk).save(2, write)
     assert names(tmp_path) == ["checkpoint-1", "checkpoint-2"]
-    assert checkpoints.defect(tmp_path / "checkpoint-2", contents=True, ours=True) is not None
+    assert trainer_checkpoints.defect(tmp_path / "checkpoint-2", contents=True, ours=True) is not None
 
 
 def test_one_of_the_same_step_is_replaced(tmp_path: Path, control: Control) -> None:

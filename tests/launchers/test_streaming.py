@@ -11,12 +11,12 @@ from typing import Any
 import datasets
 import numpy as np
 import pytest
-from conftest import ROOT, free_port
-from launching import launch
+from conftest import ROOT
+from launching import run_ranks
 from pretraining import document_stream
-from pretraining.errors import LaunchError
 from pretraining.permutation import Permutation
 from pretraining.streaming import Lane, LaneLoader, LaneStream, Plan, Position, choose_lanes
+from survival.errors import LaunchError
 
 EOS = 1
 LENGTH = 8
@@ -235,8 +235,8 @@ def test_the_first_documents_are_counted_by_part(folders: dict[str, Path]) -> No
 def test_two_ranks_resume_with_the_same_losses(folders: dict[str, Path], tmp_path: Path) -> None:
     """Both ways of loading, in a Trainer of two ranks: started, stopped, and gone on with by other workers."""
     program = ROOT / "tests" / "launchers" / "exact_loading.py"
-    command = ["torchrun", "--nproc_per_node", 2, "--master_port", free_port(), program, folders["rows"], tmp_path]
-    launch(command, timeout=150, env={"PYTHONPATH": str(ROOT / "launchers"), "OMP_WAIT_POLICY": "PASSIVE"})
+    environment = {"PYTHONPATH": str(ROOT / "launchers"), "OMP_WAIT_POLICY": "PASSIVE"}
+    run_ranks(program, folders["rows"], tmp_path, timeout=150, env=environment)
     for name, step in (("stream", 4), ("shards", 7)):
         runs = json.loads((tmp_path / f"{name}.json").read_text())
         assert len({loss for _, loss, _, _ in runs["whole"]}) == 9

@@ -19,9 +19,12 @@ import pytest
 import torch
 from conftest import ROOT, free_port
 from launching import launch
-from pretraining import checkpoints, metrics, status
 from samples import write_corpus
+from survival import status
 from transformers import AutoModelForCausalLM
+
+from ds_quant.base import trainer_checkpoints
+from ds_quant.cli.shared.run_folder import read_metrics
 
 SCRIPT = ROOT / "launchers" / "pretrain.py"
 BASELINE = ROOT / "ds_configs" / "baseline.json"
@@ -142,7 +145,7 @@ def test_a_signal_stops_all_ranks_and_a_lost_rank_ends_the_others(
     stopped = status.read(out)
     assert stopped is not None, output
     assert (stopped["state"], stopped["retry"]) == ("stopped", True)
-    assert checkpoints.newest_whole(out, contents=True) == out / f"checkpoint-{stopped['step']}"
+    assert trainer_checkpoints.newest_whole(out, contents=True) == out / f"checkpoint-{stopped['step']}"
     assert not (out / "summary.json").exists()
 
     # The second goes on, and loses a rank for which there is no warning.
@@ -204,7 +207,7 @@ def test_other_numbers_of_ranks_go_on_with_the_same_batches(
 def check_losses(out: Path, other: Path) -> None:
     """Equal but for the order of sums in bf16: 7e-4 was seen at most; with batches in another order 0.04 to 0.07."""
     mine, theirs = (
-        {row["step"]: row["train_loss"] for row in metrics.read(run / "metrics.csv")} for run in (out, other)
+        {row["step"]: row["train_loss"] for row in read_metrics(run / "metrics.csv")} for run in (out, other)
     )
     assert mine.keys() == theirs.keys()
     for step, loss in mine.items():
@@ -240,7 +243,7 @@ def test_shards_and_streams_go_on_exactly(start: Callable[..., Any], corpus: Pat
 def test_the_second_writer_is_fenced_off(start: Callable[..., Any], tmp_path: Path) -> None:
     out = tmp_path / "run"
     old = start(out, steps=100_000, SLURM_JOB_ID="7", SLURM_RESTART_COUNT="0")
-    wait_for(lambda: checkpoints.newest_whole(out), old)
+    wait_for(lambda: trainer_checkpoints.newest_whole(out), old)
 
     other = end(start(out, "--resume_from_checkpoint", "auto", SLURM_JOB_ID="8"), 2)
     assert "job 7, process" in other
@@ -252,8 +255,8 @@ def test_the_second_writer_is_fenced_off(start: Callable[..., Any], tmp_path: Pa
     new = start(out, "--resume_from_checkpoint", "auto", steps=100_000, SLURM_JOB_ID="7", SLURM_RESTART_COUNT="1")
     assert "was taken over by another job (job 7" in end(old, 4)
     wait_for(lambda: (out / ".lease-2").exists() and (step := step_of(out)) and step > 0, new)
-    before = checkpoints.newest_whole(out)
-    wait_for(lambda: checkpoints.newest_whole(out) != before, new)
+    before = trainer_checkpoints.newest_whole(out)
+    wait_for(lambda: trainer_checkpoints.newest_whole(out) != before, new)
     new.send_signal(signal.SIGTERM)
     end(new, 75)
     ended = status.read(out)
@@ -276,9 +279,9 @@ def test_a_full_disk_keeps_the_older_checkpoint(start: Callable[..., Any], tmp_p
         assert (ended["state"], ended["retry"]) == ("failed", False)
         assert "the checkpoint could not be written: the disk is full" in ended["reason"]
         assert ended["reason"] in output
-        whole = checkpoints.newest_whole(out, contents=True)
+        whole = trainer_checkpoints.newest_whole(out, contents=True)
         assert whole is not None
-        assert checkpoints.step_of(whole) == ended["step"] - 20, "nothing lost beyond the last one"
+        assert trainer_checkpoints.step_of(whole) == ended["step"] - 20, "nothing lost beyond the last one"
         assert not list(out.glob(".writing-*"))
     finally:
         subprocess.run(["umount", out], check=True)
@@ -301,7 +304,7 @@ def test_a_ruined_run_ends_as_diverged(start: Callable[..., Any], tmp_path: Path
     assert (ended["state"], ended["retry"], ended["step"]) == ("diverged", False, 7)
     assert "the training loss was NaN or Inf" in output
     assert "nan" in metrics_of(nan), "it is seen in the curve"
-    assert not checkpoints.listed(nan), "nothing of it is saved"
+    assert not trainer_checkpoints.listed(nan), "nothing of it is saved"
 
     # A signal before the loss was looked at: the checkpoint that it asks for would be of ruined weights.
     unseen = tmp_path / "unseen"
@@ -310,7 +313,7 @@ def test_a_ruined_run_ends_as_diverged(start: Callable[..., Any], tmp_path: Path
     wait_for((unseen / "metrics.csv").exists, run)
     run.send_signal(signal.SIGUSR1)
     assert "the training loss was NaN or Inf" in end(run, 3)
-    assert not checkpoints.listed(unseen)
+    assert not trainer_checkpoints.listed(unseen)
 
     # Gradients that overflow at every step: none is taken, and the loss would stay as it is for ever.
     stuck = tmp_path / "stuck"

@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 import sweep
 from conftest import ROOT
-from pretraining import status
+from survival import status
 from sweeping import hours, matrix, plan, slurm
 from sweeping.errors import SweepError
 from test_collect import a_done_run, write_metrics
 
-SHIPPED = sorted(path.stem for path in (ROOT / "ds_configs").glob("*.json"))
+SHIPPED = sorted(path.stem for path in (ROOT / "ds_configs").rglob("*.json"))
 
 
 @pytest.fixture(autouse=True)
@@ -49,7 +49,7 @@ def test_a_dry_run_prints_the_whole_matrix(tmp_path: Path) -> None:
         text=True,
         timeout=120,
         cwd=tmp_path,
-        env={"PATH": str(bare), "HOME": str(tmp_path)},
+        env={"PATH": str(bare), "HOME": str(tmp_path), "PYTHONPATH": str(ROOT)},
     )
     assert done.returncode == 0, done.stderr
     rows = [line.split() for line in done.stdout.splitlines()]
@@ -163,6 +163,8 @@ def test_configs_by_name_pattern_and_path(tmp_path: Path) -> None:
     assert [config.name for config in found] == ["w8a8", "own", "adam4", "adam8"]
     assert (found[1].path, found[2].path) == (str(own), str(shipped / "adam4.json"))
     assert [config.name for config in matrix.configs("", shipped)] == SHIPPED
+    (paper,) = matrix.configs("paper_w8a8", shipped)
+    assert paper.path == str(shipped / "paper" / "paper_w8a8.json")
     assert matrix.seeds("3 1-2,7, 1") == [3, 1, 2, 7]
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import sentencepiece
 from pretraining import tokenizer
-from pretraining.errors import LaunchError
+from survival.errors import LaunchError
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 LIBRARY = Path(sysconfig.get_paths()["stdlib"])

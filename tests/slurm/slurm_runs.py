@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from conftest import ROOT
-from pretraining import metrics
 from slurm_cluster import Cluster, wait_for
+
+from ds_quant.cli.shared.run_folder import read_metrics
 
 STEPS, EVERY = 120, 10
 # A model so small that a step takes some 50 ms, with rounding that depends on the step, and data read twice.
@@ -133,7 +134,7 @@ def assert_equal_runs(job: Job, reference: Job) -> None:
         assert json.loads((one.output_dir / "status.json").read_text())["state"] == "done", one.explain()
     losses = {}
     for one in (job, reference):
-        rows = metrics.read(one.output_dir / "metrics.csv")
+        rows = read_metrics(one.output_dir / "metrics.csv")
         assert [row["step"] for row in rows] == list(range(STEPS + 1)), "each step once"
         losses[one.id] = [row["train_loss"] for row in rows]
     assert losses[job.id] == losses[reference.id]

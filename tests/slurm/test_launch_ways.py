@@ -14,11 +14,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from benchmarking.slow_link import INTERFACE, Link, slow_link, unavailable
 from conftest import ROOT
 from launching import launch
 from slurm_cluster import Cluster, running
 from slurm_runs import FLAGS, write_corpus
+
+from benchmarks.slow_link import INTERFACE, Link, slow_link, unavailable
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(400)]
 

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from pretraining import status
 from slurm_cluster import Cluster, running, wait_for
 from slurm_runs import (
     EVERY,
@@ -22,6 +21,7 @@ from slurm_runs import (
     wait_until_running,
     write_corpus,
 )
+from survival import status
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
 
@@ -84,7 +84,7 @@ def test_time_limit_and_preemption(cluster: Cluster, corpus: Path, reference: Jo
     with limited.frozen() as ranks:
         cluster.run("scontrol", "update", f"jobid={limited.id}", "timelimit=1")
         _wait_until_asked(limited, ranks)
-    wait_for(lambda: cluster.job(limited.id).get("Restarts") == "1", 30, "the requeue", limited.explain)
+    wait_for(lambda: cluster.job(limited.id).get("Restarts") == "1", 60, "the requeue", limited.explain)
     cluster.run("scontrol", "update", f"jobid={limited.id}", "timelimit=10")
     preempted = submit(cluster, corpus, tmp_path / "preempted", "--nodes=2", "--time=10", "-wn3,n4")
     last = preempted.wait_for_checkpoint()

@@ -1,0 +1,1 @@
+"""The commands of `ds_quant diagnose`, a module each."""

@@ -1,0 +1,1 @@
+"""The parts of `ds_quant evaluate`."""

@@ -1,0 +1,1 @@
+"""What the commands share, with one another and with programs around them: texts, tables, checkpoints as models."""

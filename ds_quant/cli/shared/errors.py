@@ -1,0 +1,7 @@
+"""What a command ends with where it was asked for something that it cannot do."""
+
+
+class CommandError(Exception):
+    """A mistake in what was asked for; the message says where, what was got and how to fix it."""
+
+    exit_status = 2

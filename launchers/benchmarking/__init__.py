@@ -1,1 +1,0 @@
-"""Parts of launchers/benchmark.py."""

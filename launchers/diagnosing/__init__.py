@@ -1,1 +1,0 @@
-"""The commands of launchers/diagnose.py."""

@@ -1,0 +1,133 @@
+"""The output folder from its taking to the run's end, which status.json and the exit status tell, whatever it was."""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch.distributed as dist
+
+from ds_quant import ConfigError
+from ds_quant.cli.shared.terminal import complain
+from survival import disk, status
+from survival.control import Control
+from survival.errors import Failed, Fenced, LaunchError, RunEnded
+from survival.lease import Lease, not_writable
+from survival.signals import StopAtOnce
+
+_SEEN_SECONDS = 90.0
+_CONNECTION = (
+    *("connection closed by peer", "connection reset by peer", "broken pipe", "connection refused"),
+    *("timed out waiting", "gloo/transport", "nccl", "socket timeout"),
+)
+
+
+def take_folder(output_dir: Path, control: Control) -> Lease:
+    """Make the folder this job's own, on all ranks. Raises LaunchError where another job writes there."""
+    taken: list[Lease] = []
+
+    def acquire() -> int:
+        taken.append(Lease.acquire(output_dir))
+        try:
+            status.write(output_dir, status.RUNNING)
+        except OSError as error:
+            taken[0].release()
+            raise not_writable(output_dir, error) from error
+        taken[0].keep_alive()
+        return taken[0].generation
+
+    generation = control.from_first(acquire)
+    lease = taken[0] if taken else Lease(output_dir, generation)
+    control.on_all(lambda: _see(lease))
+    return lease
+
+
+def _see(lease: Lease) -> None:
+    """Wait until this rank sees what rank 0 wrote; a folder of its own would lose its part of every checkpoint."""
+    deadline = time.monotonic() + _SEEN_SECONDS
+    while lease.lost():
+        if time.monotonic() > deadline:
+            raise LaunchError(
+                f"--output_dir {lease.output_dir} is not the same folder on all nodes: rank 0 took it, and "
+                f"{socket.gethostname()} does not see that. Give a folder on a file system that all nodes share."
+            )
+        time.sleep(0.5)
+
+
+@contextmanager
+def ending(lease: Lease, control: Control) -> Iterator[None]:
+    """Write the end state to status.json and give the folder back; an error of any kind goes on its way afterwards.
+
+    Errors of broken connections leave as Interrupted, those of a full disk as Failed.
+    """
+    try:
+        yield
+        control.agree()
+        _write(lease, control, status.DONE)
+    except StopAtOnce as stop:
+        _write(lease, control, status.STOPPED, str(stop), retry=True)
+        raise
+    except KeyboardInterrupt:
+        _write(lease, control, status.FAILED, "interrupted from the keyboard", retry=True)
+        raise
+    except Fenced:
+        raise
+    except (LaunchError, ConfigError) as error:
+        _write(lease, control, status.FAILED, str(error))
+        raise
+    except RunEnded as end:
+        _write(lease, control, end.state, str(end), retry=end.retry)
+        raise
+    except Exception as error:
+        known = _translated(error, lease, control)
+        if known is None:
+            _write(lease, control, status.FAILED, f"{type(error).__name__}: {error}", retry=True)
+            raise
+        _write(lease, control, known.state, str(known), retry=known.retry)
+        raise known from error
+    finally:
+        if control.rank == 0:
+            lease.release()
+
+
+def give_up(lease: Lease, control: Control, seconds: float) -> None:
+    """Tell of a run that makes no progress; for the watchdog, which then ends the process."""
+    stuck = control.stuck(seconds)
+    complain(str(stuck), everywhere=True)
+    _write(lease, control, stuck.state, str(stuck), retry=stuck.retry)
+    if control.rank == 0:
+        lease.release()
+
+
+def _translated(error: Exception, lease: Lease, control: Control) -> RunEnded | None:
+    """The end that an error of a library amounts to; None for one of another kind."""
+    why = disk.problem(error, lease.output_dir)
+    if why is not None:
+        return Failed(
+            f"rank {control.rank}, step {control.step}: {why}. Make room on the disk of {lease.output_dir}, then "
+            "start again."
+        )
+    text = str(error).lower()
+    if isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and any(word in text for word in _CONNECTION)
+    ):
+        return control.lost(error)
+    return None
+
+
+def _write(lease: Lease, control: Control, state: str, reason: str = "", *, retry: bool = False) -> None:
+    """Write the state unless another rank, whose end was the cause of this one, has written its own."""
+    if lease.lost():
+        return
+    if control.rank != 0 and state in (status.DONE, status.STOPPED, status.DIVERGED):
+        return  # all ranks end alike, and rank 0 says so
+    before = status.read(lease.output_dir) or {}
+    if before.get("state", status.RUNNING) != status.RUNNING and (retry or not before.get("retry")):
+        return
+    try:
+        status.write(lease.output_dir, state, reason=reason, step=control.step, retry=retry, rank=control.rank)
+    except OSError as error:
+        complain(f"status.json could not be written: {error}", everywhere=True)

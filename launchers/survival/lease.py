@@ -1,0 +1,226 @@
+"""Who may write into an output folder: one job at a time, and after a take-over never the one before.
+
+A node that a cluster has given up may go on writing while its job runs again elsewhere. Each job that takes the folder
+therefore creates the next of the files `.lease-1`, `.lease-2`, ...: creating a file that must not exist yet succeeds
+for one process only, on a network file system too. The highest number owns the folder; whoever finds a higher one than
+its own is fenced off, and writes nothing more. Owners that live change their file every few seconds.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from survival.errors import Fenced, LaunchError
+
+BEAT_SECONDS = 5.0
+"""A living owner changes its file this often."""
+PATIENCE_SECONDS = 45.0
+"""An owner whose file has not changed for so long is dead: several beats, and what network file systems cache."""
+_NAME = re.compile(r"\.lease-([0-9]+)")
+_WRITING = re.compile(r"\.writing-([0-9]+)")
+
+
+class Lease:
+    """The right to write into `output_dir`, as generation `generation`."""
+
+    def __init__(self, output_dir: Path, generation: int) -> None:
+        self.output_dir = output_dir
+        self.generation = generation
+        self._path = output_dir / f".lease-{generation}"
+        self._ended = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    @classmethod
+    def acquire(
+        cls, output_dir: Path, *, patience: float = PATIENCE_SECONDS, say: Callable[[str], None] = print
+    ) -> Lease:
+        """Take the folder over, waiting to see whether its owner lives where that is in doubt. For one process a job.
+
+        Raises LaunchError where another job that lives owns it, or nothing can be written there.
+        """
+        while True:
+            generation = newest(output_dir)
+            if generation is not None:
+                _wait_for_the_dead(output_dir, generation, patience, say)
+            lease = cls(output_dir, (generation or 0) + 1)
+            try:
+                output_dir.mkdir(parents=True, exist_ok=True)
+                with lease._path.open("x") as file:
+                    file.write(json.dumps(lease._owner()))
+            except FileExistsError:
+                continue  # another job was faster: look at it
+            except OSError as error:
+                raise not_writable(output_dir, error) from error
+            lease._clear_away_older()
+            return lease
+
+    @property
+    def writing(self) -> Path:
+        """Where this generation prepares what it renames into place later."""
+        return self.output_dir / f".writing-{self.generation}"
+
+    def lost(self) -> bool:
+        """Whether another job has taken the folder over."""
+        try:
+            # Listings of network file systems may be old; opening asks the server, and the next owner removes this.
+            self._path.open().close()
+        except FileNotFoundError:
+            return True
+        except OSError:
+            return False  # nothing is known: what is written next will fail by itself
+        return newest(self.output_dir) != self.generation
+
+    def check(self) -> None:
+        """Raise Fenced where another job has taken the folder over: to be asked before anything is written."""
+        if self.lost():
+            found = newest(self.output_dir)
+            who = _describe(_read(self.output_dir / f".lease-{found}")) if found else "someone who removed the lease"
+            raise Fenced(f"{self.output_dir} was taken over by {who}: this job writes nothing more")
+
+    def keep_alive(self) -> None:
+        """Beat in a thread until `release`."""
+        self._thread = threading.Thread(target=self._beat, name="lease", daemon=True)
+        self._thread.start()
+
+    def release(self) -> None:
+        """Give the folder back: the next job need not wait to see whether this one lives."""
+        self._ended.set()
+        if self._thread is not None:
+            self._thread.join()
+        if not self.lost():
+            shutil.rmtree(self.writing, ignore_errors=True)
+            self._write({**self._owner(), "released": True})
+
+    def _beat(self) -> None:
+        while not self._ended.wait(BEAT_SECONDS):
+            if self.lost():
+                return
+            self._write(self._owner())
+
+    def _write(self, content: dict[str, Any]) -> None:
+        # In place: a rename could bring back the file of a generation that was cleared away.
+        try:
+            with self._path.open("r+") as file:
+                file.write(json.dumps(content))
+                file.truncate()
+        except OSError:
+            return  # it is another's now, or the disk is full, which saving will say
+
+    def _owner(self) -> dict[str, Any]:
+        return {
+            "host": socket.gethostname(),
+            "boot": _boot_id(),
+            "pid": os.getpid(),
+            "job_id": os.environ.get("SLURM_JOB_ID"),
+            "restart_count": _restart_count(),
+            "beat": uuid.uuid4().hex,
+        }
+
+    def _clear_away_older(self) -> None:
+        # What an owner before was preparing goes too: should it live after all, it cannot rename that into place.
+        for path in self.output_dir.iterdir():
+            match = _NAME.fullmatch(path.name) or _WRITING.fullmatch(path.name)
+            if match and int(match[1]) < self.generation:
+                if path.is_dir():
+                    shutil.rmtree(path, ignore_errors=True)
+                else:
+                    path.unlink(missing_ok=True)
+
+
+def not_writable(output_dir: Path, error: OSError) -> LaunchError:
+    """The error of an output folder that takes nothing."""
+    return LaunchError(f"--output_dir {output_dir} cannot be written to: {error.strerror or error}. Give another one.")
+
+
+def newest(output_dir: Path) -> int | None:
+    """The generation that owns the folder; None if nobody ever did."""
+    try:
+        names = os.listdir(output_dir)
+    except OSError:
+        return None
+    return max((int(match[1]) for name in names if (match := _NAME.fullmatch(name))), default=None)
+
+
+def _wait_for_the_dead(output_dir: Path, generation: int, patience: float, say: Callable[[str], None]) -> None:
+    """Return when the owner is gone; raise LaunchError as soon as it gives a sign of life."""
+    path = output_dir / f".lease-{generation}"
+    first = _read(path)
+    if _is_gone(first):
+        return
+    say(f"{output_dir} belongs to {_describe(first)}; waiting up to {patience:.0f} s to see whether it lives.")
+    deadline = time.monotonic() + patience
+    while time.monotonic() < deadline:
+        time.sleep(min(1.0, patience / 10))
+        now = _read(path)
+        if _is_gone(now):
+            return
+        if now != first:
+            raise LaunchError(
+                f"--output_dir {output_dir}: {_describe(now)} is writing there, and two jobs in one folder would mix "
+                "their checkpoints. Stop it (scancel), wait for its end, or give another --output_dir."
+            )
+
+
+def _is_gone(owner: dict[str, Any] | None) -> bool:
+    """Whether the owner has ended, or has been replaced by this very job's restart, for all that can be known here."""
+    if owner is None or owner.get("released"):
+        return True
+    job, mine = owner.get("job_id"), os.environ.get("SLURM_JOB_ID")
+    if job is not None and job == mine and _restart_count() > int(owner.get("restart_count") or 0):
+        return True
+    if owner.get("boot") != _boot_id() or owner.get("host") != socket.gethostname():
+        return False
+    return not _lives(owner.get("pid"))
+
+
+def _lives(pid: object) -> bool:
+    if not isinstance(pid, int) or pid == os.getpid():
+        return False
+    try:
+        # A zombie is dead: only its parent has not looked yet.
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """None: there is no such file. A file that is being written reads as an owner of which nothing is known."""
+    try:
+        text = path.read_text()
+    except OSError:
+        return None
+    try:
+        found = json.loads(text)
+    except ValueError:
+        return {"text": text}
+    return found if isinstance(found, dict) else {"text": text}
+
+
+def _describe(owner: dict[str, Any] | None) -> str:
+    if owner is None:
+        return "a job of which nothing is known"
+    job = f"job {owner['job_id']}, " if owner.get("job_id") else ""
+    return f"another job ({job}process {owner.get('pid', 'unknown')} on {owner.get('host', 'an unknown host')})"
+
+
+def _restart_count() -> int:
+    return int(os.environ.get("SLURM_RESTART_COUNT") or 0)
+
+
+def _boot_id() -> str | None:
+    # Processes of another container or boot have numbers of their own.
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot}:{os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return None

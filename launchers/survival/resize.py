@@ -1,0 +1,88 @@
+"""Going on with another number of ranks: the same global batch, and optimizer states through the universal format."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from ds_quant.base import manifest, trainer_checkpoints
+from ds_quant.base.checkpoint_files import to_universal
+from ds_quant.base.whole_folder import sync, write_whole
+from survival import batches
+from survival.errors import LaunchError
+from survival.lease import Lease
+
+
+def needs_universal(checkpoint: Path, world_size: int, config: dict[str, Any]) -> bool:
+    """Whether DeepSpeed can load this checkpoint's optimizer states in its universal format only."""
+    if config.get("checkpoint", {}).get("load_universal") or config.get("zero_optimization", {}).get(
+        "elastic_checkpoint"
+    ):
+        return False
+    # At stage 0 there are none: every rank holds all.
+    saved = len(trainer_checkpoints.optimizer_ranks(checkpoint))
+    return saved not in (0, world_size)
+
+
+def keep_global_batch(
+    values: dict[str, Any], checkpoint: Path, *, explicit: frozenset[str], fixed: frozenset[str], world_size: int
+) -> str | None:
+    """Cut the checkpoint's global batch for this number of ranks, in place; a line for the user, None if all was so.
+
+    Args:
+        values: the flags, with `global_batch_size` as it would be without the checkpoint.
+        checkpoint: where the run goes on.
+        explicit: names of the flags that the user gave.
+        fixed: names of the flags whose value the DeepSpeed JSON fixes.
+        world_size: of this run.
+
+    Raises LaunchError where the user asked for another global batch, or it cannot be cut.
+    """
+    found = manifest.read(checkpoint) or {}
+    total = found.get("global_batch_size")
+    if total is None or total == values["global_batch_size"]:
+        return None
+    if "global_batch_size" in explicit | fixed:
+        raise LaunchError(
+            f"The checkpoint {checkpoint} was trained with a global batch of {total} sequences, this run has "
+            f"{values['global_batch_size']}. Its schedule and its data order belong to that size: give "
+            f"--global_batch_size {total}, or start afresh in another --output_dir."
+        )
+    per_device = "per_device_train_batch_size"
+    values["global_batch_size"] = total
+    # The size per device that was asked for is an upper limit here, as memory is one; accumulation follows.
+    kept = fixed & {per_device, "gradient_accumulation_steps"}
+    batches.resolve(values, explicit=kept | {"global_batch_size"}, world_size=world_size)
+    return (
+        f"The global batch stays {total} sequences, as {checkpoint.name} was trained: {world_size} ranks times "
+        f"{values[per_device]} times {values['gradient_accumulation_steps']} accumulation steps."
+    )
+
+
+def make_universal(checkpoint: Path, lease: Lease) -> None:
+    """Add DeepSpeed's universal form of its optimizer states to a checkpoint. For one process; may take long.
+
+    Raises LaunchError where DeepSpeed cannot convert it.
+    """
+    states = trainer_checkpoints.states_of(checkpoint)
+    universal = states.with_name(f"{states.name}_universal")
+    pointer = checkpoint / "latest_universal"
+    if pointer.is_file() and pointer.read_text().strip() == universal.name and universal.is_dir():
+        return
+    part = lease.writing / universal.name
+    shutil.rmtree(part, ignore_errors=True)
+    part.parent.mkdir(exist_ok=True)
+    if (said := to_universal(states, part)) is not None:
+        shutil.rmtree(part, ignore_errors=True)
+        ranks = len(trainer_checkpoints.optimizer_ranks(checkpoint))
+        raise LaunchError(
+            f"{checkpoint} was saved by {ranks} ranks, and DeepSpeed could not "
+            f"convert it for another number: {said}. Resume with as many ranks as saved it."
+        )
+    lease.check()
+    shutil.rmtree(universal, ignore_errors=True)
+    os.replace(part, universal)
+    sync(checkpoint)
+    write_whole(pointer, universal.name)

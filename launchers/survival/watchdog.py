@@ -1,0 +1,67 @@
+"""Ends a process that makes no progress: DeepSpeed's own groups wait half an hour for a rank, whatever was asked."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from survival.errors import Interrupted
+
+_SPARE_SECONDS = 5.0
+"""The time-outs of collectives go first: they say what was waited for."""
+
+
+class Watchdog(TrainerCallback):
+    """Watches from a thread that steps are taken, sequences evaluated and checkpoints written.
+
+    Args:
+        timeout_seconds: how long each of them may take.
+        give_up: called before the process is ended, in the thread; the process ends whatever it does.
+    """
+
+    def __init__(self, timeout_seconds: float, give_up: Callable[[float], None]) -> None:
+        self._timeout = timeout_seconds
+        self._give_up = give_up
+        self._last = time.monotonic()
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Begin."""
+        self._beat()
+        self._thread.start()
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """End."""
+        self._ended.set()
+
+    def on_substep_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Progress."""
+        self._beat()
+
+    on_step_end = on_prediction_step = on_evaluate = on_save = on_substep_end
+
+    def _beat(self) -> None:
+        self._last = time.monotonic()
+
+    def _watch(self) -> None:
+        pause = min(1.0, self._timeout / 4)
+        while not self._ended.wait(pause):
+            idle = time.monotonic() - self._last
+            if idle > self._timeout + _SPARE_SECONDS:
+                try:
+                    self._give_up(idle)
+                finally:
+                    # The main thread waits in a library, where no exception reaches it.
+                    os._exit(Interrupted.exit_status)

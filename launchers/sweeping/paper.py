@@ -1,0 +1,122 @@
+"""The paper's experiment matrix as DeepSpeed JSONs, all from the table in this file.
+
+    python launchers/sweeping/paper.py            write them; nothing changes where they are as the table has them
+
+Each row quantizes one component, or the combination that the paper ends with. It becomes `paper/paper_ROW.json`, as the
+paper had it, and, for a component of a linear layer, `ROW.json` with the product's defaults. All else is baseline.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ds_quant.config import TRIPWIRE
+from ds_quant.config.deepspeed_json import TRIPWIRE_VALUE
+
+FOLDER = Path(__file__).resolve().parents[2] / "ds_configs"
+
+Section = Mapping[str, Mapping[str, Any]]
+"""Of the operands of linear layers, or of the moments: what their JSON objects say."""
+
+
+def _operand(bits: int, granularity: str, **more: Any) -> dict[str, Any]:
+    return {"bits": bits, "granularity": granularity, **more}
+
+
+def _moment(bits: int, granularity: str) -> dict[str, Any]:
+    return {"bits": bits, "map": "linear", "granularity": granularity, "rounding": "nearest"}
+
+
+COMPONENTS: dict[str, Section] = {
+    "w8_tensor": {"weight": _operand(8, "tensor")},
+    "w8_channel": {"weight": _operand(8, "channel")},
+    "w4_tensor": {"weight": _operand(4, "tensor")},
+    "w4_channel": {"weight": _operand(4, "channel")},
+    "a8_tensor": {"activation": _operand(8, "tensor")},
+    "a8_token": {"activation": _operand(8, "token")},
+    "a4_tensor": {"activation": _operand(4, "tensor")},
+    "a4_token": {"activation": _operand(4, "token")},
+    "a4_channel": {"activation": _operand(4, "channel")},
+    "a4_token_asymmetric": {"activation": _operand(4, "token", symmetric=False)},
+    "g8_tensor": {"gradient": _operand(8, "tensor")},
+    "g8_token": {"gradient": _operand(8, "token")},
+    "g8_token_input": {"gradient": _operand(8, "token", used_for=["input"])},
+    "g4_tensor": {"gradient": _operand(4, "tensor")},
+    "g4_token": {"gradient": _operand(4, "token")},
+}
+COMBINATIONS: dict[str, Section] = {
+    "w8a8": {"weight": _operand(8, "channel"), "activation": _operand(8, "token")},
+    "w8a8g8": {
+        "weight": _operand(8, "channel"),
+        "activation": _operand(8, "token"),
+        "gradient": _operand(8, "token"),
+    },
+}
+MOMENTS: dict[str, Section] = {
+    "m8_tensor": {"exp_avg": _moment(8, "tensor")},
+    "m8_channel": {"exp_avg": _moment(8, "channel")},
+    "m4_tensor": {"exp_avg": _moment(4, "tensor")},
+    "m4_channel": {"exp_avg": _moment(4, "channel")},
+    "v8_tensor": {"exp_avg_sq": _moment(8, "tensor")},
+    "v8_channel": {"exp_avg_sq": _moment(8, "channel")},
+}
+
+_PRODUCT = {"backend": "simulated", "backward_operands": "quantized"}
+_PAPER = {"backend": "simulated", "backward_operands": "original", "exclude": []}
+
+
+def files(baseline: str) -> dict[str, str]:
+    """The text of each file, by its path in ds_configs; `baseline` is the text of baseline.json."""
+    found = {}
+    for name, row in COMPONENTS.items():
+        found[f"{name}.json"] = _text(baseline, "linear", {**_used_for(row, ["weight", "input"]), **_PRODUCT})
+    for name, row in (COMPONENTS | COMBINATIONS).items():
+        section = {**_used_for(row, ["weight"]), **_PAPER}
+        found[f"paper/paper_{name}.json"] = _text(baseline, "linear", section)
+    for name, row in MOMENTS.items():
+        # A scale for a tensor or channel takes whole parameters, which ZeRO cuts above stage 0.
+        found[f"paper/paper_{name}.json"] = _text(baseline, "optimizer", row, stage=0)
+    return found
+
+
+def _used_for(row: Section, products: list[str]) -> dict[str, Any]:
+    """The row, with the backward products that see its gradient unless it says so itself."""
+    return {
+        operand: {**values, "used_for": values.get("used_for", products)} if operand == "gradient" else values
+        for operand, values in row.items()
+    }
+
+
+def _text(baseline: str, part: str, section: Mapping[str, Any], *, stage: int | None = None) -> str:
+    content = json.loads(baseline)
+    zero = {TRIPWIRE: TRIPWIRE_VALUE, **content["zero_optimization"]}
+    if stage is not None:
+        zero["stage"] = stage
+    # The baseline's own text, so that all files are laid out as it is.
+    head, found, _ = baseline.partition('  "zero_optimization"')
+    assert found
+    assert list(content)[-1] == "zero_optimization"
+    changed = f'  "zero_optimization": {_lines(zero, 2)},\n  "ds_quant": {{\n    "{part}": {_lines(section, 4)}\n  }}\n'
+    return f"{head}{changed}}}\n"
+
+
+def _lines(values: Mapping[str, Any], indent: int) -> str:
+    """A JSON object with a line for each key."""
+    inner = ",\n".join(f'{" " * (indent + 2)}"{key}": {json.dumps(value)}' for key, value in values.items())
+    return f"{{\n{inner}\n{' ' * indent}}}"
+
+
+def write(folder: Path = FOLDER) -> None:
+    """Write all files into `folder`, beside its baseline.json."""
+    (folder / "paper").mkdir(exist_ok=True)
+    for name, text in files((folder / "baseline.json").read_text(encoding="utf-8")).items():
+        (folder / name).write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    write()

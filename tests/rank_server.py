@@ -1,0 +1,103 @@
+"""Forks the ranks of distributed test programs from a process that has imported what they need.
+
+A rank that is started by a launcher spends some ten seconds of a slow processor on imports, and its launcher as much
+again. Here they are done once. A forked rank has the state of a process that has imported modules and called nothing;
+it runs the program as ``__main__`` and ends as any interpreter does. What launchers do is tested with launchers.
+
+Jobs come as JSON, a line each; the answer is a line with the exit status, or "timeout".
+"""
+
+import contextlib
+import json
+import os
+import runpy
+import select
+import signal
+import sys
+import time
+
+PAUSE_SECONDS = 0.02
+GRACE_SECONDS = 5.0
+
+
+def import_everything():
+    """What the programs import, and starts no threads."""
+    import accelerate  # noqa: F401
+    import datasets  # noqa: F401
+    import torch  # noqa: F401
+    import transformers
+    from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments  # noqa: F401
+
+    import ds_quant.diagnostics.collector
+    import ds_quant.engine  # noqa: F401
+
+    transformers.utils.logging.set_verbosity_warning()
+
+
+def become_rank(job, rank):
+    """In the child: all that tells it from its siblings."""
+    os.setpgid(0, 0)
+    for number, (path, flags) in enumerate(
+        [(os.devnull, os.O_RDONLY), *[(job["log"], os.O_WRONLY | os.O_APPEND | os.O_CREAT)] * 2]
+    ):
+        opened = os.open(path, flags)
+        os.dup2(opened, number)
+        os.close(opened)
+    os.environ.clear()
+    os.environ.update(job["env"])
+    if job["ranks"]:
+        ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": job["ranks"], "LOCAL_WORLD_SIZE": job["ranks"]}
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": job["port"]}
+        os.environ.update({name: str(value) for name, value in {**ranks, **address}.items()})
+    os.chdir(job["cwd"])
+    sys.argv = [job["program"], *job["arguments"]]
+    wanted = [os.path.dirname(job["program"]), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    sys.path[:1] = [path for path in wanted if path]
+
+
+def wait_for(pids, timeout):
+    """The exit status of the first rank that fails, else 0; the others are ended with it."""
+    left, status, end = set(pids), 0, time.monotonic() + timeout
+    while left:
+        for pid in list(left):
+            done, code = os.waitpid(pid, os.WNOHANG)
+            if done:
+                left.discard(pid)
+                code = os.waitstatus_to_exitcode(code)
+                if code and not status:
+                    status = code
+                    end = min(end, time.monotonic() + GRACE_SECONDS)
+                    stop(left, signal.SIGTERM)
+        client_is_gone = select.select([sys.stdin], [], [], PAUSE_SECONDS)[0]
+        if left and (client_is_gone or time.monotonic() > end):
+            stop(left, signal.SIGKILL)
+            for pid in left:
+                os.waitpid(pid, 0)
+            return status or "timeout"
+    return status
+
+
+def stop(pids, number):
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(pid, number)
+
+
+def main():
+    import_everything()
+    while line := sys.stdin.readline():
+        job, pids = json.loads(line), []
+        for rank in range(max(1, job["ranks"])):
+            pid = os.fork()
+            if not pid:
+                become_rank(job, rank)
+                runpy.run_path(job["program"], run_name="__main__")
+                return
+            with contextlib.suppress(PermissionError):  # the child has begun its program
+                os.setpgid(pid, pid)
+            pids.append(pid)
+        print(json.dumps(wait_for(pids, job["timeout"])), flush=True)
+
+
+if __name__ == "__main__":
+    main()
