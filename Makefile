@@ -74,14 +74,15 @@ lint: venv
 	lint-imports
 
 # Two files at a time, one thread each; WORKERS=0 runs all in one process. What all jobs would build at once is built
-# first.
+# first, and the Slurm tests share one cluster, with ports of its own.
 WORKERS ?= 2
 MARKERS ?= not slow
 pytest: export DS_ACCELERATOR := cpu
 pytest: export OMP_NUM_THREADS := 1
 pytest: venv
 	python -c "import deepspeed; deepspeed.get_accelerator().create_op_builder('ShareMemCommBuilder').load()"
-	python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder --durations 25 -m "$(MARKERS)"
+	python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder --durations 25 -m "$(MARKERS)" --ignore tests/slurm
+	python -m pytest --durations 5 -m "$(MARKERS)" tests/slurm
 
 # Not in CI. tests/stacks has the versions, docs/stacks.md what came out.
 STACK ?= oldest

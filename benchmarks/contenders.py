@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ds_quant.optim import QuantAdamW
-from ds_quant.optim.state import QuantizedMoment
+from ds_quant.optim.state import QuantizedState
 
 Make = Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer]
 
@@ -69,7 +69,7 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> int:
 
 def _stored(value: object) -> Iterable[Tensor]:
     """The plain tensors in which a value of the state is stored."""
-    if isinstance(value, QuantizedMoment):
+    if isinstance(value, QuantizedState):
         yield from (value.blocks.codes, value.blocks.scale)
     elif hasattr(value, "__tensor_flatten__"):
         for name in value.__tensor_flatten__()[0]:

@@ -21,7 +21,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 
-LONGEST_FIRST = ("slurm", "distributed", "launchers", "cli", "kernels", "diagnostics")
+LONGEST_FIRST = ("distributed", "launchers", "cli", "kernels", "diagnostics")
 """Folders whose tests begin first where several processes share the suite: what is left at the end should be short."""
 
 
@@ -33,18 +33,6 @@ def pytest_collection_modifyitems(items):
         return LONGEST_FIRST.index(folder) if folder in LONGEST_FIRST else len(LONGEST_FIRST)
 
     items.sort(key=rank)
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config, log):
-    """A file goes to one process, and so does tests/slurm, whose clusters share their configuration's place."""
-    from xdist.scheduler import LoadFileScheduling
-
-    class Scheduling(LoadFileScheduling):
-        def _split_scope(self, nodeid):
-            return "tests/slurm" if nodeid.startswith("tests/slurm/") else super()._split_scope(nodeid)
-
-    return Scheduling(config, log)
 
 
 @pytest.fixture(scope="session")

@@ -1,24 +1,30 @@
 """`ds_quant.optimizer`: how Adam's moments are stored."""
 
 from collections.abc import Iterator
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
+from ds_quant.base.code_maps import MAP_BITS, map_bits
 from ds_quant.config.deepspeed_json import SECTION
-from ds_quant.config.section import BlockSection, Rule, Section
+from ds_quant.config.section import BlockSection, OneOf, Rule, Section
 from ds_quant.config.values import (
     FlatBlock,
     Patterns,
     Rounding,
-    WireBits,
     flat_block_size,
     nothing,
 )
 
 
-def _moment_map(data: dict[str, Any]) -> Literal["float", "power"]:
-    return "float" if data["bits"] == 8 else "power"
+def _moment_map(data: dict[str, Any]) -> str:
+    """`float` at 8 bits, `power` at 4, else the first that has the bits."""
+    preferred = {8: "float", 4: "power"}.get(data["bits"])
+    return preferred or next(name for name, allowed in MAP_BITS.items() if data["bits"] in allowed)
+
+
+MomentBits = Annotated[int, OneOf(map_bits, lambda values: f"{', '.join(map(str, values[:-1]))} or {values[-1]}")]
+MapName = Annotated[str, OneOf(lambda: tuple(MAP_BITS), lambda values: ", ".join(f'"{value}"' for value in values))]
 
 
 class MomentConfig(BlockSection):
@@ -26,9 +32,9 @@ class MomentConfig(BlockSection):
 
     where: ClassVar[str] = f"{SECTION}.optimizer.exp_avg(_sq)"
 
-    bits: WireBits
+    bits: MomentBits
     """Bits of a code, 4 or 8. Required."""
-    map: Literal["float", "power", "linear", "dynamic"] = Field(default_factory=_moment_map)
+    map: MapName = Field(default_factory=_moment_map)
     """What a code means: `float` (8 bits only) exponent and three bits of mantissa; `power` a power of it (8 bits:
     exp_avg its signed fourth power, exp_avg_sq its eighth; 4 bits: exp_avg its signed square, exp_avg_sq the eighth
     power of (c + 3) / 18); `linear` itself; `dynamic` bitsandbytes' map. Default `float` at 8 bits, `power` at 4."""
@@ -42,8 +48,9 @@ class MomentConfig(BlockSection):
 
     def rules(self) -> Iterator[Rule]:
         yield from super().rules()
-        if self.map == "float" and self.bits != 8:
-            yield "map", "float", '"power", "linear", "dynamic" with 4 bits', "set one of them, or remove it"
+        if self.bits not in MAP_BITS[self.map]:
+            names = ", ".join(f'"{name}"' for name, allowed in MAP_BITS.items() if self.bits in allowed)
+            yield "map", self.map, f"{names} with {self.bits} bits", "set one of them, or remove it"
         if self.granularity != "block" and self.map != "linear":
             yield (
                 "map",

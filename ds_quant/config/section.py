@@ -1,7 +1,7 @@
 """The base of the JSON's objects: strict, frozen, and with errors that name every wrong place and its remedy."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import NoneType
 from typing import Any, ClassVar, Literal, Self, get_args, get_origin
@@ -9,12 +9,14 @@ from typing import Any, ClassVar, Literal, Self, get_args, get_origin
 from pydantic import (
     BaseModel,
     ConfigDict,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
     SerializerFunctionWrapHandler,
     ValidationError,
     model_serializer,
     model_validator,
 )
-from pydantic_core import PydanticCustomError
+from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 from ds_quant.base.errors import ConfigError, closest, problem
 from ds_quant.config.deepspeed_json import SECTION
@@ -25,6 +27,30 @@ class Allowed:
     """What the error message says about a field whose type alone does not tell."""
 
     text: str
+
+
+@dataclass(frozen=True)
+class OneOf:
+    """One of values that may become more while the program runs (see `register_map`)."""
+
+    values: Callable[[], Sequence[Any]]
+    describe: Callable[[Sequence[Any]], str]
+
+    @property
+    def text(self) -> str:
+        """What the error message says is allowed."""
+        return self.describe(self.values())
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_after_validator_function(self._check, handler(source))
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        return {**handler(schema), "enum": list(self.values())}
+
+    def _check(self, value: Any) -> Any:
+        if value not in self.values():
+            raise PydanticCustomError("one_of", "another value is wanted")
+        return value
 
 
 Rule = tuple[str, Any, str, str]
@@ -79,7 +105,7 @@ def allowed_values(owner: type[Section], field: str | None) -> str:
         kind = get_args(kind)[0]
         metadata = getattr(kind, "__metadata__", metadata)
     for item in metadata:
-        if isinstance(item, Allowed):
+        if isinstance(item, Allowed | OneOf):
             return item.text
     if get_origin(kind) is Literal:
         return ", ".join(f'"{value}"' for value in get_args(kind))

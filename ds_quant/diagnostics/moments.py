@@ -20,7 +20,7 @@ from ds_quant.numerics.blockwise import dequantize_blockwise, group_size, quanti
 from ds_quant.numerics.codes import code_map
 from ds_quant.numerics.random import fold_key
 from ds_quant.optim.group_options import DEFAULT_ROUNDING, MOMENTS
-from ds_quant.optim.state import QuantizedMoment
+from ds_quant.optim.state import QuantizedState
 
 LOWEST = -150
 """Exponent below that of the smallest fp32 number; its bin holds the zeros."""
@@ -126,7 +126,7 @@ class MomentRecorder(Recorder):
 
     def observe(self, name: str, moment: Tensor) -> None:
         """Take in the moment of one parameter, or a part of it; quantized ones as the values that they stand for."""
-        values = moment.dequantize() if isinstance(moment, QuantizedMoment) else moment.detach().float()
+        values = moment.dequantize() if isinstance(moment, QuantizedState) else moment.detach().float()
         self._sums["before"] += octaves(values).cpu()
         for number, (label, config) in enumerate(self.formats.items()):
             key = fold_key(self.seed % 2**64, rank=number, stream=self._observed, device=values.device)

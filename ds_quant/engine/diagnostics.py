@@ -92,7 +92,7 @@ def second_moments(engine: Any) -> Iterator[tuple[str, Tensor]]:
     """(parameter's name, exp_avg_sq) of what this rank holds of each trainable parameter; nothing before a first step.
 
     Whole parameters at stage 0, flat parts of them above. A moment that is stored in few bits comes as it is stored
-    (a `QuantizedMoment`, or a window of one). Where DeepSpeed flattens whole groups at stage 0 in 16 bits, the name is
+    (a `QuantizedState`, or a window of one). Where DeepSpeed flattens whole groups at stage 0 in 16 bits, the name is
     that of the group.
     """
     wrapper, optimizer = engine.optimizer, engine.basic_optimizer

@@ -26,7 +26,8 @@ from typing import NamedTuple
 from torch import Tensor
 
 from ds_quant.config import LinearConfig
-from ds_quant.numerics.integer import Quantized, quantize
+from ds_quant.numerics.format import Format, Group, Integers
+from ds_quant.numerics.integer import Quantized
 from ds_quant.numerics.random import derive_key
 
 # The four quantizers of one layer draw from streams of their own.
@@ -42,25 +43,31 @@ _GRADIENT = {"tensor": "tensor", "token": "row", "channel": "column"}
 class Quantizer(NamedTuple):
     """How one operand is quantized; `fold`: after the other operand's scale was multiplied in."""
 
-    bits: int
-    granularity: str
-    symmetric: bool
+    format: Format[Integers]
     rounding: str
-    block_size: int = 128
     fold: bool = False
-    full_range: bool = False
+
+    @property
+    def bits(self) -> int:
+        return self.format.elements.bits
+
+    @property
+    def full_range(self) -> bool:
+        return self.format.elements.full_range
+
+    @property
+    def granularity(self) -> str:
+        return self.format.group.granularity
+
+    @property
+    def block_size(self) -> int:
+        return self.format.group.block_size
 
     def __call__(self, x: Tensor, key: Tensor | None, stream: int) -> Quantized:
-        return quantize(
-            x,
-            self.bits,
-            granularity=self.granularity,
-            block_size=self.block_size,
-            symmetric=self.symmetric,
-            rounding=self.rounding,
-            key=derive_key(key, stream) if key is not None and self.rounding == "stochastic" else None,
-            full_range=self.full_range,
-        )
+        subkey = derive_key(key, stream) if key is not None and self.rounding == "stochastic" else None
+        q = self.format.quantize(x, rounding=self.rounding, key=subkey)
+        assert isinstance(q, Quantized)
+        return q
 
 
 class Codes(NamedTuple):
@@ -105,22 +112,18 @@ def plan_of(config: LinearConfig, *, transposed: bool, stream: int) -> Plan:
     w, a, g = config.weight, config.activation, config.gradient
     weight = activation = grad_input = grad_weight = None
     if w:
-        weight = Quantizer(w.bits, _WEIGHT[w.granularity], w.symmetric, w.rounding, w.block_size)
+        elements = Integers(w.bits, w.symmetric)
+        weight = Quantizer(Format(elements, Group(_WEIGHT[w.granularity], w.block_size)), w.rounding)
     if a:
-        activation = Quantizer(
-            a.bits,
-            _ACTIVATION[a.granularity],
-            a.symmetric,
-            a.rounding,
-            a.block_size,
-            full_range=a.range == "full",
-        )
+        elements = Integers(a.bits, a.symmetric, full_range=a.range == "full")
+        activation = Quantizer(Format(elements, Group(_ACTIVATION[a.granularity], a.block_size)), a.rounding)
     if g:
         outer = g.granularity == "outer"
+        elements = Integers(g.bits, g.symmetric)
         if "input" in g.used_for:
             rows = "row" if outer else _GRADIENT[g.granularity]
-            grad_input = Quantizer(g.bits, rows, g.symmetric, g.rounding, fold=outer)
+            grad_input = Quantizer(Format(elements, Group(rows)), g.rounding, fold=outer)
         if "weight" in g.used_for:
             columns = "column" if outer else _GRADIENT[g.granularity]
-            grad_weight = Quantizer(g.bits, columns, g.symmetric, g.rounding, fold=outer)
+            grad_weight = Quantizer(Format(elements, Group(columns)), g.rounding, fold=outer)
     return Plan(weight, activation, grad_input, grad_weight, config.backward_operands == "original", transposed, stream)

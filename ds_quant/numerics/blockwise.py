@@ -14,12 +14,8 @@ to nearest gets its codes and scales back. At the edges:
   product is rounded as usual. Values never exceed the scale, so nothing overflows.
 - Negative elements under an unsigned map come back as its lowest value.
 
-8-bit codes are one to an element: int8 for signed power and linear maps, uint8 for all others. 4-bit codes are uint8,
-two to a byte, planar within the block: with n elements and h = ceil(n / 2), byte j holds element j in its low half and
-element j + h in its high half, for j = 0 to h - 1. Where n is odd the last high half is 0. A block starts at a whole
-byte, and a half holds the code modulo 16.
-
-With an even block_size, numel elements take ceil(numel / 2) bytes.
+8-bit codes are one to an element: int8 for signed power and linear maps, uint8 for all others. Codes of fewer bits are
+uint8, packed block by block (`packing`).
 """
 
 import math
@@ -38,6 +34,7 @@ from ds_quant.numerics.integer import (
     expand_groups,
     reduce_blocks,
 )
+from ds_quant.numerics.packing import pack, unpack
 from ds_quant.numerics.random import uniform16
 
 BITSANDBYTES_BLOCK_SIZE = 256
@@ -47,7 +44,7 @@ class QuantizedBlocks(NamedTuple):
     """A flat tensor in blocks. The module docstring has the layout of `codes`."""
 
     codes: Tensor
-    """8 bits: int8 (signed power and linear maps) or uint8, of shape [numel]. 4 bits: packed uint8."""
+    """8 bits: int8 (signed power and linear maps) or uint8, of shape [numel]. Fewer: packed uint8."""
     scale: Tensor
     """fp32 of shape [num_blocks], not negative; NaN for a block with an Inf or a NaN."""
     numel: int
@@ -87,45 +84,19 @@ def quantize_blockwise(
     steps = torch.where(per_element > 0, x * per_element, 0.0)
     draws = None if key is None else uniform16(key, x.shape, x.device, offset=offset)
     codes = encode(steps, code_map, draws)
-    if code_map.bits == 4:
-        codes = pack(codes, block_size)
+    if code_map.bits < 8:
+        codes = pack(codes, block_size, code_map.bits)
     return QuantizedBlocks(codes, scale, x.numel(), block_size, code_map)
 
 
 def dequantize_blockwise(q: QuantizedBlocks) -> Tensor:
     """decode(code) * scale, fp32 of shape [numel]."""
     codes = q.codes
-    if q.code_map.bits == 4:
-        codes = unpack(codes, q.numel, q.block_size, signed=q.code_map.dtype == torch.int8)
+    if q.code_map.bits < 8:
+        is_signed = q.code_map.dtype == torch.int8
+        codes = unpack(codes, q.numel, q.block_size, signed=is_signed, bits=q.code_map.bits)
     values = decode(codes, q.code_map)
     return values * expand_groups(q.scale, values, "block", q.block_size)
-
-
-def packed_bytes(numel: int, block_size: int) -> int:
-    """Bytes of `numel` 4-bit codes, packed as the module docstring defines it."""
-    num_full, tail = divmod(numel, block_size)
-    return num_full * ((block_size + 1) // 2) + (tail + 1) // 2
-
-
-def pack(codes: Tensor, block_size: int) -> Tensor:
-    """4-bit codes, one to an element of a 1-D tensor, packed as the module docstring defines it."""
-    halves = codes.to(torch.int32) & 15
-    covered = codes.numel() // block_size * block_size
-    parts = [_pack_rows(halves[:covered].reshape(-1, block_size))] if covered else []
-    if covered < codes.numel() or not parts:
-        parts.append(_pack_rows(halves[covered:].reshape(1, -1)))
-    return torch.cat(parts)
-
-
-def unpack(packed: Tensor, numel: int, block_size: int, *, signed: bool) -> Tensor:
-    """The codes that `pack` was given: int8 from -8 to 7 if signed, else uint8 from 0 to 15."""
-    num_full = numel // block_size
-    split = num_full * ((block_size + 1) // 2)
-    parts = [_unpack_rows(packed[:split].reshape(num_full, -1), block_size)] if num_full else []
-    if num_full * block_size < numel or not parts:
-        parts.append(_unpack_rows(packed[split:].reshape(1, -1), numel - num_full * block_size))
-    halves = torch.cat(parts)
-    return ((halves ^ 8) - 8).to(torch.int8) if signed else halves.to(torch.uint8)
 
 
 def group_size(shape: Sequence[int], granularity: str, block_size: int) -> int:
@@ -196,21 +167,6 @@ def from_bitsandbytes(state: Mapping[str, Any]) -> tuple[QuantizedBlocks, Quanti
             QuantizedBlocks(codes.reshape(-1), scale.float(), codes.numel(), BITSANDBYTES_BLOCK_SIZE, expected)
         )
     return moments[0], moments[1]
-
-
-def _pack_rows(halves: Tensor) -> Tensor:
-    """int32 codes 0 to 15 of shape [rows, n] -> uint8 of shape [rows * ceil(n / 2)]."""
-    width = (halves.shape[1] + 1) // 2
-    low, high = halves[:, :width], halves[:, width:]
-    if high.shape[1] < width:
-        high = torch.nn.functional.pad(high, (0, width - high.shape[1]))
-    return (low | high << 4).to(torch.uint8).reshape(-1)
-
-
-def _unpack_rows(packed: Tensor, length: int) -> Tensor:
-    """uint8 of shape [rows, ceil(length / 2)] -> int32 codes 0 to 15 of shape [rows * length]."""
-    packed = packed.to(torch.int32)
-    return torch.cat((packed & 15, packed >> 4), dim=1)[:, :length].reshape(-1)
 
 
 def _check_arguments(x: Tensor, block_size: int, rounding: str, key: Tensor | None) -> None:

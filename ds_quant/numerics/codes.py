@@ -39,12 +39,16 @@ u >= 1 - rest / gap. Between 0 and the lowest value of the signed map the rules 
 Roots only guess low; comparisons with value() correct them. A kernel may use approximate roots and get the same codes.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ds_quant.base.code_maps import MAP_BITS
+
 MAPS = ("float", "power", "linear", "dynamic")
+"""The maps that this module defines."""
 BITS = (8, 4)
 
 CLOSED_FORMS = {
@@ -102,7 +106,12 @@ class CodeMap(NamedTuple):
     @property
     def dtype(self) -> torch.dtype:
         """Of the codes before packing: int8 for signed power and linear maps, else uint8."""
-        return torch.int8 if self.signed and self.name in ("power", "linear") else torch.uint8
+        return KINDS[self.name].dtype(self)
+
+    @property
+    def stored_dtype(self) -> torch.dtype:
+        """Of the codes in memory: those of fewer than 8 bits are packed into uint8."""
+        return self.dtype if self.bits == 8 else torch.uint8
 
     @property
     def lowest(self) -> int:
@@ -110,24 +119,43 @@ class CodeMap(NamedTuple):
 
     @property
     def highest(self) -> int:
-        if self.name == "float":
-            return 255
-        return self.levels - self.offset if self.levels else len(DYNAMIC_VALUES[self.bits, self.signed]) - 1
+        return KINDS[self.name].highest(self)
+
+
+class MapKind(NamedTuple):
+    """What the maps of one name have in common. `docs/extending.md` adds one."""
+
+    bits: tuple[int, ...]
+    """Bits of a code that there are maps for, from 2 to 8."""
+    make: Callable[[int, bool], CodeMap]
+    """The map with these bits, signed or not."""
+    highest: Callable[[CodeMap], int]
+    """The highest code; the lowest is -levels where codes are int8, else 0."""
+    decode: Callable[[Tensor, CodeMap], Tensor]
+    """fp32 values of integer codes, in units of the scale."""
+    encode: Callable[[Tensor, CodeMap, Tensor | None], Tensor]
+    """Codes of fp32 values; to nearest without draws. What was decoded must get its code back, whatever the draws."""
+    dtype: Callable[[CodeMap], torch.dtype] = lambda code_map: torch.uint8
+    """Of the codes before packing: int8 where they are negative, else uint8."""
+
+
+def register_map(name: str, kind: MapKind) -> None:
+    """Have a kind of map under a name, in JSONs too. Raises ValueError for a name that is taken."""
+    if name in KINDS:
+        raise ValueError(f"register_map(name): got {name!r}; allowed: a name other than {', '.join(KINDS)}; choose one")
+    KINDS[name], MAP_BITS[name] = kind, kind.bits
 
 
 def code_map(name: str, bits: int, *, signed: bool) -> CodeMap:
     """The map of this name with its measured exponent and offset. Raises ValueError for arguments out of range."""
-    if name not in MAPS:
-        raise ValueError(f"code_map(name): got {name!r}; allowed: {', '.join(MAPS)}; set one of them")
-    if isinstance(bits, bool) or bits not in BITS:
-        raise ValueError(f"code_map(bits): got {bits!r}; allowed: 8, 4; set one of them")
-    if name == "dynamic":
-        return CodeMap(name, bits, signed)
-    if name == "float":
-        if bits != 8:
-            raise ValueError("code_map(bits): got 4 with map float; allowed: 8; set name to power")
-        return CodeMap(name, bits, signed, 2 ** (bits - signed) - 1)
-    return CodeMap(name, bits, signed, *CLOSED_FORMS[name, bits, signed])
+    if name not in KINDS:
+        raise ValueError(f"code_map(name): got {name!r}; allowed: {', '.join(KINDS)}; set one of them")
+    allowed = KINDS[name].bits
+    if isinstance(bits, bool) or bits not in allowed:
+        raise ValueError(
+            f"code_map(bits): got {bits!r} with map {name}; allowed: {', '.join(map(str, allowed))}; set one of them"
+        )
+    return KINDS[name].make(bits, signed)
 
 
 def code_values(code_map: CodeMap, device: torch.device | str | None = None) -> Tensor:
@@ -137,16 +165,7 @@ def code_values(code_map: CodeMap, device: torch.device | str | None = None) -> 
 
 def decode(codes: Tensor, code_map: CodeMap) -> Tensor:
     """fp32 values of integer codes (any integer dtype and shape), in units of the scale."""
-    if code_map.name == "float":
-        return _decode_float(codes, code_map)
-    if code_map.levels:
-        count = codes.to(torch.float32)
-        return (
-            _signed_like(count, _magnitude(count.abs(), code_map)) if code_map.signed else _magnitude(count, code_map)
-        )
-    values = DYNAMIC_VALUES[code_map.bits, code_map.signed]
-    values += values[-1:] * (2**code_map.bits - len(values))
-    return torch.tensor(values, dtype=torch.float32, device=codes.device)[codes.to(torch.int64)]
+    return KINDS[code_map.name].decode(codes, code_map)
 
 
 def encode(x: Tensor, code_map: CodeMap, draws: Tensor | None = None) -> Tensor:
@@ -156,14 +175,7 @@ def encode(x: Tensor, code_map: CodeMap, draws: Tensor | None = None) -> Tensor:
 
     What lies outside the map is brought to its end. NaN is not allowed.
     """
-    if code_map.name == "float":
-        return _encode_float(x, code_map, draws)
-    if not code_map.levels:
-        return _encode_by_table(x, code_map, draws).to(code_map.dtype)
-    magnitude = x.abs() if code_map.signed else x.clamp(min=0.0)
-    low = _power_code_below(magnitude, code_map)
-    codes = low + _goes_up(magnitude, _magnitude(low, code_map), _magnitude(low + 1, code_map), draws)
-    return (_signed_like(x, codes) if code_map.signed else codes).to(code_map.dtype)
+    return KINDS[code_map.name].encode(x, code_map, draws)
 
 
 def _decode_float(codes: Tensor, code_map: CodeMap) -> Tensor:
@@ -192,6 +204,18 @@ def _encode_float(x: Tensor, code_map: CodeMap, draws: Tensor | None) -> Tensor:
     return codes.to(torch.uint8)
 
 
+def _decode_power(codes: Tensor, code_map: CodeMap) -> Tensor:
+    count = codes.to(torch.float32)
+    return _signed_like(count, _magnitude(count.abs(), code_map)) if code_map.signed else _magnitude(count, code_map)
+
+
+def _encode_power(x: Tensor, code_map: CodeMap, draws: Tensor | None) -> Tensor:
+    magnitude = x.abs() if code_map.signed else x.clamp(min=0.0)
+    low = _power_code_below(magnitude, code_map)
+    codes = low + _goes_up(magnitude, _magnitude(low, code_map), _magnitude(low + 1, code_map), draws)
+    return (_signed_like(x, codes) if code_map.signed else codes).to(code_map.dtype)
+
+
 def _magnitude(count: Tensor, code_map: CodeMap) -> Tensor:
     """((count + offset) / levels)^exponent of fp32 counts."""
     value = (count + code_map.offset) * (1.0 / code_map.levels)
@@ -217,10 +241,20 @@ def _power_code_below(magnitude: Tensor, code_map: CodeMap) -> Tensor:
     return guess.clamp(0.0, highest)
 
 
-def _encode_by_table(x: Tensor, code_map: CodeMap, draws: Tensor | None) -> Tensor:
+def _decode_dynamic(codes: Tensor, code_map: CodeMap) -> Tensor:
     values = DYNAMIC_VALUES[code_map.bits, code_map.signed]
-    table = torch.tensor(values, dtype=torch.float32, device=x.device)
-    low = (torch.searchsorted(table, x.contiguous(), right=True) - 1).clamp(0, len(values) - 2)
+    values += values[-1:] * (2**code_map.bits - len(values))
+    return torch.tensor(values, dtype=torch.float32, device=codes.device)[codes.to(torch.int64)]
+
+
+def _encode_dynamic(x: Tensor, code_map: CodeMap, draws: Tensor | None) -> Tensor:
+    values = DYNAMIC_VALUES[code_map.bits, code_map.signed]
+    return encode_by_table(x, torch.tensor(values, dtype=torch.float32, device=x.device), draws).to(code_map.dtype)
+
+
+def encode_by_table(x: Tensor, table: Tensor, draws: Tensor | None) -> Tensor:
+    """Indices, int64, into a table of increasing fp32 values, two or more, by the rules of the module docstring."""
+    low = (torch.searchsorted(table, x.contiguous(), right=True) - 1).clamp(0, len(table) - 2)
     return low + _goes_up(x, table[low], table[low + 1], draws)
 
 
@@ -228,3 +262,35 @@ def _goes_up(x: Tensor, low: Tensor, high: Tensor, draws: Tensor | None) -> Tens
     """Whether `x` is rounded to `high` rather than `low`, two neighbouring values."""
     rest = x - low
     return rest > high - x if draws is None else draws * (high - low) < rest
+
+
+def _closed_form(name: str) -> MapKind:
+    return MapKind(
+        bits=MAP_BITS[name],
+        make=lambda bits, signed: CodeMap(name, bits, signed, *CLOSED_FORMS[name, bits, signed]),
+        highest=lambda code_map: code_map.levels - code_map.offset,
+        decode=_decode_power,
+        encode=_encode_power,
+        dtype=lambda code_map: torch.int8 if code_map.signed else torch.uint8,
+    )
+
+
+KINDS = {
+    "float": MapKind(
+        bits=MAP_BITS["float"],
+        make=lambda bits, signed: CodeMap("float", bits, signed, 2 ** (bits - signed) - 1),
+        highest=lambda code_map: 255,
+        decode=_decode_float,
+        encode=_encode_float,
+    ),
+    "power": _closed_form("power"),
+    "linear": _closed_form("linear"),
+    "dynamic": MapKind(
+        bits=MAP_BITS["dynamic"],
+        make=lambda bits, signed: CodeMap("dynamic", bits, signed),
+        highest=lambda code_map: len(DYNAMIC_VALUES[code_map.bits, code_map.signed]) - 1,
+        decode=_decode_dynamic,
+        encode=_encode_dynamic,
+    ),
+}
+"""By name. `register_map` adds others."""

@@ -4,7 +4,7 @@ A *piece* is a run of consecutive elements of one parameter's gradient. It is cu
 first element; the last block may be shorter. Its *part* of a message is
 
     scales   fp32, one a block, from byte `scale_at` on, a multiple of 4
-    codes    from byte `codes_at` on, any number; 8 bits: int8, one byte an element; 4 bits: `blockwise.pack`
+    codes    from byte `codes_at` on, any number; 8 bits: int8, one byte an element; 4 bits: `packing.pack`
 
 Blocks are quantized by `integer.quantize` (granularity "block", symmetric): levels 127 or 7, scale = max|y| / levels;
 zeros have scale 0; a block with an Inf or a NaN has scale NaN and codes 0. A value is code * scale, a product in fp32
@@ -35,8 +35,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ds_quant.numerics import integer, rotation
-from ds_quant.numerics.blockwise import pack, packed_bytes, unpack
+from ds_quant.numerics import integer, packing, rotation
+from ds_quant.numerics.format import Format, Group, Integers
 from ds_quant.numerics.random import derive_words
 
 ROTATIONS = ("none", "hadamard")
@@ -53,6 +53,11 @@ class WireFormat(NamedTuple):
     """A power of two from 32 to 4096."""
     rotation: str = "none"
     """"none" or "hadamard"."""
+
+    @property
+    def elements(self) -> Format[Integers]:
+        """How a piece is quantized, once it is rotated."""
+        return Format(Integers(self.bits), Group("block", self.block_size))
 
 
 class Parts(NamedTuple):
@@ -97,7 +102,7 @@ def num_blocks(numel: int, fmt: WireFormat) -> int:
 
 def code_bytes(numel: int, fmt: WireFormat) -> int:
     """Bytes of the codes of a piece of `numel` elements."""
-    return numel if fmt.bits == 8 else packed_bytes(numel, fmt.block_size)
+    return packing.code_bytes(numel, fmt.block_size, fmt.bits)
 
 
 @torch.no_grad()
@@ -212,15 +217,9 @@ def _send(
     errors: np.ndarray | None,
 ) -> None:
     subkey = None if key is None else torch.tensor(derive_words(key, piece.stream), device=y.device)
-    q = integer.quantize(
-        y,
-        fmt.bits,
-        granularity="block",
-        block_size=fmt.block_size,
-        rounding="nearest" if key is None else "stochastic",
-        key=subkey,
-    )
-    codes = pack(q.codes, fmt.block_size) if fmt.bits == 4 else q.codes.view(torch.uint8)
+    q = fmt.elements.quantize(y, rounding="nearest" if key is None else "stochastic", key=subkey)
+    assert isinstance(q, integer.Quantized)
+    codes = packing.pack(q.codes, fmt.block_size, fmt.bits) if fmt.bits < 8 else q.codes.view(torch.uint8)
     scales = q.scale.view(torch.uint8)
     message[piece.scale_at : piece.scale_at + scales.numel()] = scales
     message[piece.codes_at : piece.codes_at + codes.numel()] = codes
@@ -240,8 +239,8 @@ def _values(message: Tensor, piece: _Piece, fmt: WireFormat) -> Tensor:
     scale_end = piece.scale_at + 4 * num_blocks(piece.numel, fmt)
     scale = message[piece.scale_at : scale_end].clone().view(torch.float32)  # a message may start at any address
     codes = message[piece.codes_at : piece.codes_at + code_bytes(piece.numel, fmt)]
-    if fmt.bits == 4:
-        return _product(unpack(codes, piece.numel, fmt.block_size, signed=True), scale, fmt)
+    if fmt.bits < 8:
+        return _product(packing.unpack(codes, piece.numel, fmt.block_size, signed=True, bits=fmt.bits), scale, fmt)
     return _product(codes.view(torch.int8), scale, fmt)
 
 

@@ -6,7 +6,7 @@ import torch
 
 from ds_quant.base.errors import fail
 from ds_quant.optim.adamw import QuantAdamW
-from ds_quant.optim.group_options import MOMENTS, check_hyperparameters, check_parameters, moment_option, moment_options
+from ds_quant.optim.group_options import MOMENTS, check_hyperparameters, check_parameters, moment_options, state_option
 
 
 def convert_adamw(optimizer: torch.optim.Optimizer, *, exp_avg: Any, exp_avg_sq: Any, seed: int = 0) -> QuantAdamW:
@@ -41,7 +41,7 @@ def convert_adamw(optimizer: torch.optim.Optimizer, *, exp_avg: Any, exp_avg_sq:
             )
         check_hyperparameters(group, where)
         check_parameters(group["params"], where)
-        own.append({name: moment_option(group.get(name, moments[name]), name) for name in MOMENTS})
+        own.append({name: state_option(group.get(name, moments[name]), name) for name in MOMENTS})
     step = optimizer.__dict__.get("step")
     if step is not None and not getattr(step, "_wrapped_by_lr_sched", False):
         raise fail(

@@ -1,4 +1,4 @@
-"""The options of a parameter group of QuantAdamW: checked, with all defaults written out, and as a step needs them."""
+"""The options of a parameter group: checked, with all defaults written out, and as a step needs them."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -7,7 +7,6 @@ from torch import Tensor
 
 from ds_quant.base.errors import fail
 from ds_quant.config import ConfigError, MomentConfig, OptimizerConfig
-from ds_quant.numerics.adam import AdamWScalars, adamw_scalars
 from ds_quant.numerics.blockwise import group_size
 from ds_quant.numerics.codes import CodeMap, code_map
 from ds_quant.numerics.integer import DTYPES
@@ -23,67 +22,60 @@ DEFAULT_ROUNDING = "stochastic"
 """What `"rounding": null` means: of either moment, and whatever its bits (docs/moments.md has the measurements)."""
 
 
-Format = tuple[CodeMap, int]
-"""Code map and block size of a quantized moment."""
+StateFormat = tuple[CodeMap, int]
+"""Code map and block size of a quantized state."""
 
 
 class GroupOptions:
     """A parameter group as a step needs it.
 
     Attributes:
-        stochastic: whether each moment is rounded stochastically, in the order of MOMENTS.
+        stochastic: whether each state is rounded stochastically, in the order of `states`.
         step: the steps done, in groups of DeepSpeed's FusedAdam, which counts there.
     """
 
-    def __init__(self, group: dict[str, Any]):
-        first, second = group["betas"]
-        betas = (float(first), float(second))
-        self._hyperparameters = float(group["lr"]), betas, float(group["eps"]), float(group["weight_decay"])
-        self._scalars: dict[int, AdamWScalars] = {}
-        self._objects = [group[name] for name in MOMENTS]
+    def __init__(self, group: dict[str, Any], states: dict[str, bool]):
+        self._objects = [(group[name], is_signed) for name, is_signed in states.items()]
         self.stochastic = tuple(
-            bool(moment) and (moment["rounding"] or DEFAULT_ROUNDING) == "stochastic" for moment in self._objects
+            bool(stored) and (stored["rounding"] or DEFAULT_ROUNDING) == "stochastic" for stored, _ in self._objects
         )
-        self._by_shape = any(moment and moment["granularity"] != "block" for moment in self._objects)
+        self._by_shape = any(stored and stored["granularity"] != "block" for stored, _ in self._objects)
         self._formats = self._formats_of(())
         self.step = group.get("step")
 
-    def scalars(self, step: int) -> AdamWScalars:
-        """Those of step number `step`, from 1."""
-        found = self._scalars.get(step)
-        if found is None:
-            found = self._scalars[step] = adamw_scalars(*self._hyperparameters, step)
-        return found
-
-    def formats(self, param: Tensor) -> list[Format | None]:
-        """How the moments of `param` are stored, in the order of MOMENTS; None for 32 bits."""
+    def formats(self, param: Tensor) -> list[StateFormat | None]:
+        """How the states of `param` are stored, in the order of `states`; None for 32 bits."""
         return self._formats_of(param.shape) if self._by_shape else self._formats
 
-    def _formats_of(self, shape: Sequence[int]) -> list[Format | None]:
-        formats: list[Format | None] = []
-        for name, moment in zip(MOMENTS, self._objects, strict=True):
-            if moment is None:
+    def _formats_of(self, shape: Sequence[int]) -> list[StateFormat | None]:
+        formats: list[StateFormat | None] = []
+        for stored, is_signed in self._objects:
+            if stored is None:
                 formats.append(None)
             else:
-                map_ = code_map(moment["map"], moment["bits"], signed=name == "exp_avg")
-                formats.append((map_, group_size(shape, moment["granularity"], moment.get("block_size", 0))))
+                map_ = code_map(stored["map"], stored["bits"], signed=is_signed)
+                formats.append((map_, group_size(shape, stored["granularity"], stored.get("block_size", 0))))
         return formats
 
 
 def moment_options(exp_avg: Any, exp_avg_sq: Any) -> dict[str, dict[str, Any] | None]:
-    """The options of a parameter group that say how its moments are stored, with all defaults written out."""
-    return {"exp_avg": moment_option(exp_avg, "exp_avg"), "exp_avg_sq": moment_option(exp_avg_sq, "exp_avg_sq")}
+    """The options of a group of QuantAdamW that say how its moments are stored, with all defaults written out."""
+    return {"exp_avg": state_option(exp_avg, "exp_avg"), "exp_avg_sq": state_option(exp_avg_sq, "exp_avg_sq")}
 
 
-def moment_option(value: Any, name: str) -> dict[str, Any] | None:
-    """The JSON object of a moment with all its defaults, or None for 32 bits."""
+def state_option(value: Any, name: str, owner: str = "QuantAdamW") -> dict[str, Any] | None:
+    """The JSON object of a state with all its defaults, or None for 32 bits."""
     if value is None:
         return None
     try:
-        parsed = OptimizerConfig.parse({name: value})
+        if name not in OptimizerConfig.model_fields:
+            return MomentConfig.parse(value).model_dump()
+        moment: MomentConfig = getattr(OptimizerConfig.parse({name: value}), name)
     except ConfigError as error:
-        raise ConfigError(str(error).replace(f"{OptimizerConfig.where}.{name}", f"QuantAdamW({name})")) from None
-    moment: MomentConfig = getattr(parsed, name)
+        text = str(error)
+        for where in (f"{OptimizerConfig.where}.{name}", MomentConfig.where):
+            text = text.replace(where, f"{owner}({name})")
+        raise ConfigError(text) from None
     return moment.model_dump()
 
 

@@ -1,13 +1,13 @@
-"""A moment of Adam as a tensor: fp32 to whoever looks at it, 8- or 4-bit codes and scales in memory.
+"""A state of an optimizer as a tensor: fp32 to whoever looks at it, codes of few bits and scales in memory.
 
 DeepSpeed's checkpoints, universal checkpoints and `safe_get_full_optimizer_state` handle `state["exp_avg"]` as an fp32
-tensor of the parameter's shape: they detach, narrow, copy and pickle it. `QuantizedMoment` answers so that no bit is
+tensor of the parameter's shape: they detach, narrow, copy and pickle it. `QuantizedState` answers so that no bit is
 lost where the whole moment is meant, and that a write to a part reaches the codes:
 
     detach, view, slice, select, split, t, ...   a window on the same codes, as torch's views are on the same storage
     clone, to(device), pickle, deepcopy          of a whole moment: the same codes and scales; of a window: plain fp32
     to(dtype), zeros_like, empty_like            plain tensors
-    data = value                                 takes over the codes of a QuantizedMoment; quantizes a plain tensor
+    data = value                                 takes over the codes of a QuantizedState; quantizes a plain tensor
     copy_                                        between whole moments of one format: codes and scales as they are
     copy_, fill_, every other in-place op        the blocks that the window touches are dequantized, changed, and
                                                  quantized to nearest
@@ -28,8 +28,10 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from ds_quant.numerics.blockwise import QuantizedBlocks, dequantize_blockwise, packed_bytes, quantize_blockwise
-from ds_quant.numerics.codes import CodeMap
+from ds_quant.base.errors import fail
+from ds_quant.numerics.blockwise import QuantizedBlocks, dequantize_blockwise, quantize_blockwise
+from ds_quant.numerics.codes import KINDS, CodeMap
+from ds_quant.numerics.packing import code_bytes
 
 aten = torch.ops.aten
 _SET_DATA = Tensor.data.__set__  # type: ignore[attr-defined]
@@ -37,7 +39,7 @@ _TO_PYTHON = (Tensor.tolist, Tensor.numpy, Tensor.__array__)
 """Methods for which torch wants memory."""
 
 
-class QuantizedMoment(Tensor):
+class QuantizedState(Tensor):
     """fp32 tensor whose elements are those of `blocks` that shape, strides and `start` select.
 
     Attributes:
@@ -79,9 +81,8 @@ class QuantizedMoment(Tensor):
     ) -> Self:
         """A moment of zeros: codes of zero bytes, which stand for zeros under every map while the scale is 0."""
         numel = math.prod(shape)
-        num_bytes = numel if code_map.bits == 8 else packed_bytes(numel, block_size)
-        dtype = code_map.dtype if code_map.bits == 8 else torch.uint8
-        codes = torch.zeros(num_bytes, dtype=dtype, device=device)
+        num_bytes = code_bytes(numel, block_size, code_map.bits)
+        codes = torch.zeros(num_bytes, dtype=code_map.stored_dtype, device=device)
         scale = torch.zeros(-(-numel // block_size), dtype=torch.float32, device=device)
         return cls(QuantizedBlocks(codes, scale, numel, block_size, code_map), shape, stream=stream)
 
@@ -127,25 +128,25 @@ class QuantizedMoment(Tensor):
     def _block_range(self, first: int, last: int) -> QuantizedBlocks:
         """Blocks `first` to `last` - 1, sharing storage."""
         blocks, size = self.blocks, self.blocks.block_size
-        width = size if blocks.code_map.bits == 8 else packed_bytes(size, size)
+        width = code_bytes(size, size, blocks.code_map.bits)
         numel = min(last * size, blocks.numel) - min(first * size, blocks.numel)
         return blocks._replace(
             codes=blocks.codes[first * width : last * width], scale=blocks.scale[first:last], numel=numel
         )
 
-    def _moved(self, device: torch.device | None, non_blocking: bool = False) -> "QuantizedMoment":
+    def _moved(self, device: torch.device | None, non_blocking: bool = False) -> "QuantizedState":
         """A copy of the codes and scales, on `device` if given."""
         codes, scale = (
             part.clone() if device is None else part.to(device, non_blocking=non_blocking, copy=True)
             for part in (self.blocks.codes, self.blocks.scale)
         )
-        return QuantizedMoment(self.blocks._replace(codes=codes, scale=scale), self.shape, stream=self.stream)
+        return QuantizedState(self.blocks._replace(codes=codes, scale=scale), self.shape, stream=self.stream)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         blocks = self.blocks
         kind = "" if self.whole else f", window from {self.start} of {blocks.numel}"
         return (
-            f"QuantizedMoment(shape={tuple(self.shape)}, {blocks.code_map.bits}-bit {blocks.code_map.name}, "
+            f"QuantizedState(shape={tuple(self.shape)}, {blocks.code_map.bits}-bit {blocks.code_map.name}, "
             f"block_size={blocks.block_size}, device={blocks.codes.device}{kind})"
         )
 
@@ -162,13 +163,13 @@ class QuantizedMoment(Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is Tensor.to and isinstance(args[0], QuantizedMoment) and _names_a_dtype(args[1:], kwargs):
+        if func is Tensor.to and isinstance(args[0], QuantizedState) and _names_a_dtype(args[1:], kwargs):
             # torch returns the tensor itself where dtype and device agree already; a cast is asked for by a plain
             # optimizer that loads the state, which must own plain values.
             return args[0].dequantize().to(*args[1:], **kwargs)
-        if func in _TO_PYTHON and isinstance(args[0], QuantizedMoment):
+        if func in _TO_PYTHON and isinstance(args[0], QuantizedState):
             args = (args[0].dequantize(), *args[1:])
-        if func == _SET_DATA and isinstance(args[0], QuantizedMoment):
+        if func == _SET_DATA and isinstance(args[0], QuantizedState):
             return _set_data(*args)
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
@@ -177,7 +178,7 @@ class QuantizedMoment(Tensor):
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         kwargs = kwargs or {}
         handler = _window if func.is_view else _HANDLERS.get(func)
-        if handler is not None and isinstance(args[0], QuantizedMoment):
+        if handler is not None and isinstance(args[0], QuantizedState):
             result = handler(func, args, kwargs)
             if result is not NotImplemented:
                 return result
@@ -191,31 +192,41 @@ def rebuild_moment(
     code_map: tuple[str, int, bool, int, int, int],
     shape: tuple[int, ...],
     stream: int,
-) -> QuantizedMoment:
-    """A whole moment from what checkpoints hold of it."""
+) -> QuantizedState:
+    """A whole moment from what checkpoints hold of it.
+
+    Raises:
+        ConfigError: a map that nothing has registered.
+    """
+    if code_map[0] not in KINDS:
+        got = f"a state with the map {code_map[0]}"
+        raise fail("checkpoint", got, ", ".join(KINDS), "import what calls register_map for it")
     blocks = QuantizedBlocks(codes, scale, math.prod(shape), block_size, CodeMap(*code_map))
-    return QuantizedMoment(blocks, shape, stream=stream)
+    return QuantizedState(blocks, shape, stream=stream)
 
 
 torch.serialization.add_safe_globals([rebuild_moment])
+
+QuantizedMoment = QuantizedState
+"""The name that it had in version 0.1."""
 
 
 def _names_a_dtype(args: tuple, kwargs: dict) -> bool:
     return any(isinstance(value, torch.dtype | Tensor) for value in (*args, *kwargs.values()))
 
 
-def _set_data(moment: QuantizedMoment, value: Tensor) -> None:
+def _set_data(moment: QuantizedState, value: Tensor) -> None:
     """`moment.data = value`: torch would replace what the tensor looks like and leave the codes."""
     if moment.shape != value.shape:
         raise ValueError(
-            f"QuantizedMoment.data: got shape {tuple(value.shape)}; allowed: {tuple(moment.shape)}; remedy: make a new "
-            "moment with QuantizedMoment.quantize"
+            f"QuantizedState.data: got shape {tuple(value.shape)}; allowed: {tuple(moment.shape)}; remedy: make a new "
+            "moment with QuantizedState.quantize"
         )
-    if isinstance(value, QuantizedMoment):
+    if isinstance(value, QuantizedState):
         source = value
     else:
         blocks = moment.blocks
-        source = QuantizedMoment.quantize(value, blocks.code_map, blocks.block_size, stream=moment.stream)
+        source = QuantizedState.quantize(value, blocks.code_map, blocks.block_size, stream=moment.stream)
     with torch._C.DisableTorchFunctionSubclass():
         # Device and the rest of what is seen from outside.
         _SET_DATA(moment, source)
@@ -224,26 +235,26 @@ def _set_data(moment: QuantizedMoment, value: Tensor) -> None:
 
 def _on_values(func: Any, args: Any, kwargs: Any) -> Any:
     """Run an operation on dequantized values, and put back what it wrote."""
-    plain: dict[int, tuple[QuantizedMoment, Tensor]] = {}
+    plain: dict[int, tuple[QuantizedState, Tensor]] = {}
 
-    def values_of(moment: QuantizedMoment) -> Tensor:
+    def values_of(moment: QuantizedState) -> Tensor:
         if id(moment) not in plain:
             plain[id(moment)] = (moment, moment.dequantize())
         return plain[id(moment)][1]
 
-    result = func(*tree_map_only(QuantizedMoment, values_of, args), **tree_map_only(QuantizedMoment, values_of, kwargs))
+    result = func(*tree_map_only(QuantizedState, values_of, args), **tree_map_only(QuantizedState, values_of, kwargs))
     written: set[int] = set()
     for position, argument in enumerate(func._schema.arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:
             given = args[position] if position < len(args) else kwargs.get(argument.name)
             for item in given if isinstance(given, list | tuple) else [given]:
-                if isinstance(item, QuantizedMoment):
+                if isinstance(item, QuantizedState):
                     written.add(id(item))
     changed = [plain[number] for number in written]
     for moment, values in changed:
         if values.shape != moment.shape or values.stride() != moment.stride():
             raise NotImplementedError(
-                f"QuantizedMoment: got {func}, which changes the shape in place; allowed: other operations; remedy: "
+                f"QuantizedState: got {func}, which changes the shape in place; allowed: other operations; remedy: "
                 "take the operation without underscore"
             )
     for moment, values in changed:
@@ -263,8 +274,8 @@ def _window(func: Any, args: Any, kwargs: Any) -> Any:
     if isinstance(views, Tensor) and views.dtype != torch.float32:
         return NotImplemented
 
-    def window(view: Tensor) -> QuantizedMoment:
-        return QuantizedMoment(blocks, view.shape, stream, (view.stride(), view.storage_offset()))
+    def window(view: Tensor) -> QuantizedState:
+        return QuantizedState(blocks, view.shape, stream, (view.stride(), view.storage_offset()))
 
     return tree_map_only(Tensor, window, views)
 
@@ -283,7 +294,7 @@ def _to_copy(func: Any, args: Any, kwargs: Any) -> Any:
 def _copy_(func: Any, args: Any, kwargs: Any) -> Any:
     target, source = args[0], args[1]
     if (
-        isinstance(source, QuantizedMoment)
+        isinstance(source, QuantizedState)
         and (source.whole and target.whole and source.shape == target.shape)
         and source.blocks.code_map == target.blocks.code_map
         and source.blocks.block_size == target.blocks.block_size
@@ -291,7 +302,7 @@ def _copy_(func: Any, args: Any, kwargs: Any) -> Any:
         target.blocks.codes.copy_(source.blocks.codes)
         target.blocks.scale.copy_(source.blocks.scale)
     else:
-        target.overwrite(source.dequantize() if isinstance(source, QuantizedMoment) else source)
+        target.overwrite(source.dequantize() if isinstance(source, QuantizedState) else source)
     return target
 
 
@@ -310,7 +321,7 @@ def _pin(func: Any, args: Any, kwargs: Any) -> Any:
     if not args[0].whole:
         return NotImplemented
     pinned = blocks._replace(codes=blocks.codes.pin_memory(), scale=blocks.scale.pin_memory())
-    return QuantizedMoment(pinned, args[0].shape, stream=args[0].stream)
+    return QuantizedState(pinned, args[0].shape, stream=args[0].stream)
 
 
 _HANDLERS = {

@@ -6,7 +6,7 @@ import torch
 from ds_quant.base.checkpoint_files import check_files, read_checkpoint_file, universal_command
 from ds_quant.config import ConfigError
 from ds_quant.numerics.codes import code_map
-from ds_quant.optim.state import QuantizedMoment
+from ds_quant.optim.state import QuantizedState
 
 
 @pytest.fixture
@@ -75,7 +75,7 @@ def test_what_deepspeed_writes_is_read(tmp_path):
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address
 
-    moment = QuantizedMoment.quantize(torch.randn(64), code_map("power", 8, signed=True), 64)
+    moment = QuantizedState.quantize(torch.randn(64), code_map("power", 8, signed=True), 64)
     path = tmp_path / "states.pt"
     torch.save([LossScaler(2.0), ZeroStageEnum(2), fragment_address(1, 2), moment], path)
     scaler, stage, address, loaded = read_checkpoint_file(str(path), mmap=True)

@@ -15,7 +15,7 @@ from launching import launch
 
 from ds_quant.base.checkpoint_files import read_checkpoint_file
 from ds_quant.cli.report import main as ds_quant_report
-from ds_quant.optim.state import QuantizedMoment
+from ds_quant.optim.state import QuantizedState
 
 SCRIPTS = ROOT / "tests" / "clients" / "scripts"
 
@@ -188,7 +188,7 @@ def check_moments_saved(output):
     """Checkpoints of the optimizer, where the script wrote some, hold codes."""
     for path in output.rglob("*optim_states.pt"):
         moments = list(saved_moments(read_checkpoint_file(str(path), mmap=True)))
-        assert {isinstance(moment, QuantizedMoment) for moment in moments} == {True}, path
+        assert {isinstance(moment, QuantizedState) for moment in moments} == {True}, path
 
 
 def saved_moments(state):

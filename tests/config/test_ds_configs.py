@@ -301,7 +301,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import ds_quant
-from ds_quant.optim.state import QuantizedMoment
+from ds_quant.optim.state import QuantizedState
 
 results = {}
 for name, config in json.load(open(sys.argv[1])).items():
@@ -323,7 +323,7 @@ for name, config in json.load(open(sys.argv[1])).items():
         "losses": losses,
         "moved": not torch.equal(before.to(engine.module.lm_head.weight.dtype), engine.module.lm_head.weight),
         "moments": sorted({
-            f"{key} {value.blocks.code_map.bits}" if isinstance(value, QuantizedMoment) else f"{key} 32"
+            f"{key} {value.blocks.code_map.bits}" if isinstance(value, QuantizedState) else f"{key} 32"
             for state in engine.basic_optimizer.state.values() for key, value in state.items() if key != "step"
         }),
         "reduces": hasattr(engine, "ds_quant_gradients"),

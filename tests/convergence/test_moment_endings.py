@@ -5,7 +5,7 @@ import torch
 from convergence.moment_endings import FORMATS, LR, VICTIMS, dying_rows, spike, ways
 
 from ds_quant import QuantAdamW
-from ds_quant.optim import QuantizedMoment
+from ds_quant.optim import QuantizedState
 
 
 @pytest.mark.parametrize("beta2", [0.95, 0.999])
@@ -41,7 +41,7 @@ def test_old_checkpoints_heal():
     (param,) = optimizer.param_groups[0]["params"]
     state = optimizer.state_dict()
     moment = state["state"][0]["exp_avg"]
-    assert type(moment) is QuantizedMoment
+    assert type(moment) is QuantizedState
     moment.blocks.codes.view(32, 64)[::4] = 1  # the smallest value above zero, where all of them stuck
     state["param_groups"][0]["exp_avg"]["rounding"] = "nearest"  # as an old group may say
     fresh = QuantAdamW([param], lr=LR, betas=(0.9, 0.95), weight_decay=0.0, exp_avg={"bits": 8}, exp_avg_sq=None)

@@ -9,7 +9,7 @@ from ds_quant.base.errors import ConfigError
 from ds_quant.config import MomentConfig
 from ds_quant.diagnostics.moments import FORMATS, LOWEST, MomentRecorder, loss_sums, octaves
 from ds_quant.numerics.codes import code_map, code_values
-from ds_quant.optim.state import QuantizedMoment
+from ds_quant.optim.state import QuantizedState
 
 LINEAR = {"bits": 8, "map": "linear", "rounding": "nearest"}
 
@@ -77,7 +77,7 @@ def test_losses_of_known_values():
 def test_quantized_moments_are_taken_as_the_values_that_they_stand_for():
     v = torch.rand(300, generator=torch.Generator().manual_seed(0)) ** 6
     map_ = code_map("power", 8, signed=False)
-    moment = QuantizedMoment.quantize(v, map_, 256)
+    moment = QuantizedState.quantize(v, map_, 256)
     # Quantized to nearest a second time, codes stay what they are.
     found = look(moment, {"bits": 8, "map": "power", "rounding": "nearest"})
     assert found.scalars["relative_l2/8-bit power per 256 nearest"] < 1e-6

@@ -17,7 +17,7 @@ from torch import nn
 import ds_quant
 from ds_quant.base.errors import ConfigError
 from ds_quant.optim import MOMENTS
-from ds_quant.optim.state import QuantizedMoment
+from ds_quant.optim.state import QuantizedState
 
 CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
 VOCABULARY, WIDTH, HIDDEN, LENGTH = 61, 30, 57, 8
@@ -155,7 +155,7 @@ def digest(engine):
         bits.update(f"{float(state['step'])}".encode())
         for name in MOMENTS:
             moment = state[name]
-            quantized = isinstance(moment, QuantizedMoment)
+            quantized = isinstance(moment, QuantizedState)
             for part in (moment.blocks.codes, moment.blocks.scale) if quantized else (moment,):
                 bits.update(part.detach().contiguous().view(torch.uint8).numpy().tobytes())
     for param in engine.module.parameters():
@@ -215,7 +215,7 @@ def whole_moments(engine, name):
 
     def everywhere(partition):
         flat = engine.basic_optimizer.state[partition][name]
-        flat = flat.dequantize() if isinstance(flat, QuantizedMoment) else flat
+        flat = flat.dequantize() if isinstance(flat, QuantizedState) else flat
         parts = [torch.empty_like(flat) for _ in range(world_size)]
         dist.all_gather(parts, flat.contiguous())
         return parts

@@ -12,7 +12,7 @@ from moment_jobs import ACCUMULATION, CLIPPING, HIDDEN, LR, ROWS, TRAINED, VOCAB
 from moment_moves import SCALED, SWITCHED, TAG, UNIVERSAL
 from moments import CASES, OFFLOADED
 
-from ds_quant.optim.state import QuantizedMoment
+from ds_quant.optim.state import QuantizedState
 
 # Each launch has a time-out of its own; a test that starts several must outlive them.
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(1200)]
@@ -78,7 +78,7 @@ def check_stored(ranks, recipe):
             if moments == [["Tensor", 4 * numel]] * 2:
                 full += numel
             else:
-                assert moments == [["QuantizedMoment", num_bytes(numel, bits)] for bits in BITS[recipe]]
+                assert moments == [["QuantizedState", num_bytes(numel, bits)] for bits in BITS[recipe]]
                 quantized += numel
     return full, quantized
 
@@ -200,7 +200,7 @@ def test_state_loads_without_trusting_the_file(folder, saved, case):
         state = torch.load(path, weights_only=True, map_location="cpu")
     state = state["optimizer_state_dict" if CASES[case].stage else "optimizer"]
     state = state.get("base_optimizer_state") or state.get("optimizer_state_dict") or state
-    assert type(state["state"][0]["exp_avg"]) is QuantizedMoment
+    assert type(state["state"][0]["exp_avg"]) is QuantizedState
 
 
 # ---- other ranks, stages, optimizers

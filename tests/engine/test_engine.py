@@ -203,7 +203,7 @@ def test_the_optimizer_of_the_json_is_quantized(caplog):
     trained = losses(engine)
     assert trained[-1] < trained[0]
     (state,) = engine.basic_optimizer.state.values()
-    assert type(state["exp_avg"]).__name__ == type(state["exp_avg_sq"]).__name__ == "QuantizedMoment"
+    assert type(state["exp_avg"]).__name__ == type(state["exp_avg_sq"]).__name__ == "QuantizedState"
     assert "bytes a parameter instead of 8, for 100.0% of the trainable parameters" in caplog.text
 
 

@@ -22,8 +22,8 @@ from ds_quant.numerics import (
     random_bits,
     to_bitsandbytes,
 )
-from ds_quant.numerics.blockwise import pack, unpack
 from ds_quant.numerics.codes import BITS, MAPS
+from ds_quant.numerics.packing import pack, unpack
 
 ALL = [case for case in itertools.product(MAPS, BITS, (True, False)) if case[:2] != ("float", 4)]
 LENGTHS = (0, 1, 2, 31, 32, 33, 63, 65, 97, 128)

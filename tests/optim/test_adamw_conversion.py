@@ -9,7 +9,7 @@ from torch.optim import lr_scheduler
 from ds_quant.config import ConfigError
 from ds_quant.optim import MOMENTS, QuantAdamW
 from ds_quant.optim.adopt import convert_adamw
-from ds_quant.optim.state import QuantizedMoment
+from ds_quant.optim.state import QuantizedState
 
 EIGHT = {"exp_avg": {"bits": 8}, "exp_avg_sq": {"bits": 8}}
 FULL = {"bits": 8, "map": "float", "granularity": "block", "block_size": 256, "rounding": None}
@@ -134,7 +134,7 @@ def test_the_wrapped_step_is_the_new_one(rng, monkeypatch):
     optimizer.register_step_post_hook(lambda *_: called.append("hook"))
     assert optimizer.step(lambda: 7.5) == 7.5
     assert called == ["hook"]
-    assert type(optimizer.state[params[0]]["exp_avg"]) is QuantizedMoment
+    assert type(optimizer.state[params[0]]["exp_avg"]) is QuantizedState
     again = copy.deepcopy(optimizer)
     assert type(again) is QuantAdamW
     again.step()

@@ -10,7 +10,7 @@ import torch
 
 from ds_quant.numerics import code_map, dequantize_blockwise, fold_key, quantize_blockwise
 from ds_quant.numerics.codes import BITS, MAPS
-from ds_quant.optim.state import QuantizedMoment
+from ds_quant.optim.state import QuantizedState
 
 ALL = [case for case in itertools.product(MAPS, BITS, (True, False)) if case[:2] != ("float", 4)]
 SOME = [("float", 8, True), ("power", 8, False), ("power", 4, True), ("dynamic", 4, False), ("linear", 8, True)]
@@ -26,7 +26,7 @@ def values_of(rng, shape, signed):
 def make(rng, shape, case=("power", 4, True), block_size=BLOCK_SIZE, stream=5):
     name, bits, signed = case
     values = values_of(rng, shape, signed)
-    return QuantizedMoment.quantize(values, code_map(name, bits, signed=signed), block_size, stream=stream)
+    return QuantizedState.quantize(values, code_map(name, bits, signed=signed), block_size, stream=stream)
 
 
 def plain(moment):
@@ -35,7 +35,7 @@ def plain(moment):
 
 
 def assert_same_bits(got, expected):
-    assert type(got) is QuantizedMoment
+    assert type(got) is QuantizedState
     assert got.shape == expected.shape
     assert got.blocks[2:] == expected.blocks[2:]
     assert got.stream == expected.stream
@@ -100,7 +100,7 @@ def test_views_are_windows_on_the_same_codes(name, case, rng):
     moment = make(rng, (6, 35), case)
     reference = plain(moment).reshape(6, 35)
     window, expected = VIEWS[name](moment), VIEWS[name](reference)
-    assert type(window) is QuantizedMoment
+    assert type(window) is QuantizedState
     assert (window.shape, window.stride()) == (expected.shape, expected.stride())
     assert window.storage_offset() == expected.storage_offset()
     assert window.dtype == torch.float32
@@ -248,14 +248,14 @@ def test_data_takes_over_codes_or_quantizes(rng):
 @pytest.mark.parametrize("case", SOME)
 def test_copy_between_formats(case, rng):
     source = make(rng, (6, 35), case)
-    same = QuantizedMoment.zeros((6, 35), source.blocks.code_map, BLOCK_SIZE, source.device, stream=5)
+    same = QuantizedState.zeros((6, 35), source.blocks.code_map, BLOCK_SIZE, source.device, stream=5)
     assert not same.any()
     assert same.copy_(source) is same
     assert_same_bits(same, source)
 
     signed = case[2]
     for m, size in ((code_map("power", 8, signed=signed), 32), (source.blocks.code_map, 64)):
-        other = QuantizedMoment.zeros((6, 35), m, size, source.device)
+        other = QuantizedState.zeros((6, 35), m, size, source.device)
         other.copy_(source)
         expected = quantize_blockwise(plain(source), m, block_size=size)
         assert torch.equal(other.blocks.codes, expected.codes)
@@ -284,8 +284,8 @@ def test_copy_between_formats(case, rng):
 
 def test_a_copy_between_whole_moments_of_one_format_does_not_round(rng):
     """Seen with the signed dynamic map, which does not get its scale back where the largest value is negative."""
-    source = QuantizedMoment.quantize(torch.linspace(-1, 0.5, 70), code_map("dynamic", 8, signed=True), BLOCK_SIZE)
-    target = QuantizedMoment.zeros((70,), source.blocks.code_map, BLOCK_SIZE, source.device)
+    source = QuantizedState.quantize(torch.linspace(-1, 0.5, 70), code_map("dynamic", 8, signed=True), BLOCK_SIZE)
+    target = QuantizedState.zeros((70,), source.blocks.code_map, BLOCK_SIZE, source.device)
     assert_same_bits(target.copy_(source), source)
     assert target.copy_(source.dequantize()).blocks.scale[0] < source.blocks.scale[0]
 
@@ -334,7 +334,7 @@ def test_in_place_operations_return_the_moment(rng):
     window = moment[3:5]
     assert window.fill_(1.0) is window
     moment *= 2
-    assert type(moment) is QuantizedMoment
+    assert type(moment) is QuantizedState
 
 
 def test_windows_of_one_block_changed_by_one_call_all_count(rng):
@@ -436,7 +436,7 @@ def test_what_was_dequantized_gets_its_codes_and_scales_back(case, rounding, rng
         width = BLOCK_SIZE * bits // 8
         for block, codes in enumerate(q.codes.split(width)):
             assert not kept[block] or torch.equal(again.codes[block * width :][:width], codes)
-        moment = QuantizedMoment(q, (len(values),))
+        moment = QuantizedState(q, (len(values),))
         window = moment[3 : len(values) - 1]
         window.copy_(window.dequantize())
         assert torch.equal(moment.blocks.codes, again.codes)
@@ -457,7 +457,7 @@ def test_nan_blocks_stay_nan_and_alone(case, rng):
     name, bits, signed = case
     values = values_of(rng, (100,), signed).abs()
     values[40] = math.nan
-    moment = QuantizedMoment.quantize(values, code_map(name, bits, signed=signed), BLOCK_SIZE)
+    moment = QuantizedState.quantize(values, code_map(name, bits, signed=signed), BLOCK_SIZE)
     clean = plain(moment)
     assert clean.isnan().tolist() == [32 <= i < 64 for i in range(100)]
     moment.copy_(moment.dequantize())
@@ -475,7 +475,7 @@ def test_zeros(case, rng):
     name, bits, signed = case
     m = code_map(name, bits, signed=signed)
     for shape, block_size in itertools.product(((), (0,), (3, 0), (1,), (33,), (6, 35)), (32, 64)):
-        moment = QuantizedMoment.zeros(shape, m, block_size, torch.device("cpu"), stream=3)
+        moment = QuantizedState.zeros(shape, m, block_size, torch.device("cpu"), stream=3)
         like = quantize_blockwise(torch.zeros(shape).reshape(-1), m, block_size=block_size)
         assert moment.blocks.codes.shape == like.codes.shape
         assert moment.blocks.codes.dtype == like.codes.dtype
@@ -507,17 +507,17 @@ def test_shapes_without_elements_or_dimensions(rng):
 def test_quantize_takes_any_layout(dtype, rng):
     values = values_of(rng, (35, 6), True).to(dtype).t().requires_grad_()
     m = code_map("power", 8, signed=True)
-    moment = QuantizedMoment.quantize(values, m, BLOCK_SIZE, stream=4)
+    moment = QuantizedState.quantize(values, m, BLOCK_SIZE, stream=4)
     expected = quantize_blockwise(values.detach().float().reshape(-1), m, block_size=BLOCK_SIZE)
     assert torch.equal(moment.blocks.codes, expected.codes)
     assert (moment.shape, moment.stream, moment.requires_grad) == ((6, 35), 4, False)
-    again = QuantizedMoment.quantize(moment, m, BLOCK_SIZE)
+    again = QuantizedState.quantize(moment, m, BLOCK_SIZE)
     assert torch.equal(again.blocks.codes, expected.codes)
 
 
 def test_meta_moments_have_sizes_and_no_memory():
     m = code_map("power", 4, signed=True)
-    moment = QuantizedMoment.zeros((10**5, 10**4), m, 128, torch.device("meta"))
+    moment = QuantizedState.zeros((10**5, 10**4), m, 128, torch.device("meta"))
     assert moment.stored_bytes == 10**9 // 2 + 10**9 // 128 * 4
     assert moment[3:5].dequantize().shape == (2, 10**4)
     assert moment.detach().clone().blocks.codes.device.type == "meta"
@@ -525,8 +525,8 @@ def test_meta_moments_have_sizes_and_no_memory():
 
 def test_repr_says_what_is_stored(rng):
     moment = make(rng, (6, 35))
-    expected = "QuantizedMoment(shape=(6, 35), 4-bit power, block_size=32, device=cpu)"
+    expected = "QuantizedState(shape=(6, 35), 4-bit power, block_size=32, device=cpu)"
     assert repr(moment) == str(moment) == expected
     assert (
-        repr(moment[1]) == "QuantizedMoment(shape=(35,), 4-bit power, block_size=32, device=cpu, window from 35 of 210)"
+        repr(moment[1]) == "QuantizedState(shape=(35,), 4-bit power, block_size=32, device=cpu, window from 35 of 210)"
     )

@@ -15,7 +15,7 @@ from ds_quant.numerics import code_map, dequantize_blockwise, fold_key, quantize
 from ds_quant.numerics.adam import adamw_scalars, adamw_step
 from ds_quant.numerics.random import derive_key
 from ds_quant.optim import MOMENTS, QuantAdamW
-from ds_quant.optim.state import QuantizedMoment
+from ds_quant.optim.state import QuantizedState
 
 ULP = 2.0**-23
 EIGHT, FOUR = {"bits": 8}, {"bits": 4}
@@ -74,7 +74,7 @@ def stored(optimizer):
             row = [param.detach(), state["step"]]
             for name in MOMENTS:
                 moment = state[name]
-                row += list(moment.blocks[:2]) if isinstance(moment, QuantizedMoment) else [moment]
+                row += list(moment.blocks[:2]) if isinstance(moment, QuantizedState) else [moment]
             found.append(row)
     return found
 
@@ -135,7 +135,7 @@ def test_a_step_is_the_definition(dtype, name, rng):
         optimizer.step()
         for stream, (param, (old, state)) in enumerate(zip(params, before, strict=True)):
             now = [optimizer.state[param][key] for key in MOMENTS]
-            blocks = [m.blocks if isinstance(m, QuantizedMoment) else m.reshape(-1) for m in now]
+            blocks = [m.blocks if isinstance(m, QuantizedState) else m.reshape(-1) for m in now]
             last = []
             for key, moment in zip(MOMENTS, blocks, strict=True):
                 if state is None:
@@ -143,7 +143,7 @@ def test_a_step_is_the_definition(dtype, name, rng):
                     if not isinstance(moment, torch.Tensor):
                         value = quantize_blockwise(value, moment.code_map, block_size=moment.block_size)
                 else:
-                    value = state[key].blocks if isinstance(state[key], QuantizedMoment) else state[key].reshape(-1)
+                    value = state[key].blocks if isinstance(state[key], QuantizedState) else state[key].reshape(-1)
                 last.append(value)
             keys = [
                 derive_key(fold_key(seed, step, rank=rank), 2 * stream + i) if stochastic[i] else None for i in (0, 1)
@@ -496,9 +496,9 @@ def test_parameters_of_other_dtypes_are_refused(dtype, rng):
 
 
 def test_parameters_without_plain_memory_are_refused(rng):
-    param = QuantizedMoment.quantize(tensor(rng, 64), code_map("power", 8, signed=True), 32)
+    param = QuantizedState.quantize(tensor(rng, 64), code_map("power", 8, signed=True), 32)
     with pytest.raises(
-        ConfigError, match=r"QuantAdamW\(params\): got .*class QuantizedMoment.*; allowed: plain tensors"
+        ConfigError, match=r"QuantAdamW\(params\): got .*class QuantizedState.*; allowed: plain tensors"
     ):
         QuantAdamW([param], **NONE)
 

@@ -18,7 +18,7 @@ from ds_quant.optim.setup import (
     describe_moments,
     json_hyperparameters,
 )
-from ds_quant.optim.state import QuantizedMoment
+from ds_quant.optim.state import QuantizedState
 
 
 def config(first=8, second=8, **options):
@@ -288,6 +288,6 @@ def test_bytes_a_parameter_are_those_of_the_state(first, second):
     optimizer.step()
     assert optimizer.state_bytes() / 4096 == bytes_a_parameter(wanted)
     moments = [optimizer.state[param][name] for name in ("exp_avg", "exp_avg_sq")]
-    assert [type(m) is QuantizedMoment for m in moments] == [first is not None, second is not None]
+    assert [type(m) is QuantizedState for m in moments] == [first is not None, second is not None]
     tensor = config({"bits": 4, "map": "linear", "granularity": "tensor"}, None)
     assert bytes_a_parameter(tensor) == 4.5

@@ -12,7 +12,7 @@ from ds_quant.base.errors import ConfigError
 from ds_quant.cli.plan import lines, parse_size
 from ds_quant.cli.report import main
 from ds_quant.numerics.codes import code_map
-from ds_quant.optim.state import QuantizedMoment
+from ds_quant.optim.state import QuantizedState
 from ds_quant.planning.configs import job_config, offloaded_roles
 from ds_quant.planning.dry_run import KNOWN_BYTES, DryRun
 from ds_quant.planning.job import Job, Outcome
@@ -135,7 +135,7 @@ class TestLedger:
     def test_quantized_moments_are_their_codes_and_scales(self):
         with Ledger() as ledger:
             ledger.mark("begin")
-            moment = QuantizedMoment.zeros((1024,), code_map("power", 8, signed=True), 256, torch.device("cpu"), 0)
+            moment = QuantizedState.zeros((1024,), code_map("power", 8, signed=True), 256, torch.device("cpu"), 0)
             ledger.assign("moments", [moment])
             ledger.mark("end")
         assert ledger.peak("begin", "end").parts["moments"] == 1024 + 4 * 4

@@ -8,12 +8,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ds_quant.base.log import warn
 from ds_quant.kernels import native
 from ds_quant.kernels.adamw import ops
 from ds_quant.kernels.adamw.work import AdamWWork
 from ds_quant.numerics.adam import Moment
-from ds_quant.numerics.blockwise import packed_bytes
-from ds_quant.numerics.codes import CodeMap, code_values, decode, encode
+from ds_quant.numerics.codes import MAPS, CodeMap, code_values, decode, encode
+from ds_quant.numerics.packing import code_bytes
 
 MAX_LEVELS = 512
 """The rough roots of the kernel are exact enough up to here."""
@@ -29,15 +30,16 @@ _NO_KEY = (0, 0)
 def adamw_(works: Sequence[AdamWWork], *, isa: str | None = None) -> None:
     """Do the works in place, with torch.get_num_threads() threads; the result does not depend on their number.
 
-    Nothing is allocated beside some bytes a tensor, and four bytes a block where blocks exceed 4096 elements.
-    `isa` asks for a narrower instruction set.
+    Nothing is allocated beside some bytes a tensor, and four bytes a block where blocks exceed 4096 elements. Works
+    with a map that the kernel does not have (`register_map`) go on to the next backend, which is said once. `isa` asks
+    for a narrower instruction set.
 
     Raises ValueError, before anything is changed, where a tensor is not as `AdamWWork` and `QuantizedBlocks` have it.
     """
     handle = _library()
     formats: dict[tuple, int] = {}
     pack = _ENTRY.pack
-    rows = []
+    rows, others = [], []
     try:
         for number, work in enumerate(works):
             param, grad, exp_avg, exp_avg_sq, scalars, key, sq_key, stream = work
@@ -47,6 +49,9 @@ def adamw_(works: Sequence[AdamWWork], *, isa: str | None = None) -> None:
             first_map, codes, scale, block_size = _moment("exp_avg", number, exp_avg, numel)
             second_map, sq_codes, sq_scale, sq_block_size = _moment("exp_avg_sq", number, exp_avg_sq, numel)
             kind = (param.dtype, grad.dtype, first_map, second_map)
+            if kind not in formats and not (_has_map(first_map) and _has_map(second_map)):
+                others.append(work)
+                continue
             rows.append(
                 pack(
                     *(param.data_ptr(), grad.data_ptr(), codes, sq_codes, scale, sq_scale),
@@ -68,6 +73,16 @@ def adamw_(works: Sequence[AdamWWork], *, isa: str | None = None) -> None:
     parallel, threads = native.library().parallel, torch.get_num_threads()
     if handle.ds_quant_adamw(b"".join(rows), len(rows), packed, chosen, parallel, threads):
         raise MemoryError("adamw_: no memory for the maxima of the blocks")
+    if others:
+        ops.adamw_.after("cpu", others[0].param.device)(others)
+
+
+@functools.cache
+def _has_map(code_map: CodeMap | None) -> bool:
+    if code_map is None or code_map.name in MAPS:
+        return True
+    warn(f"AdamW: moments with the map {code_map.name} are stepped without the C++ kernel, which does not have it")
+    return False
 
 
 def _check(name: str, number: int, tensor: Tensor, numel: int, dtypes: dict[torch.dtype, int]) -> None:
@@ -81,7 +96,6 @@ def _check(name: str, number: int, tensor: Tensor, numel: int, dtypes: dict[torc
 
 
 _FP32 = {torch.float32: 0}
-_UINT8 = {torch.uint8: 0}
 
 
 def _moment(name: str, number: int, moment: Moment, numel: int) -> tuple[CodeMap | None, int, int, int]:
@@ -95,10 +109,7 @@ def _moment(name: str, number: int, moment: Moment, numel: int) -> tuple[CodeMap
             f"adamw_(works[{number}].{name}): got {count} elements in blocks of {block_size}; allowed: {numel}, "
             "in blocks of a power of two or a divisor of that; quantize it so"
         )
-    if code_map.bits == 4:
-        _check(f"{name}.codes", number, codes, packed_bytes(numel, block_size), _UINT8)
-    else:
-        _check(f"{name}.codes", number, codes, numel, {code_map.dtype: 0})
+    _check(f"{name}.codes", number, codes, code_bytes(numel, block_size, code_map.bits), {code_map.stored_dtype: 0})
     _check(f"{name}.scale", number, scale, -(-numel // block_size), _FP32)
     return code_map, codes.data_ptr(), scale.data_ptr(), block_size
 

@@ -122,8 +122,8 @@ def launches(work: AdamWWork) -> list[Launch]:
 
 def _is_known(kind: CodeMap) -> bool:
     """Whether the codes fit their bits, and a guess is off by one at most."""
-    if kind.name == "float":
-        return kind == code_map("float", 8, signed=kind.signed)
+    if kind.name not in ("power", "linear"):
+        return kind.name == "float" and kind == code_map("float", 8, signed=kind.signed)
     fits = 0 <= kind.offset < kind.levels <= 512 and kind.highest < 2 ** (kind.bits - kind.signed)
     return fits and kind.exponent in (1, 2, 4, 8)
 

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from ds_quant.numerics.adam import AdamWScalars, Moment
-from ds_quant.numerics.blockwise import packed_bytes
 from ds_quant.numerics.integer import DTYPES
+from ds_quant.numerics.packing import code_bytes
 
 
 class AdamWWork(NamedTuple):
@@ -56,8 +56,6 @@ def check_work(number: int, work: AdamWWork) -> None:
                 f"adamw_(works[{number}].{name}): got {moment.numel} elements in blocks of {size}; allowed: {numel} "
                 "elements, in blocks of a power of two or a divisor of that; quantize it so"
             )
-        if moment.code_map.bits == 4:
-            check(f"{name}.codes", moment.codes, packed_bytes(numel, size), (torch.uint8,))
-        else:
-            check(f"{name}.codes", moment.codes, numel, (moment.code_map.dtype,))
+        num_bytes = code_bytes(numel, size, moment.code_map.bits)
+        check(f"{name}.codes", moment.codes, num_bytes, (moment.code_map.stored_dtype,))
         check(f"{name}.scale", moment.scale, -(-numel // size), (torch.float32,))
