@@ -69,8 +69,8 @@ def choose(contenders: Sequence[C], only: str | None, base: str) -> list[C]:
         if contender.name != base and not any(part in contender.name.lower() for part in wanted):
             continue
         if contender.needs and importlib.util.find_spec(contender.needs) is None:
-            remedy = "pip install 'ds_quant[bench]'"
-            print(f"left out: {contender.name}, since {contender.needs} is not installed ({remedy})")
+            fix = "pip install 'ds_quant[bench]'"
+            print(f"left out: {contender.name}, since {contender.needs} is not installed ({fix})")
             continue
         chosen.append(contender)
     return chosen

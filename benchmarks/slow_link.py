@@ -65,7 +65,7 @@ def bits_per_second(rate: str) -> float:
 
 
 def unavailable() -> str | None:
-    """Why this user cannot set up a link here, with the remedy; None where it can be done."""
+    """Why this user cannot set up a link here, with the fix; None where it can be done."""
     missing = [name for name in ("ip", "tc") if shutil.which(name) is None]
     if missing:
         return f"{' and '.join(missing)} not found: apt-get install -y --no-install-recommends iproute2"

@@ -56,12 +56,12 @@ def main() -> int:
         print(f"{__doc__}\n{USAGE}")
         return 0
     if target is None:
-        print(f"ds_quant: got no script; allowed: a script or -m MODULE; remedy:\n{USAGE}", file=sys.stderr)
+        print(f"ds_quant: got no script; allowed: a script or -m MODULE; fix:\n{USAGE}", file=sys.stderr)
         return 2
     if not is_module and not os.path.isfile(target):
         print(
             f"ds_quant: got the script {target!r}, which is no file (working directory {os.getcwd()}); allowed: a "
-            "Python file; remedy: correct the path, or use -m for a module",
+            "Python file; fix: correct the path, or use -m for a module",
             file=sys.stderr,
         )
         return 2

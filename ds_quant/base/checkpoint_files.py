@@ -32,8 +32,8 @@ def check_files(paths: Iterable[str]) -> None:
     lines = []
     for path in paths:
         if not os.path.isfile(path):
-            remedy = f"load another tag; if the number of ranks has changed, {universal_remedy(path)}"
-            lines.append(problem(path, "no such file", "the moments of this rank", remedy))
+            fix = f"load another tag; if the number of ranks has changed, {universal_fix(path)}"
+            lines.append(problem(path, "no such file", "the moments of this rank", fix))
         elif not zipfile.is_zipfile(path):
             got = f"a file of {os.path.getsize(path)} bytes that ends too early or is none of torch.save's"
             lines.append(problem(path, got, "a whole file", "load another tag, or copy the checkpoint again"))
@@ -54,7 +54,7 @@ def universal_command(path: str) -> str:
     return f"{shlex.join(command)} && echo {shlex.quote(os.path.basename(universal))} > {shlex.quote(pointer)}"
 
 
-def universal_remedy(path: str) -> str:
+def universal_fix(path: str) -> str:
     return f'run `{universal_command(path)}` and load that with "checkpoint": {{"load_universal": true}}'
 
 
@@ -95,11 +95,11 @@ def read_checkpoint_file(path: str, *, mmap: bool = False) -> Any:
         raise fail(path, f"a file that torch cannot load ({error})", "a whole file", "copy it again") from error
     got = f"a pickle that names {', '.join(unknown)}"
     allowed = f"tensors, plain values, and {', '.join(TRUSTED)}: anything else could run code"
-    remedy = (
+    fix = (
         "load a checkpoint from a source that you trust; where you trust this one, call "
         "torch.serialization.add_safe_globals with these names first"
     )
-    raise ConfigError(f"{path}: got {got}; allowed: {allowed}; remedy: {remedy}")
+    raise ConfigError(f"{path}: got {got}; allowed: {allowed}; fix: {fix}")
 
 
 def _trusted_by_user() -> set[str]:

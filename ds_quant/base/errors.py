@@ -1,4 +1,4 @@
-"""What a user is told when a setting cannot be followed: where, what was got, what is allowed, the remedy."""
+"""What a user is told when a setting cannot be followed: where, what was got, what is allowed, the fix."""
 
 import difflib
 import json
@@ -7,10 +7,10 @@ from typing import Any
 
 
 class ConfigError(ValueError):
-    """A setting that ds_quant cannot follow. One line a problem: where, what was got, what is allowed, the remedy."""
+    """A setting that ds_quant cannot follow. One line a problem: where, what was got, what is allowed, the fix."""
 
 
-def problem(where: str, got: Any, allowed: str, remedy: str) -> str:
+def problem(where: str, got: Any, allowed: str, fix: str) -> str:
     """One line of a `ConfigError`."""
     try:
         shown = json.dumps(got)
@@ -18,11 +18,11 @@ def problem(where: str, got: Any, allowed: str, remedy: str) -> str:
         shown = repr(got)
     if len(shown) > 80:
         shown = f"{shown[:77]}..."
-    return f"{where}: got {shown}; allowed: {allowed}; remedy: {remedy}"
+    return f"{where}: got {shown}; allowed: {allowed}; fix: {fix}"
 
 
-def fail(where: str, got: Any, allowed: str, remedy: str) -> ConfigError:
-    return ConfigError(problem(where, got, allowed, remedy))
+def fail(where: str, got: Any, allowed: str, fix: str) -> ConfigError:
+    return ConfigError(problem(where, got, allowed, fix))
 
 
 def closest(name: object, names: Iterable[str], cutoff: float = 0.6) -> str | None:

@@ -25,5 +25,5 @@ def check_patterns(where: str, kind: str, patterns: Iterable[str], names: list[s
         raise ConfigError(
             f"{where}: got the pattern {pattern!r}, which matches no {kind} of this model; "
             f"allowed: shell patterns on full {kind.rpartition(' ')[2]} names{hint}; "
-            "remedy: correct the pattern or remove it"
+            "fix: correct the pattern or remove it"
         )

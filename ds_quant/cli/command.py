@@ -37,12 +37,12 @@ def main(arguments: list[str] | None = None) -> int:
         return status
     if name.startswith("-"):
         parser.parse_args(arguments[:1] or ["--help"])
-        parser.error(f"got {name}; allowed: a command and its arguments; remedy: put the command first")
+        parser.error(f"got {name}; allowed: a command and its arguments; fix: put the command first")
     near = closest(name, COMMANDS)
-    remedy = f'did you mean "{near}"?' if near else "see ds_quant --help"
+    fix = f'did you mean "{near}"?' if near else "see ds_quant --help"
     if name.endswith(".py"):
-        remedy = f"run a script by python -m ds_quant {name}"
-    print(f"ds_quant: got {name!r}; allowed: {', '.join(COMMANDS)}; remedy: {remedy}", file=sys.stderr)
+        fix = f"run a script by python -m ds_quant {name}"
+    print(f"ds_quant: got {name!r}; allowed: {', '.join(COMMANDS)}; fix: {fix}", file=sys.stderr)
     return 2
 
 

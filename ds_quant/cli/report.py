@@ -184,9 +184,9 @@ def main(arguments: list[str] | None = None, *, prog: str = "ds_quant_report") -
     )
     options = parser.parse_args(arguments)
     if options.way and not options.config:
-        parser.error("--for: got no config; allowed: one; remedy: name a DeepSpeed JSON before it")
+        parser.error("--for: got no config; allowed: one; fix: name a DeepSpeed JSON before it")
     if not options.way and (options.output or options.set):
-        parser.error("--output and --set: got no --for; allowed: with --for only; remedy: add it")
+        parser.error("--output and --set: got no --for; allowed: with --for only; fix: add it")
     if options.way:
         return _write_for(options)
     if options.schema:

@@ -26,7 +26,7 @@ def check_agreement(what: str, description: Any, group: backend.Group, device: t
     begin = max(0, position - 40)
     raise ConfigError(
         f"{what}: got ...{said[0][begin : position + 60]!r} on rank 0 and ...{said[rank][begin : position + 60]!r} on "
-        f"rank {rank} of {len(said)}; allowed: the same on all ranks; remedy: give every rank the same config, model "
+        f"rank {rank} of {len(said)}; allowed: the same on all ranks; fix: give every rank the same config, model "
         "and calls"
     )
 

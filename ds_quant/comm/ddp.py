@@ -81,7 +81,7 @@ class DDPState:
         if state["world_size"] != self._reducer.world_size:
             raise ConfigError(
                 f"DDPState.load_state_dict: got the state of one of {state['world_size']} ranks; allowed: one of "
-                f"{self._reducer.world_size}; remedy: begin with a new DDPState, which owes nothing"
+                f"{self._reducer.world_size}; fix: begin with a new DDPState, which owes nothing"
             )
         if self._reducer.feedback is not None:
             self._reducer.feedback.load_state_dict(state["residuals"], self._parameters[0].device)
@@ -134,7 +134,7 @@ class DDPState:
             if name is None:
                 raise ConfigError(
                     "DDPState(model): got a model without a parameter that DDP reduces; allowed: the model that DDP "
-                    "wraps; remedy: DDPState(ddp_model, ...)"
+                    "wraps; fix: DDPState(ddp_model, ...)"
                 )
             spans.append(Span(name, 0, 0, start, parameter.numel()))
             start += parameter.numel()

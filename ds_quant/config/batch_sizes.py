@@ -30,20 +30,20 @@ def check_ranks(config: dict[str, Any], num_ranks: int, *, on_cpu: bool) -> None
         return
     if num_ranks == 1 or total != micro * accumulation:
         return
-    remedy = f"write {total * num_ranks}, or leave it out: DeepSpeed computes it"
+    fix = f"write {total * num_ranks}, or leave it out: DeepSpeed computes it"
     if on_cpu:
         # Without an accelerator and unless it is told, accelerate takes every process for the only one.
-        remedy = (
+        fix = (
             "if you did not write it, then accelerate takes each process for the only one, as it does on CPUs that it "
             "was not told of: give the Trainer --use_cpu, or a loop of your own "
-            'Accelerator(kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")]); else ' + remedy
+            'Accelerator(kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")]); else ' + fix
         )
     raise fail(
         "train_batch_size",
         total,
         f"{total * num_ranks} = train_micro_batch_size_per_gpu {micro} x gradient_accumulation_steps {accumulation} x "
         f"{num_ranks} ranks",
-        remedy,
+        fix,
     )
 
 

@@ -77,13 +77,13 @@ def read_deepspeed_config(source: Any) -> dict[str, Any]:
             with open(path, encoding="utf-8") as file:
                 text = file.read()
         except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{path}: cannot be read as text ({error}); remedy: name a JSON file") from error
+            raise ConfigError(f"{path}: cannot be read as text ({error}); fix: name a JSON file") from error
         return parse_deepspeed_config(text, str(path))
     decoded = _decode_base64(path)
     if decoded is None:
         raise ConfigError(
             f"{_shorten(path)}: no such file (working directory {os.getcwd()}); "
-            "allowed: the path of a JSON file, a dict, or the JSON in URL-safe base64; remedy: correct the path"
+            "allowed: the path of a JSON file, a dict, or the JSON in URL-safe base64; fix: correct the path"
         )
     return parse_deepspeed_config(decoded, "base64 config")
 
@@ -111,17 +111,17 @@ def parse_deepspeed_config(text: str, name: str) -> dict[str, Any]:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         repeated = [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]
         if repeated:
-            raise ConfigError(f"{name}: got {', '.join(repeated)} twice; allowed: each key once; remedy: keep one")
+            raise ConfigError(f"{name}: got {', '.join(repeated)} twice; allowed: each key once; fix: keep one")
         return dict(pairs)
 
     if not text.strip():
-        raise ConfigError(f"{name}: got an empty file; allowed: a JSON object; remedy: {_START}")
+        raise ConfigError(f"{name}: got an empty file; allowed: a JSON object; fix: {_START}")
     try:
         config = hjson.loads(text, object_pairs_hook=unique)
     except hjson.HjsonDecodeError as error:
         raise ConfigError(
             f"{name}: broken JSON at line {error.lineno}, column {error.colno} ({error.msg.replace(' %r', '')}); "
-            "allowed: a JSON object, comments included; remedy: correct it there"
+            "allowed: a JSON object, comments included; fix: correct it there"
         ) from error
     if not isinstance(config, dict):
         raise fail(name, config, "a JSON object", _START)
@@ -162,8 +162,8 @@ def misspelt_section(config: dict[str, Any]) -> list[str]:
         elif key not in TOP_LEVEL_KEYS | OTHER_TOP_LEVEL_KEYS and (
             plain.startswith("dsquant") or closest(plain, ["dsquant"], cutoff=0.8)
         ):
-            remedy = f'did you mean "{SECTION}"? (a section is switched off by "enabled": false)'
-            problems.append(problem(str(key), config[key], f'"{SECTION}"', remedy))
+            fix = f'did you mean "{SECTION}"? (a section is switched off by "enabled": false)'
+            problems.append(problem(str(key), config[key], f'"{SECTION}"', fix))
     if SECTION in config:
         return problems
     optimizer = config.get("optimizer")
@@ -171,8 +171,8 @@ def misspelt_section(config: dict[str, Any]) -> list[str]:
     if isinstance(optimizer, dict) and {"exp_avg", "exp_avg_sq"} & optimizer.keys():
         stray.append("optimizer")
     if stray:
-        remedy = f'nest the section in a whole DeepSpeed config: {{..., "{SECTION}": {{"{stray[0]}": ...}}}}'
-        problems.append(problem(stray[0], config[stray[0]], f"only inside {SECTION}", remedy))
+        fix = f'nest the section in a whole DeepSpeed config: {{..., "{SECTION}": {{"{stray[0]}": ...}}}}'
+        problems.append(problem(stray[0], config[stray[0]], f"only inside {SECTION}", fix))
     return problems
 
 

@@ -26,9 +26,9 @@ ON_CHECKPOINTS = ("sharpness", "landscape")
 def _leaves_weights_alone(value: Any) -> Any:
     moving = [kind for kind in value if kind in ON_CHECKPOINTS] if isinstance(value, list | tuple) else []
     if moving:
-        remedy = f"take it out, and run ds_quant diagnose {moving[0]} CHECKPOINT"
+        fix = f"take it out, and run ds_quant diagnose {moving[0]} CHECKPOINT"
         reason = "what leaves the weights alone: ZeRO holds them in 16 bits, which swallow such small changes"
-        broken = [("", list(value), reason, remedy)]
+        broken = [("", list(value), reason, fix)]
         raise PydanticCustomError("rules", "{text}", {"text": problem("kinds", *broken[0][1:]), "broken": broken})
     return value
 

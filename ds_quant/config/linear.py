@@ -83,8 +83,8 @@ class GradientConfig(Section):
 
     def rules(self) -> Iterator[Rule]:
         if not self.used_for or len(set(self.used_for)) < len(self.used_for):
-            remedy = 'list each product once, or leave "gradient" out to quantize none'
-            yield "used_for", list(self.used_for), allowed_values(GradientConfig, "used_for"), remedy
+            fix = 'list each product once, or leave "gradient" out to quantize none'
+            yield "used_for", list(self.used_for), allowed_values(GradientConfig, "used_for"), fix
 
 
 class LinearConfig(Section):
@@ -122,31 +122,31 @@ class LinearConfig(Section):
     def _folding_rules(self) -> Iterator[Rule]:
         if self.backward_operands == "original" or not self.gradient or self.gradient.granularity != "outer":
             return
-        remedy = 'set gradient.granularity to "token" or "channel", or backward_operands to "original"'
+        fix = 'set gradient.granularity to "token" or "channel", or backward_operands to "original"'
         if "input" in self.gradient.used_for and self.weight and self.weight.granularity == "block":
             reason = '"tensor" or "channel": a gradient of granularity "outer" cannot fold a scale per block'
-            yield "weight.granularity", "block", reason, remedy
+            yield "weight.granularity", "block", reason, fix
         granularity = self.activation.granularity if self.activation else "token"
         if "weight" in self.gradient.used_for and granularity in ("block", "channel"):
             reason = f'"tensor" or "token": a gradient of granularity "outer" cannot fold a scale per {granularity}'
-            yield "activation.granularity", granularity, reason, remedy
+            yield "activation.granularity", granularity, reason, fix
 
     def _int8_rules(self) -> Iterator[Rule]:
-        remedy = 'use that, or backend "simulated"'
+        fix = 'use that, or backend "simulated"'
         operands = {"weight": ("channel", "tensor"), "activation": ("token", "tensor"), "gradient": ("outer", "tensor")}
         for name, granularities in operands.items():
             operand = getattr(self, name)
             if operand and not operand.symmetric:
                 reason = 'true with backend "int8": a zero point has no place in an integer product'
-                yield f"{name}.symmetric", False, reason, remedy
+                yield f"{name}.symmetric", False, reason, fix
             if operand and operand.granularity not in granularities:
                 words = " or ".join(f'"{granularity}"' for granularity in granularities)
                 reason = f'{words} with backend "int8": any other scale lies on a contraction axis'
-                yield f"{name}.granularity", operand.granularity, reason, remedy
+                yield f"{name}.granularity", operand.granularity, reason, fix
         yield from self._int8_gradient_rules()
         if self.weight and self.weight.rounding == "stochastic":
             reason = '"nearest" with backend "int8": forward and backward must find the same codes'
-            yield "weight.rounding", "stochastic", reason, remedy
+            yield "weight.rounding", "stochastic", reason, fix
 
     def _int8_gradient_rules(self) -> Iterator[Rule]:
         """A gradient with one scale folds none in, so that the other operand's would lie on the contraction axis."""
@@ -157,5 +157,5 @@ class LinearConfig(Section):
         for product, (name, other) in others.items():
             if product in gradient.used_for and other and other.granularity in ("channel", "token"):
                 allowed = f'"outer" with backend "int8" and {name}.granularity "{other.granularity}"'
-                remedy = f'use that, or {name}.granularity "tensor", or backend "simulated"'
-                yield "gradient.granularity", "tensor", allowed, remedy
+                fix = f'use that, or {name}.granularity "tensor", or backend "simulated"'
+                yield "gradient.granularity", "tensor", allowed, fix

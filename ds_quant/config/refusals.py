@@ -50,7 +50,7 @@ class Refusal:
     """The parts of the section it collides with, as dotted paths inside `ds_quant`."""
     allowed: str
     reason: str
-    remedy: str = "remove it, or that part of the section"
+    fix: str = "remove it, or that part of the section"
 
 
 REFUSALS = (
@@ -207,6 +207,6 @@ def check_refusals(raw: dict[str, Any], quant: QuantConfig) -> None:
         parts = _parts_in_use(quant, row.parts)
         if parts and row.refused(value):
             allowed = f"{row.allowed} with {', '.join(f'ds_quant.{part}' for part in parts)} ({row.reason})"
-            lines.append(problem(row.path, value, allowed, row.remedy))
+            lines.append(problem(row.path, value, allowed, row.fix))
     if lines:
         raise ConfigError("\n".join(lines))

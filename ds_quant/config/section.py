@@ -1,4 +1,4 @@
-"""The base of the JSON's objects: strict, frozen, and with errors that name every wrong place and its remedy."""
+"""The base of the JSON's objects: strict, frozen, and with errors that name every wrong place and its fix."""
 
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -54,7 +54,7 @@ class OneOf:
 
 
 Rule = tuple[str, Any, str, str]
-"""A broken rule: the key (empty for the whole object), what was got, what is allowed, the remedy."""
+"""A broken rule: the key (empty for the whole object), what was got, what is allowed, the fix."""
 
 
 class Section(BaseModel):
@@ -131,15 +131,15 @@ def _problems(error: ValidationError, model: type[Section]) -> dict[str, str]:
                 lines[f"{place} {rest}"] = problem(place, *rest)
         elif kind == "extra_forbidden":
             match = closest(field, owner.model_fields)
-            remedy = f'did you mean "{match}"?' if match else "remove it"
-            lines[where] = problem(where, got, f"the keys {', '.join(owner.model_fields)}", remedy)
+            fix = f'did you mean "{match}"?' if match else "remove it"
+            lines[where] = problem(where, got, f"the keys {', '.join(owner.model_fields)}", fix)
         elif kind == "missing":
-            lines[where] = f"{where}: got nothing; allowed: {allowed_values(owner, field)}; remedy: add it"
+            lines[where] = f"{where}: got nothing; allowed: {allowed_values(owner, field)}; fix: add it"
         elif kind != "default_factory_not_called":  # the field it depends on is reported already
             allowed = allowed_values(owner, field)
             match = closest(got, re.findall(r'"(\w+)"', allowed))
-            remedy = f'did you mean "{match}"?' if match and match != got else "write what is allowed"
-            lines.setdefault(where, problem(where, got, allowed, remedy))
+            fix = f'did you mean "{match}"?' if match and match != got else "write what is allowed"
+            lines.setdefault(where, problem(where, got, allowed, fix))
     return lines
 
 
@@ -159,8 +159,8 @@ class BlockSection(Section):
 
     def rules(self) -> Iterator[Rule]:
         if self._block_size_is_idle() and "block_size" in self.model_fields_set:
-            remedy = 'remove it, or set granularity to "block"'
-            yield "block_size", getattr(self, "block_size", None), 'only with granularity "block"', remedy
+            fix = 'remove it, or set granularity to "block"'
+            yield "block_size", getattr(self, "block_size", None), 'only with granularity "block"', fix
 
     def _block_size_is_idle(self) -> bool:
         return getattr(self, "granularity", None) != "block"

@@ -50,11 +50,11 @@ def choose(config: DiagnosticsConfig, quant: QuantConfig) -> Choice:
     moments = (exp_avg_sq,) if exp_avg_sq else tuple(MomentConfig.parse(item) for item in _MOMENTS)
     missing: dict[str, tuple[str, str]] = {}
     if not (config.gradient or from_layers or wire):
-        remedy = f'write "gradient": {{"bits": 8}} into {config.where} to measure a quantizer that the run does without'
-        missing["gradient_error"] = ("no quantizer that weight gradients go through", remedy)
+        fix = f'write "gradient": {{"bits": 8}} into {config.where} to measure a quantizer that the run does without'
+        missing["gradient_error"] = ("no quantizer that weight gradients go through", fix)
     if not (linear and (linear.weight or linear.activation)):
-        remedy = "add ds_quant.linear.weight or .activation, or run ds_quant diagnose with --quantizers"
-        missing["quantization_error"] = ("no quantizer of weights or inputs", remedy)
+        fix = "add ds_quant.linear.weight or .activation, or run ds_quant diagnose with --quantizers"
+        missing["quantization_error"] = ("no quantizer of weights or inputs", fix)
     if not (linear and linear.weight):
         missing["oscillation"] = ("no quantizer of weights", "add ds_quant.linear.weight")
     if config.kinds is None:
@@ -63,9 +63,9 @@ def choose(config: DiagnosticsConfig, quant: QuantConfig) -> Choice:
         return Choice(kinds, config.gradient, wire, moments, left_out)
     for kind in config.kinds:
         if kind in missing:
-            what, remedy = missing[kind]
+            what, fix = missing[kind]
             allowed = f"kinds whose component is there: the section has {what}"
-            raise fail(f"{config.where}.kinds", kind, allowed, f"take it out, or {remedy}")
+            raise fail(f"{config.where}.kinds", kind, allowed, f"take it out, or {fix}")
     return Choice(config.kinds, config.gradient, wire, moments, ())
 
 

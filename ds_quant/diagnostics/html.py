@@ -63,8 +63,8 @@ def read_folders(folders: Iterable[Path]) -> list[Measurement]:
             found += folder.read_file(path)
     if not found:
         allowed = "folders with the JSON files of diagnostics"
-        remedy = 'measure first: "diagnostics" in the JSON of a run, or ds_quant diagnose'
-        raise fail(", ".join(map(str, places)), "no measurement", allowed, remedy)
+        fix = 'measure first: "diagnostics" in the JSON of a run, or ds_quant diagnose'
+        raise fail(", ".join(map(str, places)), "no measurement", allowed, fix)
     return sorted(found, key=lambda one: (KINDS.index(one.kind), -1 if one.step is None else one.step))
 
 
@@ -76,8 +76,8 @@ def write_report(folders: Sequence[Path], output: Path, title: str | None = None
         OSError: it cannot be written.
     """
     if missing := missing_packages():
-        remedy = "pip install 'ds_quant[plot]'"
-        raise fail("report", f"no {' and no '.join(missing)}", "both installed", remedy)
+        fix = "pip install 'ds_quant[plot]'"
+        raise fail("report", f"no {' and no '.join(missing)}", "both installed", fix)
     measurements = read_folders(folders)
     write_whole(output, render(measurements, title or f"Diagnostics of {', '.join(map(str, folders))}"))
     return measurements

@@ -33,8 +33,8 @@ def check_movable(model: nn.Module, where: str) -> dict[str, nn.Parameter]:
         raise fail(where, "a model without trainable parameters", "at least one", "unfreeze some")
     for name, parameter in found.items():
         if hasattr(parameter, "ds_shape"):
-            remedy = "run ds_quant diagnose on a checkpoint of it"
-            raise fail(where, f"{name}, partitioned by ZeRO-3", "whole parameters", remedy)
+            fix = "run ds_quant diagnose on a checkpoint of it"
+            raise fail(where, f"{name}, partitioned by ZeRO-3", "whole parameters", fix)
         if parameter.dtype not in (torch.float32, torch.float64):
             # A step of norm 0.05 over millions of weights is far below half a unit of bf16's eight bits.
             raise fail(where, f"{name} in {parameter.dtype}", "float32 or float64", "load the model in float32")

@@ -41,8 +41,8 @@ class Reports:
         try:
             html.write_report([self._path], self._path / folder.REPORT)
         except Exception as error:  # whatever it is, the looks are there, and the run goes on
-            remedy = f"ds_quant diagnose report {self._path}"
-            warn(f"diagnostics: the report could not be written: {error}; the looks are there: {remedy}")
+            fix = f"ds_quant diagnose report {self._path}"
+            warn(f"diagnostics: the report could not be written: {error}; the looks are there: {fix}")
         self._ended = time.monotonic()
         self._cost = self._ended - begin
 
@@ -50,5 +50,5 @@ class Reports:
 def check_packages(where: str) -> None:
     """Raise ConfigError where a report cannot be drawn here."""
     if missing := html.missing_packages():
-        remedy = f"pip install 'ds_quant[plot]', or \"report\": false, and make it elsewhere with {html.COMMAND}"
-        raise fail(f"{where}.report", f"true without {' and '.join(missing)}", "true where they are installed", remedy)
+        fix = f"pip install 'ds_quant[plot]', or \"report\": false, and make it elsewhere with {html.COMMAND}"
+        raise fail(f"{where}.report", f"true without {' and '.join(missing)}", "true where they are installed", fix)

@@ -11,7 +11,7 @@ import deepspeed
 import torch
 from deepspeed import comm as dist
 
-from ds_quant.base.checkpoint_files import check_files, read_checkpoint_file, universal_remedy
+from ds_quant.base.checkpoint_files import check_files, read_checkpoint_file, universal_fix
 from ds_quant.base.errors import fail
 from ds_quant.comm.agreement import raise_together
 
@@ -77,15 +77,15 @@ def _check_partition(engine: Any, path: str) -> list[float]:
     state = state.get("optimizer_state_dict" if stage else "optimizer") or {}
     saved_stage = int(state.get("zero_stage", stage) or 0)
     if stage and (saved_stage == 3) != (stage == 3):
-        raise fail(path, f"a checkpoint of ZeRO stage {saved_stage}", f"one of stage {stage}", universal_remedy(path))
+        raise fail(path, f"a checkpoint of ZeRO stage {saved_stage}", f"one of stage {stage}", universal_fix(path))
     ranks = state.get("partition_count")
     if stage and ranks is not None and _largest(ranks) != _largest(wrapper.partition_count):
         got = f"a checkpoint of {_largest(ranks)} ranks"
-        raise fail(path, got, f"one of {_largest(wrapper.partition_count)} ranks", universal_remedy(path))
+        raise fail(path, got, f"one of {_largest(wrapper.partition_count)} ranks", universal_fix(path))
     saved = state.get("base_optimizer_state", state.get("optimizer_state_dict", state))
     if isinstance(saved, list):
         raise fail(
-            path, "an elastic checkpoint", "one without zero_optimization.elastic_checkpoint", universal_remedy(path)
+            path, "an elastic checkpoint", "one without zero_optimization.elastic_checkpoint", universal_fix(path)
         )
     if "state" not in saved or "param_groups" not in saved:
         raise fail(path, "no state of an optimizer", "a checkpoint with the optimizer", "load another tag")
@@ -97,7 +97,7 @@ def _check_partition(engine: Any, path: str) -> list[float]:
             path,
             f"an optimizer with {len(saved['param_groups'])} groups and {len(numbers)} tensors",
             f"{len(engine.basic_optimizer.param_groups)} groups and {len(sizes)} tensors, as this run has",
-            "load a checkpoint of this model; where ds_quant.optimizer.exclude has changed, " + universal_remedy(path),
+            "load a checkpoint of this model; where ds_quant.optimizer.exclude has changed, " + universal_fix(path),
         )
     steps = []
     for number, size in zip(numbers, sizes, strict=True):
@@ -146,12 +146,12 @@ def _check_universal(engine: Any, files: list[str]) -> None:
     there, rank, world_size = set(files), dist.get_rank(), dist.get_world_size()
     common = os.path.join(folder, "optimizer_state.pt")
     if not engine.zero_optimization():
-        remedy = "set zero_optimization.stage to 1"
-        raise fail(common, "a universal checkpoint at ZeRO stage 0", "stages 1 to 3: DeepSpeed cannot load it", remedy)
+        fix = "set zero_optimization.stage to 1"
+        raise fail(common, "a universal checkpoint at ZeRO stage 0", "stages 1 to 3: DeepSpeed cannot load it", fix)
     if common in there and ("optimizer_state_dict" in _read(common)) != (engine.zero_optimization_stage() == 3):
         got, allowed = ("stage 1 or 2", "stage 3") if engine.zero_optimization_stage() == 3 else ("stage 3", "1 or 2")
-        remedy = "train at the stage it was saved at (stages 1 and 2 can be exchanged)"
-        raise fail(common, f"a universal checkpoint of ZeRO {got}", f"one of {allowed}: DeepSpeed's differ", remedy)
+        fix = "train at the stage it was saved at (stages 1 and 2 can be exchanged)"
+        raise fail(common, f"a universal checkpoint of ZeRO {got}", f"one of {allowed}: DeepSpeed's differ", fix)
     names = sorted(name for param, name in engine.param_names.items() if param.requires_grad)
     sizes = {name: getattr(p, "ds_numel", p.numel()) for p, name in engine.param_names.items()}
     for name in names[rank::world_size]:

@@ -139,8 +139,8 @@ def _load(folder: Path, device: torch.device) -> dict[str, Any] | None:
             try:
                 found[0] = torch.load(path, map_location="cpu", weights_only=True)
             except Exception as error:  # torch raises many kinds for a file cut short
-                remedy = "copy the checkpoint again, or delete this file to begin the diagnostics anew"
-                raise fail(str(path), f"a file that cannot be read ({error})", "a whole one", remedy) from error
+                fix = "copy the checkpoint again, or delete this file to begin the diagnostics anew"
+                raise fail(str(path), f"a file that cannot be read ({error})", "a whole one", fix) from error
 
     raise_together(read, device)
     torch.distributed.broadcast_object_list(found, src=0)

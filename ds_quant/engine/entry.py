@@ -151,7 +151,7 @@ def initialize(
     if left:
         raise ConfigError(
             f'{", ".join(left)}: got "auto"; allowed: values, since only Hugging Face\'s Trainer fills them in; '
-            "remedy: config = ds_quant.resolve_auto(config, "
+            "fix: config = ds_quant.resolve_auto(config, "
             + ", ".join(f"{path.rpartition('.')[2]}=..." for path in left)
             + ")"
         )
@@ -238,7 +238,7 @@ def _config_source(args: Any, config: Any, config_params: Any) -> Any:
     if in_args is not None and explicit is not None:
         raise ConfigError(
             "deepspeed.initialize: got a config in args.deepspeed_config and another as an argument; allowed: one of "
-            "them; remedy: remove one"
+            "them; fix: remove one"
         )
     return explicit if explicit is not None else in_args
 

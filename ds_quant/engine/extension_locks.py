@@ -65,7 +65,7 @@ def check_extension_locks(op_names: Collection[str], say: Callable[[str], None] 
                 raise ConfigError(
                     f"{lock}: got a lock that no process holds, left by a build of {lock.parent.name!r} that was "
                     f"killed (nothing changed there for {idle:.0f} s); allowed: no lock, or one of a build that is "
-                    f"running; remedy: rm {lock} (DeepSpeed would wait for it for ever)"
+                    f"running; fix: rm {lock} (DeepSpeed would wait for it for ever)"
                 )
             if not told:
                 say(f"waiting for {lock}, which another host may hold; at most {STALE_SECONDS - idle:.0f} s")

@@ -79,7 +79,7 @@ class GradientCommunication:
             position += length
         if self.feedback is not None and not any(span.name for span in found):
             raise RuntimeError(
-                f"ds_quant: gradients of {numel} elements belong to no parameter that is known; remedy: set "
+                f"ds_quant: gradients of {numel} elements belong to no parameter that is known; fix: set "
                 "ds_quant.communication.gradient.error_feedback to false, and report it"
             )
         return found

@@ -55,10 +55,10 @@ def check_model(model: nn.Module) -> None:
     """
     from deepspeed.runtime.pipe.module import PipelineModule
 
-    def refuse(got: str, remedy: str) -> None:
+    def refuse(got: str, fix: str) -> None:
         raise ConfigError(
             f"ds_quant: got {got}; allowed: models whose linear layers are whole on every rank or partitioned by ZeRO; "
-            f"remedy: {remedy}"
+            f"fix: {fix}"
         )
 
     if isinstance(model, PipelineModule):

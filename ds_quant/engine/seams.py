@@ -117,7 +117,7 @@ def check_version(installed: str | None = None) -> str:
     release = Version(Version(installed).base_version)
     if not Version(SUPPORTED[0]) <= release < Version(SUPPORTED[1]):
         raise ConfigError(
-            f"deepspeed: got version {installed}; allowed: >={SUPPORTED[0]},<{SUPPORTED[1]}; remedy: pip install "
+            f"deepspeed: got version {installed}; allowed: >={SUPPORTED[0]},<{SUPPORTED[1]}; fix: pip install "
             f"'deepspeed>={SUPPORTED[0]},<{SUPPORTED[1]}'"
         )
     return installed
@@ -155,5 +155,5 @@ def check_seams() -> None:
     if missing:
         raise ImportError(
             f"ds_quant: deepspeed {version('deepspeed')} has moved {', '.join(missing)}; allowed: a release that has "
-            f"them; remedy: pip install 'deepspeed=={SUPPORTED[0]}'"
+            f"them; fix: pip install 'deepspeed=={SUPPORTED[0]}'"
         )

@@ -162,9 +162,9 @@ def _plan(source: HFCheckpoint, linear: LinearConfig | None) -> _Plan:
         notes.append(note)
     if any(plain.values()):
         if "tie_word_embeddings" not in source.config:
-            remedy = 'exclude the output embedding in training ("exclude": null), or use --format bf16'
+            fix = 'exclude the output embedding in training ("exclude": null), or use --format bf16'
             got = "a quantized linear tied to an embedding"
-            raise fail("ds_quant.linear.exclude", got, "where config.json has tie_word_embeddings", remedy)
+            raise fail("ds_quant.linear.exclude", got, "where config.json has tie_word_embeddings", fix)
         notes.append("the output embedding is quantized: stored apart from the input embedding, no longer tied to it")
     if source.config.get("dtype", source.config.get("torch_dtype")) != "float32":
         notes.append("transformers: load it with dtype=torch.float32, else the scales are rounded to the model's dtype")
@@ -178,8 +178,8 @@ def _refuse_other_layers(model: nn.Module, names: list[str]) -> None:
         if type(module) is not QuantLinear:
             kind = getattr(type(module), "quantized_from", type(module).__mro__[2])
             got = f"a layer of type {kind.__name__}"
-            remedy = "--format bf16, or train a model of nn.Linear layers (Llama, Qwen, Mistral, OPT)"
-            raise fail(name, got, "nn.Linear, the only linear layer that compressed-tensors serves", remedy)
+            fix = "--format bf16, or train a model of nn.Linear layers (Llama, Qwen, Mistral, OPT)"
+            raise fail(name, got, "nn.Linear, the only linear layer that compressed-tensors serves", fix)
 
 
 def _refuse_fused_experts(model: nn.Module) -> None:

@@ -62,7 +62,7 @@ def open_checkpoint(folder: str | Path) -> HFCheckpoint:
     folder = Path(folder)
     if not folder.is_dir():
         raise fail(str(folder), "no such folder", A_CHECKPOINT, "correct the path")
-    config = _read_json(folder / "config.json", _remedy_without_config(folder))
+    config = _read_json(folder / "config.json", _fix_without_config(folder))
     if "quantization_config" in config:
         method = config["quantization_config"].get("quant_method")
         raise fail(str(folder), f"a model in {method} already", A_CHECKPOINT, "export the checkpoint it was made from")
@@ -78,7 +78,7 @@ def open_checkpoint(folder: str | Path) -> HFCheckpoint:
     return HFCheckpoint(folder, config, tensors, bool(weight_map))
 
 
-def _remedy_without_config(folder: Path) -> str:
+def _fix_without_config(folder: Path) -> str:
     inner = sorted(path.parent.name for path in folder.glob("*/config.json"))
     if inner:
         return f"name one of the folders in it: {', '.join(inner)}"
@@ -89,9 +89,9 @@ def _remedy_without_config(folder: Path) -> str:
     return "name a folder that save_pretrained has written"
 
 
-def _read_json(path: Path, remedy: str) -> dict[str, Any]:
+def _read_json(path: Path, fix: str) -> dict[str, Any]:
     if not path.is_file():
-        raise fail(str(path), "no such file", A_CHECKPOINT, remedy)
+        raise fail(str(path), "no such file", A_CHECKPOINT, fix)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -106,13 +106,13 @@ def _weight_files(folder: Path) -> tuple[list[str], dict[str, str]]:
     if (folder / SINGLE).is_file():
         return [SINGLE], {}
     if not (folder / INDEX).is_file():
-        remedy = "save it with save_pretrained of transformers 5"
+        fix = "save it with save_pretrained of transformers 5"
         if (folder / "latest").is_file():
-            remedy = (
+            fix = (
                 'ZeRO-3 leaves the weights in DeepSpeed\'s files unless "stage3_gather_16bit_weights_on_model_save" is '
                 "true: set that and go on training from here for a step, or export the run's final model"
             )
-        raise fail(str(folder), f"neither {SINGLE} nor {INDEX}", A_CHECKPOINT, remedy)
+        raise fail(str(folder), f"neither {SINGLE} nor {INDEX}", A_CHECKPOINT, fix)
     weight_map = _read_json(folder / INDEX, "").get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise fail(str(folder / INDEX), "no weight_map", "which file holds which tensor", "copy the file again")
@@ -159,7 +159,7 @@ def linear_section(checkpoint: HFCheckpoint, given: str | Path | None) -> Linear
         raise ConfigError(
             f"--config {given}: got {json.dumps({key: said.get(key) for key in keys})} in {LinearConfig.where}; "
             f"allowed: what the checkpoint was trained with, {json.dumps({key: trained.get(key) for key in keys})}; "
-            "remedy: leave --config out, or name the checkpoint of that run"
+            "fix: leave --config out, or name the checkpoint of that run"
         )
     return from_file
 
@@ -191,7 +191,7 @@ def skeleton(checkpoint: HFCheckpoint) -> nn.Module:
     except Exception as error:  # whatever a wrong value in a config leads to, in code that is not ours
         raise ConfigError(
             f"{where}: got values that {cls.__name__} cannot be built from ({type(error).__name__}: {error}); "
-            "allowed: the config that the weights were saved with; remedy: copy the file again"
+            "allowed: the config that the weights were saved with; fix: copy the file again"
         ) from error
     return model
 
@@ -209,7 +209,7 @@ def check_weights_fit(checkpoint: HFCheckpoint, model: nn.Module) -> None:
     missing = [key for key in shapes if key not in checkpoint.tensors and key not in present]
     surplus = [key for key in checkpoint.tensors if key not in shapes]
     other = [key for key, tensor in checkpoint.tensors.items() if key in shapes and tensor.shape != shapes[key]]
-    remedy = "export the config and the weights of one save together"
+    fix = "export the config and the weights of one save together"
     for what, keys in (("no", missing), ("the surplus", surplus), ("another shape of", other)):
         if not keys:
             continue
@@ -218,7 +218,7 @@ def check_weights_fit(checkpoint: HFCheckpoint, model: nn.Module) -> None:
             more = f" ({list(checkpoint.tensors[keys[0]].shape)} instead of {list(shapes[keys[0]])}){more}"
         raise ConfigError(
             f"{checkpoint.folder}: got files with {what} {keys[0]}{more}; allowed: the weights of the model that "
-            f"config.json describes; remedy: {remedy}"
+            f"config.json describes; fix: {fix}"
         )
 
 

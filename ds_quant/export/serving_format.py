@@ -175,7 +175,7 @@ def _package() -> Any:
     except ImportError as error:
         raise ConfigError(
             f"ds_quant_export: compressed-tensors cannot be imported ({error}); allowed: version 0.20 or later; "
-            "remedy: pip install 'ds_quant[export]'"
+            "fix: pip install 'ds_quant[export]'"
         ) from error
     return quantization
 

@@ -82,7 +82,7 @@ def load() -> Loaded:
 
 
 def is_usable(instead: str) -> bool:
-    """Whether there is a library; where there is none, a warning that says what happens `instead`, and the remedy."""
+    """Whether there is a library; where there is none, a warning that says what happens `instead`, and the fix."""
     reason = load().reason
     if reason:
         warn(

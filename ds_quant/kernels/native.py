@@ -25,7 +25,7 @@ def library() -> Library:
     handle, reason = load()
     if handle is None:
         raise RuntimeError(
-            f"ds_quant.kernels.native: got no library ({reason}); allowed: one; remedy: call the operations, "
+            f"ds_quant.kernels.native: got no library ({reason}); allowed: one; fix: call the operations, "
             "which fall back to the reference"
         )
     # Looked up among the libraries that torch depends on: a second OpenMP runtime would spin beside the first.

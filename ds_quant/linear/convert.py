@@ -86,7 +86,7 @@ def convert(
     if not chosen and not done:
         raise ConfigError(
             f"ds_quant.linear: got include {list(config.include)} and exclude {list(config.exclude or heads)}, "
-            f"which leave none of {len(candidates)} linear layers; allowed: at least one; remedy: widen the patterns"
+            f"which leave none of {len(candidates)} linear layers; allowed: at least one; fix: widen the patterns"
             + ('; "exclude": [] quantizes output heads, too' if excluded else "")
         )
     _convert_modules(model, _passing(chosen, filter, len(candidates), bool(done)), done, config)
@@ -113,7 +113,7 @@ def _passing(
     if not passing and not again:
         raise ConfigError(
             f"ds_quant.linear: got a filter that leaves none of {count} linear layers; allowed: at least one; "
-            "remedy: widen it"
+            "fix: widen it"
         )
     return passing
 
@@ -154,7 +154,7 @@ def _nothing_to_convert(model: nn.Module) -> ConfigError:
     return ConfigError(
         f"ds_quant.linear: got a model ({type(model).__name__}) without any linear layer to convert; allowed: "
         "modules of type nn.Linear, transformers' Conv1D, subclasses that compute the same, or a class given to "
-        "ds_quant.register_module; remedy: " + ("; ".join(reasons) or "register the model's own linear class")
+        "ds_quant.register_module; fix: " + ("; ".join(reasons) or "register the model's own linear class")
     )
 
 
@@ -188,7 +188,7 @@ def _check_agreement(done: dict[str, QuantizedModule], config: LinearConfig) -> 
         if module.quant_config != config:
             raise ConfigError(
                 f"ds_quant.linear: got a model whose {name!r} was converted before as {module.describe()}; allowed: "
-                f"the same configuration again ({describe(config)}); remedy: convert a model once"
+                f"the same configuration again ({describe(config)}); fix: convert a model once"
             )
 
 
@@ -205,12 +205,12 @@ def _refuse_fused_experts(experts: dict[str, tuple[int, ...]], heads: list[str],
     first = next(iter(open_ones))
     # An own list replaces the default one, which leaves the output heads out.
     kept = shared_patterns(heads) if config.exclude is None else list(config.exclude)
-    remedy = json.dumps([*dict.fromkeys([*shared_patterns(dict.fromkeys(open_ones.values())), *kept])])
+    fix = json.dumps([*dict.fromkeys([*shared_patterns(dict.fromkeys(open_ones.values())), *kept])])
     raise ConfigError(
         f"ds_quant.linear: got {len(open_ones)} parameters that hold the weights of several experts in one (first: "
         f"{first!r} of shape {experts[first]}) and belong to no nn.Linear, so that their products would stay in full "
-        f'precision; allowed: models with one linear module per expert; remedy: leave them out in words: "exclude": '
-        f"{remedy}"
+        f'precision; allowed: models with one linear module per expert; fix: leave them out in words: "exclude": '
+        f"{fix}"
     )
 
 
@@ -237,7 +237,7 @@ def check_still_converted(model: nn.Module, names: Iterable[str]) -> None:
     if lost:
         raise ConfigError(
             f"ds_quant.linear: got {len(lost)} quantized modules replaced by something else after conversion (first: "
-            f"{lost[0]!r}); allowed: none; remedy: turn off what replaces modules, such as tensor parallelism"
+            f"{lost[0]!r}); allowed: none; fix: turn off what replaces modules, such as tensor parallelism"
         )
 
 

@@ -44,7 +44,7 @@ def register_module(cls: type[nn.Module], quantized_cls: type[QuantizedModule]) 
     if not (issubclass(quantized_cls, QuantizedModule) and issubclass(quantized_cls, cls)):
         raise ConfigError(
             f"register_module: got {quantized_cls.__name__} for {cls.__name__}; allowed: a class that derives from "
-            f"QuantizedModule and from {cls.__name__}; remedy: class {quantized_cls.__name__}(QuantizedModule, "
+            f"QuantizedModule and from {cls.__name__}; fix: class {quantized_cls.__name__}(QuantizedModule, "
             f"{cls.__name__})"
         )
     _registry[cls] = quantized_cls

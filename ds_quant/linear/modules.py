@@ -74,7 +74,7 @@ class QuantizedModule(nn.Module):
         elif dtype != self.weight.dtype:
             raise ValueError(
                 f"{type(self).__name__}: got an input of {dtype} for a weight of {self.weight.dtype}; allowed: the "
-                "same dtype; remedy: cast the input, or turn autocast on"
+                "same dtype; fix: cast the input, or turn autocast on"
             )
         local_key = replicated_key = None
         if self._quant_plan.stochastic:

@@ -44,7 +44,7 @@ def follow() -> None:
     follow_reentrant(checkpoint.CheckpointFunction)
     original = getattr(checkpoint, _GENERATOR, None)
     if original is None:
-        raise ImportError(f"ds_quant: torch.utils.checkpoint has no {_GENERATOR}; remedy: install a supported torch")
+        raise ImportError(f"ds_quant: torch.utils.checkpoint has no {_GENERATOR}; fix: install a supported torch")
 
     @functools.wraps(original)
     def generator(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

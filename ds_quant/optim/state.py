@@ -219,7 +219,7 @@ def _set_data(moment: QuantizedState, value: Tensor) -> None:
     """`moment.data = value`: torch would replace what the tensor looks like and leave the codes."""
     if moment.shape != value.shape:
         raise ValueError(
-            f"QuantizedState.data: got shape {tuple(value.shape)}; allowed: {tuple(moment.shape)}; remedy: make a new "
+            f"QuantizedState.data: got shape {tuple(value.shape)}; allowed: {tuple(moment.shape)}; fix: make a new "
             "moment with QuantizedState.quantize"
         )
     if isinstance(value, QuantizedState):
@@ -254,7 +254,7 @@ def _on_values(func: Any, args: Any, kwargs: Any) -> Any:
     for moment, values in changed:
         if values.shape != moment.shape or values.stride() != moment.stride():
             raise NotImplementedError(
-                f"QuantizedState: got {func}, which changes the shape in place; allowed: other operations; remedy: "
+                f"QuantizedState: got {func}, which changes the shape in place; allowed: other operations; fix: "
                 "take the operation without underscore"
             )
     for moment, values in changed:

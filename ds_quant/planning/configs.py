@@ -78,8 +78,8 @@ def _check(config: dict[str, Any]) -> None:
         wanted[f"zero_optimization.{where}"] = (zero.get(where) or {}).get("device") == "nvme"
     for where, on in wanted.items():
         if on:
-            remedy = "plan with bf16, of the same size" if where == "fp16" else "plan without it"
-            raise fail(where, "switched on", "what a dry run on a CPU can do", remedy)
+            fix = "plan with bf16, of the same size" if where == "fp16" else "plan without it"
+            raise fail(where, "switched on", "what a dry run on a CPU can do", fix)
     kind = (config.get("optimizer") or {}).get("type", "AdamW")
     if str(kind).lower() not in ("adam", "adamw"):
         raise fail("optimizer.type", kind, "Adam or AdamW", "plan with AdamW, which has two moments")

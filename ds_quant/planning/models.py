@@ -118,7 +118,7 @@ def _config_of(values: dict[str, Any], name: str = "") -> Any:
             raise fail(f"--model {model_type}", unknown[0], "a key of that model's config.json", hint)
         config = type(config).from_dict(values)
     except (ValueError, TypeError, KeyError) as error:
-        if "remedy" in str(error):
+        if "fix" in str(error):
             raise
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise fail("--model", name or values, WAYS, f"correct it ({reason[:200]})") from error

@@ -118,14 +118,14 @@ def _tokenizer(args: Arguments, texts: Iterable[str]) -> PreTrainedTokenizerBase
 
 
 def _check_lengths(train: Any, validation: Any, length: int, training: TrainingArguments) -> None:
-    remedy = f"Give more text, or a shorter --context_length than {length}."
+    fix = f"Give more text, or a shorter --context_length than {length}."
     if isinstance(train, streaming.LaneStream):
         if training.max_steps <= 0:
             raise LaunchError("A stream has no known length: give --max_steps.")
     else:
         if len(train) == 0:
             raise LaunchError(
-                f"The training text is shorter than one sequence: {train.num_tokens} of {length} tokens. {remedy}"
+                f"The training text is shorter than one sequence: {train.num_tokens} of {length} tokens. {fix}"
             )
         needed = training.per_device_train_batch_size * training.world_size
         if isinstance(train, shards.PackedShards):
@@ -138,5 +138,5 @@ def _check_lengths(train: Any, validation: Any, length: int, training: TrainingA
     if len(validation) == 0:
         raise LaunchError(
             f"The validation text is shorter than one sequence: {validation.num_tokens} of {length} tokens. "
-            f"{remedy} Or raise --validation_fraction, or name a --validation_file."
+            f"{fix} Or raise --validation_fraction, or name a --validation_file."
         )

@@ -43,11 +43,11 @@ class Stream(NamedTuple):
         if begin is not None:
             rows.load_state_dict(begin)
         where = self.files[part] if self.files else f"part {part} of {self.where}"
-        remedy = "Check that it is whole and of the kind its name says, and that it can be reached."
+        fix = "Check that it is whole and of the kind its name says, and that it can be reached."
         # iter() and not __iter__: in a worker of a DataLoader the latter would share one part out once more.
         batches = rows.iter(batch_size=size)
         before = begin
-        while batch := text_files.guarded(lambda: next(batches, None), f"{where} cannot be read", remedy):
+        while batch := text_files.guarded(lambda: next(batches, None), f"{where} cannot be read", fix):
             texts = batch.get(self.column)
             if texts is None or any(not isinstance(text, str) for text in texts):
                 raise LaunchError(

@@ -85,10 +85,10 @@ def _tokenize(folder: Path, args: CorpusArguments) -> None:
                 terminal.say(f"chunk {number}: {tokens} tokens so far, {rate:.0f} tokens/s")
                 chunk = _Chunk(folder, number, dtype)
     _add(done, chunk.close())
-    for part, remedy in ((TRAIN, "Give more text"), (VALIDATION, "Raise --validation_fraction")):
+    for part, fix in ((TRAIN, "Give more text"), (VALIDATION, "Raise --validation_fraction")):
         if not done[part]:
             raise LaunchError(
-                f"No document of the corpus is for {part}. {remedy}, or name a --validation_file, and start over in an "
+                f"No document of the corpus is for {part}. {fix}, or name a --validation_file, and start over in an "
                 "empty --output_dir."
             )
     write_json(folder / shards.INDEX, done)

@@ -44,8 +44,8 @@ def choose(
     problem = defect(chosen, contents=contents)
     if problem is not None:
         other = newest_whole(chosen.parent, contents=contents, say=lambda _: None)
-        remedy = f"The newest whole one is {other}." if other else "Start afresh, without --resume_from_checkpoint."
-        raise LaunchError(f"Cannot resume from {argument}: {problem}. {remedy}")
+        fix = f"The newest whole one is {other}." if other else "Start afresh, without --resume_from_checkpoint."
+        raise LaunchError(f"Cannot resume from {argument}: {problem}. {fix}")
     return chosen
 
 

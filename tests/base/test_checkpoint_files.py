@@ -34,11 +34,11 @@ def test_each_file_that_is_missing_or_cut_is_named(paths):
         lines = str(caught.value).splitlines()
         assert len(lines) == 2
         assert lines[0].startswith(
-            f'{missing}: got "no such file"; allowed: the moments of this rank; remedy: load another'
+            f'{missing}: got "no such file"; allowed: the moments of this rank; fix: load another'
         )
         assert "ds_to_universal" in lines[0]
         assert lines[1].startswith(f'{cut}: got "a file of {length} bytes that ends too early')
-        assert lines[1].endswith("remedy: load another tag, or copy the checkpoint again")
+        assert lines[1].endswith("fix: load another tag, or copy the checkpoint again")
 
 
 def test_a_folder_is_no_file(tmp_path):

@@ -51,7 +51,7 @@ def test_patterns_that_match_pass():
 def test_a_pattern_that_matches_nothing_is_refused_with_the_nearest_name(pattern, hint):
     expected = (
         f"^place: got the pattern '{pattern}', which matches no trainable parameter of this model; "
-        f"allowed: shell patterns on full parameter names{hint}; remedy: correct the pattern or remove it$"
+        f"allowed: shell patterns on full parameter names{hint}; fix: correct the pattern or remove it$"
     )
     with pytest.raises(ConfigError, match=expected):
         check_patterns("place", "trainable parameter", ["*.bias", pattern], NAMES)

@@ -88,9 +88,9 @@ def test_the_schema_has_a_command(capsys):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["repport"], "ds_quant: got 'repport'; allowed: report, plan, .*; remedy: did you mean \"report\"?"),
-        (["train.py"], "remedy: run a script by python -m ds_quant train.py"),
-        (["x"], "remedy: see ds_quant --help"),
+        (["repport"], "ds_quant: got 'repport'; allowed: report, plan, .*; fix: did you mean \"report\"?"),
+        (["train.py"], "fix: run a script by python -m ds_quant train.py"),
+        (["x"], "fix: see ds_quant --help"),
     ],
 )
 def test_a_word_that_is_no_command(arguments, said, capsys):

@@ -161,7 +161,7 @@ def test_a_broken_model_is_refused(model, broken, said):
     with pytest.raises(ds_quant.ConfigError) as caught:
         loaded_model.load_model(model)
     assert said in str(caught.value)
-    assert "remedy" in str(caught.value)
+    assert "fix" in str(caught.value)
 
 
 def test_a_missing_shard_is_refused(trained, tmp_path):

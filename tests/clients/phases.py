@@ -44,9 +44,9 @@ def resized(client, done, again):
     # The Trainer wants the batch of the run before.
     more = ("--resume_from_checkpoint", str(done.output / "checkpoint-6"), "--per_device_train_batch_size", "16")
     refused = again(one, "refused", *more, fails=True)
-    remedies = set(re.findall(r"remedy: run `(.+)` and load that with (\{?\"checkpoint\".+\})", refused.printed))
-    assert len(remedies) == 1, refused.printed
-    line, setting = remedies.pop()
+    fixes = set(re.findall(r"fix: run `(.+)` and load that with (\{?\"checkpoint\".+\})", refused.printed))
+    assert len(fixes) == 1, refused.printed
+    line, setting = fixes.pop()
     launch(["bash", "-c", line], timeout=200, env={"PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin"})
     run = again(one, "resized", *more, config=json.loads(f"{{{setting}}}"))
     assert len(run.losses) == 12

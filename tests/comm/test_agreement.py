@@ -61,7 +61,7 @@ def test_all_ranks_are_told_who_differs_and_where(compare, odd):
     assert raised[0].startswith("here: got ...")
     assert "30]" in raised[0].partition(" on rank 0")[0]
     assert '777], ["layer.weight", 31]' in raised[0].partition(" on rank 0")[2]
-    assert f"on rank {odd} of 4; allowed: the same on all ranks; remedy: " in raised[0]
+    assert f"on rank {odd} of 4; allowed: the same on all ranks; fix: " in raised[0]
 
 
 @pytest.mark.parametrize("descriptions", [([1, 2], [1, 2, 3]), ([1], []), ("a", "b"), (1, 1.5), (True, 1)])

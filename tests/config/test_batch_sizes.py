@@ -63,7 +63,7 @@ def test_a_batch_computed_for_one_rank_of_two(monkeypatch):
         ds_quant.initialize(model=net, model_parameters=net.parameters(), config=CONFIG)
     assert str(caught.value).startswith(
         "train_batch_size: got 8; allowed: 16 = train_micro_batch_size_per_gpu 4 x gradient_accumulation_steps 2 x "
-        "2 ranks; remedy: "
+        "2 ranks; fix: "
     )
     assert type(net[0]) is nn.Linear
 

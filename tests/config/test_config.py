@@ -1,4 +1,4 @@
-"""The section of the JSON: every rule, every default, and messages that name the remedy."""
+"""The section of the JSON: every rule, every default, and messages that name the fix."""
 
 import base64
 import copy
@@ -44,11 +44,11 @@ def errors(section) -> str:
     return str(caught.value)
 
 
-def check_parts(line: str, where: str, got: str, allowed: str, remedy: str) -> None:
+def check_parts(line: str, where: str, got: str, allowed: str, fix: str) -> None:
     assert line.startswith(f"{where}: got {got}; allowed: "), line
     rest = line.split("; allowed: ", 1)[1]
-    assert allowed in rest.split("; remedy: ")[0], line
-    assert remedy in rest.split("; remedy: ")[1], line
+    assert allowed in rest.split("; fix: ")[0], line
+    assert fix in rest.split("; fix: ")[1], line
 
 
 # ---- defaults
@@ -144,7 +144,7 @@ def test_configs_are_frozen_and_comparable():
     assert quant != load({"linear": {"weight": {"bits": 4}}})
 
 
-# ---- one wrong value: (section, where, got, allowed, remedy)
+# ---- one wrong value: (section, where, got, allowed, fix)
 
 LINEAR = "ds_quant.linear"
 WRONG_VALUES = [
@@ -384,11 +384,11 @@ WRONG_VALUES = [
 ]
 
 
-@pytest.mark.parametrize(("section", "where", "got", "allowed", "remedy"), WRONG_VALUES)
-def test_a_wrong_value_is_refused(section, where, got, allowed, remedy):
+@pytest.mark.parametrize(("section", "where", "got", "allowed", "fix"), WRONG_VALUES)
+def test_a_wrong_value_is_refused(section, where, got, allowed, fix):
     message = errors(section)
     assert len(message.splitlines()) == 1
-    check_parts(message, where, got, allowed, remedy)
+    check_parts(message, where, got, allowed, fix)
 
 
 def test_all_errors_are_listed_one_a_line():
@@ -589,11 +589,11 @@ def test_comments_as_in_deepspeed(tmp_path):
 def failure(source) -> str:
     with pytest.raises(ConfigError) as caught:
         read_deepspeed_config(source)
-    assert "remedy: " in str(caught.value)
+    assert "fix: " in str(caught.value)
     return str(caught.value)
 
 
-def test_broken_files_are_named_with_the_remedy(tmp_path):
+def test_broken_files_are_named_with_the_fix(tmp_path):
     broken = write(tmp_path / "broken.json", '{\n  "train_batch_size": 4,\n  "optimizer": {"type": "AdamW"\n')
     message = failure(broken)
     assert f"{broken}: broken JSON at line " in message
@@ -995,7 +995,7 @@ def test_any_json_is_accepted_or_refused_in_our_words(section):
         for line in str(error).splitlines():
             assert line.startswith("ds_quant")
             assert "; allowed: " in line
-            assert "; remedy: " in line
+            assert "; fix: " in line
     else:
         assert isinstance(quant, QuantConfig)
 

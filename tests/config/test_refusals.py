@@ -75,7 +75,7 @@ def test_rows(path, value, passing, refused_with, part):
     (row,) = [row for row in REFUSALS if row.path == path]
     assert line.startswith(f"{path}: got ")
     named = part if part in row.parts else part.split(".")[0]
-    assert f"; allowed: {row.allowed} with ds_quant.{named} ({row.reason}); remedy: {row.remedy}" in line
+    assert f"; allowed: {row.allowed} with ds_quant.{named} ({row.reason}); fix: {row.fix}" in line
 
 
 def test_all_hits_are_listed():

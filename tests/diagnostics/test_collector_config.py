@@ -17,7 +17,7 @@ def chosen(diagnostics, **section):
 
 
 @pytest.mark.parametrize(
-    ("diagnostics", "where", "got", "remedy"),
+    ("diagnostics", "where", "got", "fix"),
     [
         ({}, "ds_quant.diagnostics.every", "nothing", "add it"),
         ({"every": 0}, "ds_quant.diagnostics.every", "0", "write what is allowed"),
@@ -52,12 +52,12 @@ def chosen(diagnostics, **section):
         ({"every": 5, "exp_avg_sq": {"bits": 6}}, "ds_quant.diagnostics.exp_avg_sq.bits", "6", "4 or 8"),
     ],
 )
-def test_what_is_refused(diagnostics, where, got, remedy):
+def test_what_is_refused(diagnostics, where, got, fix):
     with pytest.raises(ConfigError) as raised:
         QuantConfig.load({"ds_quant": {"diagnostics": diagnostics}})
     assert str(raised.value).startswith(f"{where}: got ")
     assert got in str(raised.value)
-    assert remedy in str(raised.value)
+    assert fix in str(raised.value)
 
 
 def test_a_section_of_diagnostics_alone_is_enough():
@@ -92,7 +92,7 @@ def test_without_names_it_is_what_there_are_components_for(section, more):
 
 @pytest.mark.parametrize("kind", sorted(set(TRAINING_KINDS) - ALWAYS))
 def test_a_kind_by_name_without_its_component_is_refused(kind):
-    with pytest.raises(ConfigError, match=f'^ds_quant.diagnostics.kinds: got "{kind}"; .* remedy: take it out, or '):
+    with pytest.raises(ConfigError, match=f'^ds_quant.diagnostics.kinds: got "{kind}"; .* fix: take it out, or '):
         chosen({"kinds": ["outliers", kind]})
 
 

@@ -141,7 +141,7 @@ def test_a_zero_gradient_has_no_error_to_speak_of():
     assert gradient_error(error_sums(torch.ones(3), torch.zeros(3))).cosine == 0
 
 
-def test_nothing_quantized_is_refused_with_the_remedy():
+def test_nothing_quantized_is_refused_with_the_fix():
     recorder = GradientErrorRecorder()
     with attach(llama(), [recorder]):
         pass

@@ -135,7 +135,7 @@ def test_a_layer_that_is_called_twice_is_looked_at_once():
     assert recorder.result(1).rows[0]["returned"] is None
 
 
-def test_unquantized_weights_are_refused_with_the_remedy():
+def test_unquantized_weights_are_refused_with_the_fix():
     for model in (llama(), converted(llama(), {"activation": {"bits": 8}})):
         recorder = OscillationRecorder()
         with attach(model, [recorder]):

@@ -86,7 +86,7 @@ def test_the_error_falls_by_six_decibels_a_bit():
         assert higher - lower == pytest.approx(20 * math.log10((2**bits - 1) / (2 ** (bits - 1) - 1)), abs=0.1)
 
 
-def test_a_model_without_quantizers_is_refused_with_the_remedy():
+def test_a_model_without_quantizers_is_refused_with_the_fix():
     for model in (llama(), converted(llama(), {"gradient": {"bits": 8}})):
         recorder = QuantizationErrorRecorder()
         with attach(model, [recorder]):

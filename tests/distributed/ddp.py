@@ -279,7 +279,7 @@ def check_refusals(expect, rank, world_size):
         different.append({"bits": 8, "hierarchical": 2 if rank == 1 else False})
     for settings in different:
         refused(settings, "allowed: the same on all ranks")
-    refused({"bits": 8}, "remedy: DDPState(ddp_model, ...)", model=new_model())
+    refused({"bits": 8}, "fix: DDPState(ddp_model, ...)", model=new_model())
     refused({"bits": 8}, "got gradients in torch.float64", dtype=torch.float64)
 
 

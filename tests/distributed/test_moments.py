@@ -274,7 +274,7 @@ def test_broken_checkpoints(moved):
         for error in got["errors"]:
             assert error is not None, name
             assert f"/{got['file']}" in error, (name, error)
-            assert "remedy: " in error
+            assert "fix: " in error
     for name in ("of another step", "of another step at 3"):
         assert 'got "moments of the steps 4, 6"' in moved["broken"][name]["errors"][0]
 

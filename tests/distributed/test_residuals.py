@@ -76,7 +76,7 @@ def test_broken_files_are_refused_on_all_ranks_by_name(broken, what, rank):
     assert len(got["errors"]) == 2
     for error in got["errors"]:
         assert f"ds_quant_residuals_rank_{rank:05d}.safetensors" in error
-        assert "remedy: copy the checkpoint again, or delete its files ds_quant_residuals_*" in error
+        assert "fix: copy the checkpoint again, or delete its files ds_quant_residuals_*" in error
     assert got["step"] == [0, 0], "something was loaded before the error"
 
 
@@ -144,5 +144,5 @@ def test_ranks_that_disagree_all_say_so(rest):
     for name in ("bits", "block_size", "model"):
         for error in found[name]:
             assert "ds_quant.communication: got ..." in error
-            assert "; allowed: the same on all ranks; remedy: give every rank the same config" in error
+            assert "; allowed: the same on all ranks; fix: give every rank the same config" in error
     assert all("hierarchical: got 3; allowed: a divisor of the 2 ranks" in error for error in found["hierarchical"])

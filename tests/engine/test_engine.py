@@ -189,7 +189,7 @@ def test_integer_products_are_announced(caplog):
 def test_a_refused_config_leaves_the_model_as_it_was():
     net = model()
     section = {"linear": {"weight": {"bits": 8}, "gradient": {"bits": 8, "granularity": "tensor"}, "backend": "int8"}}
-    with pytest.raises(ConfigError, match=r"ds_quant\.linear\.gradient\.granularity: got .*remedy"):
+    with pytest.raises(ConfigError, match=r"ds_quant\.linear\.gradient\.granularity: got .*fix"):
         start(model=net, config=config(section))
     assert type(net[0]) is nn.Linear
 
@@ -226,7 +226,7 @@ def test_the_optimizer_of_the_json_is_quantized(caplog):
 def test_optimizers_without_these_moments_are_refused(optimizer, message):
     made = config(MOMENTS | SECTION, optimizer=optimizer)
     net = model()
-    with pytest.raises(ConfigError, match=rf"{message}.*; remedy: "):
+    with pytest.raises(ConfigError, match=rf"{message}.*; fix: "):
         start(model=net, config=made)
     assert type(net[0]) is nn.Linear, "a refused config must leave the model as it was"
 
@@ -243,7 +243,7 @@ def test_optimizers_passed_in_that_are_refused(make, message):
     for passed in (make, make(model().parameters())):
         made = config(MOMENTS)
         del made["optimizer"]
-        with pytest.raises(ConfigError, match=rf"ds_quant\.optimizer.*{message}.*; remedy: "):
+        with pytest.raises(ConfigError, match=rf"ds_quant\.optimizer.*{message}.*; fix: "):
             start(config=made, optimizer=passed)
 
 
@@ -261,7 +261,7 @@ def test_optimizers_passed_in_that_are_refused(make, message):
     ],
 )
 def test_what_does_not_go_with_quantized_moments(overrides, where):
-    with pytest.raises(ConfigError, match=rf"{where}: got .*ds_quant\.optimizer.*; remedy: "):
+    with pytest.raises(ConfigError, match=rf"{where}: got .*ds_quant\.optimizer.*; fix: "):
         start(config=config(MOMENTS, **overrides))
 
 
@@ -314,7 +314,7 @@ def test_warnings(caplog):
 def test_models_that_a_class_swap_does_not_reach():
     deepspeed.init_distributed()
     pipeline = deepspeed.pipe.PipelineModule(layers=[nn.Linear(8, 8), nn.Linear(8, 8)], num_stages=1)
-    with pytest.raises(ConfigError, match=r"got a PipelineModule.*remedy: build the model as a plain module"):
+    with pytest.raises(ConfigError, match=r"got a PipelineModule.*fix: build the model as a plain module"):
         ds_quant.initialize(model=pipeline, model_parameters=pipeline.parameters(), config=config())
     from deepspeed.module_inject.layers import LinearLayer
 
@@ -368,7 +368,7 @@ def test_the_engine_names_the_step():
 
 def test_unsupported_versions():
     for version in ("0.19.7", "0.18.0", "0.20.0", "1.0"):
-        with pytest.raises(ConfigError, match=rf"deepspeed: got version {version}; allowed: >=0\.19\.8,<0\.20; remedy"):
+        with pytest.raises(ConfigError, match=rf"deepspeed: got version {version}; allowed: >=0\.19\.8,<0\.20; fix"):
             engine_package.check_version(version)
     for version in ("0.19.8", "0.19.8+cpu", "0.19.12"):
         assert engine_package.check_version(version) == version
@@ -683,7 +683,7 @@ def test_a_model_is_evaluated_and_then_trained():
 
 @pytest.mark.parametrize("stage", [1, 2])
 def test_stages_that_need_an_optimizer(stage):
-    with pytest.raises(ConfigError, match=r"optimizer: got null.*remedy: add"):
+    with pytest.raises(ConfigError, match=r"optimizer: got null.*fix: add"):
         ds_quant.initialize(model=model(), config=without_optimizer(stage))
 
 

@@ -31,9 +31,9 @@ def make_old(path):
         os.utime(entry, (old, old))
 
 
-def test_a_stale_lock_is_named_with_its_remedy(lock):
+def test_a_stale_lock_is_named_with_its_fix(lock):
     make_old(lock)
-    with pytest.raises(ConfigError, match=f"{lock}: got a lock that no process holds.*remedy: rm {lock}"):
+    with pytest.raises(ConfigError, match=f"{lock}: got a lock that no process holds.*fix: rm {lock}"):
         check_extension_locks(OPS)
     with pytest.raises(ConfigError, match="rm "):
         ds_quant.enable()

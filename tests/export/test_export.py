@@ -407,7 +407,7 @@ def deepspeed_json(path, linear, **section):
 
 def test_the_section_from_a_deepspeed_json(tmp_path):
     source = saved(tmp_path / "model")
-    with pytest.raises(ConfigError, match=r"ds_quant: got null.*remedy: name the DeepSpeed JSON.*--config"):
+    with pytest.raises(ConfigError, match=r"ds_quant: got null.*fix: name the DeepSpeed JSON.*--config"):
         export(source, tmp_path / "out")
     export(source, tmp_path / "out", config=deepspeed_json(tmp_path / "ds.json", W8A8))
     assert weights_are_trainings(served(tmp_path / "out"), trained(source, W8A8)) == 14
@@ -420,7 +420,7 @@ def test_two_sections_have_to_agree(tmp_path):
     export(source, tmp_path / "out", config=same)
     other = deepspeed_json(tmp_path / "other.json", {"weight": {"bits": 8}})
     for format in ("compressed-tensors", "bf16"):
-        with pytest.raises(ConfigError, match="remedy: leave --config out") as error:
+        with pytest.raises(ConfigError, match="fix: leave --config out") as error:
             export(source, tmp_path / "out2", config=other, format=format)
         assert 'other.json: got {"activation": null} in ds_quant.linear' in str(error.value)
     assert not (tmp_path / "out2").exists()
@@ -460,7 +460,7 @@ def test_a_section_that_is_switched_off_or_broken(tmp_path):
 )
 def test_settings_that_no_server_follows(change, message):
     config = LinearConfig.parse({key: value for key, value in {**W8A8, **change}.items() if value})
-    with pytest.raises(ConfigError, match=f"{message}.*; remedy: .*--format bf16"):
+    with pytest.raises(ConfigError, match=f"{message}.*; fix: .*--format bf16"):
         serving_format(config)
 
 
@@ -482,7 +482,7 @@ def test_models_without_nn_linear(tmp_path):
     convert(experts, {**W8A8, "exclude": ["*.experts", "lm_head"]})
     experts.save_pretrained(tmp_path / "experts")
     with pytest.raises(
-        ConfigError, match=r"mlp.experts.gate_up_proj: got \"experts in one tensor .*remedy: --format bf16"
+        ConfigError, match=r"mlp.experts.gate_up_proj: got \"experts in one tensor .*fix: --format bf16"
     ):
         export(tmp_path / "experts", tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -558,7 +558,7 @@ def test_shards_that_are_missing_or_broken(damage, tmp_path):
     else:
         shard = source / "model.safetensors.index.json"
         shard.write_text("{}")
-    with pytest.raises(ConfigError, match=f"{shard.name}: got .*; allowed: .*; remedy: copy"):
+    with pytest.raises(ConfigError, match=f"{shard.name}: got .*; allowed: .*; fix: copy"):
         export(source, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
@@ -660,4 +660,4 @@ def test_without_the_package(tmp_path):
         done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=os.environ)
         assert done.returncode == code, done.stderr
         if code:
-            assert "remedy: pip install 'ds_quant[export]'" in done.stderr
+            assert "fix: pip install 'ds_quant[export]'" in done.stderr

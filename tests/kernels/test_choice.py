@@ -21,7 +21,7 @@ def test_nothing_chosen(monkeypatch):
 @pytest.mark.parametrize("value", ["Reference", "cpp", "1"])
 def test_anything_else_is_refused_wherever_it_is_read(monkeypatch, value):
     monkeypatch.setenv(VARIABLE, value)
-    message = f'DS_QUANT_KERNELS: got "{value}"; allowed: reference or triton; remedy: correct it'
+    message = f'DS_QUANT_KERNELS: got "{value}"; allowed: reference or triton; fix: correct it'
     with pytest.raises(ConfigError, match=message):
         adamw_.implementation("cpu")
     with pytest.raises(ConfigError, match=message):

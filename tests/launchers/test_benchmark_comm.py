@@ -134,10 +134,10 @@ def test_bases_are_always_measured():
 def test_links_that_cannot_be_set_up_are_left_out_or_refused(monkeypatch, capsys):
     monkeypatch.setattr(slow_link.shutil, "which", lambda name: None if name == "tc" else f"/sbin/{name}")
     assert links.choose(None) == ["loopback"]
-    remedy = "tc not found: apt-get install -y --no-install-recommends iproute2"
-    assert f"left out: 1gbit, 100mbit: {remedy}" in capsys.readouterr().out
+    fix = "tc not found: apt-get install -y --no-install-recommends iproute2"
+    assert f"left out: 1gbit, 100mbit: {fix}" in capsys.readouterr().out
     assert links.choose("loopback") == ["loopback"]
-    with pytest.raises(BenchmarkError, match=f"--links: got '1gbit'; allowed here: loopback, since {remedy}"):
+    with pytest.raises(BenchmarkError, match=f"--links: got '1gbit'; allowed here: loopback, since {fix}"):
         links.choose("1gbit")
     monkeypatch.undo()
     monkeypatch.setattr(slow_link.shutil, "which", lambda name: f"/sbin/{name}")

@@ -69,7 +69,7 @@ DAMAGES_WITHOUT: list[tuple[Callable[[Path], object], str]] = [
 
 
 @pytest.mark.parametrize(("damage", "words"), DAMAGES)
-def test_a_damaged_checkpoint_is_refused_with_the_remedy(
+def test_a_damaged_checkpoint_is_refused_with_the_fix(
     tmp_path: Path, damage: Callable[[Path], object], words: str
 ) -> None:
     make(tmp_path, 3)

@@ -235,7 +235,7 @@ def test_a_stale_lock_is_one_error(
     assert pretrain.main([str(x) for x in command[1:]]) == 2
     printed = capsys.readouterr()
     assert printed.err.count("error: ") == 1
-    assert f"remedy: rm {lock}" in printed.err
+    assert f"fix: rm {lock}" in printed.err
 
 
 def kill_when(command: list[str], done: Any, timeout: float = 150) -> None:

@@ -79,7 +79,7 @@ def test_training_is_reproducible() -> None:
     assert first.get_vocab() == second.get_vocab()
 
 
-def test_errors_name_the_remedy(tmp_path: Path) -> None:
+def test_errors_name_the_fix(tmp_path: Path) -> None:
     with pytest.raises(LaunchError, match="--vocab_size"):
         tokenizer.train(TRAINING[:1], vocab_size=100)
     with pytest.raises(LaunchError, match="No tokenizer could be loaded"):

@@ -56,12 +56,12 @@ def outcome(model):
     except ConfigError as error:
         if "several experts" not in str(error):
             return "its head is the only linear layer" if "leave none" in str(error) else f"refused: {error}", []
-        remedy = json.loads(str(error).rpartition('"exclude": ')[2])
+        fix = json.loads(str(error).rpartition('"exclude": ')[2])
         try:
-            convert(model, {**W8A8, "exclude": remedy})
+            convert(model, {**W8A8, "exclude": fix})
         except ConfigError as second:
             return f"THE REMEDY FAILS: {second}", []
-        return "fused experts: refused, converts with the printed remedy", coverage(model).heads
+        return "fused experts: refused, converts with the printed fix", coverage(model).heads
     return "converted", coverage(model).heads
 
 

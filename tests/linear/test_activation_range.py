@@ -58,7 +58,7 @@ def test_every_granularity_takes_it(granularity):
             w8a8(range="full", symmetric=False),
             r'activation.range: got "full"; allowed: "narrow" with symmetric false: asymmetric .*remove it, or set',
         ),
-        (w8a8(range="ful"), r'activation.range: got "ful"; allowed: "narrow", "full"; remedy: did you mean "full"\?'),
+        (w8a8(range="ful"), r'activation.range: got "ful"; allowed: "narrow", "full"; fix: did you mean "full"\?'),
         (w8a8(range=True), r'activation.range: got true; allowed: "narrow", "full"'),
         (w8a8(range="auto"), r'activation.range: got "auto"; allowed: a value'),
         ({"weight": {"bits": 8, "range": "full"}}, r'weight.range: got "full"; allowed: the keys bits, .*remove it'),

@@ -1,4 +1,4 @@
-"""Models of many families on the meta device: what converts, what is refused, and that the printed remedy works."""
+"""Models of many families on the meta device: what converts, what is refused, and that the printed fix works."""
 
 import json
 
@@ -90,21 +90,21 @@ def test_models_that_convert(name, sizes, heads):
         ),
     ],
 )
-def test_fused_experts_are_refused_with_one_remedy_for_all_layers(name, sizes, experts):
+def test_fused_experts_are_refused_with_one_fix_for_all_layers(name, sizes, experts):
     sizes = {**GROUPED, **sizes}
     with pytest.raises(ConfigError, match="hold the weights of several experts in one") as caught:
         convert(build(name, sizes), W8A8)
-    remedy = json.loads(str(caught.value).rpartition('"exclude": ')[2])
-    assert remedy == [*experts, "lm_head"]
+    fix = json.loads(str(caught.value).rpartition('"exclude": ')[2])
+    assert fix == [*experts, "lm_head"]
     model = build(name, sizes)
-    converted = convert(model, {**W8A8, "exclude": remedy})
+    converted = convert(model, {**W8A8, "exclude": fix})
     assert any("attn" in name or "attention" in name for name in converted)
     assert "lm_head" not in converted
     (line,) = [line for line in coverage(model).lines() if "experts " in line]
     numel = sum(model.get_parameter(name).numel() for name in fused_experts(model))
     assert line == f"left in full precision: fused experts {', '.join(experts)} ({numel:,} parameters)"
     assert len(coverage(model).lines()) <= 10
-    # Without a word on the experts where another part alone is to be quantized; an own exclude stays in the remedy.
+    # Without a word on the experts where another part alone is to be quantized; an own exclude stays in the fix.
     attention = sorted({name.rpartition(".")[2] for name in converted if "attn" in name or "attention" in name})
     assert convert(build(name, sizes), {**W8A8, "include": [f"*.{last}" for last in attention]})
     with pytest.raises(ConfigError) as caught:

@@ -274,7 +274,7 @@ def test_autocast(backend):
 
 def test_dtype_mismatch_is_named():
     module = ds_quant.QuantLinear(4, 4, config={"weight": {"bits": 8}})
-    with pytest.raises(ValueError, match=r"float64 for a weight of torch.float32.*remedy"):
+    with pytest.raises(ValueError, match=r"float64 for a weight of torch.float32.*fix"):
         module(torch.randn(2, 4, dtype=torch.float64))
 
 

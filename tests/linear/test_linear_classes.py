@@ -167,7 +167,7 @@ def test_include_classes_of_conv1d():
 def test_include_classes_that_are_refused(module, name, reason):
     model = nn.Sequential(nn.Linear(2, 2), module)
     state = torch.get_rng_state()
-    with pytest.raises(ConfigError, match=rf"include_classes: got \"{name}\".*{reason}.*remedy"):
+    with pytest.raises(ConfigError, match=rf"include_classes: got \"{name}\".*{reason}.*fix"):
         convert(model, {**W8A8, "include_classes": [name]})
     assert torch.equal(torch.get_rng_state(), state)
 

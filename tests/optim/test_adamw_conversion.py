@@ -209,7 +209,7 @@ REFUSED = {
     ),
     "foreign": (
         DeepSpeedCPUAdam,
-        r"got .*type test_adamw_conversion.DeepSpeedCPUAdam.*; remedy: pass torch.optim.AdamW",
+        r"got .*type test_adamw_conversion.DeepSpeedCPUAdam.*; fix: pass torch.optim.AdamW",
     ),
     "subclass": (MyAdamW, r"got .*type test_adamw_conversion.MyAdamW"),
     "NAdam": (lambda p: torch.optim.NAdam(p), r"got .*type torch.optim.nadam.NAdam"),
@@ -223,7 +223,7 @@ REFUSED = {
     ),
     "maximize": (lambda p: torch.optim.AdamW(p, maximize=True), r"ds_quant.optimizer\(maximize\): got true; "),
     "differentiable": (lambda p: torch.optim.AdamW(p, differentiable=True), r"\(differentiable\): got true; "),
-    "step": (replaced, r"got .*step method was replaced.*; remedy: create the wrapper after initialize"),
+    "step": (replaced, r"got .*step method was replaced.*; fix: create the wrapper after initialize"),
     "lr": (lambda p: torch.optim.AdamW([{"params": p, "lr": float("nan")}]), r"ds_quant.optimizer\(lr\): got NaN; "),
     "moment": (lambda p: torch.optim.AdamW([{"params": p, "exp_avg": {"bits": 7}}]), r"exp_avg\).bits: got 7; "),
 }

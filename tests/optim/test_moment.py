@@ -241,7 +241,7 @@ def test_data_takes_over_codes_or_quantizes(rng):
     assert window.blocks is other.blocks  # as in torch, a view stays with the old storage
     moment.data = other[:70].to("cpu", copy=True)
     assert_same_bits(moment, other)
-    with pytest.raises(ValueError, match=r"got shape \(3,\); allowed: \(70,\); remedy: make a new moment"):
+    with pytest.raises(ValueError, match=r"got shape \(3,\); allowed: \(70,\); fix: make a new moment"):
         moment.data = values[:3]
 
 
@@ -349,9 +349,7 @@ def test_operations_that_change_the_shape_in_place_are_refused(rng):
     moment = make(rng, (4, 4))
     before = plain(moment)
     for operation in (lambda x: x.t_(), lambda x: x.unsqueeze_(0), lambda x: x.resize_(3)):
-        with pytest.raises(
-            NotImplementedError, match="changes the shape in place; allowed: other operations; remedy: "
-        ):
+        with pytest.raises(NotImplementedError, match="changes the shape in place; allowed: other operations; fix: "):
             operation(moment)
         assert torch.equal(plain(moment), before)
         assert moment.shape == (4, 4)

@@ -416,7 +416,7 @@ def test_a_sparse_gradient_is_refused_before_anything_is_changed(rng):
     first.grad = tensor(rng, 7)
     before = first.detach().clone()
     embedding(torch.tensor([1, 2])).sum().backward()
-    message = r"QuantAdamW.step\(grad\): got .*sparse.*; allowed: dense gradients; remedy: .*sparse=False"
+    message = r"QuantAdamW.step\(grad\): got .*sparse.*; allowed: dense gradients; fix: .*sparse=False"
     with pytest.raises(ConfigError, match=message):
         optimizer.step()
     assert torch.equal(first, before)
@@ -442,10 +442,10 @@ def test_steps_are_seen_by_version_counters_and_hooks(rng):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"lr": -1.0}, r"QuantAdamW\(lr\): got -1.0; allowed: a number, 0 or more; remedy: set it so"),
+        ({"lr": -1.0}, r"QuantAdamW\(lr\): got -1.0; allowed: a number, 0 or more; fix: set it so"),
         ({"lr": float("nan")}, r"QuantAdamW\(lr\): got NaN"),
         ({"lr": "auto"}, r'QuantAdamW\(lr\): got "auto"'),
-        ({"lr": torch.ones(2)}, r"QuantAdamW\(lr\): got .*2 elements.*; allowed: one element; remedy: pass a number"),
+        ({"lr": torch.ones(2)}, r"QuantAdamW\(lr\): got .*2 elements.*; allowed: one element; fix: pass a number"),
         ({"lr": torch.tensor(-0.5)}, r"QuantAdamW\(lr\): got -0.5; "),
         ({"eps": -1e-8}, r"QuantAdamW\(eps\): got -1e-08; "),
         ({"weight_decay": -0.1}, r"QuantAdamW\(weight_decay\): got -0.1; "),
@@ -454,7 +454,7 @@ def test_steps_are_seen_by_version_counters_and_hooks(rng):
         ({"betas": 0.9}, r"QuantAdamW\(betas\): got 0.9; "),
         ({"betas": (0.9,)}, r"QuantAdamW\(betas\): got \[0.9\]; "),
         ({"betas": ("auto", 0.9)}, r"QuantAdamW\(betas\): got "),
-        ({"exp_avg": {"bits": 5}}, r"QuantAdamW\(exp_avg\).bits: got 5; allowed: 4 or 8; remedy: "),
+        ({"exp_avg": {"bits": 5}}, r"QuantAdamW\(exp_avg\).bits: got 5; allowed: 4 or 8; fix: "),
         ({"exp_avg": {"bits": "auto"}}, r"QuantAdamW\(exp_avg\).bits: got "),
         ({"exp_avg_sq": {}}, r"QuantAdamW\(exp_avg_sq\).bits: got nothing; "),
         (
@@ -476,7 +476,7 @@ def test_wrong_arguments_are_refused(options, message, rng):
 
 @pytest.mark.parametrize("option", ["amsgrad", "maximize", "differentiable"])
 def test_groups_that_ask_for_another_function_are_refused(option, rng):
-    with pytest.raises(ConfigError, match=rf"QuantAdamW\({option}\): got true; allowed: False; remedy: "):
+    with pytest.raises(ConfigError, match=rf"QuantAdamW\({option}\): got true; allowed: False; fix: "):
         QuantAdamW([{"params": parameters(rng), option: True}], **NONE)
     QuantAdamW([{"params": parameters(rng), option: False, "bias_correction": True, "fused": True}], **NONE)
     with pytest.raises(ConfigError, match=r"QuantAdamW\(bias_correction\): got false; allowed: True; "):
@@ -486,7 +486,7 @@ def test_groups_that_ask_for_another_function_are_refused(option, rng):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.complex64, torch.int32, torch.float8_e4m3fn])
 def test_parameters_of_other_dtypes_are_refused(dtype, rng):
     param = nn.Parameter(torch.zeros(4).to(dtype), requires_grad=False)
-    message = rf"QuantAdamW\(params\): got .*{dtype}.*; allowed: torch.float32, .*; remedy: cast the parameter"
+    message = rf"QuantAdamW\(params\): got .*{dtype}.*; allowed: torch.float32, .*; fix: cast the parameter"
     with pytest.raises(ConfigError, match=message):
         QuantAdamW([param], **NONE)
     optimizer = QuantAdamW(parameters(rng), **NONE)
@@ -788,7 +788,7 @@ def test_what_does_not_fit_is_refused_and_leaves_the_optimizer_as_it_was(rng):
     broken["state"][1] = {**broken["state"][1], "exp_avg": [1.0]}
     amsgrad = optimizer.state_dict()
     amsgrad["param_groups"][0]["amsgrad"] = True
-    message = r"QuantAdamW.state\[exp_avg\]: got {}; allowed: a tensor of the parameter's 300 elements; remedy: load "
+    message = r"QuantAdamW.state\[exp_avg\]: got {}; allowed: a tensor of the parameter's 300 elements; fix: load "
     for state, got in ((wrong.state_dict(), message.format('"299 elements"')), (broken, message.format('"a list"'))):
         with pytest.raises(ConfigError, match=got):
             optimizer.load_state_dict(state)

@@ -105,15 +105,15 @@ def test_fixed_keys():
 @pytest.mark.parametrize(
     ("raw", "message"),
     [
-        ({}, r"optimizer: got null; allowed: an optimizer of type Adam or AdamW .*; remedy: add \"optimizer\""),
+        ({}, r"optimizer: got null; allowed: an optimizer of type Adam or AdamW .*; fix: add \"optimizer\""),
         ({"optimizer": {}}, r"optimizer: got \{\}; "),
         ({"optimizer": {"params": {}}}, r"optimizer: got "),
         ({"optimizer": "AdamW"}, r'optimizer: got "AdamW"; '),
-        (section("Lion"), r'optimizer.type: got "Lion"; allowed: "Adam", "AdamW" .*; remedy: set "AdamW"'),
+        (section("Lion"), r'optimizer.type: got "Lion"; allowed: "Adam", "AdamW" .*; fix: set "AdamW"'),
         (section("OneBitAdam"), r'optimizer.type: got "OneBitAdam"; '),
         (
             section(momentum=0.9),
-            r"optimizer.params.momentum: got 0.9; allowed: lr, betas, .*maximize.*; remedy: remove it",
+            r"optimizer.params.momentum: got 0.9; allowed: lr, betas, .*maximize.*; fix: remove it",
         ),
         (section(learning_rate=0.1), r"optimizer.params.learning_rate: got 0.1; "),
     ],
@@ -218,9 +218,7 @@ def test_groups_of_a_live_optimizer_are_marked():
     assert ["exp_avg" in group for group in optimizer.param_groups] == [False, True, False]
     assert optimizer.param_groups[1]["exp_avg"] is optimizer.param_groups[1]["exp_avg_sq"] is None
     mixed = torch.optim.AdamW([{"params": others[1:]}, {"params": [others[0], *model.norm.parameters()]}])
-    message = (
-        r"exclude: got .*norm.weight in parameter group 1, beside .*; allowed: groups of one kind.*; remedy: give "
-    )
+    message = r"exclude: got .*norm.weight in parameter group 1, beside .*; allowed: groups of one kind.*; fix: give "
     with pytest.raises(ConfigError, match=message):
         ParameterNames(model, ["norm.*"]).mark(mixed)
 

@@ -211,7 +211,7 @@ class TestModels:
     def test_those_that_make_no_sense(self, name, options, message):
         with pytest.raises(ConfigError, match=message) as caught:
             resolve_model(name, **options)
-        assert "remedy: " in str(caught.value)
+        assert "fix: " in str(caught.value)
 
 
 class TestConfigs:
@@ -319,7 +319,7 @@ class TestCommand:
         assert main([*given, "--gpus-per-node", "2", "--batch", "8", *change]) == 2
         shown = capsys.readouterr()
         assert message in shown.err
-        assert "remedy: " in shown.err
+        assert "fix: " in shown.err
         assert not shown.out
 
     def test_sizes(self):

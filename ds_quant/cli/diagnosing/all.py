@@ -46,8 +46,8 @@ def run(options: argparse.Namespace) -> None:
         ConfigError, DiagnoseError, CommandError: a checkpoint or the text cannot be read, or nothing could be measured.
     """
     if missing := html.missing_packages():
-        remedy = "pip install 'ds_quant[plot]', or run the commands one by one with --no_pictures"
-        raise DiagnoseError(f"report: got no {' and no '.join(missing)}; allowed: both installed; {remedy}")
+        fix = "pip install 'ds_quant[plot]', or run the commands one by one with --no_pictures"
+        raise DiagnoseError(f"report: got no {' and no '.join(missing)}; allowed: both installed; {fix}")
     output = common.output_folder(options)
     # What is wrong with the checkpoints or the text would be the reason of every diagnostic.
     for _ in common.subjects(options):

@@ -113,7 +113,7 @@ def _from_deepspeed_files(path: Path) -> dict[str, torch.Tensor]:
     except Exception as error:  # of DeepSpeed, for files that are missing or cut short
         raise ConfigError(
             f"{path}: got files of DeepSpeed that cannot be put together ({type(error).__name__}: {error}); allowed: "
-            "those of all ranks of one save; remedy: copy the checkpoint again, or name another"
+            "those of all ranks of one save; fix: copy the checkpoint again, or name another"
         ) from error
 
 
@@ -128,8 +128,8 @@ def device_named(asked: str | None) -> torch.device:
     try:
         return torch.empty(0, device=asked).device
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # AssertionError: torch without CUDA
-        remedy = f"name another ({first_line(error)})"
-        raise fail("device", asked, "a device that is there, such as cpu or cuda:0", remedy) from error
+        fix = f"name another ({first_line(error)})"
+        raise fail("device", asked, "a device that is there, such as cpu or cuda:0", fix) from error
 
 
 def _check_memory(path: Path, elements: int, dtype: torch.dtype, device: torch.device) -> None:
@@ -176,7 +176,7 @@ def _build(opened: OpenedModel, dtype: torch.dtype | None, state: dict[str, torc
     except Exception as error:  # whatever wrong values in a config lead to, in code that is not ours
         raise ConfigError(
             f"{path}: got a model that transformers cannot load ({type(error).__name__}: {first_line(error)}); "
-            "allowed: config and weights of one save; remedy: copy the checkpoint again"
+            "allowed: config and weights of one save; fix: copy the checkpoint again"
         ) from error
     for what, keys in wrong.items():
         names = sorted(str(key[0] if isinstance(key, tuple) else key) for key in keys)
@@ -184,7 +184,7 @@ def _build(opened: OpenedModel, dtype: torch.dtype | None, state: dict[str, torc
             more = f" and {len(names) - 1} tensors more" if len(names) > 1 else ""
             raise ConfigError(
                 f"{path}: got files with {what} {names[0]}{more}; allowed: the weights of the model that config.json "
-                "describes; remedy: take config and weights of one save"
+                "describes; fix: take config and weights of one save"
             )
     built: PreTrainedModel = model
     return built
@@ -194,8 +194,8 @@ def _need_compressed_tensors(path: Path) -> None:
     try:
         import compressed_tensors  # noqa: F401
     except ImportError as error:
-        remedy = "pip install 'ds_quant[export]'"
-        raise fail(str(path), "a compressed-tensors export", "the package compressed-tensors", remedy) from error
+        fix = "pip install 'ds_quant[export]'"
+        raise fail(str(path), "a compressed-tensors export", "the package compressed-tensors", fix) from error
 
 
 def _tokenizer(path: Path) -> PreTrainedTokenizerBase | None:

@@ -75,8 +75,8 @@ def choose(opened: OpenedModel, quantizers: str | Path) -> tuple[LinearConfig | 
         ConfigError: a JSON that is broken or quantizes nothing that a forward goes through, or any for an export.
     """
     if opened.exported and quantizers != "trained":
-        remedy = "name the checkpoint it was exported from"
-        raise fail(f"{opened.path}: quantizers", str(quantizers), '"trained": its weights are codes already', remedy)
+        fix = "name the checkpoint it was exported from"
+        raise fail(f"{opened.path}: quantizers", str(quantizers), '"trained": its weights are codes already', fix)
     if quantizers == "off":
         return None, []
     if quantizers == "trained":
@@ -117,8 +117,8 @@ def resolve(folder: Path) -> Path:
             raise fail(str(last), f"a broken checkpoint: {problem}", A_CHECKPOINT, "name another, or train on")
         return newest
     inner = sorted(path.parent.name for path in folder.glob("*/config.json"))
-    remedy = f"name one of the folders in it: {', '.join(inner)}" if inner else "name a checkpoint or a run"
-    raise fail(str(folder), "a folder without config.json", A_CHECKPOINT, remedy)
+    fix = f"name one of the folders in it: {', '.join(inner)}" if inner else "name a checkpoint or a run"
+    raise fail(str(folder), "a folder without config.json", A_CHECKPOINT, fix)
 
 
 def short_name(path: Path) -> str:
@@ -157,7 +157,7 @@ def _configs(path: Path) -> tuple[dict[str, Any], PretrainedConfig]:
     except Exception as error:  # whatever a wrong value in a config leads to, in code that is not ours
         raise ConfigError(
             f"{file}: got values that transformers refuses ({type(error).__name__}: {first_line(error)}); allowed: the "
-            "config that the weights were saved with; remedy: copy the file again"
+            "config that the weights were saved with; fix: copy the file again"
         ) from error
 
 

@@ -88,7 +88,7 @@ def split(documents: datasets.Dataset, fraction: float, *, seed: int) -> Documen
     return Documents(parts["train"], parts["test"])
 
 
-def guarded(load_it: Callable[[], Any], what: str, remedy: str) -> Any:
+def guarded(load_it: Callable[[], Any], what: str, fix: str) -> Any:
     """The result of `load_it`; whatever it raises becomes a CommandError that begins with `what`."""
     try:
         return load_it()
@@ -98,7 +98,7 @@ def guarded(load_it: Callable[[], Any], what: str, remedy: str) -> Any:
         while cause.__cause__ is not None:
             cause = cause.__cause__
         text = str(cause).strip().splitlines()
-        raise CommandError(f"{what}: {text[0] if text else type(cause).__name__}\n{remedy}") from error
+        raise CommandError(f"{what}: {text[0] if text else type(cause).__name__}\n{fix}") from error
 
 
 def by_reader(patterns: list[str], flag: str) -> list[tuple[str, list[str]]]:
@@ -156,8 +156,8 @@ def only(loaded: Any, column: str, where: str) -> Any:
     """The documents without any other column; raises CommandError if it is missing."""
     names = loaded.column_names
     if names is None:  # a stream may not know its columns before the first row
-        remedy = "Check that it is whole and of the kind its name says, and that it can be reached."
-        names = list(guarded(lambda: next(iter(loaded), None), f"{where} cannot be read", remedy) or {})
+        fix = "Check that it is whole and of the kind its name says, and that it can be reached."
+        names = list(guarded(lambda: next(iter(loaded), None), f"{where} cannot be read", fix) or {})
     if column not in names:
         raise CommandError(
             f"{where} has no column {column!r}; its columns are: {', '.join(names)}. Name one with --text_column."

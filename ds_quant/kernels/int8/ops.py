@@ -230,8 +230,8 @@ def scaled_matmul(
     return serving(a, b, row_scale=row_scale, column_scale=column_scale, bias=bias, dtype=dtype)
 
 
-def _error(where: str, got: object, allowed: str, remedy: str) -> ValueError:
-    return ValueError(f"{where}: got {got}; allowed: {allowed}; {remedy}")
+def _error(where: str, got: object, allowed: str, fix: str) -> ValueError:
+    return ValueError(f"{where}: got {got}; allowed: {allowed}; {fix}")
 
 
 def _described(value: object) -> str:

@@ -10,8 +10,8 @@ from ds_quant.numerics.integer import DTYPES
 from ds_quant.numerics.wire import BITS, BLOCK_SIZES, ROTATIONS, Parts, Residuals, WireFormat, code_bytes, num_blocks
 
 
-def error(where: str, got: object, allowed: str, remedy: str) -> ValueError:
-    return ValueError(f"{where}: got {got}; allowed: {allowed}; {remedy}")
+def error(where: str, got: object, allowed: str, fix: str) -> ValueError:
+    return ValueError(f"{where}: got {got}; allowed: {allowed}; {fix}")
 
 
 def _described(tensor: object) -> str:
@@ -44,11 +44,11 @@ class Check:
         self.scale_bytes: np.ndarray = 4 * num_blocks(parts.numel, fmt)  # type: ignore[arg-type, assignment]
         self.code_bytes: np.ndarray = code_bytes(parts.numel, fmt)  # type: ignore[arg-type, assignment]
 
-    def _piece(self, name: str, is_wrong: np.ndarray, got: np.ndarray, allowed: str, remedy: str = "") -> None:
+    def _piece(self, name: str, is_wrong: np.ndarray, got: np.ndarray, allowed: str, fix: str = "") -> None:
         if is_wrong.any():
             piece = int(is_wrong.argmax())
             where = f"{self.where}(parts.{name}[{piece}])"
-            raise error(where, got[piece], allowed, remedy or "lay the message out anew")
+            raise error(where, got[piece], allowed, fix or "lay the message out anew")
 
     def tensors(self, tensors: Sequence[Tensor]) -> None:
         parts = self.parts
