@@ -10,7 +10,7 @@ from typing import Protocol, TypeVar
 
 import torch
 
-from benchmarks.errors import BenchmarkError
+from ds_quant.cli.shared.errors import CommandError
 
 
 class Choosable(Protocol):
@@ -37,9 +37,9 @@ def add_common(parser: argparse.ArgumentParser, *, rounds: int, warm_up: int, ou
 
 
 def check_common(options: argparse.Namespace) -> torch.device:
-    """The device; BenchmarkError where a shared argument is out of range."""
+    """The device; CommandError where a shared argument is out of range."""
     if options.rounds < 2:
-        raise BenchmarkError(f"--rounds: got {options.rounds}; allowed: 2 or more, for a spread; give more")
+        raise CommandError(f"--rounds: got {options.rounds}; allowed: 2 or more, for a spread; give more")
     at_least("--warm-up", options.warm_up, 0)
     at_least("--threads", options.threads, 1)
     try:
@@ -47,14 +47,14 @@ def check_common(options: argparse.Namespace) -> torch.device:
         return torch.empty(0, device=options.device).device
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise BenchmarkError(
+        raise CommandError(
             f"--device: got {options.device!r} ({reason}); allowed: cpu, or cuda where torch sees one; correct it"
         ) from error
 
 
 def at_least(option: str, value: int, least: int) -> None:
     if value < least:
-        raise BenchmarkError(f"{option}: got {value}; allowed: {least} or more; give more")
+        raise CommandError(f"{option}: got {value}; allowed: {least} or more; give more")
 
 
 def choose(contenders: Sequence[C], only: str | None, base: str) -> list[C]:
@@ -63,7 +63,7 @@ def choose(contenders: Sequence[C], only: str | None, base: str) -> list[C]:
     for part in wanted:
         if not any(part in contender.name.lower() for contender in contenders):
             names = "; ".join(contender.name for contender in contenders)
-            raise BenchmarkError(f"--only: got {part!r}; allowed: parts of {names}; correct it")
+            raise CommandError(f"--only: got {part!r}; allowed: parts of {names}; correct it")
     chosen = []
     for contender in contenders:
         if contender.name != base and not any(part in contender.name.lower() for part in wanted):
@@ -80,7 +80,7 @@ def attempt(name: str, base: str, call: Callable[[], object]) -> bool:
     """Whether `call` went well. A line says if not, since no contender may keep others from running; but the base may.
 
     Raises:
-        BenchmarkError: the base failed.
+        CommandError: the base failed.
     """
     try:
         call()
@@ -88,7 +88,7 @@ def attempt(name: str, base: str, call: Callable[[], object]) -> bool:
         reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
         if name == base:
             allowed = "what others are compared with runs; mend that"
-            raise BenchmarkError(f"{base}: got {reason}; allowed: {allowed}") from error
+            raise CommandError(f"{base}: got {reason}; allowed: {allowed}") from error
         print(f"left out: {name}: {reason}")
         return False
     return True

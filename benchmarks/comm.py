@@ -13,10 +13,10 @@ import torch
 from benchmarks import comm_contenders, links, timing
 from benchmarks.comm_contenders import BASE, PLAIN, Contender
 from benchmarks.comm_worker import Measured, Spec
-from benchmarks.errors import BenchmarkError
 from benchmarks.optimizer import parse_size
 from benchmarks.ranks import run_ranks
 from benchmarks.slow_link import INTERFACE, Link
+from ds_quant.cli.shared.errors import CommandError
 from ds_quant.cli.shared.tables import environment, print_table, write_csv
 
 HELP = "time and bytes of all-reduce, reduce-scatter and DDP hooks, over slow links too"
@@ -53,9 +53,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Measure every size over every link, print a table for each, write the CSV."""
     if options.ranks < 2:
-        raise BenchmarkError(f"--ranks: got {options.ranks}; allowed: 2 or more, since one has no gradients to sum")
+        raise CommandError(f"--ranks: got {options.ranks}; allowed: 2 or more, since one has no gradients to sum")
     if options.rounds < 2:
-        raise BenchmarkError(f"--rounds: got {options.rounds}; allowed: 2 or more, for a spread; give more")
+        raise CommandError(f"--rounds: got {options.rounds}; allowed: 2 or more, for a spread; give more")
     sizes = [_elements(text, options.ranks) for text in options.sizes.split(",")]
     chosen = _choose(options.only)
     names = links.choose(options.links)
@@ -77,7 +77,7 @@ def run(options: argparse.Namespace) -> None:
 def _elements(text: str, ranks: int) -> int:
     count, numel = parse_size(text)
     if count != 1:
-        raise BenchmarkError(f"--sizes: got {text!r}; allowed: elements (25M); write it so")
+        raise CommandError(f"--sizes: got {text!r}; allowed: elements (25M); write it so")
     return -(-numel // ranks) * ranks
 
 
@@ -87,7 +87,7 @@ def _choose(only: str | None) -> list[Contender]:
     for part in wanted:
         if not any(part in contender.name.lower() for contender in everyone):
             names = "; ".join(contender.name for contender in everyone)
-            raise BenchmarkError(f"--only: got {part!r}; allowed: parts of {names}; correct it")
+            raise CommandError(f"--only: got {part!r}; allowed: parts of {names}; correct it")
     chosen = {c.name for c in everyone if any(part in c.name.lower() for part in wanted)}
     chosen |= {BASE[c.group] for c in everyone if c.name in chosen}
     return [c for c in everyone if c.name in chosen]
@@ -135,7 +135,7 @@ def _report(
         print(f"left out: {who}: {problem}")
     for base in BASE.values():
         if base in failed:
-            raise BenchmarkError(f"{base}: got {failed[base]}; allowed: what others are compared with runs; mend that")
+            raise CommandError(f"{base}: got {failed[base]}; allowed: what others are compared with runs; mend that")
     # A collective is over when the last rank has its result.
     seconds = {
         who: [max(turn) for turn in zip(*(m.seconds[who] for m in measured), strict=True)]

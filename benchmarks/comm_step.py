@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 import torch
 
 from benchmarks import links, timing
-from benchmarks.errors import BenchmarkError
 from benchmarks.ranks import ROOT, run_ranks
 from benchmarks.slow_link import INTERFACE, Link
+from ds_quant.cli.shared.errors import CommandError
 from ds_quant.cli.shared.tables import environment, print_table, write_csv
 
 HELP = "seconds and bytes of whole training steps of the default job, over slow links too"
@@ -69,13 +69,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Measure every configuration over every link, print a table for each link, write the CSV."""
     if options.ranks < 2:
-        raise BenchmarkError(f"--ranks: got {options.ranks}; allowed: 2 or more, since one sends nothing")
+        raise CommandError(f"--ranks: got {options.ranks}; allowed: 2 or more, since one sends nothing")
     if options.warm_up < 0 or options.steps - options.warm_up < 2:
-        raise BenchmarkError(
+        raise CommandError(
             f"--steps: got {options.steps}; allowed: 2 more than --warm-up ({options.warm_up}), for a spread; give more"
         )
     if options.rounds < 1:
-        raise BenchmarkError(f"--rounds: got {options.rounds}; allowed: 1 or more; give more")
+        raise CommandError(f"--rounds: got {options.rounds}; allowed: 1 or more; give more")
     jobs = _jobs(options.configs, options.stages)
     names = links.choose(options.links)
     where = {**environment(torch.device("cpu")), "threads": 1}
@@ -109,9 +109,7 @@ def _jobs(configs: str | None, stages: str | None) -> list[Job]:
             content = json.loads(file.read_text())
             shipped = int(content.get("zero_optimization", {}).get("stage", 0))
         except (OSError, ValueError, AttributeError) as error:
-            raise BenchmarkError(
-                f"--configs: got {file}: {error}; allowed: DeepSpeed JSON files; correct it"
-            ) from error
+            raise CommandError(f"--configs: got {file}: {error}; allowed: DeepSpeed JSON files; correct it") from error
         for stage in _stages(stages) or [shipped]:
             zero = {**content.get("zero_optimization", {}), "stage": stage}
             jobs.append(Job(file.stem, stage, {**content, "zero_optimization": zero}))
@@ -125,7 +123,7 @@ def _stages(text: str | None) -> list[int]:
     except ValueError:
         found = [-1]
     if not all(0 <= stage <= 3 for stage in found):
-        raise BenchmarkError(f"--stages: got {text!r}; allowed: 0 to 3, split by commas; correct it")
+        raise CommandError(f"--stages: got {text!r}; allowed: 0 to 3, split by commas; correct it")
     return found
 
 

@@ -15,7 +15,7 @@ from pretraining.environment import ensure_process_group_variables
 from torch import Tensor, nn
 
 from benchmarks import choices, timing
-from benchmarks.errors import BenchmarkError
+from ds_quant.cli.shared.errors import CommandError
 from ds_quant.cli.shared.tables import environment, print_table, write_csv
 from ds_quant.planning.presets import PRESETS
 
@@ -138,7 +138,7 @@ def _model(options: argparse.Namespace) -> nn.Module:
     config = AutoConfig.for_model(values.pop("model_type"), **values, vocab_size=options.vocabulary, use_cache=False)
     longest = int(config.max_position_embeddings)
     if options.sequence > longest:
-        raise BenchmarkError(f"--sequence: got {options.sequence}; allowed: up to {longest} for {options.preset}")
+        raise CommandError(f"--sequence: got {options.sequence}; allowed: up to {longest} for {options.preset}")
     torch.manual_seed(0)
     model: nn.Module = AutoModelForCausalLM.from_config(config)
     return model.train()

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from benchmarks import charts, choices, held, linear_contenders, recipes, timing
-from benchmarks.errors import BenchmarkError
 from benchmarks.linear_contenders import BASE, CEILING, Contender, Layer, Operands
 from ds_quant.cli.shared import process_memory
+from ds_quant.cli.shared.errors import CommandError
 from ds_quant.cli.shared.tables import environment, print_table, write_csv
 
 HELP = "time and saved bytes of one linear layer, forward and backward"
@@ -67,7 +67,7 @@ def _parse_shape(text: str) -> tuple[int, int]:
     match = re.fullmatch(r"(\d+)x(\d+)", text.strip())
     # torch._int_mm on GPUs takes multiples of 8 alone: what is measured here can be measured there.
     if not match or any(int(n) < 8 or int(n) % 8 for n in match.groups()):
-        raise BenchmarkError(f"--shapes: got {text!r}; allowed: INxOUT (768x3072), multiples of 8; write it so")
+        raise CommandError(f"--shapes: got {text!r}; allowed: INxOUT (768x3072), multiples of 8; write it so")
     return int(match[1]), int(match[2])
 
 

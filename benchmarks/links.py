@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from benchmarks import slow_link
-from benchmarks.errors import BenchmarkError
 from benchmarks.slow_link import Link
+from ds_quant.cli.shared.errors import CommandError
 
 LOOPBACK = "loopback"
 _DEFAULT = f"{LOOPBACK},1gbit,100mbit"
@@ -32,7 +32,7 @@ def choose(asked: str | None) -> list[str]:
     if why is None:
         return names
     if asked is not None:
-        raise BenchmarkError(f"--links: got {asked!r}; allowed here: {LOOPBACK}, since {why}")
+        raise CommandError(f"--links: got {asked!r}; allowed here: {LOOPBACK}, since {why}")
     print(f"left out: {', '.join(rates)}: {why}")
     return [name for name in names if name == LOOPBACK]
 

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from benchmarks import contenders, timing
-from benchmarks.errors import BenchmarkError
 from ds_quant.cli.shared import process_memory
+from ds_quant.cli.shared.errors import CommandError
 from ds_quant.cli.shared.tables import environment, print_table, write_csv
 from ds_quant.kernels.adamw.ops import adamw_
 
@@ -49,7 +49,7 @@ def run(options: argparse.Namespace) -> None:
     """Measure every size, print a table for each, write the CSV."""
     sizes = [parse_size(text) for text in options.sizes.split(",")]
     if options.rounds < 2:
-        raise BenchmarkError(f"--rounds: got {options.rounds}; allowed: 2 or more, for a spread; give more")
+        raise CommandError(f"--rounds: got {options.rounds}; allowed: 2 or more, for a spread; give more")
     torch.set_num_threads(options.threads)
     device = torch.device(options.device)
     chosen = _choose(options.only)
@@ -64,13 +64,13 @@ def run(options: argparse.Namespace) -> None:
 
 
 def parse_size(text: str) -> tuple[int, int]:
-    """(number of parameters, elements of each) of "50M" or "2000x1024"; BenchmarkError for anything else.
+    """(number of parameters, elements of each) of "50M" or "2000x1024"; CommandError for anything else.
 
     With a unit the elements are rounded up to a multiple of 256: torchao keeps others in 32 bits.
     """
     match = re.fullmatch(r"(?:(\d+)x)?(\d+(?:\.\d+)?)([kMG]?)", text.strip())
     if not match or not (count := int(match[1] or 1)) or not (numel := _number(match[2], match[3])):
-        raise BenchmarkError(f"--sizes: got {text!r}; allowed: elements (50M), COUNTxELEMENTS (2000x1024); write it so")
+        raise CommandError(f"--sizes: got {text!r}; allowed: elements (50M), COUNTxELEMENTS (2000x1024); write it so")
     return count, numel
 
 
@@ -85,7 +85,7 @@ def _choose(only: str | None) -> list[contenders.Contender]:
     for part in wanted:
         if not any(part in contender.name.lower() for contender in contenders.ALL):
             names = ", ".join(contender.name for contender in contenders.ALL)
-            raise BenchmarkError(f"--only: got {part!r}; allowed: parts of {names}; correct it")
+            raise CommandError(f"--only: got {part!r}; allowed: parts of {names}; correct it")
     chosen = []
     for contender in contenders.ALL:
         if contender.name != contenders.BASE and not any(part in contender.name.lower() for part in wanted):

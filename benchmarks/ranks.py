@@ -6,9 +6,9 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from benchmarks.errors import BenchmarkError
 from benchmarks.slow_link import Link
 from ds_quant.cli.shared import ranks as processes
+from ds_quant.cli.shared.errors import CommandError
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -18,7 +18,7 @@ def run_ranks(
 ) -> None:
     """Run `command` in Python on every rank, with this package and those of launchers/ at hand.
 
-    BenchmarkError with the last lines of the first rank that fails, or where they take more than `timeout` seconds.
+    CommandError with the last lines of the first rank that fails, or where they take more than `timeout` seconds.
     """
     found = os.pathsep.join(filter(None, [str(ROOT / "launchers"), str(ROOT), os.environ.get("PYTHONPATH")]))
     try:
@@ -26,4 +26,4 @@ def run_ranks(
             command, ranks=ranks, link=link, environment={"PYTHONPATH": found, **environment}, timeout=timeout
         )
     except processes.RanksError as error:
-        raise BenchmarkError(str(error)) from error
+        raise CommandError(str(error)) from error

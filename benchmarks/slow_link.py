@@ -25,7 +25,7 @@ if not __package__:
     # Run as a script, Python looks for modules next to this file; the package lies one folder up.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from benchmarks.errors import BenchmarkError
+from ds_quant.cli.shared.errors import CommandError
 from ds_quant.cli.shared.signals import hold_signals, raise_on_signals
 
 INTERFACE = "wire"
@@ -57,10 +57,10 @@ class Link:
 
 
 def bits_per_second(rate: str) -> float:
-    """1e9 of "1gbit"; BenchmarkError for what is no rate."""
+    """1e9 of "1gbit"; CommandError for what is no rate."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([kmg])bit", rate)
     if not match or not float(match[1]):
-        raise BenchmarkError(f"link: got {rate!r}; allowed: loopback, or a rate such as 1gbit, 100mbit; write it so")
+        raise CommandError(f"link: got {rate!r}; allowed: loopback, or a rate such as 1gbit, 100mbit; write it so")
     return float(match[1]) * {"k": 1e3, "m": 1e6, "g": 1e9}[match[2]]
 
 
@@ -75,7 +75,7 @@ def unavailable() -> str | None:
         # In a container root may not be allowed to: only doing it tells.
         with slow_link("1gbit", 2):
             return None
-    except BenchmarkError as error:
+    except CommandError as error:
         return str(error)
 
 
@@ -174,9 +174,9 @@ def _run(*command: str) -> str:
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_COMMAND_SECONDS)
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise BenchmarkError(f"{' '.join(command)}: {error}; needs iproute2 and root") from error
+        raise CommandError(f"{' '.join(command)}: {error}; needs iproute2 and root") from error
     if done.returncode:
-        raise BenchmarkError(f"{' '.join(command)}: got {done.stderr.strip()!r}; needs root and the kernel's sch_tbf")
+        raise CommandError(f"{' '.join(command)}: got {done.stderr.strip()!r}; needs root and the kernel's sch_tbf")
     return done.stdout
 
 
@@ -187,7 +187,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.parse_args(argv)
     try:
         left = clean()
-    except BenchmarkError as error:
+    except CommandError as error:
         print(f"slow_link.py: {error}", file=sys.stderr)
         return 2
     print("\n".join(f"removed: {name}" for name in left) or "nothing was left")

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import charts, choices, held, recipes, step_contenders, step_models, step_profile, timing
-from benchmarks.errors import BenchmarkError
 from benchmarks.step_contenders import BASE, Contender, Step
 from ds_quant.cli.shared import process_memory
+from ds_quant.cli.shared.errors import CommandError
 from ds_quant.cli.shared.tables import environment, print_table, write_csv
 
 HELP = "time and saved bytes of a whole training step of GPT-2 small and a small Llama"
@@ -82,14 +82,14 @@ def _check(options: argparse.Namespace) -> list[str]:
     for name in models:
         if name not in step_models.PRESETS:
             allowed = ", ".join(step_models.PRESETS)
-            raise BenchmarkError(f"--models: got {name!r}; allowed: {allowed}; correct it")
+            raise CommandError(f"--models: got {name!r}; allowed: {allowed}; correct it")
         longest = step_models.positions(name)
         # A sequence of one token has nothing to predict.
         if not 2 <= options.sequence <= longest:
-            raise BenchmarkError(f"--sequence: got {options.sequence}; allowed: 2 to {longest} for {name}; correct it")
+            raise CommandError(f"--sequence: got {options.sequence}; allowed: 2 to {longest} for {name}; correct it")
     choices.at_least("--batch", options.batch, 1)
     if options.dropout is not None and not 0 <= options.dropout < 1:
-        raise BenchmarkError(f"--dropout: got {options.dropout}; allowed: 0 up to, but not, 1; correct it")
+        raise CommandError(f"--dropout: got {options.dropout}; allowed: 0 up to, but not, 1; correct it")
     return models
 
 

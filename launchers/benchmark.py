@@ -20,7 +20,7 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # where the package benchmarks lies
 
 from benchmarks import comm, comm_step, diagnostics, linear, optimizer, step
-from benchmarks.errors import BenchmarkError
+from ds_quant.cli.shared.errors import CommandError
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     try:
         options.run(options)
-    except BenchmarkError as error:
+    except CommandError as error:
         print(f"benchmark.py: {error}", file=sys.stderr)
         return 2
     return 0

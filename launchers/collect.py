@@ -33,10 +33,10 @@ import time
 from pathlib import Path
 
 from collecting import configs, curves, names, runs, table
-from collecting.errors import CollectError
 from rich.markup import escape
 
 from ds_quant.base.whole_folder import write_whole
+from ds_quant.cli.shared.errors import CommandError
 from ds_quant.cli.shared.tables import print_table
 
 
@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, help="folder for the table and the picture (default: the first ROOT)")
     try:
         return _collect(parser.parse_args(argv))
-    except CollectError as error:
+    except CommandError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
@@ -71,10 +71,10 @@ def _collect(options: argparse.Namespace) -> int:
     found, problems = runs.collect(options.roots, expect, now=time.time(), stale_after=options.stale_after)
     if not found:
         got = ", ".join(map(names.shown, options.roots))
-        raise CollectError(f"ROOT: got {got}, with no run below; allowed: folders with runs of pretrain.py; correct it")
+        raise CommandError(f"ROOT: got {got}, with no run below; allowed: folders with runs of pretrain.py; correct it")
     known = sorted({run.config for run in found})
     if options.baseline is not None and options.baseline not in known:
-        raise CollectError(f"--baseline: got {options.baseline!r}; allowed: {', '.join(known)}; correct it")
+        raise CommandError(f"--baseline: got {options.baseline!r}; allowed: {', '.join(known)}; correct it")
     baseline: str = options.baseline or "baseline"
     problems += configs.contradictions(found, baseline)
     summarized = configs.summarize(found, baseline)
@@ -90,7 +90,7 @@ def _collect(options: argparse.Namespace) -> int:
         drawn = curves.draw(found, output / "curves.png")
     except OSError as error:
         reason = error.strerror or error
-        raise CollectError(
+        raise CommandError(
             f"--output: got {names.shown(output)} ({reason}); allowed: a folder that can be written to; give another"
         ) from error
     print(f"written: {names.shown(output)}: collected.csv, collected.md{', curves.png' if drawn else ''}")
@@ -102,12 +102,12 @@ def _collect(options: argparse.Namespace) -> int:
 def _check(options: argparse.Namespace, output: Path) -> None:
     for root in options.roots:
         if not root.is_dir():
-            raise CollectError(f"ROOT: got {names.shown(root)}; allowed: folders that are there; correct it")
+            raise CommandError(f"ROOT: got {names.shown(root)}; allowed: folders that are there; correct it")
     if not options.stale_after >= 0:
-        raise CollectError(f"--stale-after: got {options.stale_after}; allowed: seconds, 0 or more; correct it")
+        raise CommandError(f"--stale-after: got {options.stale_after}; allowed: seconds, 0 or more; correct it")
     if runs.is_run(output):
         # Its own curves.png would be lost.
-        raise CollectError(
+        raise CommandError(
             f"--output: got {names.shown(output)}, the folder of a run; allowed: any other folder; give one"
         )
 

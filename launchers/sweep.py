@@ -24,8 +24,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from sweeping import hours, matrix, plan, slurm
-from sweeping.errors import SweepError
 from sweeping.plan import Entry
+
+from ds_quant.cli.shared.errors import CommandError
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -37,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
         if options.task is not None:
             return _print_task(Path(options.task[0]), options.task[1])
         return _sweep(options)
-    except SweepError as error:
+    except CommandError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
@@ -66,7 +67,7 @@ def _sweep(options: argparse.Namespace) -> int:
     more = _words(options.pretrain_args)
     job = os.environ.get("SLURM_JOB_ID")
     if job is None and not options.dry_run:
-        raise SweepError(
+        raise CommandError(
             "sweep.sh: got no Slurm job around it; allowed: sbatch slurm/sweep.sh, or bash slurm/sweep.sh --dry-run"
         )
     sweep_dir = Path(options.sweep_dir)
@@ -94,7 +95,7 @@ def _living_if_known(plans: Path) -> dict[tuple[str, int], str] | None:
         return None
     try:
         return slurm.living(plans)[0]
-    except SweepError as error:
+    except CommandError as error:
         print(f"not known which runs have a job: {error}", file=sys.stderr)
         return None
 
@@ -130,7 +131,7 @@ def _print(planned: list[Entry], needed: dict[str, int | None], speed: float | N
         if speed is not None:
             count = needed[entry.config.name]
             if count is None:
-                raise SweepError(
+                raise CommandError(
                     "--tokens-per-second: got no --max_steps in PRETRAIN_ARGS or the preset to tell hours from; "
                     "allowed: with --max_steps; give it"
                 )
@@ -154,7 +155,7 @@ def _print_task(path: Path, number: str) -> int:
     """The arguments of one task, each ended by a zero byte, as mapfile -d '' reads them."""
     tasks = plan.tasks(path)
     if not number.isdigit() or int(number) >= len(tasks):
-        raise SweepError(f"task: got {number!r}; allowed: 0 to {len(tasks) - 1}, as in {path}; submit again")
+        raise CommandError(f"task: got {number!r}; allowed: 0 to {len(tasks) - 1}, as in {path}; submit again")
     sys.stdout.write("".join(f"{word}\0" for word in tasks[int(number)][1]))
     return 0
 
@@ -163,7 +164,7 @@ def _words(text: str) -> list[str]:
     try:
         words = shlex.split(text)
     except ValueError as error:
-        raise SweepError(f"PRETRAIN_ARGS: got {text!r} ({error}); allowed: words as a shell reads them") from error
+        raise CommandError(f"PRETRAIN_ARGS: got {text!r} ({error}); allowed: words as a shell reads them") from error
     hours.refuse_own(words)
     return words
 
@@ -174,7 +175,7 @@ def _positive(name: str, text: str, *, whole: bool = False) -> float:
     except ValueError:
         value = 0
     if not 0 < value < float("inf"):
-        raise SweepError(
+        raise CommandError(
             f"{name}: got {text!r}; allowed: {'whole numbers' if whole else 'numbers'} above 0; correct it"
         )
     return value
@@ -197,7 +198,7 @@ def _alone(folder: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
     except OSError as error:
-        raise SweepError(f"SWEEP_DIR: got {folder.parent} ({error}); allowed: a folder to write to") from error
+        raise CommandError(f"SWEEP_DIR: got {folder.parent} ({error}); allowed: a folder to write to") from error
 
 
 if __name__ == "__main__":

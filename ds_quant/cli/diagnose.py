@@ -47,13 +47,11 @@ def main(argv: list[str] | None = None, *, prog: str = "ds_quant diagnose") -> i
     options = parser.parse_args(argv)
 
     from ds_quant.base.errors import ConfigError
-    from ds_quant.cli.diagnosing.errors import DiagnoseError
-    from ds_quant.cli.evaluating.errors import EvaluateError
     from ds_quant.cli.shared.errors import CommandError
 
     try:
         status: int | None = module.run(options)
-    except (DiagnoseError, EvaluateError, CommandError, ConfigError) as error:
+    except (CommandError, ConfigError) as error:
         print(f"{prog} {options.command}: {error}", file=sys.stderr)
         return 2
     return status or 0

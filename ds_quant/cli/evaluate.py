@@ -34,12 +34,11 @@ def main(argv: list[str] | None = None, *, prog: str = "ds_quant evaluate") -> i
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")
     # Imported here: they load torch, whose threads are to know by then that they may sleep.
-    from ds_quant.cli.evaluating.errors import EvaluateError
     from ds_quant.config import ConfigError
 
     try:
         _evaluate(sys.argv[1:] if argv is None else argv, prog)
-    except (EvaluateError, ConfigError, CommandError) as error:
+    except (CommandError, ConfigError) as error:
         terminal.complain(str(error))
         return CommandError.exit_status
     except KeyboardInterrupt:
@@ -103,7 +102,6 @@ def _version_of(package: str | None) -> dict[str, str]:
 
 def _write(path: Path, content: dict[str, Any] | str) -> None:
     from ds_quant.base.whole_folder import write_json, write_whole
-    from ds_quant.cli.evaluating.errors import EvaluateError
 
     try:
         if isinstance(content, str):
@@ -111,7 +109,7 @@ def _write(path: Path, content: dict[str, Any] | str) -> None:
         else:
             write_json(path, content)
     except OSError as error:
-        raise EvaluateError(
+        raise CommandError(
             f"--output: got {path} ({error.strerror or error}); allowed: a file that can be written; give another"
         ) from error
 

@@ -89,7 +89,7 @@ def explain(source: Any) -> tuple[list[tuple[str, str]], list[str]]:
         exclude = quant.linear.exclude
         rows.append(("linear layers", describe(quant.linear)))
         rows.append(("  include", ", ".join(quant.linear.include)))
-        left_out = "the model's output embedding" if exclude is None else ", ".join(exclude) or "nothing"
+        left_out = "the model's output heads" if exclude is None else ", ".join(exclude) or "nothing"
         rows.append(("  exclude", left_out))
     else:
         rows.append(("linear layers", "full precision"))

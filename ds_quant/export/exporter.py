@@ -162,10 +162,10 @@ def _plan(source: HFCheckpoint, linear: LinearConfig | None) -> _Plan:
         notes.append(note)
     if any(plain.values()):
         if "tie_word_embeddings" not in source.config:
-            fix = 'exclude the output embedding in training ("exclude": null), or use --format bf16'
+            fix = 'exclude the output head in training ("exclude": null), or use --format bf16'
             got = "a quantized linear tied to an embedding"
             raise fail("ds_quant.linear.exclude", got, "where config.json has tie_word_embeddings", fix)
-        notes.append("the output embedding is quantized: stored apart from the input embedding, no longer tied to it")
+        notes.append("the output head is quantized: stored apart from the input embedding, no longer tied to it")
     if source.config.get("dtype", source.config.get("torch_dtype")) != "float32":
         notes.append("transformers: load it with dtype=torch.float32, else the scales are rounded to the model's dtype")
     ignored = [n for n, module in model.named_modules() if isinstance(module, nn.Linear) and n not in modules]

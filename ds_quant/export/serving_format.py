@@ -174,7 +174,7 @@ def _package() -> Any:
         from compressed_tensors import quantization
     except ImportError as error:
         raise ConfigError(
-            f"ds_quant_export: compressed-tensors cannot be imported ({error}); allowed: version 0.20 or later; "
+            f"ds_quant export: compressed-tensors cannot be imported ({error}); allowed: version 0.20 or later; "
             "fix: pip install 'ds_quant[export]'"
         ) from error
     return quantization

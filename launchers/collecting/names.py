@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from collecting.errors import CollectError
+from ds_quant.cli.shared.errors import CommandError
 from ds_quant.cli.shared.run_folder import of_folder, shown
 
 __all__ = ["expected", "names_a_seed", "of_folder", "shown"]
@@ -25,7 +25,7 @@ def expected(arguments: Iterable[str]) -> dict[str, set[int]]:
     """The seeds of each config in CONFIG=SEEDS; SEEDS is 1,2,3 or, as for an array of Slurm, 0-4, or both.
 
     Raises:
-        CollectError: an argument is written otherwise.
+        CommandError: an argument is written otherwise.
     """
     found: dict[str, set[int]] = {}
     for argument in arguments:
@@ -35,7 +35,7 @@ def expected(arguments: Iterable[str]) -> dict[str, set[int]]:
         for match in matches:
             first, last = (int(match[1]), int(match[2] or match[1])) if match else (0, -1)
             if not config or not first <= last < first + _MOST_SEEDS:
-                raise CollectError(
+                raise CommandError(
                     f"--expect: got {argument!r}; allowed: CONFIG=SEEDS with seeds such as 1,2,3 or 0-4 "
                     f"(at most {_MOST_SEEDS} of them); correct it"
                 )

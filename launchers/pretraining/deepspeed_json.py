@@ -6,10 +6,12 @@ import copy
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from survival.errors import LaunchError
 
+from ds_quant.config import QuantConfig
 from ds_quant.config.deepspeed_json import parse_deepspeed_config, read_deepspeed_config
 
 _FLAGS = {
@@ -55,6 +57,11 @@ class DeepSpeedJson:
             "No DeepSpeed configuration was given. Add --deepspeed ds_configs/w8a8.json "
             "(ds_configs/baseline.json trains without quantization)."
         )
+
+    @cached_property
+    def quant(self) -> QuantConfig:
+        """Its section `ds_quant`. Raises ConfigError."""
+        return QuantConfig.load(self.content)
 
     def filled(self) -> dict[str, Any]:
         """The JSON with what it leaves open and the launcher needs."""

@@ -37,7 +37,7 @@ def run(argv: list[str], *, use_cpu: bool, request: StopRequest) -> None:
     world_size = environment.world_size()
     args, config = arguments.parse(argv, world_size=world_size)
     terminal.quiet(verbose="log_level" in args.explicit)
-    ds_quant.QuantConfig.load(config.content)  # before minutes of tokenizing; initialize loads it again
+    _ = config.quant  # what is wrong with it is told before minutes of tokenizing
     args.training.setdefault("use_cpu", use_cpu)
     documents.check_files(args.data)
     output_dir = Path(args.training["output_dir"])
@@ -88,7 +88,8 @@ def _run(args: Arguments, config: DeepSpeedJson, wish: str | None, run: _Run) ->
         terminal.say(line)
     training = args.build_training_arguments(config)
     plugin = training.deepspeed_plugin.hf_ds_config.config
-    fill_gaps(plugin)
+    if config.from_accelerate:
+        fill_gaps(plugin)
     diagnosed = diagnostics.place(plugin, lease.output_dir)
     if universal:
         plugin.setdefault("checkpoint", {})["load_universal"] = True
@@ -163,7 +164,7 @@ def _train(trainer: PretrainTrainer, args: Arguments, config: DeepSpeedJson, res
     evaluated = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
     steps_here = step - trainer.first_step
     coverage = ds_quant.coverage(trainer.model)
-    quant = ds_quant.QuantConfig.load(config.content)
+    quant = config.quant
     summary: dict[str, Any] = {
         "preset": args.model.preset,
         "model": model.describe(trainer.model),

@@ -5,16 +5,16 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
-from sweeping.errors import SweepError
+from ds_quant.cli.shared.errors import CommandError
 
 _OWN = ("--deepspeed", "--deepspeed_config", "--seed", "--output_dir", "--resume_from_checkpoint")
 
 
 def refuse_own(more: Sequence[str]) -> None:
-    """Refuse flags that the sweep itself sets for each run. Raises SweepError."""
+    """Refuse flags that the sweep itself sets for each run. Raises CommandError."""
     for word in more:
         if word.split("=", 1)[0] in _OWN:
-            raise SweepError(
+            raise CommandError(
                 f"PRETRAIN_ARGS: got {word}, which the sweep sets for each run; allowed: other flags of pretrain.py; "
                 "use CONFIGS, SEEDS and SWEEP_DIR instead"
             )
@@ -26,7 +26,7 @@ def tokens(arguments: Sequence[str], world_size: int) -> int | None:
     None where the number of steps follows from the data. The first call takes seconds, to import pretrain.py's parser.
 
     Raises:
-        SweepError: pretrain.py would refuse the arguments.
+        CommandError: pretrain.py would refuse the arguments.
     """
     # Nothing but parsing: no device is needed for it.
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -37,9 +37,9 @@ def tokens(arguments: Sequence[str], world_size: int) -> int | None:
 
     try:
         parsed, config = pretrain_arguments.parse(list(arguments), world_size=world_size)
-        ds_quant.QuantConfig.load(config.content)
+        _ = config.quant
     except (LaunchError, ds_quant.ConfigError) as error:
-        raise SweepError(f"pretrain.py refuses a run with {' '.join(arguments)}: {error}") from error
+        raise CommandError(f"pretrain.py refuses a run with {' '.join(arguments)}: {error}") from error
     training = parsed.training
     steps = int(training.get("max_steps", -1))
     if steps <= 0:

@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from sweeping.errors import SweepError
+from ds_quant.cli.shared.errors import CommandError
 
 _SEEDS = re.compile(r"([0-9]+)(?:-([0-9]+))?")
 _MOST_SEEDS = 10_000
@@ -34,21 +34,21 @@ def configs(text: str, folder: Path) -> list[Config]:
     """The configs named in `text`: words such as `w8a8`, `paper_*` or `my/own.json`; all shipped ones if it is empty.
 
     Raises:
-        SweepError: a word means no config, or two configs have one name.
+        CommandError: a word means no config, or two configs have one name.
     """
     known = shipped(folder)
     if not known:
-        raise SweepError(f"ds_configs: got {folder}, with no .json in it; allowed: the repository's own; restore it")
+        raise CommandError(f"ds_configs: got {folder}, with no .json in it; allowed: the repository's own; restore it")
     found: dict[str, Path] = {}
     for word in text.replace(",", " ").split() or known:
         for path in _matching(word, known):
             if found.setdefault(path.stem, path) != path:
-                raise SweepError(
+                raise CommandError(
                     f"CONFIGS: got {found[path.stem]} and {path}, whose runs would share a folder; allowed: each name "
                     "once; rename one"
                 )
             if not _NAME.fullmatch(path.stem):
-                raise SweepError(
+                raise CommandError(
                     f"CONFIGS: got {path}; allowed: names of letters, digits and . _ + -, since it names a folder; "
                     "rename it"
                 )
@@ -59,14 +59,14 @@ def _matching(word: str, known: dict[str, Path]) -> list[Path]:
     if "/" in word:
         path = Path(word)
         if path.suffix != ".json" or not path.is_file():
-            raise SweepError(f"CONFIGS: got {word!r}; allowed: the path of a .json file that is there; correct it")
+            raise CommandError(f"CONFIGS: got {word!r}; allowed: the path of a .json file that is there; correct it")
         return [path]
     name = word.removesuffix(".json")
     matches = [path for stem, path in known.items() if fnmatch.fnmatchcase(stem, name)]
     if not matches:
         close = difflib.get_close_matches(name, known, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"there are: {', '.join(known)}"
-        raise SweepError(
+        raise CommandError(
             f"CONFIGS: got {word!r}; allowed: names and patterns of files in ds_configs, and paths with a / of others; "
             f"{hint}"
         )
@@ -77,7 +77,7 @@ def seeds(text: str) -> list[int]:
     """The seeds in `text`, in its order: numbers and ranges such as 0-4, between blanks or commas.
 
     Raises:
-        SweepError: a part is neither, or there is none.
+        CommandError: a part is neither, or there is none.
     """
     found: dict[int, None] = {}
     for part in text.replace(",", " ").split():
@@ -85,11 +85,11 @@ def seeds(text: str) -> list[int]:
         first, last = (int(match[1]), int(match[2] or match[1])) if match else (0, -1)
         # torch and numpy take seeds of 32 bits.
         if not first <= last < min(first + _MOST_SEEDS, 2**32):
-            raise SweepError(
+            raise CommandError(
                 f"SEEDS: got {part!r}; allowed: numbers and ranges such as '0 1 2', '1,2,3' or '0-4' "
                 f"(at most {_MOST_SEEDS} in a range); correct it"
             )
         found.update(dict.fromkeys(range(first, last + 1)))
     if not found:
-        raise SweepError(f"SEEDS: got {text!r}; allowed: at least one, such as '0 1 2' or '0-4'; give one")
+        raise CommandError(f"SEEDS: got {text!r}; allowed: at least one, such as '0 1 2' or '0-4'; give one")
     return list(found)

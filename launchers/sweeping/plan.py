@@ -10,7 +10,7 @@ from pathlib import Path
 
 from collecting import runs
 
-from sweeping.errors import SweepError
+from ds_quant.cli.shared.errors import CommandError
 from sweeping.matrix import Config
 
 QUEUED = "queued"
@@ -92,7 +92,7 @@ def tasks(path: Path) -> list[tuple[tuple[str, int], list[str]]]:
     """Config and seed, and pretrain.py's arguments, of each task that `write` wrote.
 
     Raises:
-        SweepError: there is no such file, or it is no plan.
+        CommandError: there is no such file, or it is no plan.
     """
     try:
         content = json.loads(path.read_text())
@@ -100,7 +100,7 @@ def tasks(path: Path) -> list[tuple[tuple[str, int], list[str]]]:
             ((str(task["config"]), int(task["seed"])), list(map(str, task["arguments"]))) for task in content["tasks"]
         ]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise SweepError(f"plan: got {path} ({error}); allowed: a file that sweep.py wrote; submit again") from error
+        raise CommandError(f"plan: got {path} ({error}); allowed: a file that sweep.py wrote; submit again") from error
 
 
 def _state(folder: Path, root: Path) -> str:

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from collecting import runs
 
+from ds_quant.cli.shared.errors import CommandError
 from sweeping import plan
-from sweeping.errors import SweepError
 
 _COMMENT = "ds_quant sweep "
 """Tasks carry this and the path of their plan as their comment, by which later submissions know them."""
@@ -51,7 +51,7 @@ def living(plans: Path) -> tuple[dict[tuple[str, int], str], list[str]]:
         plans: the folder of the sweep's plans.
 
     Raises:
-        SweepError: Slurm does not answer, or the plan of a job is gone.
+        CommandError: Slurm does not answer, or the plan of a job is gone.
     """
     found: dict[tuple[str, int], str] = {}
     arrays: dict[str, None] = {}
@@ -64,7 +64,7 @@ def living(plans: Path) -> tuple[dict[tuple[str, int], str], list[str]]:
             continue
         if path not in known:
             if not path.exists():
-                raise SweepError(f"squeue: got job {array} of {path}, which is gone; end it with scancel {array}")
+                raise CommandError(f"squeue: got job {array} of {path}, which is gone; end it with scancel {array}")
             known[path] = plan.tasks(path)
         key, _ = known[path][int(index)]
         found[key] = plan.QUEUED if state == "PD" else runs.RUNNING
@@ -73,15 +73,15 @@ def living(plans: Path) -> tuple[dict[tuple[str, int], str], list[str]]:
 
 
 def own_options(job: str) -> list[str]:
-    """The options of sbatch that give another job the resources of this one. Raises SweepError."""
+    """The options of sbatch that give another job the resources of this one. Raises CommandError."""
     return options_of(_run("scontrol", "--oneliner", "show", "job", job))
 
 
 def options_of(shown: str) -> list[str]:
-    """The options of sbatch that a line of `scontrol --oneliner show job` tells of. Raises SweepError."""
+    """The options of sbatch that a line of `scontrol --oneliner show job` tells of. Raises CommandError."""
     fields = dict(re.findall(r"(\S+?)=(\S*)", shown))
     if fields.get("TresPerTask", "(null)") not in _NOT_GIVEN and "gpu" in fields["TresPerTask"]:
-        raise SweepError(
+        raise CommandError(
             "sbatch: got --gpus-per-task; allowed: --gpus-per-node, since one task starts all ranks of a node; use it"
         )
     options = []
@@ -109,10 +109,10 @@ def options_of(shown: str) -> list[str]:
 
 
 def submit_array(path: Path, count: int, max_parallel: int, options: Sequence[str], logs: Path) -> str:
-    """Submit the tasks of a plan as a job array; its id. Raises SweepError."""
+    """Submit the tasks of a plan as a job array; its id. Raises CommandError."""
     longest = re.search(r"^MaxArraySize\s*=\s*([0-9]+)", _run("scontrol", "show", "config"), re.MULTILINE)
     if longest and count >= int(longest[1]):
-        raise SweepError(
+        raise CommandError(
             f"CONFIGS x SEEDS: got {count} runs to start; allowed: below {longest[1]} at a time (Slurm's "
             "MaxArraySize); submit part of them, and the rest later"
         )
@@ -129,7 +129,7 @@ def submit_array(path: Path, count: int, max_parallel: int, options: Sequence[st
 
 
 def submit_collection(command: str, after: Sequence[str], options: Sequence[str], logs: Path) -> str:
-    """Submit a command that runs when the jobs `after` have ended, however they did; its id. Raises SweepError."""
+    """Submit a command that runs when the jobs `after` have ended, however they did; its id. Raises CommandError."""
     logs.mkdir(parents=True, exist_ok=True)
     return _submit(
         *([f"--dependency=afterany:{':'.join(after)}"] if after else []),
@@ -152,8 +152,8 @@ def _run(*command: str, environment: Mapping[str, str] | None = None) -> str:
     try:
         done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise SweepError(f"{command[0]}: {error}; submit again when Slurm answers") from error
+        raise CommandError(f"{command[0]}: {error}; submit again when Slurm answers") from error
     if done.returncode != 0:
         said = (done.stderr.strip().splitlines() or [f"it ended with {done.returncode}"])[0]
-        raise SweepError(f"{' '.join(command[:2])}: {said}")
+        raise CommandError(f"{' '.join(command[:2])}: {said}")
     return done.stdout

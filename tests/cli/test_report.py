@@ -30,7 +30,7 @@ def test_what_a_config_does(root, capsys):
     assert main([str(root / "ds_configs" / "w8a8g8.json")]) == 0
     printed = capsys.readouterr().out
     assert "W8 channel, A8 token, G8 outer stochastic for dW+dX (simulated)" in printed
-    assert "the model's output embedding" in printed
+    assert "the model's output heads" in printed
     assert "optimizer.params.lr" in printed
     rows, problems = explain(str(root / "ds_configs" / "baseline.json"))
     assert ("ds_quant section", "absent: a plain DeepSpeed run in full precision") in rows

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from benchmarks import contenders, timing
-from benchmarks.errors import BenchmarkError
 from benchmarks.optimizer import parse_size
 from ds_quant import QuantAdamW
 from ds_quant.cli.shared import process_memory
+from ds_quant.cli.shared.errors import CommandError
 
 CPU = torch.device("cpu")
 
@@ -32,7 +32,7 @@ def test_sizes(text, expected):
 
 @pytest.mark.parametrize("text", ["", "M", "0", "0x5", "5x", "-3", "1T", "2x3x4"])
 def test_wrong_sizes_are_refused(text):
-    with pytest.raises(BenchmarkError, match=r"--sizes: got .*; allowed: elements \(50M\)"):
+    with pytest.raises(CommandError, match=r"--sizes: got .*; allowed: elements \(50M\)"):
         parse_size(text)
 
 

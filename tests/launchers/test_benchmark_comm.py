@@ -17,8 +17,8 @@ from benchmark_files import read
 from conftest import ROOT
 
 from benchmarks import comm, comm_contenders, comm_step, links, slow_link, timing
-from benchmarks.errors import BenchmarkError
 from benchmarks.ranks import run_ranks
+from ds_quant.cli.shared.errors import CommandError
 
 WHY_NOT = slow_link.unavailable()
 needs_link = pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))
@@ -137,7 +137,7 @@ def test_links_that_cannot_be_set_up_are_left_out_or_refused(monkeypatch, capsys
     fix = "tc not found: apt-get install -y --no-install-recommends iproute2"
     assert f"left out: 1gbit, 100mbit: {fix}" in capsys.readouterr().out
     assert links.choose("loopback") == ["loopback"]
-    with pytest.raises(BenchmarkError, match=f"--links: got '1gbit'; allowed here: loopback, since {fix}"):
+    with pytest.raises(CommandError, match=f"--links: got '1gbit'; allowed here: loopback, since {fix}"):
         links.choose("1gbit")
     monkeypatch.undo()
     monkeypatch.setattr(slow_link.shutil, "which", lambda name: f"/sbin/{name}")
@@ -163,9 +163,9 @@ def test_a_rank_that_fails_or_hangs_ends_all_of_them():
         "time.sleep({}) if rank != '{}' else sys.exit(3)"
     )
     begin = time.monotonic()
-    with pytest.raises(BenchmarkError, match=r"(?s)rank 1 ended with 3:\nrank 1"):
+    with pytest.raises(CommandError, match=r"(?s)rank 1 ended with 3:\nrank 1"):
         run_ranks(["-c", program.format(100, 1)], ranks=2, link=None, environment={}, timeout=60)
-    with pytest.raises(BenchmarkError, match="rank 0 still ran after 1 s"):
+    with pytest.raises(CommandError, match="rank 0 still ran after 1 s"):
         run_ranks(["-c", program.format(100, "none")], ranks=2, link=None, environment={}, timeout=1)
     assert time.monotonic() - begin < 50
 

@@ -14,10 +14,11 @@ from typing import Any
 import collect
 import pytest
 from collecting import configs, files, names, runs
-from collecting.errors import CollectError
 from PIL import Image
 from pretraining import metrics
 from survival import status
+
+from ds_quant.cli.shared.errors import CommandError
 
 HOUR = 3600.0
 OUTPUTS = {"collected.csv", "collected.md", "curves.png"}
@@ -398,7 +399,7 @@ def test_seeds_of_expect() -> None:
         "lr=1e-4": {0},
     }
     for wrong in ("a", "=1", "a=", "a=x", "a=1,,2", "a=5-3", "a=-1", "a=0-99999999999"):
-        with pytest.raises(CollectError, match=r"--expect: got .*; allowed: CONFIG=SEEDS .*; correct it"):
+        with pytest.raises(CommandError, match=r"--expect: got .*; allowed: CONFIG=SEEDS .*; correct it"):
             names.expected([wrong])
 
 

@@ -14,8 +14,9 @@ import sweep
 from conftest import ROOT
 from survival import status
 from sweeping import hours, matrix, plan, slurm
-from sweeping.errors import SweepError
 from test_collect import a_done_run, write_metrics
+
+from ds_quant.cli.shared.errors import CommandError
 
 SHIPPED = sorted(path.stem for path in (ROOT / "ds_configs").rglob("*.json"))
 
@@ -185,7 +186,7 @@ def test_a_plan_has_the_arguments_of_each_task(tmp_path: Path, capsys: pytest.Ca
         assert sweep.main(["--task", str(path), number]) == 2
         assert "allowed: 0 to 2" in capsys.readouterr().err
     path.write_text(json.dumps({"tasks": 3}))
-    with pytest.raises(SweepError, match=r"plan: got .*; allowed: a file that sweep.py wrote"):
+    with pytest.raises(CommandError, match=r"plan: got .*; allowed: a file that sweep.py wrote"):
         plan.tasks(path)
 
 
@@ -212,7 +213,7 @@ def test_own_options_become_those_of_the_runs() -> None:
         *("--exclusive", "--no-requeue"),
     ]
     assert slurm.options_of(shown.replace("NumTasks=2", "NumTasks=8"))[-1] == "--ntasks=8"
-    with pytest.raises(SweepError, match="got --gpus-per-task; allowed: --gpus-per-node"):
+    with pytest.raises(CommandError, match="got --gpus-per-task; allowed: --gpus-per-node"):
         slurm.options_of(f"{shown} TresPerTask=gres:gpu:1")
 
 
@@ -224,5 +225,5 @@ def test_a_job_hands_on_nothing_that_slurm_told_it() -> None:
 def test_tokens_with_a_batch_cut_for_many_ranks() -> None:
     flags = ["--deepspeed", "ds_configs/w8a8.json", "--max_steps", "10"]
     assert hours.tokens(flags, 4) == hours.tokens(flags, 1) == 10 * 32 * 128
-    with pytest.raises(SweepError, match=r"pretrain.py refuses .*32"):
+    with pytest.raises(CommandError, match=r"pretrain.py refuses .*32"):
         hours.tokens(flags, 5)

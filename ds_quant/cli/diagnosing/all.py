@@ -9,8 +9,7 @@ from typing import Any
 
 from ds_quant.base.errors import ConfigError
 from ds_quant.cli.diagnosing import common, report
-from ds_quant.cli.diagnosing.errors import DiagnoseError
-from ds_quant.cli.evaluating.errors import EvaluateError
+from ds_quant.cli.shared.errors import CommandError
 from ds_quant.diagnostics import html
 
 HELP = "every diagnostic that a checkpoint allows, and the report"
@@ -43,11 +42,11 @@ def run(options: argparse.Namespace) -> None:
     """Measure all that can be, and write the report.
 
     Raises:
-        ConfigError, DiagnoseError, CommandError: a checkpoint or the text cannot be read, or nothing could be measured.
+        ConfigError, CommandError: a checkpoint or the text cannot be read, or nothing could be measured.
     """
     if missing := html.missing_packages():
         fix = "pip install 'ds_quant[plot]', or run the commands one by one with --no_pictures"
-        raise DiagnoseError(f"report: got no {' and no '.join(missing)}; allowed: both installed; {fix}")
+        raise CommandError(f"report: got no {' and no '.join(missing)}; allowed: both installed; {fix}")
     output = common.output_folder(options)
     # What is wrong with the checkpoints or the text would be the reason of every diagnostic.
     for _ in common.subjects(options):
@@ -58,11 +57,11 @@ def run(options: argparse.Namespace) -> None:
         try:
             module: Any = importlib.import_module(f"ds_quant.cli.diagnosing.{name}")
             module.run(_options(module, options))
-        except (ConfigError, DiagnoseError, EvaluateError) as error:
+        except (CommandError, ConfigError) as error:
             left_out[name] = str(error)
             print(f"left out: {error}", file=sys.stderr)
     if len(left_out) == len(NAMES):
-        raise DiagnoseError(f"got nothing that could be measured; the first reason: {left_out[NAMES[0]]}")
+        raise CommandError(f"got nothing that could be measured; the first reason: {left_out[NAMES[0]]}")
     report.run(argparse.Namespace(folders=[output], output=None, title=None))
 
 

@@ -16,10 +16,10 @@ import torch
 from ds_quant.base.commit import commit
 from ds_quant.base.whole_folder import write_whole
 from ds_quant.cli import report
-from ds_quant.cli.diagnosing.errors import DiagnoseError
 from ds_quant.cli.evaluating import texts
 from ds_quant.cli.evaluating.arguments import LONGEST_DEFAULT
 from ds_quant.cli.shared import terminal
+from ds_quant.cli.shared.errors import CommandError
 from ds_quant.cli.shared.loaded_model import LoadedModel, load_opened
 from ds_quant.cli.shared.opened_model import OpenedModel, open_model
 from ds_quant.diagnostics import figures, folder
@@ -112,7 +112,7 @@ def subjects(options: argparse.Namespace) -> Iterator[Subject]:
     """The checkpoints one after the other, each loaded when the one before may be forgotten.
 
     Raises:
-        ConfigError, DiagnoseError, CommandError: something is missing, broken or does not fit together.
+        ConfigError, CommandError: something is missing, broken or does not fit together.
     """
     check_positive(options, "batch_size", "batches")
     models = load_all(options)
@@ -150,10 +150,10 @@ def model_settings(loaded: LoadedModel, options: argparse.Namespace) -> dict[str
 
 
 def check_positive(options: argparse.Namespace, *names: str) -> None:
-    """Raise DiagnoseError for a count below 1."""
+    """Raise CommandError for a count below 1."""
     for name in names:
         if getattr(options, name) < 1:
-            raise DiagnoseError(f"--{name}: got {getattr(options, name)}; allowed: 1 or more; correct it")
+            raise CommandError(f"--{name}: got {getattr(options, name)}; allowed: 1 or more; correct it")
 
 
 def _text(options: argparse.Namespace) -> texts.Text:
@@ -161,13 +161,13 @@ def _text(options: argparse.Namespace) -> texts.Text:
         return texts.from_files(options.text_file, options.text_column)
     fraction = options.validation_fraction
     if not 0 < fraction < 1:
-        raise DiagnoseError(f"--validation_fraction: got {fraction}; allowed: between 0 and 1; correct it")
+        raise CommandError(f"--validation_fraction: got {fraction}; allowed: between 0 and 1; correct it")
     return texts.by_name(options.dataset, validation_fraction=fraction, seed=options.data_seed)
 
 
 def _batches(loaded: LoadedModel, text: texts.Text, options: argparse.Namespace) -> list[dict[str, torch.Tensor]]:
     if loaded.tokenizer is None:
-        raise DiagnoseError(
+        raise CommandError(
             f"{loaded.folder}: got a model without a tokenizer; allowed: one that text can be given to; save the "
             "tokenizer of its training beside it (tokenizer.save_pretrained)"
         )
@@ -175,11 +175,11 @@ def _batches(loaded: LoadedModel, text: texts.Text, options: argparse.Namespace)
     length = options.context_length or min(positions, LONGEST_DEFAULT)
     if not 2 <= length <= positions:
         allowed = f"2 to {positions}, the positions of {loaded.name}"
-        raise DiagnoseError(f"--context_length: got {length}; allowed: {allowed}; correct it")
+        raise CommandError(f"--context_length: got {length}; allowed: {allowed}; correct it")
     ids = text.tokens(loaded.tokenizer, texts.EOS).ids
     there, size = len(ids) // length, options.batch_size
     if there < size:
-        raise DiagnoseError(
+        raise CommandError(
             f"{text.source}: got {len(ids)} tokens, {there} sequences of {length}; allowed: at least the {size} of a "
             "batch; give more text, a smaller --batch_size or a shorter --context_length"
         )
@@ -206,7 +206,7 @@ def run(options: argparse.Namespace, kind: str, measure: Callable[[argparse.Name
     """Measure, print the sentences, and write KIND.json, KIND.csv and the pictures, each whole or not at all.
 
     Raises:
-        ConfigError, DiagnoseError, CommandError: it cannot be measured or written; nothing is written then.
+        ConfigError, CommandError: it cannot be measured or written; nothing is written then.
     """
     output = _output(options, kind)
     terminal.quiet(verbose=False)
@@ -224,9 +224,7 @@ def run(options: argparse.Namespace, kind: str, measure: Callable[[argparse.Name
         write_whole(output / f"{kind}.json", folder.to_text(found))
     except OSError as error:
         reason = error.strerror or error
-        raise DiagnoseError(
-            f"--output: got {output} ({reason}); allowed: a folder to write in; name another"
-        ) from error
+        raise CommandError(f"--output: got {output} ({reason}); allowed: a folder to write in; name another") from error
     print(f"written: {output}/{kind}.json, .csv" + ("" if options.no_pictures else f" and {len(drawn)} PNG"))
 
 
@@ -254,10 +252,10 @@ def _output(options: argparse.Namespace, kind: str) -> Path:
     """The folder to write to, checked before minutes of measuring."""
     output = output_folder(options)
     if output.exists() and not output.is_dir():
-        raise DiagnoseError(f"--output: got {output}, a file; allowed: a folder; name another")
+        raise CommandError(f"--output: got {output}, a file; allowed: a folder; name another")
     there = [name for name in (f"{kind}.json", f"{kind}.csv") if (output / name).exists()]
     if there and not options.overwrite:
-        raise DiagnoseError(
+        raise CommandError(
             f"--output: got {output}, which has {there[0]} of an earlier measurement; allowed: a folder without it; "
             "name another, or add --overwrite"
         )

@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Measure and write. Raises ConfigError, DiagnoseError, CommandError."""
+    """Measure and write. Raises ConfigError, CommandError."""
     common.run(options, "gradient_error", measure)
 
 

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from ds_quant.cli.diagnosing import common
-from ds_quant.cli.diagnosing.errors import DiagnoseError
+from ds_quant.cli.shared.errors import CommandError
 from ds_quant.cli.shared.opened_model import resolve
 from ds_quant.cli.shared.run_folder import read_metrics
 from ds_quant.diagnostics.gradient_norms import FACTOR, WINDOW, GradientNormRecorder, norm_history
@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Measure and write. Raises ConfigError, DiagnoseError, CommandError."""
+    """Measure and write. Raises ConfigError, CommandError."""
     common.run(options, "gradient_norms", measure)
 
 
@@ -42,7 +42,7 @@ def measure(options: argparse.Namespace) -> list[Measurement]:
     """One measurement a checkpoint, and one more for each run whose norms are found."""
     common.check_positive(options, "window")
     if not options.factor > 1:
-        raise DiagnoseError(f"--factor: got {options.factor}; allowed: above 1; the default is {FACTOR:g}")
+        raise CommandError(f"--factor: got {options.factor}; allowed: above 1; the default is {FACTOR:g}")
     found, histories = [], {}
     for checkpoint in options.checkpoints:
         folder = resolve(Path(checkpoint)).parent
@@ -67,7 +67,7 @@ def _history(folder: Path, options: argparse.Namespace) -> Measurement | None:
         norms = [float(row["grad_norm"] or 0) for row in rows]
     except (OSError, ValueError, KeyError, TypeError) as error:
         allowed = "the metrics.csv of a pre-training run"
-        raise DiagnoseError(f"{path}: got {type(error).__name__}: {error}; allowed: {allowed}; remove it") from error
+        raise CommandError(f"{path}: got {type(error).__name__}: {error}; allowed: {allowed}; remove it") from error
     if not norms:
         print(f"{path} has no gradient norms")
         return None

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ds_quant.base.whole_folder import write_json
-from ds_quant.cli.diagnosing.errors import DiagnoseError
 from ds_quant.cli.diagnosing.memory_chart import PARTS, draw
+from ds_quant.cli.shared.errors import CommandError
 from ds_quant.cli.shared.ranks import RanksError, run_ranks
 from ds_quant.cli.shared.tables import environment, need_rich, print_table, write_csv
 from ds_quant.planning.configs import job_config
@@ -37,7 +37,7 @@ class Case:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--configs", default="ds_configs/baseline.json", help="DeepSpeed JSONs: A.json,B.json")
+    parser.add_argument("--configs", required=True, help="DeepSpeed JSONs: A.json,B.json")
     parser.add_argument(
         "--models", default="tiny", help=f"names with ':' between them; each {WAYS}. Default: %(default)s"
     )
@@ -59,12 +59,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure, print, write. Exit code 1: a prediction is off. Raises DiagnoseError and ConfigError before training."""
+    """Measure, print, write. Exit code 1: a prediction is off. Raises CommandError and ConfigError before training."""
     need_rich()
     cases = make_cases(args)
     if args.output is not None:
         if args.output.exists() and not args.output.is_dir():
-            raise DiagnoseError(f"--output {args.output}: got a file; allowed: a folder; name another")
+            raise CommandError(f"--output {args.output}: got a file; allowed: a folder; name another")
         args.output.mkdir(parents=True, exist_ok=True)
     rows = [
         row
@@ -82,9 +82,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def make_cases(args: argparse.Namespace) -> list[Case]:
-    """All combinations that are asked for. Raises DiagnoseError or ConfigError for one that makes no sense."""
+    """All combinations that are asked for. Raises CommandError or ConfigError for one that makes no sense."""
     if args.micro_batch_size < 1 or args.accumulation < 1:
-        raise DiagnoseError("--micro_batch_size, --accumulation: allowed: 1 or more; raise them")
+        raise CommandError("--micro_batch_size, --accumulation: allowed: 1 or more; raise them")
     cases = []
     for ranks in _numbers("--ranks", args.ranks, range(1, MAX_RANKS + 1)):
         for name in args.models.split(":"):
@@ -109,7 +109,7 @@ def make_cases(args: argparse.Namespace) -> list[Case]:
 def _numbers(where: str, text: str, allowed: Any) -> list[int]:
     words = text.split(",")
     if not all(word.strip().isdecimal() and int(word) in allowed for word in words):
-        raise DiagnoseError(f"{where} {text}: allowed: some of {', '.join(map(str, allowed))}, as 1,2; correct it")
+        raise CommandError(f"{where} {text}: allowed: some of {', '.join(map(str, allowed))}, as 1,2; correct it")
     return list(dict.fromkeys(int(word) for word in words))
 
 
@@ -128,7 +128,7 @@ def measure(cases: list[Case], timeout: float) -> list[dict[str, Any]]:
                 timeout=timeout,
             )
         except RanksError as error:
-            raise DiagnoseError(str(error)) from error
+            raise CommandError(str(error)) from error
         measured = [json.loads(Path(folder, f"rank-{rank}.json").read_text()) for rank in range(ranks)]
     rows = []
     for number, case in enumerate(cases):

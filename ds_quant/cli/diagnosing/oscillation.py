@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from ds_quant.cli.diagnosing import common
-from ds_quant.cli.diagnosing.errors import DiagnoseError
+from ds_quant.cli.shared.errors import CommandError
 from ds_quant.diagnostics.measurement import Measurement
 from ds_quant.diagnostics.oscillation import SAMPLE, OscillationRecorder
 from ds_quant.diagnostics.recorder import weight_matrix
@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Measure and write. Raises ConfigError, DiagnoseError, CommandError."""
+    """Measure and write. Raises ConfigError, CommandError."""
     common.run(options, "oscillation", measure)
 
 
@@ -36,7 +36,7 @@ def measure(options: argparse.Namespace) -> list[Measurement]:
     """One measurement a checkpoint, each compared with those before it."""
     common.check_positive(options, "weights")
     if len(options.checkpoints) < 2:
-        raise DiagnoseError(
+        raise CommandError(
             f"oscillation: got one checkpoint, {options.checkpoints[0]}; allowed: two or more of one run, oldest "
             'first; name earlier ones too (training keeps --save_total_limit of them), or train with "diagnostics"'
         )
@@ -45,7 +45,7 @@ def measure(options: argparse.Namespace) -> list[Measurement]:
     step = -1
     for checkpoint, loaded in zip(options.checkpoints, common.load_all(options), strict=True):
         if loaded.step is not None and loaded.step <= step:
-            raise DiagnoseError(
+            raise CommandError(
                 f"{checkpoint}: got step {loaded.step} after step {step}; allowed: checkpoints of one run, oldest "
                 "first; change their order"
             )
@@ -58,7 +58,7 @@ def measure(options: argparse.Namespace) -> list[Measurement]:
         measured = recorder.result(loaded.step)
         if found and [row["layer"] for row in measured.rows] != [row["layer"] for row in found[0].rows]:
             allowed = f"the layers of {options.checkpoints[0]}"
-            raise DiagnoseError(f"{checkpoint}: got a model with other layers; allowed: {allowed}; leave it out")
+            raise CommandError(f"{checkpoint}: got a model with other layers; allowed: {allowed}; leave it out")
         measured.settings.update(common.model_settings(loaded, options))
         found.append(measured)
     return found

@@ -6,7 +6,7 @@ import argparse
 from dataclasses import replace
 
 from ds_quant.cli.diagnosing import common
-from ds_quant.cli.diagnosing.errors import DiagnoseError
+from ds_quant.cli.shared.errors import CommandError
 from ds_quant.diagnostics.hooks import attach
 from ds_quant.diagnostics.measurement import Measurement
 from ds_quant.diagnostics.outliers import NUM_STD, OutlierRecorder, persistence
@@ -26,19 +26,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Measure and write. Raises ConfigError, DiagnoseError, CommandError."""
+    """Measure and write. Raises ConfigError, CommandError."""
     common.run(options, "outliers", measure)
 
 
 def measure(options: argparse.Namespace) -> list[Measurement]:
     """One measurement a checkpoint; the last has the persistence over all of them."""
     if options.persistence and len(options.checkpoints) < 2:
-        raise DiagnoseError(
+        raise CommandError(
             f"--persistence: got one checkpoint, {options.checkpoints[0]}; allowed: two or more of one run; name "
             "earlier ones too (training keeps --save_total_limit of them)"
         )
     if not options.num_std > 0:
-        raise DiagnoseError(f"--num_std: got {options.num_std}; allowed: a positive number; the paper's is {NUM_STD:g}")
+        raise CommandError(f"--num_std: got {options.num_std}; allowed: a positive number; the paper's is {NUM_STD:g}")
     found = []
     for subject in common.subjects(options):
         recorder = OutlierRecorder(options.num_std)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ds_quant.cli.diagnosing.errors import DiagnoseError
+from ds_quant.cli.shared.errors import CommandError
 
 HELP = "one HTML report of the measurements in folders"
 
@@ -26,7 +26,7 @@ def run(options: argparse.Namespace) -> None:
     """Write the report.
 
     Raises:
-        ConfigError, DiagnoseError: nothing to report, a broken file, a missing package, no place to write.
+        ConfigError, CommandError: nothing to report, a broken file, a missing package, no place to write.
     """
     from ds_quant.diagnostics import folder, html
 
@@ -35,12 +35,12 @@ def run(options: argparse.Namespace) -> None:
     output: Path = options.output or (first if first.is_dir() else first.parent) / folder.REPORT
     if output.is_dir() or not output.parent.is_dir():
         allowed = "a file in a folder that is there"
-        raise DiagnoseError(f"--output: got {output}; allowed: {allowed}; correct it, or make the folder")
+        raise CommandError(f"--output: got {output}; allowed: {allowed}; correct it, or make the folder")
     try:
         found = html.write_report(folders, output, options.title)
     except OSError as error:
         reason = error.strerror or error
-        raise DiagnoseError(f"--output: got {output} ({reason}); allowed: a file that can be written") from error
+        raise CommandError(f"--output: got {output} ({reason}); allowed: a file that can be written") from error
     kinds = len({one.kind for one in found})
     print(f"written: {output}, {len(found)} measurements of {kinds} kinds, {output.stat().st_size / 1e6:.1f} MB")
 

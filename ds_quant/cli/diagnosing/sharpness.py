@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Measure and write. Raises ConfigError, DiagnoseError, CommandError."""
+    """Measure and write. Raises ConfigError, CommandError."""
     common.run(options, "sharpness", measure)
 
 

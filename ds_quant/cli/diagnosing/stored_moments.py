@@ -12,7 +12,7 @@ from torch import Tensor
 from ds_quant.base import trainer_checkpoints
 from ds_quant.base.checkpoint_files import read_checkpoint_file, to_universal
 from ds_quant.base.errors import ConfigError
-from ds_quant.cli.diagnosing.errors import DiagnoseError
+from ds_quant.cli.shared.errors import CommandError
 
 _ALLOWED = "a checkpoint-N of the Trainer, or a run that has one"
 
@@ -21,23 +21,23 @@ def checkpoint_of(given: str) -> Path:
     """The checkpoint-N that is meant: `given` itself, or the newest whole one of a run.
 
     Raises:
-        DiagnoseError: there is none, it is broken, or it has no optimizer states.
+        CommandError: there is none, it is broken, or it has no optimizer states.
     """
     folder = Path(given)
     if trainer_checkpoints.listed(folder):
         newest = trainer_checkpoints.newest_whole(folder)
         folder = trainer_checkpoints.listed(folder)[-1] if newest is None else newest
     if folder.is_dir() and not (folder / "latest").is_file():
-        raise DiagnoseError(
+        raise CommandError(
             f"{given}: got a folder without optimizer states; allowed: {_ALLOWED}; the final model has none, name a "
             "checkpoint of its training"
         )
     if problem := trainer_checkpoints.defect(folder):
-        raise DiagnoseError(f"{folder}: got a broken checkpoint: {problem}; allowed: {_ALLOWED}; name another")
+        raise CommandError(f"{folder}: got a broken checkpoint: {problem}; allowed: {_ALLOWED}; name another")
     try:
         trainer_checkpoints.step_of(folder)
     except ValueError as error:
-        raise DiagnoseError(f"{given}: got another name; allowed: {_ALLOWED}; rename it so") from error
+        raise CommandError(f"{given}: got another name; allowed: {_ALLOWED}; rename it so") from error
     return folder
 
 
@@ -47,7 +47,7 @@ def stored_moments(checkpoint: Path, moment: str) -> Iterator[tuple[str, Tensor]
     moment: "exp_avg" or "exp_avg_sq".
 
     Raises:
-        DiagnoseError: the checkpoint has no such moments, or DeepSpeed cannot read them, or a file would run code.
+        CommandError: the checkpoint has no such moments, or DeepSpeed cannot read them, or a file would run code.
     """
     states = trainer_checkpoints.states_of(checkpoint)
     for path in sorted(states.rglob("*.pt")):
@@ -59,7 +59,7 @@ def stored_moments(checkpoint: Path, moment: str) -> Iterator[tuple[str, Tensor]
         universal = Path(scratch) / "universal"
         said = to_universal(states, universal)
         if said is not None:
-            raise DiagnoseError(
+            raise CommandError(
                 f"{states}: got states that DeepSpeed cannot put together ({said}); allowed: those of all ranks of one "
                 "save; copy the checkpoint again, or name another"
             )
@@ -90,11 +90,11 @@ def _read(path: Path) -> Any:
     try:
         return read_checkpoint_file(str(path), mmap=True)
     except ConfigError as error:
-        raise DiagnoseError(str(error)) from error
+        raise CommandError(str(error)) from error
 
 
 def _refuse(states: Path, moment: str) -> None:
-    raise DiagnoseError(
+    raise CommandError(
         f"{states}: got no {moment}; allowed: a checkpoint of Adam, AdamW or QuantAdamW with its optimizer states; "
         "name another"
     )

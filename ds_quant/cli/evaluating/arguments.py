@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from ds_quant.cli.evaluating import tasks, texts
-from ds_quant.cli.evaluating.errors import EvaluateError
+from ds_quant.cli.shared.errors import CommandError
 from ds_quant.planning.presets import PYTHON_SOURCE
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -48,14 +48,14 @@ class Options:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise EvaluateError(f"{message} (--help lists every flag)")
+        raise CommandError(f"{message} (--help lists every flag)")
 
 
 def parse(argv: list[str], *, prog: str, description: str) -> Options:
     """Read and check the command line.
 
     Raises:
-        EvaluateError: a flag is wrong, nothing is to be measured, or an output cannot be written.
+        CommandError: a flag is wrong, nothing is to be measured, or an output cannot be written.
     """
     options = _parser(prog, description).parse_args(argv)
     if "paper" in options.tasks:
@@ -141,7 +141,7 @@ def _parser(prog: str, description: str) -> argparse.ArgumentParser:
 
 def _check(asked: Options) -> None:
     if not asked.dataset and not asked.text_file and not asked.tasks:
-        raise EvaluateError(
+        raise CommandError(
             "nothing to measure: got no --dataset, no --text_file and no --tasks; allowed: at least one of them; "
             "give --dataset python-source, for instance"
         )
@@ -154,33 +154,33 @@ def _check(asked: Options) -> None:
     ):
         value = getattr(asked, flag)
         if value is not None and value < least:
-            raise EvaluateError(f"--{flag}: got {value}; allowed: {least} or more; correct it")
+            raise CommandError(f"--{flag}: got {value}; allowed: {least} or more; correct it")
     if asked.stride is not None and asked.context_length is not None and asked.stride > asked.context_length:
-        raise EvaluateError(
+        raise CommandError(
             f"--stride: got {asked.stride}; allowed: 1 to the context length of {asked.context_length}, or tokens "
             "would be left out; correct it"
         )
     if not 0 < asked.validation_fraction < 1:
-        raise EvaluateError(
+        raise CommandError(
             f"--validation_fraction: got {asked.validation_fraction}; allowed: between 0 and 1; correct it"
         )
     if asked.limit is not None and not asked.limit > 0:
-        raise EvaluateError(f"--limit: got {asked.limit}; allowed: above 0; correct it")
+        raise CommandError(f"--limit: got {asked.limit}; allowed: above 0; correct it")
     for flag in ("checkpoints", "quantizers", "text_file", "seeds", "output"):
         given = list(map(str, getattr(asked, flag)))
         if twice := next((value for value in given if given.count(value) > 1), None):
             name = "CHECKPOINT" if flag == "checkpoints" else f"--{flag}"
-            raise EvaluateError(f"{name}: got {twice} twice; allowed: each once; leave one out")
+            raise CommandError(f"{name}: got {twice} twice; allowed: each once; leave one out")
     for path in asked.output:
         _check_output(path, overwrite=asked.overwrite)
 
 
 def _check_output(path: Path, *, overwrite: bool) -> None:
     if path.suffix not in (".json", ".md"):
-        raise EvaluateError(f"--output: got {path}; allowed: names that end in .json or .md; correct it")
+        raise CommandError(f"--output: got {path}; allowed: names that end in .json or .md; correct it")
     if not path.parent.is_dir():
-        raise EvaluateError(f"--output: got {path}; allowed: a folder that exists; make {path.parent}, or correct it")
+        raise CommandError(f"--output: got {path}; allowed: a folder that exists; make {path.parent}, or correct it")
     if path.is_dir() or (path.exists() and not overwrite):
-        raise EvaluateError(
+        raise CommandError(
             f"--output: got {path}, which exists; allowed: a new file; name another, or replace it with --overwrite"
         )

@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ds_quant.cli.evaluating.errors import EvaluateError
 from ds_quant.cli.evaluating.texts import Tokens
+from ds_quant.cli.shared.errors import CommandError
 
 
 class Window(NamedTuple):
@@ -98,12 +98,12 @@ def measure(
     """Score a text.
 
     Raises:
-        EvaluateError: the text has no token to score, or a batch does not fit into memory.
+        CommandError: the text has no token to score, or a batch does not fit into memory.
     """
     chosen = spread(windows(len(tokens.ids), length, stride), length, max_windows)
     if not chosen:
         least = "two tokens" if max_windows is None else f"one whole window of {length}"
-        raise EvaluateError(
+        raise CommandError(
             f"{tokens.name}: got {len(tokens.ids)} tokens; allowed: {least} or more; give more text, or a shorter "
             "--context_length"
         )
@@ -145,7 +145,7 @@ def _guarded(model: PreTrainedModel, ids: Tensor, name: str, batch_size: int) ->
         # On CPUs it is a RuntimeError of the allocator.
         if isinstance(error, RuntimeError) and "memory" not in str(error).lower():
             raise
-        raise EvaluateError(
+        raise CommandError(
             f"{name}: got a batch of {len(ids)} windows of {ids.shape[1]} tokens that does not fit into memory; "
             f"allowed: smaller ones; lower --batch_size ({batch_size}) or --context_length"
         ) from error

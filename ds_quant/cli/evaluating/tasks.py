@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ds_quant.base.errors import closest
-from ds_quant.cli.evaluating.errors import EvaluateError
+from ds_quant.cli.shared.errors import CommandError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -41,7 +41,7 @@ class Tasks:
         limit: questions of a task, or the share of them below 1; None: all.
 
     Raises:
-        EvaluateError: lm-eval is not installed, or a task is not known.
+        CommandError: lm-eval is not installed, or a task is not known.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class Tasks:
         limit: float | None,
     ) -> None:
         if include_path is not None and not Path(include_path).is_dir():
-            raise EvaluateError(f"--include_path: got {include_path!r}; allowed: a folder with task files; correct it")
+            raise CommandError(f"--include_path: got {include_path!r}; allowed: a folder with task files; correct it")
         self.names = names
         self._num_fewshot, self._seeds, self._limit = num_fewshot, seeds, limit
         # Reading the thousands of files of lm-eval itself takes many seconds.
@@ -65,7 +65,7 @@ class Tasks:
             if name not in self._manager.all_tasks:
                 near = closest(name, self._manager.all_tasks)
                 hint = f"did you mean {near!r}? " if near else ""
-                raise EvaluateError(
+                raise CommandError(
                     f"--tasks: got {name!r}; allowed: paper, what `lm_eval ls tasks` lists, and the task files in "
                     f"--include_path; {hint}correct it"
                 )
@@ -76,7 +76,7 @@ class Tasks:
         """Figures by task.
 
         Raises:
-            EvaluateError: a task's data cannot be loaded, or it cannot be run.
+            CommandError: a task's data cannot be loaded, or it cannot be run.
         """
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM
@@ -109,7 +109,7 @@ class Tasks:
             yield
         except Exception as error:  # of a hundred data sets and task files, in code that is not ours
             text = str(error).strip().splitlines()
-            raise EvaluateError(
+            raise CommandError(
                 f"--tasks {' '.join(self.names)}: got {type(error).__name__}: {text[0] if text else ''}; allowed: "
                 "tasks whose data are in the cache or on a hub that can be reached; correct the task, or give task "
                 "files with local data by --include_path"
@@ -121,12 +121,12 @@ def manager(include_path: str | None, *, include_defaults: bool) -> Any:
     """lm-eval's index of tasks: its own, and those in a folder.
 
     Raises:
-        EvaluateError: lm-eval is not installed.
+        CommandError: lm-eval is not installed.
     """
     try:
         from lm_eval.tasks import TaskManager
     except ImportError as error:
-        raise EvaluateError(
+        raise CommandError(
             "--tasks: got no package lm-eval; allowed: lm-eval 0.4.13; pip install 'ds_quant[eval]'"
         ) from error
     logging.getLogger("lm_eval").setLevel(logging.ERROR)

@@ -8,8 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ds_quant.cli.evaluating.errors import EvaluateError
 from ds_quant.cli.shared import text_files, token_ids
+from ds_quant.cli.shared.errors import CommandError
 from ds_quant.planning.presets import PYTHON_SOURCE
 
 if TYPE_CHECKING:
@@ -69,10 +69,10 @@ class Text:
                 closed by EOS, as training lays them end to end.
 
         Raises:
-            EvaluateError: there is no EOS to close them with.
+            CommandError: there is no EOS to close them with.
         """
         if join == EOS and tokenizer.eos_token_id is None:
-            raise EvaluateError(
+            raise CommandError(
                 "--join: got eos for a tokenizer without an end-of-sequence token; allowed: blank-lines; give that, or "
                 "set eos_token in its tokenizer_config.json"
             )
@@ -121,7 +121,7 @@ def by_name(name: str, *, validation_fraction: float, seed: int) -> Text:
         seed: for `python-source`: the --data_seed of the training, which chose them.
 
     Raises:
-        EvaluateError, CommandError: the hub cannot be reached, or has no such data set any more.
+        CommandError: the hub cannot be reached, or has no such data set any more.
     """
     if name == PYTHON_SOURCE:
         every = text_files.read_files(text_files.python_source(), "text", PYTHON_SOURCE)
@@ -155,12 +155,12 @@ def check_names(names: list[str]) -> list[str]:
     """The names with `paper` written out.
 
     Raises:
-        EvaluateError: a name that is not known.
+        CommandError: a name that is not known.
     """
     written = [name for given in names for name in (PAPER if given == "paper" else (given,))]
     for name in written:
         if name not in NAMES:
-            raise EvaluateError(
+            raise CommandError(
                 f"--dataset: got {name!r}; allowed: {', '.join(NAMES)}, or paper for {', '.join(PAPER)}; correct it, "
                 "or give a file with --text_file"
             )

@@ -13,10 +13,10 @@ import torch
 from ds_quant.base import manifest
 from ds_quant.cli.evaluating import perplexity, texts
 from ds_quant.cli.evaluating.arguments import LONGEST_DEFAULT, Options
-from ds_quant.cli.evaluating.errors import EvaluateError
 from ds_quant.cli.evaluating.results import Row
 from ds_quant.cli.evaluating.tasks import Tasks
 from ds_quant.cli.evaluating.texts import Text
+from ds_quant.cli.shared.errors import CommandError
 from ds_quant.cli.shared.loaded_model import LoadedModel, device_named, load_opened
 from ds_quant.cli.shared.opened_model import OpenedModel, choose, open_model, short_name
 from ds_quant.cli.shared.run_folder import of_folder
@@ -48,7 +48,7 @@ class Work:
         """All rows; `say` is told of each that begins.
 
         Raises:
-            EvaluateError, ConfigError: a model cannot be loaded, or does not go with a text or task.
+            CommandError, ConfigError: a model cannot be loaded, or does not go with a text or task.
         """
         rows = []
         for number, job in enumerate(self.jobs, 1):
@@ -60,7 +60,7 @@ class Work:
 
     def _row(self, job: _Job, loaded: LoadedModel) -> Row:
         if loaded.tokenizer is None:
-            raise EvaluateError(
+            raise CommandError(
                 f"{loaded.folder}: got no tokenizer; allowed: a model with its tokenizer; copy tokenizer.json and "
                 "tokenizer_config.json of its training into the folder"
             )
@@ -70,7 +70,7 @@ class Work:
             tokens = text.tokens(loaded.tokenizer, self.asked.join)
             vocabulary = loaded.model.get_input_embeddings().weight.shape[0]
             if len(tokens.ids) and int(tokens.ids.max()) >= vocabulary:
-                raise EvaluateError(
+                raise CommandError(
                     f"{loaded.folder}: got a tokenizer with the id {int(tokens.ids.max())} and a model of {vocabulary} "
                     "ids; allowed: the tokenizer of the training; copy its files into the folder"
                 )
@@ -91,7 +91,7 @@ def plan(asked: Options) -> Work:
     """Look through every folder, JSON, text and task.
 
     Raises:
-        EvaluateError, ConfigError, CommandError: whatever is missing, broken or does not go together.
+        CommandError, ConfigError, CommandError: whatever is missing, broken or does not go together.
     """
     device_named(asked.device)
     opened = [open_model(folder) for folder in asked.checkpoints]
@@ -113,7 +113,7 @@ def plan(asked: Options) -> Work:
     ]
     found += [texts.from_files(pattern, asked.text_column) for pattern in asked.text_file]
     if twice := [name for name, count in Counter(text.name for text in found).items() if count > 1]:
-        raise EvaluateError(f"--text_file: got two texts named {twice[0]}; allowed: names that differ; rename one")
+        raise CommandError(f"--text_file: got two texts named {twice[0]}; allowed: names that differ; rename one")
     return Work(asked, jobs, found, tasks, length, stride, notes)
 
 
@@ -160,7 +160,7 @@ def _check_baseline(baseline: str, jobs: list[_Job]) -> None:
     known = {job.name for job in without} | {_config_of(job.opened.path)[0] for job in without}
     if baseline not in known:
         allowed = ", ".join(sorted(known)) or "none here"
-        raise EvaluateError(
+        raise CommandError(
             f"--baseline: got {baseline!r}; allowed: a model or config with a row without quantizers ({allowed}); "
             "correct it, or add off to --quantizers"
         )
@@ -181,13 +181,13 @@ def _windows(asked: Options, opened: list[OpenedModel]) -> tuple[int, int]:
     length = asked.context_length or min([LONGEST_DEFAULT, *limits])
     for name, limit in positions.items():
         if limit is not None and length > limit:
-            raise EvaluateError(
+            raise CommandError(
                 f"--context_length: got {length}; allowed: at most the {limit} positions of {name}; give that, or "
                 "leave the flag out"
             )
     stride = asked.stride or length
     if stride > length:
-        raise EvaluateError(
+        raise CommandError(
             f"--stride: got {stride}; allowed: 1 to the context length of {length}, or tokens would be left out; "
             "correct it"
         )
