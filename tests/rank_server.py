@@ -31,6 +31,9 @@ def import_everything():
     import ds_quant.diagnostics.collector
     import ds_quant.engine  # noqa: F401
 
+    sys.path.append(os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "launchers"))
+    import pretraining.job  # noqa: F401
+
     transformers.utils.logging.set_verbosity_warning()
 
 

@@ -7,7 +7,9 @@ import pytest
 from conftest import ROOT
 from launching import PROGRAMS, run_ranks
 
+from ds_quant.base.errors import ConfigError
 from ds_quant.cli.diagnosing import memory
+from ds_quant.cli.shared.errors import CommandError
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(300)]
 
@@ -85,6 +87,6 @@ def test_traffic_is_what_others_count(config, stage, tmp_path):
 )
 def test_bad_input_is_refused_before_anything_runs(words, message, tmp_path):
     given = arguments("--configs", CONFIGS / "baseline.json", "--output", tmp_path / "out", *words)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((CommandError, ConfigError), match=message):
         memory.run(given)
     assert not (tmp_path / "out").exists()

@@ -14,6 +14,7 @@ from torch import nn
 from benchmarks import choices, held, linear_contenders, recipes
 from benchmarks.linear_contenders import BASE, CEILING, Operands
 from ds_quant import QuantLinear
+from ds_quant.cli.shared.errors import CommandError
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.usefixtures("keep_threads")
@@ -124,7 +125,7 @@ def test_a_competitor_that_fails_is_left_out_and_the_base_is_not(capsys):
 
     assert not choices.attempt("theirs", BASE, fail)
     assert capsys.readouterr().out == "left out: theirs: RuntimeError: no kernel\n"
-    with pytest.raises(ValueError, match=r"bf16 nn.Linear: got RuntimeError: no kernel; allowed: .*; mend that"):
+    with pytest.raises(CommandError, match=r"bf16 nn.Linear: got RuntimeError: no kernel; allowed: .*; mend that"):
         choices.attempt(BASE, BASE, fail)
 
 

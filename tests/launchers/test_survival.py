@@ -18,7 +18,7 @@ import psutil
 import pytest
 import torch
 from conftest import ROOT, free_port
-from launching import launch
+from launching import run_ranks
 from samples import write_corpus
 from survival import status
 from transformers import AutoModelForCausalLM
@@ -92,6 +92,31 @@ def start(corpus: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
         process.wait()
 
 
+@pytest.fixture
+def run_to_end(corpus: Path) -> Callable[..., str]:
+    """Runs as `start` does, on forked ranks, to the end; what was printed. For runs that nothing is done to."""
+
+    def run(
+        out: Path,
+        *flags: object,
+        expect: int = 0,
+        ranks: int = 1,
+        steps: int = STEPS,
+        text: bool = True,
+        **env: str,
+    ) -> str:
+        command = ["--deepspeed", BASELINE, *FLAGS, "--max_steps", steps]
+        command += [*TEXT, "--train_file", corpus] if text else []
+        environment = {"OMP_WAIT_POLICY": "PASSIVE", **env}
+        ranks = ranks if ranks > 1 else 0  # one starts without a launcher
+        command += ["--output_dir", out, *flags]
+        ended, output = run_ranks(SCRIPT, *command, ranks=ranks, timeout=200, env=environment, check=False)
+        assert ended == expect, output
+        return output
+
+    return run
+
+
 def end(process: subprocess.Popen[str], expect: int | None = 0, timeout: float = 120) -> str:
     """What a run printed; it must end with this status."""
     output, _ = process.communicate(timeout=timeout)
@@ -127,14 +152,24 @@ def metrics_of(out: Path) -> str:
 def undisturbed(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run of two ranks that all others are compared with."""
     out = tmp_path_factory.mktemp("undisturbed") / "run"
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", 2, "--master-port", free_port()]
-    command += [SCRIPT, "--deepspeed", BASELINE, *FLAGS, *TEXT, "--max_steps", STEPS, "--train_file", corpus]
-    launch([*command, "--output_dir", out], timeout=200, env={"OMP_WAIT_POLICY": "PASSIVE"})
+    command = [
+        "--deepspeed",
+        BASELINE,
+        *FLAGS,
+        *TEXT,
+        "--max_steps",
+        STEPS,
+        "--train_file",
+        corpus,
+        "--output_dir",
+        out,
+    ]
+    run_ranks(SCRIPT, *command, timeout=200, env={"OMP_WAIT_POLICY": "PASSIVE"})
     return out
 
 
 def test_a_signal_stops_all_ranks_and_a_lost_rank_ends_the_others(
-    start: Callable[..., Any], undisturbed: Path, tmp_path: Path
+    start: Callable[..., Any], run_to_end: Callable[..., str], undisturbed: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
     # One rank alone is told: the other must hear of it and write its part.
@@ -161,7 +196,7 @@ def test_a_signal_stops_all_ranks_and_a_lost_rank_ends_the_others(
         assert lost["retry"]
         assert lost["reason"].startswith(f"rank 0, step {lost['step']}: the connection to the other ranks broke")
 
-    end(start(out, "--resume_from_checkpoint", "auto", ranks=2))
+    run_to_end(out, "--resume_from_checkpoint", "auto", ranks=2)
     assert metrics_of(out) == metrics_of(undisturbed)
     assert (out / "model/model.safetensors").read_bytes() == (undisturbed / "model/model.safetensors").read_bytes()
     assert status.read(out)["state"] == "done"  # type: ignore[index]
@@ -181,13 +216,13 @@ def test_a_rank_that_hangs_is_given_up(start: Callable[..., Any], tmp_path: Path
 
 
 def test_other_numbers_of_ranks_go_on_with_the_same_batches(
-    start: Callable[..., Any], undisturbed: Path, tmp_path: Path
+    run_to_end: Callable[..., str], undisturbed: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
     shutil.copytree(undisturbed / "checkpoint-60", out / "checkpoint-60")
     # One sequence at a time: other micro-batches, and an epoch that is no multiple of the global batch.
     one = ["--per_device_train_batch_size", "1"]
-    output = end(start(out, "--resume_from_checkpoint", "auto", *one, ranks=1))
+    output = run_to_end(out, "--resume_from_checkpoint", "auto", *one, ranks=1)
     assert "was saved by 2 ranks, this run has 1: converting" in output
     moved = json.loads((out / "summary.json").read_text())
     assert (moved["world_size"], moved["resumed_from_step"], moved["tokens"]) == (1, 60, STEPS * 4 * 32)
@@ -196,12 +231,12 @@ def test_other_numbers_of_ranks_go_on_with_the_same_batches(
     # And back to two, from the middle of what the one did.
     for step in (140, STEPS):
         shutil.rmtree(out / f"checkpoint-{step}", ignore_errors=True)
-    output = end(start(out, "--resume_from_checkpoint", "auto", ranks=2))
+    output = run_to_end(out, "--resume_from_checkpoint", "auto", ranks=2)
     assert f"{out}/checkpoint-120 was saved by 1 ranks, this run has 2" in output
     check_losses(out, undisturbed)
     (out / "summary.json").unlink()
-    refused = start(out, "--resume_from_checkpoint", "auto", "--global_batch_size", "8")
-    assert "was trained with a global batch of 4 sequences" in end(refused, 2)
+    refused = run_to_end(out, "--resume_from_checkpoint", "auto", "--global_batch_size", "8", expect=2)
+    assert "was trained with a global batch of 4 sequences" in refused
 
 
 def check_losses(out: Path, other: Path) -> None:
@@ -215,7 +250,9 @@ def check_losses(out: Path, other: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["shards", "stream"])
-def test_shards_and_streams_go_on_exactly(start: Callable[..., Any], corpus: Path, tmp_path: Path, kind: str) -> None:
+def test_shards_and_streams_go_on_exactly(
+    start: Callable[..., Any], run_to_end: Callable[..., str], corpus: Path, tmp_path: Path, kind: str
+) -> None:
     if kind == "shards":
         tokens = tmp_path / "tokens"
         tokenize = [SCRIPT.with_name("tokenize_corpus.py"), "--train_file", corpus, "--vocab_size", 320]
@@ -228,24 +265,27 @@ def test_shards_and_streams_go_on_exactly(start: Callable[..., Any], corpus: Pat
         shutil.copy(corpus, folder / "train.jsonl")
         flags = ["--dataset_name", folder, "--streaming", "--validation_documents", "8", "--vocab_size", "320"]
     whole, out = tmp_path / "whole", tmp_path / "run"
-    end(start(whole, *flags, text=False))
+    run_to_end(whole, *flags, text=False)
     first = start(out, *flags, "--resume_from_checkpoint", "auto", text=False)
     wait_for(lambda: step_of(out) >= 28, first)
     first.send_signal(signal.SIGUSR1)
     end(first, 75)
     stopped = step_of(out)
     # Workers that read ahead must not have used what no step did.
-    output = end(start(out, *flags, "--resume_from_checkpoint", "auto", "--dataloader_num_workers", "1", text=False))
+    worker = ["--dataloader_num_workers", "1"]
+    output = run_to_end(out, *flags, "--resume_from_checkpoint", "auto", *worker, text=False)
     assert f"checkpoint-{stopped}" in output
     assert metrics_of(out) == metrics_of(whole)
 
 
-def test_the_second_writer_is_fenced_off(start: Callable[..., Any], tmp_path: Path) -> None:
+def test_the_second_writer_is_fenced_off(
+    start: Callable[..., Any], run_to_end: Callable[..., str], tmp_path: Path
+) -> None:
     out = tmp_path / "run"
     old = start(out, steps=100_000, SLURM_JOB_ID="7", SLURM_RESTART_COUNT="0")
     wait_for(lambda: trainer_checkpoints.newest_whole(out), old)
 
-    other = end(start(out, "--resume_from_checkpoint", "auto", SLURM_JOB_ID="8"), 2)
+    other = run_to_end(out, "--resume_from_checkpoint", "auto", SLURM_JOB_ID="8", expect=2)
     assert "job 7, process" in other
     assert "is writing there, and two jobs in one folder would mix" in other
     assert old.poll() is None, "the first goes on"
@@ -265,7 +305,7 @@ def test_the_second_writer_is_fenced_off(start: Callable[..., Any], tmp_path: Pa
     assert sorted(path.name for path in out.glob(".*")) == [".lease-2"]
 
 
-def test_a_full_disk_keeps_the_older_checkpoint(start: Callable[..., Any], tmp_path: Path) -> None:
+def test_a_full_disk_keeps_the_older_checkpoint(run_to_end: Callable[..., str], tmp_path: Path) -> None:
     out = tmp_path / "small"
     out.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", out], capture_output=True, check=False)
@@ -273,7 +313,7 @@ def test_a_full_disk_keeps_the_older_checkpoint(start: Callable[..., Any], tmp_p
         pytest.skip(f"a small file system cannot be mounted here: {mounted.stderr.decode().strip()}")
     try:
         # In bf16 the file system holds one checkpoint and not two.
-        output = end(start(out, "--bf16", "true"), 4)
+        output = run_to_end(out, "--bf16", "true", expect=4)
         ended = status.read(out)
         assert ended is not None
         assert (ended["state"], ended["retry"]) == ("failed", False)
@@ -287,10 +327,12 @@ def test_a_full_disk_keeps_the_older_checkpoint(start: Callable[..., Any], tmp_p
         subprocess.run(["umount", out], check=True)
 
 
-def test_a_ruined_run_ends_as_diverged(start: Callable[..., Any], tmp_path: Path) -> None:
+def test_a_ruined_run_ends_as_diverged(
+    start: Callable[..., Any], run_to_end: Callable[..., str], tmp_path: Path
+) -> None:
     # A loss of NaN: weights that hold one.
     good, bad = tmp_path / "good", tmp_path / "bad"
-    end(start(good, steps=20))
+    run_to_end(good, steps=20)
     shutil.copytree(good / "model", bad)
     model = AutoModelForCausalLM.from_pretrained(bad)
     with torch.no_grad():
@@ -298,7 +340,7 @@ def test_a_ruined_run_ends_as_diverged(start: Callable[..., Any], tmp_path: Path
     model.save_pretrained(bad)
     nan = tmp_path / "nan"
     flags = ["--model_name_or_path", bad, "--config_overrides", "use_cache=false"]
-    output = end(start(nan, *flags), 3)
+    output = run_to_end(nan, *flags, expect=3)
     ended = status.read(nan)
     assert ended is not None
     assert (ended["state"], ended["retry"], ended["step"]) == ("diverged", False, 7)
@@ -317,12 +359,12 @@ def test_a_ruined_run_ends_as_diverged(start: Callable[..., Any], tmp_path: Path
 
     # Gradients that overflow at every step: none is taken, and the loss would stay as it is for ever.
     stuck = tmp_path / "stuck"
-    output = end(start(stuck, "--learning_rate", "1e30", "--max_grad_norm", "0", steps=100), 3)
+    output = run_to_end(stuck, "--learning_rate", "1e30", "--max_grad_norm", "0", steps=100, expect=3)
     assert "the gradients were NaN or Inf for" in output
 
     # A loss that rises and stays: a learning rate that grows far too high.
     risen = tmp_path / "risen"
     high = ["--learning_rate", "1.0", "--warmup_steps", "60", "--max_grad_norm", "0", "--logging_steps", "2"]
-    output = end(start(risen, *high, "--max_loss_rise", "0.2", steps=100), 3)
+    output = run_to_end(risen, *high, "--max_loss_rise", "0.2", steps=100, expect=3)
     assert "more than 0.2 above" in output
     assert 40 < step_of(risen) < 100
