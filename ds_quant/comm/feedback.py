@@ -124,13 +124,13 @@ class ErrorFeedback:
         self._older.clear()
 
     def reset(self) -> None:
-        """Owe nothing."""
+        """Forget all residuals."""
         self._segments.clear()
         self._older.clear()
 
     @property
     def num_bytes(self) -> int:
-        """Memory of the residuals."""
+        """Bytes of memory that the residuals take."""
         return sum(
             tensor.numel() * tensor.element_size()
             for segments in self._segments.values()

@@ -90,7 +90,7 @@ class TwoLevelLayout(NamedTuple):
 
 
 def two_level(whole: Layout, nodes: Nodes) -> TwoLevelLayout:
-    """The levels of `whole`."""
+    """Cuts a layout for all ranks into one within nodes and one between them."""
     chunks = tuple(
         tuple(piece for piece in whole.pieces if piece.owner % nodes.size == number) for number in range(nodes.size)
     )

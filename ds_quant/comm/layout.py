@@ -70,12 +70,12 @@ class Layout(NamedTuple):
 
     @property
     def send_splits(self) -> list[int]:
-        """Bytes for each rank; none for the own."""
+        """Bytes that go to each rank; none to this one."""
         return [0 if owner == self.rank else size for owner, size in enumerate(self.message_bytes)]
 
     @property
     def receive_splits(self) -> list[int]:
-        """Bytes from each rank."""
+        """Bytes that come from each rank; none from this one."""
         return [0 if sender == self.rank else self.own_bytes for sender in range(self.world_size)]
 
     @property

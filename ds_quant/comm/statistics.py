@@ -7,7 +7,7 @@ import numpy as np
 
 
 class Traffic(NamedTuple):
-    """Of one rank, since the last `take`."""
+    """What one rank sent, and what that cost, since the last `take`."""
 
     sent_bytes: int
     """What this rank put on the wire for the exchanges of gradients, scales included; of two levels, between nodes."""
@@ -19,7 +19,7 @@ class Traffic(NamedTuple):
     """Sum of original^2 over the same elements."""
 
     def plus(self, other: "Traffic") -> "Traffic":
-        """Both together."""
+        """The sum of two."""
         return Traffic(
             self.sent_bytes + other.sent_bytes,
             self.unquantized_bytes + other.unquantized_bytes,

@@ -22,7 +22,7 @@ _MOMENTS = ({"bits": 8}, {"bits": 4}, {"bits": 8, "map": "linear"})
 
 @dataclass(frozen=True)
 class Choice:
-    """What is measured."""
+    """What the `diagnostics` section asks to measure, with its defaults filled in."""
 
     kinds: tuple[str, ...]
     gradient: GradientConfig | None

@@ -25,7 +25,7 @@ class StepNorms:
             self._since.append((step, norm))  # read when there is a look: an accelerator would have to be waited for
 
     def state(self) -> dict[str, list[tuple[int, float]]]:
-        """What a checkpoint holds."""
+        """The norms as a checkpoint stores them: (step, norm) before and since the last look."""
         return {"before": list(self._before), "since": [(step, float(norm)) for step, norm in self._since]}
 
     def take(self) -> Measurement | None:

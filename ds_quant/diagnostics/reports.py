@@ -27,7 +27,7 @@ class Reports:
         self._ended, self._cost = time.monotonic(), _GUESSED_SECONDS
 
     def look_written(self) -> None:
-        """There is another look."""
+        """Note that a look was written, and write the report if that is worth its time now."""
         self._is_old = True
         if (time.monotonic() - self._ended) * SHARE >= self._cost:
             self.finish()

@@ -22,7 +22,7 @@ _FILE = "ds_quant_diagnostics.pt"
 
 
 class Collector(Protocol):
-    """What is told."""
+    """What the engine tells whoever collects diagnostics."""
 
     def before_forward(self) -> None:
         """A forward is about to begin; the engine's counters name its step."""

@@ -15,7 +15,7 @@ from deepspeed.runtime.zero.offload_config import OffloadStateTypeEnum
 
 @dataclass
 class Loading:
-    """A call of `load_checkpoint`."""
+    """The arguments of a call of `load_checkpoint`, as its parts see them."""
 
     load_dir: str
     tag: str | None

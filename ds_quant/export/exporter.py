@@ -53,7 +53,7 @@ COPIED = (
 
 @dataclass
 class Exported:
-    """What an export did."""
+    """What an export wrote, for the report."""
 
     format: str
     modules: list[str] = field(default_factory=list)
@@ -67,7 +67,7 @@ class Exported:
     notes: list[str] = field(default_factory=list)
 
     def lines(self) -> list[str]:
-        """For the terminal."""
+        """The report, as lines for the terminal."""
         lines = []
         if self.modules:
             share = self.stored_bytes / (2 * self.elements)

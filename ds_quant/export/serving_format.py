@@ -187,7 +187,7 @@ def _compressor(name: str) -> Any:
 
 
 def version() -> str:
-    """Of compressed-tensors."""
+    """The version of compressed-tensors that is installed."""
     import compressed_tensors
 
     return compressed_tensors.__version__

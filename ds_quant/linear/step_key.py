@@ -157,7 +157,7 @@ def _enrol(step_key: StepKey) -> int:
 
 
 def step_keys() -> list[StepKey]:
-    """All that live."""
+    """The step keys of all models in this process that are still alive."""
     return list(_step_keys.values())
 
 

@@ -116,7 +116,7 @@ class Ledger(TorchDispatchMode):
 
     @property
     def live_bytes(self) -> int:
-        """There now."""
+        """Bytes of the storages that are alive now."""
         return sum(self._sizes[number] for number in self._numbers.values())
 
     def peak(self, first_mark: str, last_mark: str, roles: Iterable[str] = ROLES) -> Peak:

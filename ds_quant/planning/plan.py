@@ -170,7 +170,7 @@ def _repeated(outcome: Outcome, times: int) -> list[Collective]:
 
 
 def divisors(number: int) -> list[int]:
-    """In order."""
+    """The divisors of a number, from 1 up."""
     return [d for d in range(1, number + 1) if number % d == 0]
 
 

@@ -18,7 +18,7 @@ from pretraining.arguments import Arguments
 
 
 class Data(NamedTuple):
-    """What the Trainer reads."""
+    """The two parts of the text as the Trainer reads them, and their tokenizer."""
 
     train: packing.Packed | streaming.LaneStream
     validation: packing.Packed | packing.EvenSubset

@@ -55,7 +55,7 @@ class MetricsCallback(TrainerCallback):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """The step before is over."""
+        """Write the line of the step before, which is complete now."""
         self.flush()
 
     def on_train_end(

@@ -112,7 +112,7 @@ class _Chunk:
         return max((tokens for tokens, _ in self._counts.values()), default=0)
 
     def write(self, part: str, tokens: np.ndarray) -> None:
-        """Append a document."""
+        """Append the tokens of a document to the file of its part."""
         if part not in self._files:
             self._files[part] = self._beside(part).open("wb", buffering=1 << 20)
             self._hashes[part] = hashlib.sha256()

@@ -55,7 +55,7 @@ class Guard(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """No further step comes."""
+        """From here on no step comes at which a signal could stop the run."""
         self._request.training = self.outcome is not None
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

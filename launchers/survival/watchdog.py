@@ -34,20 +34,20 @@ class Watchdog(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Begin."""
+        """Start to watch."""
         self._beat()
         self._thread.start()
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """End."""
+        """Stop watching."""
         self._ended.set()
 
     def on_substep_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Progress."""
+        """Note that the run has made progress."""
         self._beat()
 
     on_step_end = on_prediction_step = on_evaluate = on_save = on_substep_end

@@ -43,7 +43,7 @@ def add_checkpoints(parser: argparse.ArgumentParser, several: str) -> None:
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
-    """How checkpoints are loaded."""
+    """The flags that say which checkpoints are loaded, and how."""
     parser.add_argument(
         "--quantizers",
         default="trained",
@@ -68,7 +68,7 @@ def add_text(parser: argparse.ArgumentParser) -> None:
 
 
 def add_output(parser: argparse.ArgumentParser) -> None:
-    """Where the figures go."""
+    """The flag that says where the figures go."""
     add = parser.add_argument
     add("--output", type=Path, metavar="DIR", help="folder of the files (default: diagnostics/NAME of the checkpoint)")
     add("--overwrite", action="store_true", help="replace files of an earlier measurement there")
@@ -243,7 +243,7 @@ def _picture(kind: str, number: int) -> str:
 
 
 def output_folder(options: argparse.Namespace) -> Path:
-    """Where the figures go."""
+    """The folder of the figures: --output, or one named after the first checkpoint."""
     output: Path = options.output or Path("diagnostics") / Path(options.checkpoints[0]).resolve().name
     return output
 

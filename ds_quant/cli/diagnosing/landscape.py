@@ -33,7 +33,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def measure(options: argparse.Namespace) -> list[Measurement]:
-    """One measurement a checkpoint."""
+    """The loss around the weights of each checkpoint, one measurement each."""
     return [
         subject.named(
             landscape(

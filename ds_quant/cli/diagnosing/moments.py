@@ -42,7 +42,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def measure(options: argparse.Namespace) -> list[Measurement]:
-    """One measurement a checkpoint."""
+    """The histograms of one moment in each checkpoint, one measurement each."""
     formats = None if options.format is None else [MomentConfig.parse(item) for item in options.format]
     found = []
     for folder in [checkpoint_of(checkpoint) for checkpoint in options.checkpoints]:

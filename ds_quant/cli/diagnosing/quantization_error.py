@@ -29,7 +29,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def measure(options: argparse.Namespace) -> list[Measurement]:
-    """One measurement a checkpoint."""
+    """The errors of weights and activations in each checkpoint, one measurement each."""
     found = []
     for subject in common.subjects(options):
         recorder = QuantizationErrorRecorder()

@@ -27,7 +27,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def measure(options: argparse.Namespace) -> list[Measurement]:
-    """One measurement a checkpoint."""
+    """The sharpness at the weights of each checkpoint, one measurement each."""
     return [
         subject.named(sharpness(subject.loaded.model, subject.batches, rho=options.rho, step=subject.loaded.step))
         for subject in common.subjects(options)

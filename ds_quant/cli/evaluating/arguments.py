@@ -20,7 +20,7 @@ DEFAULT_SEED = 1234
 
 @dataclass
 class Options:
-    """What is asked for."""
+    """The flags of `ds_quant evaluate`, parsed."""
 
     checkpoints: list[str]
     quantizers: list[str]

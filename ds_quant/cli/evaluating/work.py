@@ -24,7 +24,7 @@ from ds_quant.cli.shared.run_folder import of_folder
 
 @dataclass(frozen=True)
 class _Job:
-    """One row to be."""
+    """A row of the result: a checkpoint, evaluated with one choice of quantizers."""
 
     opened: OpenedModel
     name: str
@@ -175,7 +175,7 @@ def _config_of(path: Path) -> tuple[str, int | None]:
 
 
 def _windows(asked: Options, opened: list[OpenedModel]) -> tuple[int, int]:
-    """Context length and stride."""
+    """The context length and the stride, in tokens, that all the models allow."""
     positions = {each.name: each.positions for each in opened}
     limits = [limit for limit in positions.values() if limit is not None]
     length = asked.context_length or min([LONGEST_DEFAULT, *limits])
@@ -195,7 +195,7 @@ def _windows(asked: Options, opened: list[OpenedModel]) -> tuple[int, int]:
 
 
 def _about(loaded: LoadedModel, job: _Job) -> dict[str, Any]:
-    """What exactly was measured."""
+    """What the row's file tells about the model: files, digest, step, quantizers."""
     files = sorted(path.name for path in loaded.folder.glob("*.safetensors"))
     weights = manifest.digest(loaded.folder, files)
     return {

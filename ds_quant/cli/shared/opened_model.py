@@ -162,7 +162,7 @@ def _configs(path: Path) -> tuple[dict[str, Any], PretrainedConfig]:
 
 
 def first_line(error: BaseException) -> str:
-    """Of its message."""
+    """The first line of an error's message; empty if it has none."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else ""
 
