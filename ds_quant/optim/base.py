@@ -130,7 +130,7 @@ class QuantizedOptimizer(torch.optim.Optimizer):
             states: list[Tensor | QuantizedBlocks] = []
             keys: list[tuple[int, int] | None] = []
             stream = 0
-            for name, is_stochastic in zip(self.STATES, options.stochastic, strict=True):
+            for name, is_stochastic in options.stochastic:
                 stored, key = state[name], None
                 if type(stored) is QuantizedState:
                     stream = stored.stream

@@ -30,15 +30,16 @@ class GroupOptions:
     """A parameter group as a step needs it.
 
     Attributes:
-        stochastic: whether each state is rounded stochastically, in the order of `states`.
+        stochastic: (name, whether it is rounded stochastically) of each of `states`.
         step: the steps done, in groups of DeepSpeed's FusedAdam, which counts there.
     """
 
     def __init__(self, group: dict[str, Any], states: dict[str, bool]):
         self._objects = [(group[name], is_signed) for name, is_signed in states.items()]
-        self.stochastic = tuple(
-            bool(stored) and (stored["rounding"] or DEFAULT_ROUNDING) == "stochastic" for stored, _ in self._objects
-        )
+        self.stochastic = [
+            (name, bool(group[name]) and (group[name]["rounding"] or DEFAULT_ROUNDING) == "stochastic")
+            for name in states
+        ]
         self._by_shape = any(stored and stored["granularity"] != "block" for stored, _ in self._objects)
         self._formats = self._formats_of(())
         self.step = group.get("step")

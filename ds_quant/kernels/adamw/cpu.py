@@ -14,7 +14,7 @@ from ds_quant.kernels.adamw import ops
 from ds_quant.kernels.adamw.work import AdamWWork
 from ds_quant.numerics.adam import Moment
 from ds_quant.numerics.codes import MAPS, CodeMap, code_values, decode, encode
-from ds_quant.numerics.packing import code_bytes
+from ds_quant.numerics.packing import packed_bytes
 
 MAX_LEVELS = 512
 """The rough roots of the kernel are exact enough up to here."""
@@ -109,9 +109,15 @@ def _moment(name: str, number: int, moment: Moment, numel: int) -> tuple[CodeMap
             f"adamw_(works[{number}].{name}): got {count} elements in blocks of {block_size}; allowed: {numel}, "
             "in blocks of a power of two or a divisor of that; quantize it so"
         )
-    _check(f"{name}.codes", number, codes, code_bytes(numel, block_size, code_map.bits), {code_map.stored_dtype: 0})
+    num_bytes = numel if code_map.bits == 8 else packed_bytes(numel, block_size, code_map.bits)
+    _check(f"{name}.codes", number, codes, num_bytes, _stored_dtypes(code_map))
     _check(f"{name}.scale", number, scale, -(-numel // block_size), _FP32)
     return code_map, codes.data_ptr(), scale.data_ptr(), block_size
+
+
+@functools.cache
+def _stored_dtypes(code_map: CodeMap) -> dict[torch.dtype, int]:
+    return {code_map.stored_dtype: 0}
 
 
 @functools.lru_cache(maxsize=256)
