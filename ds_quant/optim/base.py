@@ -30,8 +30,10 @@ from ds_quant.base.errors import fail
 from ds_quant.base.log import say
 from ds_quant.config import ConfigError
 from ds_quant.numerics.blockwise import QuantizedBlocks
+from ds_quant.numerics.codes import CodeMap
+from ds_quant.numerics.format import Format, Group
 from ds_quant.numerics.random import fold_key
-from ds_quant.optim.group_options import GroupOptions, StateFormat, check_parameters, state_option
+from ds_quant.optim.group_options import GroupOptions, check_parameters, state_option
 from ds_quant.optim.state import QuantizedState
 
 
@@ -255,13 +257,14 @@ class _Step:
         return int(step.item()) + 1
 
     def _mended(
-        self, stored: Any, wanted: StateFormat | None, name: str, param: Tensor, state: dict[str, Any]
+        self, stored: Any, wanted: Format[CodeMap] | None, name: str, param: Tensor, state: dict[str, Any]
     ) -> Tensor:
         """A state in the format that the optimizer keeps, from nothing or from one in another format."""
         if stored is None:
             if wanted is None:
                 return torch.zeros(param.shape, dtype=torch.float32, device=param.device)
-            return QuantizedState.zeros(param.shape, *wanted, param.device, self._stream(state))
+            size = wanted.group.block_size
+            return QuantizedState.zeros(param.shape, wanted.elements, size, param.device, self._stream(state))
         if not isinstance(stored, Tensor) or stored.numel() != param.numel():
             got = f"{stored.numel()} elements" if isinstance(stored, Tensor) else f"a {type(stored).__name__}"
             raise fail(
@@ -272,20 +275,19 @@ class _Step:
             )
         if isinstance(stored, QuantizedState):
             old = stored.blocks
-            if stored.whole and wanted == (old.code_map, old.block_size):
+            if stored.whole and wanted == Format(old.code_map, Group("block", old.block_size)):
                 return stored.to(param.device)
-            if wanted is None or wanted[0] != old.code_map:
-                new = "32-bit" if wanted is None else f"{wanted[0].bits}-bit {wanted[0].name}"
-                self._say_once(
-                    f"{name}: the loaded moments ({old.code_map.bits}-bit {old.code_map.name}) go on as {new}"
-                )
+            if wanted is None or wanted.elements != old.code_map:
+                new = "32-bit" if wanted is None else _shown(wanted.elements)
+                self._say_once(f"{name}: the loaded moments ({_shown(old.code_map)}) go on as {new}")
             stored = stored.dequantize()
         elif wanted is not None:
-            self._say_once(f"{name}: the loaded 32-bit moments go on as {wanted[0].bits}-bit {wanted[0].name}")
+            self._say_once(f"{name}: the loaded 32-bit moments go on as {_shown(wanted.elements)}")
         values = stored.detach().to(param.device, torch.float32).reshape(param.shape)
         if wanted is None:
             return values.contiguous()
-        return QuantizedState.quantize(values, *wanted, stream=self._stream(state))
+        size = wanted.group.block_size
+        return QuantizedState.quantize(values, wanted.elements, size, stream=self._stream(state))
 
     def _stream(self, state: dict[str, Any]) -> int:
         """The stream of a parameter that has one in another state, else the next free one."""
@@ -306,6 +308,10 @@ class _Step:
             say(text)
 
 
+def _shown(code_map: CodeMap) -> str:
+    return f"{code_map.bits}-bit {code_map.name}"
+
+
 class _Sheltered:
     """A value on its way through torch's load_state_dict, which casts tensors."""
 
@@ -320,14 +326,14 @@ def _release(state: dict[str, Any], wanted: Callable[[Any], bool]) -> None:
             state[key] = item.value.clone() if isinstance(item.value, Tensor) else item.value
 
 
-def _fits(stored: Any, wanted: StateFormat | None, param: Tensor) -> bool:
+def _fits(stored: Any, wanted: Format[CodeMap] | None, param: Tensor) -> bool:
     """Whether a state can be stepped as it is."""
     if type(stored) is QuantizedState:
         codes, _, numel, block_size, code_map = stored.blocks
         return (
             wanted is not None
-            and block_size == wanted[1]
-            and (code_map is wanted[0] or code_map == wanted[0])
+            and block_size == wanted.group.block_size
+            and (code_map is wanted.elements or code_map == wanted.elements)
             and stored.whole
             and numel == param.numel()
             and codes.device == param.device

@@ -9,6 +9,7 @@ from ds_quant.base.errors import fail
 from ds_quant.config import ConfigError, MomentConfig, OptimizerConfig
 from ds_quant.numerics.blockwise import group_size
 from ds_quant.numerics.codes import CodeMap, code_map
+from ds_quant.numerics.format import Format, Group
 from ds_quant.numerics.integer import DTYPES
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -20,10 +21,6 @@ FIXED = {"amsgrad": False, "bias_correction": True, "differentiable": False, "ma
 
 DEFAULT_ROUNDING = "stochastic"
 """What `"rounding": null` means: of either moment, and whatever its bits (docs/moments.md has the measurements)."""
-
-
-StateFormat = tuple[CodeMap, int]
-"""Code map and block size of a quantized state."""
 
 
 class GroupOptions:
@@ -44,18 +41,20 @@ class GroupOptions:
         self._formats = self._formats_of(())
         self.step = group.get("step")
 
-    def formats(self, param: Tensor) -> list[StateFormat | None]:
+    def formats(self, param: Tensor) -> list[Format[CodeMap] | None]:
         """How the states of `param` are stored, in the order of `states`; None for 32 bits."""
         return self._formats_of(param.shape) if self._by_shape else self._formats
 
-    def _formats_of(self, shape: Sequence[int]) -> list[StateFormat | None]:
-        formats: list[StateFormat | None] = []
+    def _formats_of(self, shape: Sequence[int]) -> list[Format[CodeMap] | None]:
+        formats: list[Format[CodeMap] | None] = []
         for stored, is_signed in self._objects:
             if stored is None:
                 formats.append(None)
             else:
                 map_ = code_map(stored["map"], stored["bits"], signed=is_signed)
-                formats.append((map_, group_size(shape, stored["granularity"], stored.get("block_size", 0))))
+                # Granularities of whole parameters are blocks of the flattened tensor, too.
+                size = group_size(shape, stored["granularity"], stored.get("block_size", 0))
+                formats.append(Format(map_, Group("block", size)))
         return formats
 
 
