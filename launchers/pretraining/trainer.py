@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils.data import RandomSampler
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from pretraining import trainer_seams
 from pretraining.loading import ExactLoading
 
 _PROGRESS = "progress_rank{}.json"
@@ -33,6 +34,7 @@ class PretrainTrainer(ExactLoading):
     _part: Path | None = None
 
     def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        trainer_seams.check()
         # The Trainer turns the cache of keys and values off in the model's configuration, for training.
         self._use_cache = getattr(getattr(model, "config", None), "use_cache", None)
         super().__init__(model, *args, **kwargs)

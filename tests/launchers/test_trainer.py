@@ -6,9 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from pretraining import trainer_seams
+from pretraining.loading import ExactLoading
 from pretraining.trainer import PretrainTrainer
+from survival.errors import LaunchError
 from torch.utils.data import Dataset
-from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM, TrainingArguments
+from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 
 class Numbers(Dataset[dict[str, torch.Tensor]]):
@@ -62,3 +65,20 @@ def test_what_is_saved_has_the_models_own_cache(tmp_path: Path, use_cache: bool)
     trainer.save_model(str(tmp_path / "model"))
     assert AutoConfig.from_pretrained(tmp_path / "model").use_cache is use_cache
     assert model.config.use_cache is False, "training needs none"
+
+
+def test_every_method_that_is_overridden_is_in_the_table() -> None:
+    own = {name for kind in (PretrainTrainer, ExactLoading) for name, value in vars(kind).items() if callable(value)}
+    overridden = {name for name in own if hasattr(Trainer, name)} - {"__init__", "train", "evaluate"}
+    assert overridden == set(trainer_seams.OVERRIDDEN)
+
+
+def test_a_trainer_that_has_moved_on_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer_seams.check()
+    monkeypatch.delattr(Trainer, "_run_epoch")
+    with pytest.raises(LaunchError, match=r"the Trainer has no _run_epoch any more.*; fix: install one of them"):
+        PretrainTrainer(model=torch.nn.Linear(1, 1))
+    monkeypatch.undo()
+    monkeypatch.setitem(trainer_seams.READ, "_running_loss", "a name that no method has")
+    with pytest.raises(LaunchError, match="the Trainer has no _running_loss any more"):
+        trainer_seams.check()
