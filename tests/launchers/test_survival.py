@@ -102,10 +102,11 @@ def run_to_end(corpus: Path) -> Callable[..., str]:
         expect: int = 0,
         ranks: int = 1,
         steps: int = STEPS,
+        config: Path = BASELINE,
         text: bool = True,
         **env: str,
     ) -> str:
-        command = ["--deepspeed", BASELINE, *FLAGS, "--max_steps", steps]
+        command = ["--deepspeed", config, *FLAGS, "--max_steps", steps]
         command += [*TEXT, "--train_file", corpus] if text else []
         environment = {"OMP_WAIT_POLICY": "PASSIVE", **env}
         ranks = ranks if ranks > 1 else 0  # one starts without a launcher
@@ -247,6 +248,33 @@ def check_losses(out: Path, other: Path) -> None:
     assert mine.keys() == theirs.keys()
     for step, loss in mine.items():
         assert loss == pytest.approx(theirs[step], abs=0.004), step
+
+
+def test_accumulated_micro_steps_draw_their_own_bits_again(run_to_end: Callable[..., str], tmp_path: Path) -> None:
+    """Gradients rounded stochastically, three micro steps a step: a resumed run draws what the undisturbed one drew."""
+    flags = [
+        "--per_device_train_batch_size",
+        "2",
+        "--global_batch_size",
+        "6",
+        "--save_steps",
+        "3",
+        "--logging_steps",
+        "1",
+    ]
+    config = ROOT / "ds_configs" / "w8a8g8.json"
+    assert json.loads(config.read_text())["ds_quant"]["linear"]["gradient"]["rounding"] == "stochastic"
+    whole, out = tmp_path / "whole", tmp_path / "run"
+    run_to_end(whole, *flags, steps=7, config=config)
+    assert json.loads((whole / "summary.json").read_text())["tokens"] == 7 * 6 * 32
+    shutil.copytree(whole / "checkpoint-3", out / "checkpoint-3")
+    run_to_end(out, *flags, "--resume_from_checkpoint", "auto", steps=7, config=config)
+    assert json.loads((out / "summary.json").read_text())["resumed_from_step"] == 3
+    mine, theirs = (
+        {row["step"]: row["train_loss"] for row in read_metrics(run / "metrics.csv")} for run in (out, whole)
+    )
+    assert all(mine[step] == theirs[step] for step in range(4, 8))
+    assert (out / "model/model.safetensors").read_bytes() == (whole / "model/model.safetensors").read_bytes()
 
 
 @pytest.mark.parametrize("kind", ["shards", "stream"])
