@@ -41,27 +41,24 @@ _GRADIENT = {"tensor": "tensor", "token": "row", "channel": "column"}
 
 
 class Quantizer(NamedTuple):
-    """How one operand is quantized; `fold`: after the other operand's scale was multiplied in."""
+    """How one operand is quantized; `fold`: after the other operand's scale was multiplied in.
 
-    format: Format[Integers]
+    The fields are those of layers that were pickled by version 0.1.
+    """
+
+    bits: int
+    granularity: str
+    symmetric: bool
     rounding: str
+    block_size: int = 128
     fold: bool = False
+    full_range: bool = False
 
     @property
-    def bits(self) -> int:
-        return self.format.elements.bits
-
-    @property
-    def full_range(self) -> bool:
-        return self.format.elements.full_range
-
-    @property
-    def granularity(self) -> str:
-        return self.format.group.granularity
-
-    @property
-    def block_size(self) -> int:
-        return self.format.group.block_size
+    def format(self) -> Format[Integers]:
+        """What its codes and scales are."""
+        elements = Integers(self.bits, self.symmetric, self.full_range)
+        return Format(elements, Group(self.granularity, self.block_size))
 
     def __call__(self, x: Tensor, key: Tensor | None, stream: int) -> Quantized:
         subkey = derive_key(key, stream) if key is not None and self.rounding == "stochastic" else None
@@ -112,18 +109,22 @@ def plan_of(config: LinearConfig, *, transposed: bool, stream: int) -> Plan:
     w, a, g = config.weight, config.activation, config.gradient
     weight = activation = grad_input = grad_weight = None
     if w:
-        elements = Integers(w.bits, w.symmetric)
-        weight = Quantizer(Format(elements, Group(_WEIGHT[w.granularity], w.block_size)), w.rounding)
+        weight = Quantizer(w.bits, _WEIGHT[w.granularity], w.symmetric, w.rounding, w.block_size)
     if a:
-        elements = Integers(a.bits, a.symmetric, full_range=a.range == "full")
-        activation = Quantizer(Format(elements, Group(_ACTIVATION[a.granularity], a.block_size)), a.rounding)
+        activation = Quantizer(
+            a.bits,
+            _ACTIVATION[a.granularity],
+            a.symmetric,
+            a.rounding,
+            a.block_size,
+            full_range=a.range == "full",
+        )
     if g:
         outer = g.granularity == "outer"
-        elements = Integers(g.bits, g.symmetric)
         if "input" in g.used_for:
             rows = "row" if outer else _GRADIENT[g.granularity]
-            grad_input = Quantizer(Format(elements, Group(rows)), g.rounding, fold=outer)
+            grad_input = Quantizer(g.bits, rows, g.symmetric, g.rounding, fold=outer)
         if "weight" in g.used_for:
             columns = "column" if outer else _GRADIENT[g.granularity]
-            grad_weight = Quantizer(Format(elements, Group(columns)), g.rounding, fold=outer)
+            grad_weight = Quantizer(g.bits, columns, g.symmetric, g.rounding, fold=outer)
     return Plan(weight, activation, grad_input, grad_weight, config.backward_operands == "original", transposed, stream)
