@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from numerics import moment_oracle
 
 from ds_quant.numerics import CodeMap, code_map, code_values, fold_key, uniform16
-from ds_quant.numerics.codes import BITS, MAPS, decode, encode
+from ds_quant.numerics.codes import BITS, KINDS, MAPS, decode, encode, register_map
 
 ALL = [case for case in itertools.product(MAPS, BITS, (True, False)) if case[:2] != ("float", 4)]
 
@@ -169,11 +169,16 @@ def test_other_exponents_and_offsets(exponent):
     [
         ({"name": "log"}, r"\(name\): got 'log'; allowed: float, power, linear, dynamic; "),
         ({"name": "float", "bits": 4}, r"\(bits\): got 4 with map float; allowed: 8; "),
-        ({"bits": 2}, r"\(bits\): got 2; allowed: 8, 4; "),
-        ({"bits": True}, r"\(bits\): got True; allowed: "),
+        ({"bits": 2}, r"\(bits\): got 2 with map power; allowed: 8, 4; "),
+        ({"bits": True}, r"\(bits\): got True with map power; allowed: "),
     ],
 )
 def test_wrong_arguments_are_refused(arguments, message):
     arguments = {"name": "power", "bits": 8, **arguments}
     with pytest.raises(ValueError, match=message):
         code_map(signed=True, **arguments)
+
+
+def test_a_name_is_registered_once():
+    with pytest.raises(ValueError, match=r"register_map\(name\): got 'power'; allowed: a name other than float, power"):
+        register_map("power", KINDS["linear"])
