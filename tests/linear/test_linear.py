@@ -59,18 +59,18 @@ def test_the_three_products(weight, activation):
             LinearConfig.parse(config)
         except ConfigError:
             continue  # nothing to quantize, or a scale that cannot be folded: test_config.py has these
-        for dtype, layout in itertools.product((torch.float32, torch.bfloat16), ("linear", "conv1d")):
+        for dtype in (torch.float32, torch.bfloat16):
             seed = int(torch.randint(2**31, ()).item())
             x, w, bias, g = random_case(dtype, seed)
-            y, dx, dw, db = run(config, x, w, bias, g, layout)
-            case = f"{config} {dtype} {layout} seed {seed}"
-            for got, want, name in zip(
-                (y, dx, dw), expected(x, w, bias, g, config, dtype), "y dX dW".split(), strict=True
-            ):
-                assert got.dtype == dtype
-                assert_within(got, want, f"{name} of {case}")
-            assert torch.equal(db, g.sum(0)), case
-            tried += 1
+            wanted = expected(x, w, bias, g, config, dtype)
+            for layout in ("linear", "conv1d"):
+                y, dx, dw, db = run(config, x, w, bias, g, layout)
+                case = f"{config} {dtype} {layout} seed {seed}"
+                for got, want, name in zip((y, dx, dw), wanted, "y dX dW".split(), strict=True):
+                    assert got.dtype == dtype
+                    assert_within(got, want, f"{name} of {case}")
+                assert torch.equal(db, g.sum(0)), case
+                tried += 1
     assert tried >= 4 or (weight, activation) == ("none", "none")
 
 

@@ -3,6 +3,7 @@
 Shares no code with the implementation.
 """
 
+import functools
 import itertools
 import math
 
@@ -48,7 +49,17 @@ def uniform(key, count):
 
 
 def groups(shape, granularity, block_size):
-    """(shape of the scale, [list of row-major element indices of each group, in the order of the scales])."""
+    """(shape of the scale, [row-major element indices of each group, in the order of the scales])."""
+    return _groups(tuple(shape), granularity, block_size)
+
+
+@functools.lru_cache(maxsize=256)
+def _groups(shape, granularity, block_size):
+    scale_shape, members = _listed_groups(shape, granularity, block_size)
+    return scale_shape, [np.array(indices, dtype=np.int64) for indices in members]
+
+
+def _listed_groups(shape, granularity, block_size):
     features = shape[-1] if shape else 1
     leading = tuple(shape[:-1])
     rows = math.prod(leading)
