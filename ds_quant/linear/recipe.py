@@ -26,7 +26,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from ds_quant.config import LinearConfig
-from ds_quant.numerics.format import Format, Group, Integers
+from ds_quant.numerics.format import Format, Group, Integers, quantize_to
 from ds_quant.numerics.integer import Quantized
 from ds_quant.numerics.random import derive_key
 
@@ -62,9 +62,7 @@ class Quantizer(NamedTuple):
 
     def __call__(self, x: Tensor, key: Tensor | None, stream: int) -> Quantized:
         subkey = derive_key(key, stream) if key is not None and self.rounding == "stochastic" else None
-        q = self.format.quantize(x, rounding=self.rounding, key=subkey)
-        assert isinstance(q, Quantized)
-        return q
+        return quantize_to(x, self.format, rounding=self.rounding, key=subkey)
 
 
 class Codes(NamedTuple):

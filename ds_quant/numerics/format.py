@@ -8,18 +8,15 @@ Elements are `Integers`, evenly spaced (operands of linear layers, gradients on 
 `CodeMap` (states of optimizers; defined in `codes` and `blockwise`). They say what the scale is, too: the largest
 magnitude over the levels of integers, the largest magnitude itself for a map. Scales are fp32.
 
-Linear layers, moments and messages each hold a Format, so that one that is added here is there for all.
+Linear layers, states of optimizers and messages each hold a Format; `docs/extending.md` says what a new one touches.
 """
 
 from typing import Generic, NamedTuple, TypeVar
 
-import torch
 from torch import Tensor
 
-from ds_quant.numerics import blockwise, integer
-from ds_quant.numerics.blockwise import QuantizedBlocks
 from ds_quant.numerics.codes import CodeMap
-from ds_quant.numerics.integer import Quantized
+from ds_quant.numerics.integer import Quantized, quantize
 
 
 class Integers(NamedTuple):
@@ -29,11 +26,6 @@ class Integers(NamedTuple):
     symmetric: bool = True
     full_range: bool = False
     """All 2^bits codes of a symmetric range."""
-
-    @property
-    def levels(self) -> float:
-        """The scales that a group's largest magnitude takes, of symmetric ones."""
-        return integer.symmetric_levels(self.bits, full_range=self.full_range)
 
 
 class Group(NamedTuple):
@@ -53,43 +45,20 @@ class Format(NamedTuple, Generic[E]):
     elements: E
     group: Group
 
-    @property
-    def bits(self) -> int:
-        return self.elements.bits
 
-    def quantize(
-        self, x: Tensor, *, rounding: str = "nearest", key: Tensor | None = None
-    ) -> Quantized | QuantizedBlocks:
-        """Codes and scales of `x`, fp32, bf16 or fp16: a Quantized for Integers, QuantizedBlocks for a CodeMap.
+def quantize_to(x: Tensor, fmt: Format[Integers], *, rounding: str = "nearest", key: Tensor | None = None) -> Quantized:
+    """Codes and scales of `x`, fp32, bf16 or fp16, of any shape. key: for rounding "stochastic".
 
-        x: of any shape for Integers; 1-D for a CodeMap, whose groups are blocks. key: for rounding "stochastic".
-        Raises ValueError as `integer.quantize` and `blockwise.quantize_blockwise` do.
-        """
-        if isinstance(self.elements, CodeMap):
-            self._check_blocks()
-            size = self.group.block_size
-            return blockwise.quantize_blockwise(x, self.elements, block_size=size, rounding=rounding, key=key)
-        return integer.quantize(
-            x,
-            self.elements.bits,
-            granularity=self.group.granularity,
-            block_size=self.group.block_size,
-            symmetric=self.elements.symmetric,
-            rounding=rounding,
-            key=key,
-            full_range=self.elements.full_range,
-        )
-
-    def _check_blocks(self) -> None:
-        if self.group.granularity != "block":
-            raise ValueError(
-                f"Format.quantize: got granularity {self.group.granularity!r} with the map of a moment; allowed: block "
-                "(see group_size); make it so"
-            )
-
-
-def dequantize(q: Quantized | QuantizedBlocks, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The values of what `Format.quantize` gave, rounded once to `dtype`."""
-    if isinstance(q, QuantizedBlocks):
-        return blockwise.dequantize_blockwise(q).to(dtype)
-    return integer.dequantize(q, dtype)
+    States of optimizers go through `blockwise.quantize_blockwise`. Raises ValueError as `integer.quantize` does.
+    """
+    elements, group = fmt
+    return quantize(
+        x,
+        elements.bits,
+        granularity=group.granularity,
+        block_size=group.block_size,
+        symmetric=elements.symmetric,
+        rounding=rounding,
+        key=key,
+        full_range=elements.full_range,
+    )

@@ -36,7 +36,7 @@ import torch
 from torch import Tensor
 
 from ds_quant.numerics import integer, packing, rotation
-from ds_quant.numerics.format import Format, Group, Integers
+from ds_quant.numerics.format import Format, Group, Integers, quantize_to
 from ds_quant.numerics.random import derive_words
 
 ROTATIONS = ("none", "hadamard")
@@ -217,8 +217,7 @@ def _send(
     errors: np.ndarray | None,
 ) -> None:
     subkey = None if key is None else torch.tensor(derive_words(key, piece.stream), device=y.device)
-    q = fmt.elements.quantize(y, rounding="nearest" if key is None else "stochastic", key=subkey)
-    assert isinstance(q, integer.Quantized)
+    q = quantize_to(y, fmt.elements, rounding="nearest" if key is None else "stochastic", key=subkey)
     codes = packing.pack(q.codes, fmt.block_size, fmt.bits) if fmt.bits < 8 else q.codes.view(torch.uint8)
     scales = q.scale.view(torch.uint8)
     message[piece.scale_at : piece.scale_at + scales.numel()] = scales
