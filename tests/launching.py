@@ -13,6 +13,8 @@ from pathlib import Path
 from conftest import ROOT, free_port
 
 PROGRAMS = ROOT / "tests" / "distributed"
+WITHOUT_COMPILER = {"TORCHDYNAMO_DISABLE": "1"}
+"""For processes that compile nothing. DeepSpeed imports torch's compiler else, which is a fifth of a rank's start."""
 
 
 def launch(command, *, timeout, env=None, cwd=ROOT, check=True):

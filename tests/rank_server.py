@@ -8,6 +8,7 @@ Jobs come as JSON, a line each; the answer is a line with the exit status, or "t
 """
 
 import contextlib
+import gc
 import json
 import os
 import runpy
@@ -24,6 +25,7 @@ def import_everything():
     """What the programs import, and starts no threads."""
     import accelerate  # noqa: F401
     import datasets  # noqa: F401
+    import setuptools  # noqa: F401  (before distutils, or it warns)
     import torch  # noqa: F401
     import transformers
     from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments  # noqa: F401
@@ -32,6 +34,9 @@ def import_everything():
     import ds_quant.engine  # noqa: F401
 
     sys.path.append(os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "launchers"))
+    # Every engine with ZeRO imports the first, and torch's compiler with it.
+    import deepspeed.runtime.zero.muon.muon_optimizer
+    import deepspeed.utils.zero_to_fp32  # noqa: F401
     import pretraining.job  # noqa: F401
 
     transformers.utils.logging.set_verbosity_warning()
@@ -88,6 +93,8 @@ def stop(pids, number):
 
 def main():
     import_everything()
+    # Programs collect what engines leave: a second each time, if what has been imported here were looked through.
+    gc.freeze()
     while line := sys.stdin.readline():
         job, pids = json.loads(line), []
         for rank in range(max(1, job["ranks"])):

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import ROOT, free_port
-from launching import deepspeed, launch
+from launching import WITHOUT_COMPILER, deepspeed, launch, run_ranks
 from PIL import Image
 from samples import write_corpus
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -25,6 +25,7 @@ from ds_quant.kernels.bf16_units import multiplies_bf16_fast
 
 SCRIPT = ROOT / "launchers" / "pretrain.py"
 ENV = {"PYTHONPATH": str(ROOT), "OMP_WAIT_POLICY": "PASSIVE"}
+FAST = ENV | WITHOUT_COMPILER
 DTYPE = "bfloat16" if multiplies_bf16_fast(torch.device("cpu")) else "float32"
 SMALL = [
     *("--config_overrides", "num_hidden_layers=2,hidden_size=32,intermediate_size=64"),
@@ -102,7 +103,7 @@ def test_plain_python_leaves_everything_behind(corpus: Path, tmp_path: Path) -> 
     assert "[INFO]" not in printed
 
     # The same command again would mix two runs.
-    status, printed = launch([sys.executable, *command], timeout=100, env=ENV, check=False)
+    status, printed = launch([sys.executable, *command], timeout=100, env=FAST, check=False)
     assert status == 2
     assert "--resume_from_checkpoint last" in printed
 
@@ -115,13 +116,13 @@ def test_a_killed_run_resumes_to_the_same_losses(corpus: Path, tmp_path: Path) -
     content["ds_quant"] |= {"optimizer": others["optimizer"], "communication": others["communication"]}
     config.write_text(json.dumps(content))
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    _, printed = launch(deepspeed(*arguments(config, corpus, whole, steps=20, every=10)), timeout=200, env=ENV)
+    _, printed = run_ranks(*arguments(config, corpus, whole, steps=20, every=10), timeout=200, env=ENV)
 
     command = [str(x) for x in deepspeed(*arguments(config, corpus, killed, steps=20, every=10))]
     kill_when(command, lambda: trainer_checkpoints.newest_whole(killed) is not None)
     assert not (killed / "summary.json").exists(), "killed in the middle"
     resume = ["--resume_from_checkpoint", "last"]
-    launch(deepspeed(*arguments(config, corpus, killed, steps=20, every=10), *resume), timeout=200, env=ENV)
+    run_ranks(*arguments(config, corpus, killed, steps=20, every=10), *resume, timeout=200, env=ENV)
 
     assert (killed / "metrics.csv").read_text() == (whole / "metrics.csv").read_text()
     first, second = (json.loads((run / "summary.json").read_text()) for run in (whole, killed))
@@ -152,7 +153,7 @@ def test_torchrun_at_stage_3(corpus: Path, tmp_path: Path) -> None:
     launch(
         [*torchrun, *command, "--preset", "tiny-gpt2", "--config_overrides", "n_layer=2,n_embd=32"],
         timeout=200,
-        env=ENV,
+        env=FAST,
     )
     summary = json.loads((out / "summary.json").read_text())
     assert (summary["world_size"], summary["zero_stage"], summary["preset"]) == (2, 3, "tiny-gpt2")
@@ -167,7 +168,7 @@ def test_a_mistake_ends_all_ranks_with_one_line(tmp_path: Path) -> None:
     short = tmp_path / "short.txt"
     short.write_text("too short\n")
     command = arguments(ROOT / "ds_configs/baseline.json", short, tmp_path / "run", steps=2, every=2)
-    status, printed = launch(deepspeed(*command), timeout=150, env=ENV, check=False)
+    status, printed = launch(deepspeed(*command), timeout=150, env=FAST, check=False)
     assert status != 0
     assert printed.count("error: ") == 1
     assert "--vocab_size" in printed or "shorter than one sequence" in printed
@@ -240,7 +241,7 @@ def test_a_stale_lock_is_one_error(
 
 def kill_when(command: list[str], done: Any, timeout: float = 150) -> None:
     """Start a command and kill its whole process group at the first moment that `done()` holds."""
-    env = {**os.environ, **ENV, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    env = {**os.environ, **FAST, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"
     process = subprocess.Popen(
         command, env=env, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT

@@ -18,7 +18,7 @@ import psutil
 import pytest
 import torch
 from conftest import ROOT, free_port
-from launching import run_ranks
+from launching import WITHOUT_COMPILER, run_ranks
 from samples import write_corpus
 from survival import status
 from transformers import AutoModelForCausalLM
@@ -47,6 +47,14 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_corpus(tmp_path_factory.mktemp("corpus") / "documents.jsonl")
 
 
+def arguments(
+    out: Path, corpus: Path | None, *flags: object, steps: int = STEPS, config: Path = BASELINE
+) -> list[object]:
+    """What a run is started with; without a corpus, `flags` name the data."""
+    text = [] if corpus is None else [*TEXT, "--train_file", corpus]
+    return ["--deepspeed", config, *FLAGS, "--max_steps", steps, *text, "--output_dir", out, *flags]
+
+
 @pytest.fixture
 def start(corpus: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
     """Starts a run whose output is kept; whatever still lives at the test's end is killed."""
@@ -65,12 +73,12 @@ def start(corpus: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
         command += ["--master-port", free_port(), "--signals-to-handle", "SIGTERM,SIGINT,SIGUSR1"]
         command += ["--shutdown-timeout", 60] if ranks > 1 else []
         command = command if ranks > 1 else [sys.executable]
-        command += [SCRIPT, "--deepspeed", config, *FLAGS, "--max_steps", steps]
-        command += [*TEXT, "--train_file", corpus] if text else []
+        command += [SCRIPT, *arguments(out, corpus if text else None, *flags, steps=steps, config=config)]
         environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+        environment |= WITHOUT_COMPILER
         environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
         process = subprocess.Popen(
-            [str(part) for part in [*command, "--output_dir", out, *flags]],
+            [str(part) for part in command],
             env=environment | env,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -106,11 +114,9 @@ def run_to_end(corpus: Path) -> Callable[..., str]:
         text: bool = True,
         **env: str,
     ) -> str:
-        command = ["--deepspeed", config, *FLAGS, "--max_steps", steps]
-        command += [*TEXT, "--train_file", corpus] if text else []
+        command = arguments(out, corpus if text else None, *flags, steps=steps, config=config)
         environment = {"OMP_WAIT_POLICY": "PASSIVE", **env}
         ranks = ranks if ranks > 1 else 0  # one starts without a launcher
-        command += ["--output_dir", out, *flags]
         ended, output = run_ranks(SCRIPT, *command, ranks=ranks, timeout=200, env=environment, check=False)
         assert ended == expect, output
         return output
@@ -153,19 +159,7 @@ def metrics_of(out: Path) -> str:
 def undisturbed(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run of two ranks that all others are compared with."""
     out = tmp_path_factory.mktemp("undisturbed") / "run"
-    command = [
-        "--deepspeed",
-        BASELINE,
-        *FLAGS,
-        *TEXT,
-        "--max_steps",
-        STEPS,
-        "--train_file",
-        corpus,
-        "--output_dir",
-        out,
-    ]
-    run_ranks(SCRIPT, *command, timeout=200, env={"OMP_WAIT_POLICY": "PASSIVE"})
+    run_ranks(SCRIPT, *arguments(out, corpus), timeout=200, env={"OMP_WAIT_POLICY": "PASSIVE"})
     return out
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, free_port
+from launching import WITHOUT_COMPILER
 
 NODES = ("n1", "n2", "n3", "n4")
 _SYSTEM = "/usr/sbin:/sbin"
@@ -171,6 +172,7 @@ class Cluster:
             "DS_ACCELERATOR": "cpu",
             "OMP_NUM_THREADS": "1",
             "OMP_WAIT_POLICY": "PASSIVE",
+            **WITHOUT_COMPILER,
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}:{_SYSTEM}",
             **more,
         }

@@ -17,6 +17,7 @@ from slurm_cluster import Cluster, wait_for
 
 from ds_quant.cli.shared.run_folder import read_metrics
 
+CONFIG = "ds_configs/w8a8g8.json"
 STEPS, EVERY = 120, 10
 # A model so small that a step takes some 50 ms, with rounding that depends on the step, and data read twice.
 FLAGS = (
@@ -57,14 +58,14 @@ class Job:
         numbers = [int(path.name.split("-")[1]) for path in self.output_dir.glob("checkpoint-*")]
         return max(numbers, default=-1)
 
-    def wait_for_checkpoint(self, timeout: float = 150) -> int:
-        """Wait until the first checkpoint is there; the newest one's step."""
+    def wait_for_checkpoint(self, after: int = 0, timeout: float = 150) -> int:
+        """Wait until there is a checkpoint of a step past `after`; the newest one's step."""
 
         def holds() -> bool:
             assert self.cluster.job(self.id).get("JobState") in ("PENDING", "RUNNING"), self.explain()
-            return self.newest_checkpoint() > 0
+            return self.newest_checkpoint() > after
 
-        wait_for(holds, timeout, f"a checkpoint in {self.output_dir}", self.explain)
+        wait_for(holds, timeout, f"a checkpoint past step {after} in {self.output_dir}", self.explain)
         return self.newest_checkpoint()
 
     def wait(self, timeout: float = 240) -> dict[str, str]:
@@ -89,21 +90,34 @@ class Job:
                 found.append(pid)
         return found
 
-    @contextlib.contextmanager
-    def frozen(self) -> Iterator[list[int]]:
-        """Stop the clock of its ranks meanwhile, that it does not end before something happens to it; their ids."""
-        ranks = [rank for node in self.nodes() for rank in self.ranks(node)]
-        assert ranks, self.explain()
-        _signal(ranks, signal.SIGSTOP)
-        try:
-            yield ranks
-        finally:
-            _signal(ranks, signal.SIGCONT)
-
     def nodes(self) -> list[str]:
         """The nodes that it runs on, its batch script on the first."""
         _, printed = self.cluster.run("scontrol", "show", "hostnames", self.cluster.job(self.id)["NodeList"])
         return printed.split()
+
+
+@contextlib.contextmanager
+def frozen(past: dict[Job, int]) -> Iterator[dict[Job, list[int]]]:
+    """Stop the ranks of each job once it has a checkpoint past a step, that it does not end before something happens.
+
+    Begins when all jobs are stopped, with the ranks of each, and lets them go on at its end.
+    """
+    ranks: dict[Job, list[int]] = {}
+
+    def hold() -> bool:
+        for job in past.keys() - ranks.keys():
+            if job.newest_checkpoint() > past[job]:
+                ranks[job] = [rank for node in job.nodes() for rank in job.ranks(node)]
+                _signal(ranks[job], signal.SIGSTOP)
+                assert ranks[job], job.explain()
+        return len(ranks) == len(past)
+
+    try:
+        wait_for(hold, 200, f"checkpoints past {list(past.values())}", lambda: "".join(map(Job.explain, past)))
+        yield ranks
+    finally:
+        for stopped in ranks.values():
+            _signal(stopped, signal.SIGCONT)
 
 
 def arguments(config: Path | str, corpus: Path, output_dir: Path, *more: object) -> list[str]:
@@ -122,23 +136,23 @@ def submit(
     **environment: str,
 ) -> Job:
     """Submit slurm/pretrain.sbatch with options of sbatch, and `more` flags of pretrain.py."""
-    command = arguments("ds_configs/w8a8g8.json", corpus, output_dir, *more)
+    command = arguments(CONFIG, corpus, output_dir, *more)
     log = f"--output={output_dir.with_suffix('.out')}"
     job = cluster.submit(log, *options, "slurm/pretrain.sbatch", *command, PYTHONPATH=str(ROOT), **environment)
     return Job(cluster, job, output_dir)
 
 
-def assert_equal_runs(job: Job, reference: Job) -> None:
+def assert_equal_runs(job: Job, reference: Path) -> None:
     """Both are done, with the same training loss at each step and the same last validation loss, bit for bit."""
-    for one in (job, reference):
-        assert json.loads((one.output_dir / "status.json").read_text())["state"] == "done", one.explain()
+    folders = (job.output_dir, reference)
     losses = {}
-    for one in (job, reference):
-        rows = read_metrics(one.output_dir / "metrics.csv")
+    for folder in folders:
+        assert json.loads((folder / "status.json").read_text())["state"] == "done", job.explain()
+        rows = read_metrics(folder / "metrics.csv")
         assert [row["step"] for row in rows] == list(range(STEPS + 1)), "each step once"
-        losses[one.id] = [row["train_loss"] for row in rows]
-    assert losses[job.id] == losses[reference.id]
-    first, second = (json.loads((one.output_dir / "summary.json").read_text()) for one in (job, reference))
+        losses[folder] = [row["train_loss"] for row in rows]
+    assert losses[job.output_dir] == losses[reference]
+    first, second = (json.loads((folder / "summary.json").read_text()) for folder in folders)
     assert first["final_eval_loss"] == second["final_eval_loss"]
     assert first["final_eval_loss"] < first["first_eval_loss"] - 1
     assert not list(job.output_dir.glob(".checkpoint*")) + list(job.output_dir.glob(".writing*"))

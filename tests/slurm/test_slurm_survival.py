@@ -10,12 +10,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
+from launching import run_ranks
 from slurm_cluster import Cluster, running, wait_for
 from slurm_runs import (
+    CONFIG,
     EVERY,
     STEPS,
     Job,
+    arguments,
     assert_equal_runs,
+    frozen,
     is_pending,
     submit,
     wait_until_running,
@@ -38,78 +43,62 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def reference(cluster: Cluster, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Job:
-    """The undisturbed run; it may not have ended yet."""
-    return submit(cluster, corpus, tmp_path_factory.mktemp("reference") / "run", "--nodes=2", "--time=10")
+def reference(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the undisturbed run of two ranks, which needs no cluster."""
+    folder = tmp_path_factory.mktemp("reference") / "run"
+    run_ranks(ROOT / "launchers" / "pretrain.py", *arguments(CONFIG, corpus, folder), timeout=200)
+    return folder
 
 
-def test_signals_to_the_steps_and_a_killed_rank(cluster: Cluster, corpus: Path, reference: Job, tmp_path: Path) -> None:
-    signalled = submit(cluster, corpus, tmp_path / "signalled", "--nodes=2", "--time=10")
-    before = signalled.wait_for_checkpoint()
-    with signalled.frozen() as ranks:
+def test_a_time_limit_signals_a_killed_rank_and_preemption(
+    cluster: Cluster, corpus: Path, reference: Path, tmp_path: Path
+) -> None:
+    # Two jobs at a time, to each of which two things happen. The limit is set when there is a checkpoint: with a limit
+    # of a minute from the beginning the warning, which may come half a minute early, could precede the first step.
+    limited = submit(cluster, corpus, tmp_path / "limited", "--nodes=2", "--time=10", "--signal=B:USR1@30", "-wn1,n2")
+    signalled = submit(cluster, corpus, tmp_path / "signalled", "--nodes=2", "--time=10", "-wn3,n4")
+    with frozen({limited: 0, signalled: 0}) as ranks:
+        cluster.run("scontrol", "update", f"jobid={limited.id}", f"timelimit={minutes_with_time_to_stop(limited)}")
         # Without --batch it reaches the steps only: the batch script learns of it from status.json.
         cluster.run("scancel", "--signal=USR1", signalled.id)
-        _wait_until_asked(signalled, ranks)
-    assert reference.wait()["JobState"] == "COMPLETED", reference.explain()
-    assert reference.resumed_from() == []
-
-    killed = submit(cluster, corpus, tmp_path / "killed", "--nodes=2", "--time=10")
-    last = killed.wait_for_checkpoint()
-    (rank,) = killed.ranks(killed.nodes()[1])
-    os.kill(rank, signal.SIGKILL)
-
-    ended = signalled.wait()
-    assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), signalled.explain()
-    assert "back into the queue: state stopped" in signalled.log()
-    (step,) = signalled.resumed_from()
-    assert before <= step < STEPS
-    assert_equal_runs(signalled, reference)
-
-    ended = killed.wait()
-    assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "0"), killed.explain()
-    assert "state: failed retry" in killed.log()
-    assert "starting again on the same nodes" in killed.log()
-    (step,) = killed.resumed_from()
-    assert last <= step < STEPS
-    assert step % EVERY == 0
-    assert_equal_runs(killed, reference)
-
-
-def test_time_limit_and_preemption(cluster: Cluster, corpus: Path, reference: Job, tmp_path: Path) -> None:
-    # The warning may come half a minute early: with a limit of a minute from the beginning it could come before
-    # the first step.
-    options = ("--nodes=2", "--time=10", "--signal=B:USR1@30", "-wn1,n2")
-    limited = submit(cluster, corpus, tmp_path / "limited", *options)
-    limited.wait_for_checkpoint()
-    with limited.frozen() as ranks:
-        cluster.run("scontrol", "update", f"jobid={limited.id}", "timelimit=1")
-        _wait_until_asked(limited, ranks)
-    wait_for(lambda: cluster.job(limited.id).get("Restarts") == "1", 60, "the requeue", limited.explain)
+        before = signalled.newest_checkpoint()
+        for job in (limited, signalled):
+            _wait_until_asked(job, ranks[job])
+    for job in (limited, signalled):
+        wait_for(functools.partial(has_restarted, job), 60, "the requeue", job.explain)
     cluster.run("scontrol", "update", f"jobid={limited.id}", "timelimit=10")
-    preempted = submit(cluster, corpus, tmp_path / "preempted", "--nodes=2", "--time=10", "-wn3,n4")
-    last = preempted.wait_for_checkpoint()
-    with preempted.frozen():
+
+    warned, asked = limited.newest_checkpoint(), signalled.newest_checkpoint()
+    with frozen({limited: warned, signalled: asked}) as ranks:
+        last, newest = limited.newest_checkpoint(), signalled.newest_checkpoint()
+        os.kill(ranks[limited][1], signal.SIGKILL)
         urgent = cluster.submit("-phigh", "-wn3,n4", "--exclusive", "--time=1", "-o/dev/null", "--wrap=sleep 5")
-        wait_for(lambda: cluster.job(preempted.id)["JobState"] != "RUNNING", 60, "preemption", preempted.explain)
-    ended = preempted.wait()
-    assert cluster.wait_for_job(urgent, 10)["JobState"] == "COMPLETED"
-    assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), preempted.explain()
-    (step,) = preempted.resumed_from()
-    assert last <= step < STEPS
-    assert_equal_runs(preempted, reference)
+        wait_for(lambda: cluster.job(signalled.id)["JobState"] != "RUNNING", 60, "preemption", signalled.explain)
 
     ended = limited.wait()
     assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), limited.explain()
     assert "SIGUSR1: the ranks are asked for a checkpoint" in limited.log()
-    (step,) = limited.resumed_from()
-    assert 0 < step < STEPS
+    assert "state: failed retry" in limited.log()
+    assert "starting again on the same nodes" in limited.log()
+    first, step = limited.resumed_from()
+    assert 0 < first <= warned
+    assert last <= step < STEPS
+    assert step % EVERY == 0
     assert_equal_runs(limited, reference)
+
+    ended = signalled.wait()
+    assert cluster.wait_for_job(urgent, 10)["JobState"] == "COMPLETED"
+    assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "2"), signalled.explain()
+    assert "back into the queue: state stopped" in signalled.log()
+    first, step = signalled.resumed_from()
+    assert before <= first <= asked
+    assert newest <= step < STEPS
+    assert_equal_runs(signalled, reference)
 
 
 def test_death_of_a_node_and_a_node_that_only_seemed_dead(
-    cluster: Cluster, corpus: Path, reference: Job, tmp_path: Path
+    cluster: Cluster, corpus: Path, reference: Path, tmp_path: Path
 ) -> None:
-    reference.wait()
     dead = submit(cluster, corpus, tmp_path / "dead", "--nodes=2", "--time=10")
     # Both ranks on one node: no other node tells them that they were given up.
     lost = submit(cluster, corpus, tmp_path / "lost", "--nodes=1", "--ntasks=2", "--time=10", RANKS_PER_NODE="2")
@@ -191,6 +180,16 @@ def _wait_until_asked(job: Job, ranks: list[int]) -> None:
     """Wait until stopped ranks have SIGUSR1, which asks them for a checkpoint."""
     asked = functools.partial(is_pending, signal.SIGUSR1)
     wait_for(lambda: all(map(asked, ranks)), 90, "SIGUSR1 at the ranks", job.explain)
+
+
+def has_restarted(job: Job) -> bool:
+    return job.cluster.job(job.id).get("Restarts") == "1"
+
+
+def minutes_with_time_to_stop(job: Job) -> int:
+    """The least time limit that leaves a job 20 seconds and more; Slurm has limits in minutes."""
+    hours, minutes, seconds = map(int, job.cluster.job(job.id)["RunTime"].split(":"))
+    return hours * 60 + minutes + (2 if seconds > 40 else 1)
 
 
 def _living(pids: list[int]) -> list[int]:
