@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/.cache/torch_extensions
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help venv pretrain baseline compare moments communication int8 test test-all test-kills test-stack check docs lint pytest clean
+.PHONY: help venv pretrain baseline compare moments communication int8 test test-all test-kills test-stack stack-tests check docs lint pytest clean
 
 help:
 	@echo "make pretrain   pre-train the tiny model in W8A8 (sets everything up first)"
@@ -19,7 +19,7 @@ help:
 	@echo "make communication   losses with gradients in few bits on the wire, 4 ranks, some 15 runs"
 	@echo "make int8       losses with int8 linear layers, 15 runs of two minutes"
 	@echo "make test-kills  kill a run of two ranks at 200 points drawn from a seed, 15 minutes"
-	@echo "make test-stack STACK=oldest   the tests with the oldest versions of all packages, some hours and 6 GB"
+	@echo "make test-stack STACK=oldest   quick, engine, kernel and distributed tests with the oldest versions, an hour and 6 GB"
 	@echo "make clean      remove the environment and the build caches (not runs/)"
 
 venv: $(VENV)/.installed
@@ -77,18 +77,25 @@ lint: venv
 # first, and the Slurm tests share one cluster, with ports of its own.
 WORKERS ?= 2
 MARKERS ?= not slow
-pytest: export DS_ACCELERATOR := cpu
-pytest: export OMP_NUM_THREADS := 1
+BUILD_OP = python -c "import deepspeed; deepspeed.get_accelerator().create_op_builder('ShareMemCommBuilder').load()"
+PYTEST = python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder --durations 25 -m "$(MARKERS)"
+pytest stack-tests: export DS_ACCELERATOR := cpu
+pytest stack-tests: export OMP_NUM_THREADS := 1
 pytest: venv
-	python -c "import deepspeed; deepspeed.get_accelerator().create_op_builder('ShareMemCommBuilder').load()"
-	python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder --durations 25 -m "$(MARKERS)" --ignore tests/slurm
+	$(BUILD_OP)
+	$(PYTEST) --ignore tests/slurm
 	python -m pytest --durations 5 -m "$(MARKERS)" tests/slurm
 
 # Not in CI. tests/stacks has the versions, docs/stacks.md what came out.
 STACK ?= oldest
+STACK_TESTS ?= $(QUICK) $(addprefix tests/,engine kernels distributed)
 test-stack: STACK_VENV := .venv-$(STACK)
 test-stack:
-	$(MAKE) pytest VENV=$(STACK_VENV) CONSTRAINTS=tests/stacks/$(STACK).txt TORCH_EXTENSIONS_DIR=$(CURDIR)/$(STACK_VENV)/torch_extensions
+	$(MAKE) stack-tests VENV=$(STACK_VENV) CONSTRAINTS=tests/stacks/$(STACK).txt TORCH_EXTENSIONS_DIR=$(CURDIR)/$(STACK_VENV)/torch_extensions
+
+stack-tests: venv
+	$(BUILD_OP)
+	$(PYTEST) $(STACK_TESTS)
 
 clean:
 	rm -rf $(VENV) .venv-* .cache build *.egg-info

@@ -52,8 +52,10 @@ def accelerate(path, dummy=False):
 
 
 def trainer(path):
+    # transformers 5.17 would hand 0 warm-up steps to DeepSpeed, which wants 1 or more since 0.19.6.
+    counts = {"max_steps": 2, "warmup_steps": 1}
     arguments = TrainingArguments(
-        path.parent, deepspeed=str(path), max_steps=2, use_cpu=True, report_to="none", save_strategy="no"
+        path.parent, deepspeed=str(path), use_cpu=True, report_to="none", save_strategy="no", **counts
     )
     job = Trainer(model=model(), args=arguments, train_dataset=ROWS)
     job.train()
