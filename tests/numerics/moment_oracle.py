@@ -3,6 +3,7 @@
 Shares no code with the implementation.
 """
 
+import functools
 from fractions import Fraction
 
 import numpy as np
@@ -21,6 +22,7 @@ def powers(counts, levels, exponent):
     return result
 
 
+@functools.cache
 def magnitudes(name, bits, signed):
     """Values of the codes 0, 1, ... of a power or linear map."""
     if signed:
@@ -31,6 +33,7 @@ def magnitudes(name, bits, signed):
     return powers(range(1, 17), 16, 1) if name == "linear" else powers(range(3, 19), 18, 8)
 
 
+@functools.cache
 def dynamic(bits, signed):
     """Values of the dynamic map, smallest first."""
     sign_bits = 1 if signed else 0
@@ -45,6 +48,7 @@ def dynamic(bits, signed):
     return [F(value) for value in sorted(values)]
 
 
+@functools.cache
 def floats(signed):
     """Magnitudes of the float map, smallest first: numbers of three bits of mantissa, up to 1."""
     numbers = [*sorted((1 + k / 8) * 2.0**-exponent for exponent in range(1, 34) for k in range(8)), 1.0]

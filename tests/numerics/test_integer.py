@@ -388,18 +388,19 @@ def test_narrow_ranges_far_from_zero_stay_close(rng):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("symmetric", SYMMETRIC)
 def test_stochastic_rounding_is_unbiased(symmetric, dtype):
-    num_keys = 3000
+    num_keys, num_copies = 30, 100
     x = torch.cat((torch.tensor([-1.0, 1.0]), torch.linspace(-0.97, 0.97, 62))).to(dtype)
+    copies = x.repeat(num_copies)  # each element has bits of its own
     draws = [
-        integer_values(quantize(x, 4, symmetric=symmetric, rounding="stochastic", key=fold_key(1, step)))
+        integer_values(quantize(copies, 4, symmetric=symmetric, rounding="stochastic", key=fold_key(1, step)))
         for step in range(num_keys)
     ]
-    steps = torch.stack(draws).double()
+    steps = torch.cat(draws).reshape(-1, 64).double()
     exact = x.double() / quantize(x, 4, symmetric=symmetric).scale.double()
     fraction = exact - exact.floor()
     # The range is symmetric about zero, so the asymmetric zero point falls on a tie and the clamp cuts at the ends.
     inner = slice(2, None) if symmetric else slice(6, -4)
-    deviation = (fraction * (1 - fraction) / num_keys).sqrt()
+    deviation = (fraction * (1 - fraction) / len(steps)).sqrt()
     error = steps.mean(0) - exact
     assert (error[inner].abs() <= 5 * deviation[inner] + 2.0**-24).all()
     assert error[inner].mean().abs() <= 5 * (deviation[inner] ** 2).sum().sqrt() / deviation[inner].numel()
