@@ -108,7 +108,7 @@ def test_a_sweep_ends_in_one_table(cluster: Cluster, tmp_path: Path) -> None:
     diverged = tmp_path / "sweep" / "baseline" / "seed-1" / "status.json"
     diverged.write_text(diverged.read_text().replace('"done"', '"diverged"'))
     printed, collection = sweep.submit("--nodes=2", "--time=7")
-    assert "4 runs (2 done, 1 diverged, 1 missing): 1 to run" in printed
+    assert "4 runs (1 diverged, 2 done, 1 missing): 1 to run" in printed, printed
     states = dict.fromkeys(expected, "done") | {"baseline/seed-1": "diverged"}
     assert sweep.states(collection, 200, code=1) == states
     second = {name: (tmp_path / "sweep" / name / "metrics.csv").stat().st_mtime_ns for name in expected}
