@@ -10,12 +10,14 @@ from offline_triton import compiler, require_triton, resources, run_in_interpret
 HERE = Path(__file__).parent
 # M and N for which the table gives each tile, multiples of it and not.
 SIZES = {"128x256": 4096, "128x128": 1536, "64x128": 1024, "64x64": 512}
-LAYOUTS = {"forward": "NT", "dX": "NN", "dW": "TN"}
+LAYOUTS = {"padded": "NT", "b by rows": "NN", "a by columns": "TN"}
+"""The first is that of layers, in all their products."""
 MOST_REGISTERS = {
     80: {"128x256": 255, "128x128": 255, "64x128": 255, "64x64": 128},
     90: {"128x256": 255, "128x128": 128, "64x128": 168, "64x64": 128},
+    100: {"128x256": 255, "128x128": 255, "64x128": 255, "64x64": 128},
 }
-"""Of a thread. With 65536 on a multiprocessor: 1, 2, 3 and 4 programs for sm_90, 1, 1, 2 and 4 for sm_80."""
+"""Of a thread. With 65536 on a multiprocessor: 1, 2, 3 and 4 programs for sm_90, 1, 1, 2 and 4 for the others."""
 MOST_SHARED_MEMORY = 99 * 1024
 """Bytes that sm_86 and sm_89 have for one program."""
 
@@ -27,6 +29,10 @@ def needs_triton():
 
 def test_interpreter():
     run_in_interpreter(HERE / "int8_triton_in_interpreter.py")
+
+
+def test_quantizers_in_interpreter():
+    run_in_interpreter(HERE / "int8_quantize_in_interpreter.py")
 
 
 @pytest.fixture
@@ -70,9 +76,13 @@ def assert_instructions(ptx, capability, layout):
     assert not re.search(r"\bld\.global\S*b8", ptx)
 
 
-@pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize("product", LAYOUTS)
-@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize(
+    ("name", "product", "capability"),
+    [
+        *((name, "padded", capability) for name in SIZES for capability in MOST_REGISTERS),
+        *(("128x256", product, capability) for product in list(LAYOUTS)[1:] for capability in (80, 90)),
+    ],
+)
 def test_compiles(name, product, capability, compile_for, tmp_path):
     layout = LAYOUTS[product]
     for size in (SIZES[name], SIZES[name] + 16):

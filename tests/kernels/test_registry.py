@@ -60,7 +60,9 @@ def test_a_backend_serves_what_it_has_where_it_is_chosen(toy, monkeypatch):
 
 def test_the_environment_may_name_it_only_where_there_is_one(toy, monkeypatch):
     monkeypatch.setenv("DS_QUANT_KERNELS", "toys")
-    with pytest.raises(ConfigError, match='got "toys"; allowed: reference or triton or toy; fix: correct it'):
+    with pytest.raises(
+        ConfigError, match='got "toys"; allowed: reference or triton or compiled or toy; fix: correct it'
+    ):
         adamw_.implementation("cpu")
 
 
