@@ -73,7 +73,7 @@ def quantize_operand(
     num_scales = {"row": x.shape[0], "column": x.shape[1], "tensor": 1}[granularity]
     codes, turned = _codes(x, ways != "turned"), _codes(x.t(), ways != "codes")
     scale = torch.empty(num_scales, dtype=torch.float32, device=x.device)
-    rounding = _rounding(bits, full_range, key)
+    rounding = _rounding(x, bits, full_range, key)
     if granularity == "tensor":
         parts = torch.empty(ceil_div(x.shape[0], _scan_tile(x).rows), dtype=torch.float32, device=x.device)
         run(scan(x, rounding, one_parts=parts), x.device)
@@ -100,7 +100,7 @@ def quantize_gradient(
         options: dict[str, Any] = {"column_scale": column_scale, "row_scale": row_scale, "key": key, "sums": sums}
         return reference.quantize_gradient(g, bits, **options, row_stream=row_stream, column_stream=column_stream)
     g = _readable(g)
-    rounding = _rounding(bits, False, key)
+    rounding = _rounding(g, bits, False, key)
     codes, turned = _codes(g, True), _codes(g.t(), True)
     num_rows, num_columns = g.shape
     fp32: dict[str, Any] = {"dtype": torch.float32, "device": g.device}
@@ -223,7 +223,8 @@ def _padded(size: int) -> int:
     return ceil_div(size, ALIGNMENT) * ALIGNMENT
 
 
-def _rounding(bits: int, full_range: bool, key: Tensor | None) -> Rounding:
+def _rounding(x: Tensor, bits: int, full_range: bool, key: Tensor | None) -> Rounding:
+    key = None if key is None else key.to(x.device, non_blocking=True)
     return Rounding(float(symmetric_levels(bits, full_range=full_range)), flat(key))
 
 
