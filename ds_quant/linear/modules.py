@@ -79,7 +79,10 @@ class QuantizedModule(nn.Module):
             )
         local_key = replicated_key = None
         if self._quant_plan.stochastic:
-            local_key, replicated_key = self.step_key.keys_of_call(self._quant_plan.stream, x.device)
+            # `simulated` derives subkeys in Python, from keys that need no device; in graphs all is on the device.
+            in_python = self.quant_config.backend == "simulated" and not torch.compiler.is_compiling()
+            device = torch.device("cpu") if in_python else x.device
+            local_key, replicated_key = self.step_key.keys_of_call(self._quant_plan.stream, device)
         if self.quant_config.backend == "int8":
             return self._int8_forward(x, dtype, local_key)
         bias = getattr(self, "bias", None)
