@@ -208,8 +208,11 @@ def _serving(
     check_choice(choice)
     if choice == REFERENCE:
         return None, asked.reference
-    for backend in sorted(BACKENDS, key=lambda backend: backend.name != choice):
-        if kind not in backend.devices or backend.name == without or (backend.by_choice and backend.name != choice):
+    serving = [backend for backend in BACKENDS if kind in backend.devices]
+    # One that would serve anyway is named to leave out those before it.
+    serving = [backend for backend in serving if backend.name == choice and not backend.by_choice] or serving
+    for backend in sorted(serving, key=lambda backend: not backend.by_choice):
+        if backend.name == without or (backend.by_choice and backend.name != choice):
             continue
         if backend.name not in asked.implementations and not _has_file(asked.family, backend.name):
             continue
