@@ -5,6 +5,8 @@ import itertools
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ds_quant.kernels import simulated as kernels
 from ds_quant.linear import simulated
@@ -136,8 +138,32 @@ def test_which_devices_multiply_narrow(monkeypatch):
     assert not kernels.multiplies_narrow(torch.device("cuda", 0))
 
 
+def test_a_traced_gpu_multiplies_narrow(monkeypatch):
+    """Without one: torch's own shapes for its product of bf16 with an fp32 result."""
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    with FakeTensorMode():
+        x, w = (torch.empty(size, 8, device="cuda", dtype=BF16) for size in (5, 7))
+        a, b = (quantize(operand, 8, granularity="row") for operand in (x, w))
+        with OperatorNames() as operators:
+            y = _sums(_Operand(a, 1), _Operand(b, 1))
+        assert (y.dtype, y.shape, y.device.type) == (FP32, (5, 7), "cuda")
+    computed = [name for name in operators.found if name != "prim.device"]
+    assert computed == ["_to_copy", "_to_copy", "t", "mm.dtype"]
+
+
+class OperatorNames(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.found.append(str(func).removeprefix("aten.").removesuffix(".default"))
+        return func(*args, **(kwargs or {}))
+
+
 def test_layers_hand_over_what_they_quantize(monkeypatch):
-    """Seven calls of what is compiled: X, W and G twice, W again in the backward, and the ends of three products."""
+    """Eight calls of what is compiled: X, W, W again in the backward, G twice, and the ends of three products."""
     import ds_quant
 
     calls = []
