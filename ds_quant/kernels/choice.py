@@ -2,7 +2,8 @@
 
 reference   the definitions of `ds_quant.numerics` for everything, slow
 triton      on CUDA, Triton's kernels for the steps of AdamW whose format they take, and for the products of int8
-            linear layers
+            linear layers and what goes into them
+compiled    on CUDA, torch.compile and torch's own products, and no kernels of Triton's that are written here
 
 Other names are those of backends that `registry.add_backend` was told to take only by choice.
 """
@@ -13,7 +14,7 @@ from ds_quant.base.errors import fail
 
 VARIABLE = "DS_QUANT_KERNELS"
 REFERENCE = "reference"
-CHOICES = [REFERENCE, "triton"]
+CHOICES = [REFERENCE, "triton", "compiled"]
 
 
 def chosen() -> str:

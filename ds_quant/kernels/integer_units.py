@@ -25,6 +25,10 @@ _CPU_FLAGS = {
 }
 _OLDEST_CUDA = (7, 5)
 """First compute capability with integer tensor cores."""
+_LAYOUTS = ("TN", "NN", "TT", "NT")
+"""As cuBLAS has them: TN is a [M, K] and the transposed view of [N, K], both contiguous along what is contracted."""
+_MULTIPLIED_ON_CUDA = ("TN",)
+_EXACT, _WRONG = "is exact", "gives wrong sums here (a processor without integer dot products)"
 _PROBE_SIZES = (128, 384)
 """Of square matrices: the larger ones where the smaller leave a doubt, which calls that are slow never do."""
 _PROBE_ROUNDS = 4
@@ -42,6 +46,10 @@ class IntegerUnits(NamedTuple):
     """Of the units; empty where none were found."""
     speed: float | None = None
     """How many times as fast torch._int_mm is as exact products of the codes in fp32; None: not measured."""
+    flaws: str = ""
+    """What torch._int_mm gets wrong, by layout: "NN raises RuntimeError"."""
+    is_needed: bool = True
+    """Whether products that torch._int_mm gets wrong would run in fp32: on GPUs Triton's kernels may take them."""
 
     @property
     def serve(self) -> bool:
@@ -51,14 +59,16 @@ class IntegerUnits(NamedTuple):
     @property
     def is_fast(self) -> bool:
         """Whether int8 products may be expected to be faster than those of floats."""
-        return self.serve and (bool(self.names) or self.speed is not None)
+        return (self.serve or not self.is_needed) and (bool(self.names) or self.speed is not None)
 
     def line(self) -> str:
         """Which products were chosen, and what to expect, in a line."""
+        if not self.is_exact and not self.is_needed:
+            return f"int8 products run on Triton's kernels alone, as of torch._int_mm {self.flaws}"
         if not self.is_exact:
             return (
-                "int8 products run in fp32, exact: torch._int_mm gives wrong sums here (a processor without integer "
-                "dot products); expect about the speed of fp32 layers"
+                f"int8 products run in fp32, exact: torch._int_mm {self.flaws or _WRONG}; expect about the speed of "
+                "fp32 layers"
             )
         if not self.serve:
             assert self.speed is not None
@@ -69,7 +79,7 @@ class IntegerUnits(NamedTuple):
         where = self.names or "torch._int_mm"
         if self.speed is None:
             slow = "" if self.names else " without integer dot products: right, but may well be slower than bf16"
-            return f"int8 products run on {where}{slow}"
+            return f"int8 products run on {where}{slow}" + (self.flaws and f" (of torch._int_mm {self.flaws})")
         return f"int8 products run on {where}, {self.speed:.3g} times as fast here as exact products in fp32"
 
 
@@ -79,8 +89,14 @@ def integer_units(device: torch.device) -> IntegerUnits:
 
     Both ways are exact: ranks that choose differently have the same bits.
     """
+    states = int_mm_states(device)
     is_exact = is_int_mm_exact(device)
-    found = IntegerUnits(is_exact, unit_names(device), int_mm_speed() if is_exact and device.type == "cpu" else None)
+    wrong = [layout for layout, state in states.items() if state == _WRONG]
+    flaws = [f"{layout} {state}" for layout, state in states.items() if state not in (_EXACT, _WRONG)]
+    if wrong:
+        flaws.insert(0, _WRONG if len(wrong) == len(_LAYOUTS) else f"{', '.join(wrong)} {_WRONG}")
+    speed = int_mm_speed() if is_exact and device.type == "cpu" else None
+    found = IntegerUnits(is_exact, unit_names(device), speed, ", ".join(flaws), is_needed=not _has_kernels(device))
     if not found.is_fast:
         warn(f"{device}: {found.line()}")
     return found
@@ -124,7 +140,17 @@ def unit_names(device: torch.device) -> str:
 
 
 def is_int_mm_exact(device: torch.device) -> bool:
-    """Whether torch._int_mm agrees with int64 on the patterns that saturate 16-bit sums, and on random ones."""
+    """Whether torch._int_mm is exact in all layouts in which it is called."""
+    states = int_mm_states(device)
+    return all(states[layout] == _EXACT for layout in (_MULTIPLIED_ON_CUDA if device.type == "cuda" else _LAYOUTS))
+
+
+@functools.cache
+def int_mm_states(device: torch.device) -> dict[str, str]:
+    """For each layout of operands, whether torch._int_mm agrees with int64: "is exact", or what it does instead.
+
+    On the patterns that saturate 16-bit sums, and on random ones. Each layout takes another way.
+    """
     generator = torch.Generator().manual_seed(0)
     signs = torch.tensor([1, -1], dtype=torch.int8).repeat(256)
     extreme, lowest = torch.full_like(signs, 127), torch.full_like(signs, -128)
@@ -134,12 +160,24 @@ def is_int_mm_exact(device: torch.device) -> bool:
     drawn = torch.randint(-128, 128, (84, len(signs)), dtype=torch.int8, generator=generator)
     a, b = torch.cat((patterns, drawn[:26])), torch.cat((patterns, drawn[26:]))
     want = a.long() @ b.long().t()
+    a, b = a.to(device), b.to(device)
+    # cuBLAS, by columns, sees the second operand first.
+    firsts, seconds = {"T": b.t(), "N": b.t().contiguous()}, {"N": a, "T": a.t().contiguous().t()}
+    return {layout: _state(seconds[layout[1]], firsts[layout[0]], want) for layout in _LAYOUTS}
+
+
+def _has_kernels(device: torch.device) -> bool:
+    from ds_quant.kernels.int8 import padded_ops  # which imports this
+
+    return device.type == "cuda" and padded_ops.pads(device)
+
+
+def _state(left: torch.Tensor, right: torch.Tensor, want: torch.Tensor) -> str:
     try:
-        # Both layouts of the second operand: they take different ways.
-        got = [torch._int_mm(a.to(device), second.to(device)) for second in (b.t(), b.t().contiguous())]
-    except (RuntimeError, NotImplementedError):
-        return False
-    return all(torch.equal(products.cpu().long(), want) for products in got)
+        got = torch._int_mm(left, right)
+    except (RuntimeError, NotImplementedError) as error:
+        return f"raises {type(error).__name__}"
+    return _EXACT if torch.equal(got.cpu().long(), want) else _WRONG
 
 
 @functools.cache

@@ -66,6 +66,13 @@ def _has_triton(family: Family) -> bool:
     return False
 
 
+def _runs_triton(family: Family) -> bool:
+    """Whether the device has integer tensor cores that Triton uses, and 96 KiB of shared memory for a program."""
+    if importlib.util.find_spec("triton") is None or torch.version.hip:
+        return False
+    return torch.cuda.get_device_capability() >= (8, 0)
+
+
 BACKENDS = [
     Backend("triton", ("cuda",), by_choice=True, is_usable=_has_triton),
     Backend(
@@ -74,6 +81,7 @@ BACKENDS = [
         is_usable=lambda family: build.is_usable(family.without_cpp),
         describe=lambda: f"C++ {native.isa()}",
     ),
+    Backend("cuda", ("cuda",), is_usable=_runs_triton),
     Backend("compiled", ("cuda",)),
 ]
 """In the order in which they are asked."""
@@ -90,6 +98,7 @@ class Operation(Generic[P, R]):
         reference: Callable[..., R],
         shapes: Callable[P, R] | None,
         profiled: bool,
+        backends_only: bool,
     ) -> None:
         functools.update_wrapper(self, function)
         self.name = function.__name__
@@ -98,6 +107,7 @@ class Operation(Generic[P, R]):
         self.implementations: dict[str, Callable[..., R]] = {}
         self._function = function
         self._profiled = profiled
+        self._backends_only = backends_only
         self.operator: Any = None
         """torch.ops.ds_quant.<name>, which a graph holds as one node; it never alters its arguments."""
         if shapes is not None:
@@ -134,6 +144,10 @@ class Operation(Generic[P, R]):
         """The implementation that would serve a device if there were no such backend: for what one cannot do."""
         return _serving(self, device.type, os.environ.get(VARIABLE, ""), backend)[1]
 
+    def is_called(self, device: torch.device | str) -> bool:
+        """Whether reports name it."""
+        return not self._backends_only or self.implementation(device) != REFERENCE
+
     def implementation(self, device: torch.device | str) -> str:
         """What serves a device, for reports. Builds the C++ kernels if that has not been done."""
         kind = torch.device(device).type
@@ -152,14 +166,16 @@ def operation(
     reference: Callable[..., R],
     shapes: Callable[P, R] | None = None,
     profiled: bool = False,
+    backends_only: bool = False,
 ) -> Callable[[Callable[P, R]], Operation[P, R]]:
     """Declares a function as an operation; it calls `<its name>.on(device)` once it has checked what it is given.
 
     reference: the definition, for devices without a backend. shapes: gives empty results; with it the operation is
         torch.ops.ds_quant.<name>, by the function's annotations, and torch.compile keeps it whole. profiled: whether
-        torch.profiler shows calls as ``ds_quant::<name>``.
+        torch.profiler shows calls as ``ds_quant::<name>``. backends_only: whether nothing calls it on devices where no
+        backend has it, so that reports leave it out there.
     """
-    return lambda function: Operation(family, function, reference, shapes, profiled)
+    return lambda function: Operation(family, function, reference, shapes, profiled, backends_only)
 
 
 def add_backend(backend: Backend) -> None:
@@ -176,7 +192,7 @@ def report(device: torch.device | str) -> list[tuple[str, str]]:
     for name in FAMILIES:
         family = importlib.import_module(f"ds_quant.kernels.{name}.ops").FAMILY
         served: dict[str, list[str]] = {}
-        for each in _declared[family]:
+        for each in (each for each in _declared[family] if each.is_called(device)):
             served.setdefault(each.implementation(device), []).append(each.name)
         only_one = len(served) == 1
         texts = [text if only_one else f"{text} ({', '.join(names)})" for text, names in served.items()]
@@ -192,8 +208,11 @@ def _serving(
     check_choice(choice)
     if choice == REFERENCE:
         return None, asked.reference
-    for backend in sorted(BACKENDS, key=lambda backend: not backend.by_choice):
-        if kind not in backend.devices or backend.name == without or (backend.by_choice and backend.name != choice):
+    serving = [backend for backend in BACKENDS if kind in backend.devices]
+    # One that would serve anyway is named to leave out those before it.
+    serving = [backend for backend in serving if backend.name == choice and not backend.by_choice] or serving
+    for backend in sorted(serving, key=lambda backend: not backend.by_choice):
+        if backend.name == without or (backend.by_choice and backend.name != choice):
             continue
         if backend.name not in asked.implementations and not _has_file(asked.family, backend.name):
             continue

@@ -22,35 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ds_quant.kernels.int8 import ops
-from ds_quant.linear.recipe import (
-    STREAM_ACTIVATION,
-    STREAM_GRAD_INPUT,
-    STREAM_GRAD_WEIGHT,
-    Codes,
-    Plan,
-    Quantizer,
-)
-from ds_quant.numerics.random import derive_key
-
-
-def quantize_input(x: Tensor, plan: Plan, dtype: torch.dtype, key: Tensor | None) -> Codes:
-    """Codes [tokens, in] and scale [tokens] or [1] of x [..., in], seen in `dtype`."""
-    quantizer = plan.activation
-    assert quantizer is not None
-    x2 = x.detach().to(dtype).reshape(-1, x.shape[-1])
-    subkey = _subkey(quantizer, key, plan.stream + STREAM_ACTIVATION)
-    if quantizer.granularity == "tensor":
-        return Codes(*ops.quantize_tensor(x2, quantizer.bits, subkey, quantizer.full_range))
-    return Codes(*ops.quantize_rows(x2, quantizer.bits, None, subkey, quantizer.full_range))
-
-
-def quantize_weight(weight: Tensor, plan: Plan) -> Codes:
-    """Codes in the layout of `weight`, scale [out] or [1]."""
-    assert plan.weight is not None
-    bits, weight = plan.weight.bits, weight.detach()
-    if plan.weight.granularity == "tensor":
-        return Codes(*ops.quantize_tensor(weight, bits))
-    return Codes(*(ops.quantize_columns if plan.transposed else ops.quantize_rows)(weight, bits))
+from ds_quant.linear.operands import codes_of, pads, quantize_gradient, quantize_weight, weight_ways
+from ds_quant.linear.recipe import Codes, Plan, Quantizer
 
 
 class Int8Linear(torch.autograd.Function):
@@ -67,30 +40,34 @@ class Int8Linear(torch.autograd.Function):
         bias: Tensor | None,
         x_codes: Tensor | None,
         x_scale: Tensor | None,
+        x_turned: Tensor | None,
         w_codes: Tensor | None,
         w_scale: Tensor | None,
+        w_turned: Tensor | None,
         kept_weight_codes: bool,
         plan: Plan,
         dtype: torch.dtype,
         key: Tensor | None,
     ) -> Tensor:
         out = weight.shape[1] if plan.transposed else weight.shape[0]
+        qx = None if x_scale is None else Codes(x_codes, x_scale, x_turned)
+        qw = None if w_scale is None else Codes(w_codes, w_scale, w_turned)
         with torch.autocast(x.device.type, enabled=False):
-            if x_codes is not None and w_codes is not None:
-                y = ops.scaled_matmul(x_codes, _out_last(w_codes, plan), x_scale, w_scale, bias, dtype)
+            if qx is not None and qw is not None:
+                y = _output(qx, qw, plan, x.shape[:-1].numel(), out, bias, dtype)
             else:
                 y = F.linear(
-                    _dense_input(x, x_codes, x_scale, dtype),
-                    _dense_weight(weight, w_codes, w_scale, plan, dtype),
+                    _dense_input(x, qx, x.shape, dtype),
+                    _dense_weight(weight, qw, plan, dtype),
                     None if bias is None else bias.to(dtype),
                 )
         ctx.plan, ctx.dtype = plan, dtype
         ctx.x_shape, ctx.x_dtype = x.shape, x.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
-        hold_x = x if x_codes is None or plan.original_operands else None
-        hold_codes = (None, None) if hold_x is not None else (x_codes, x_scale)
+        hold_x = x if qx is None or plan.original_operands else None
+        hold_codes = (None, None, None) if hold_x is not None or qx is None else _for_backward(qx)
         # Not among the saved tensors: what hooks do to those (offloading, say) would be done to the layer's codes.
-        ctx.w_codes = (w_codes, w_scale) if kept_weight_codes and not plan.original_operands else (None, None)
+        ctx.w_codes = qw if kept_weight_codes and not plan.original_operands else None
         ctx.save_for_backward(weight, key, hold_x, *hold_codes)
         # No view, which a model could not go on to change in place, as Falcon's layers do.
         return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], out))
@@ -98,110 +75,104 @@ class Int8Linear(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        weight, key, x, x_codes, x_scale = ctx.saved_tensors
+        weight, key, x, x_codes, x_scale, x_turned = ctx.saved_tensors
         plan, dtype = ctx.plan, ctx.dtype
-        w_codes, w_scale = ctx.w_codes
+        qx, qw = None if x_scale is None else Codes(x_codes, x_scale, x_turned), ctx.w_codes
         wants_x, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         grad_x = grad_weight = grad_bias = None
         with torch.autocast(grad_output.device.type, enabled=False):
             g = grad_output.reshape(-1, grad_output.shape[-1])
-            if wants_x and plan.weight and not plan.original_operands and w_codes is None:
-                w_codes, w_scale = quantize_weight(weight, plan)
+            if wants_x and plan.weight and not plan.original_operands and qw is None:
+                qw = quantize_weight(weight, plan, weight_ways(plan, forward=False, backward=True))
             for_input = plan.grad_input if wants_x else None
             for_weight = plan.grad_weight if wants_weight else None
-            rows, columns = _quantize_gradient(g, plan, key, w_scale, x_scale, for_input, for_weight)
+            wants_bias = wants_bias and ctx.bias_dtype is not None
+            rows, columns, sums = quantize_gradient(
+                g,
+                plan,
+                key,
+                None if qw is None else qw.scale,
+                None if qx is None else qx.scale,
+                for_input,
+                for_weight,
+                wants_bias,
+            )
             if wants_x:
-                if rows is not None and w_codes is not None:
-                    scale = None if plan.grad_input.fold else w_scale
-                    grad_x = ops.scaled_matmul(rows.codes, _in_last(w_codes, plan), rows.scale, scale, None, dtype)
+                if rows is not None and qw is not None:
+                    grad_x = _grad_input(rows, qw, plan, torch.Size((len(g), ctx.x_shape[-1])), dtype)
                 else:
                     dense = _dense_gradient(g, rows, plan.grad_input, dtype)
-                    grad_x = dense @ _dense_weight(weight, w_codes, w_scale, plan, dtype)
+                    grad_x = dense @ _dense_weight(weight, qw, plan, dtype)
                 grad_x = grad_x.to(ctx.x_dtype).reshape(ctx.x_shape)
             if wants_weight:
-                if columns is not None and x_codes is not None:
-                    scale = None if plan.grad_weight.fold else x_scale
-                    if plan.transposed:
-                        grad_weight = ops.scaled_matmul(x_codes.t(), columns.codes, scale, columns.scale, None, dtype)
-                    else:
-                        grad_weight = ops.scaled_matmul(columns.codes.t(), x_codes, columns.scale, scale, None, dtype)
+                if columns is not None and qx is not None:
+                    grad_weight = _grad_weight(columns, qx, plan, weight.shape, dtype)
                 else:
                     dense = _dense_gradient(g, columns, plan.grad_weight, dtype)
-                    inputs = _dense_input(x, x_codes, x_scale, dtype)
+                    inputs = _dense_input(x, qx, ctx.x_shape, dtype)
                     grad_weight = inputs.t() @ dense if plan.transposed else dense.t() @ inputs
                 grad_weight = grad_weight.to(weight.dtype)
-            if ctx.bias_dtype is not None and wants_bias:
-                grad_bias = g.sum(0).to(ctx.bias_dtype)
-        return grad_x, grad_weight, grad_bias, *([None] * 8)
+            if wants_bias:
+                grad_bias = sums.to(ctx.bias_dtype)
+        return grad_x, grad_weight, grad_bias, *([None] * 10)
 
 
-def _quantize_gradient(
-    g: Tensor,
-    plan: Plan,
-    key: Tensor | None,
-    w_scale: Tensor | None,
-    x_scale: Tensor | None,
-    for_input: Quantizer | None,
-    for_weight: Quantizer | None,
-) -> tuple[Codes | None, Codes | None]:
-    """G [tokens, out] as dX contracts it, and as dW does; None where it is not quantized.
-
-    Without the other operand's scale, or where that operand is unquantized, there is nothing to fold.
-    """
-    row_key = _subkey(for_input, key, plan.stream + STREAM_GRAD_INPUT)
-    column_key = _subkey(for_weight, key, plan.stream + STREAM_GRAD_WEIGHT)
-    if for_input and for_weight and for_input.fold:
-        codes, scale, more_codes, more_scale = ops.quantize_both(
-            g, for_input.bits, w_scale, x_scale, row_key, column_key
-        )
-        return Codes(codes, scale), Codes(more_codes, more_scale)
-    rows = columns = None
-    if for_input:
-        if for_input.fold:
-            rows = Codes(*ops.quantize_rows(g, for_input.bits, w_scale, row_key))
-        else:
-            rows = Codes(*ops.quantize_tensor(g, for_input.bits, row_key))
-    if for_weight:
-        if for_weight.fold:
-            columns = Codes(*ops.quantize_columns(g, for_weight.bits, x_scale, column_key))
-        elif rows is not None and column_key is None:
-            columns = rows
-        else:
-            columns = Codes(*ops.quantize_tensor(g, for_weight.bits, column_key))
-    return rows, columns
+def _output(
+    x: Codes, w: Codes, plan: Plan, num_tokens: int, num_outputs: int, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    if pads(x.scale.device):
+        a, b = x.way(turned=False), w.way(plan.transposed)
+        return ops.padded_matmul(a, b, num_tokens, num_outputs, x.scale, w.scale, bias, dtype)
+    return ops.scaled_matmul(x.way(False), _in_last(w.way(False), plan).t(), x.scale, w.scale, bias, dtype)
 
 
-def _subkey(quantizer: Quantizer | None, key: Tensor | None, stream: int) -> Tensor | None:
-    if quantizer is None or key is None or quantizer.rounding != "stochastic":
-        return None
-    return derive_key(key, stream)
+def _grad_input(g: Codes, w: Codes, plan: Plan, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """`shape`: of the result, [tokens, in]."""
+    assert plan.grad_input is not None
+    scale = None if plan.grad_input.fold else w.scale
+    if pads(g.scale.device):
+        a, b = g.way(turned=False), w.way(not plan.transposed)
+        return ops.padded_matmul(a, b, shape[0], shape[1], g.scale, scale, None, dtype)
+    return ops.scaled_matmul(g.way(False), _in_last(w.way(False), plan), g.scale, scale, None, dtype)
 
 
-def _out_last(w_codes: Tensor, plan: Plan) -> Tensor:
-    """[in, out], a view."""
-    return w_codes if plan.transposed else w_codes.t()
+def _grad_weight(g: Codes, x: Codes, plan: Plan, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """`shape`: of the result, which is that of the weight."""
+    assert plan.grad_weight is not None
+    scale = None if plan.grad_weight.fold else x.scale
+    if pads(g.scale.device):
+        sides = [(g.way(turned=True), g.scale), (x.way(turned=True), scale)]
+        (a, a_scale), (b, b_scale) = sides[::-1] if plan.transposed else sides
+        return ops.padded_matmul(a, b, shape[0], shape[1], a_scale, b_scale, None, dtype)
+    if plan.transposed:
+        return ops.scaled_matmul(x.way(False).t(), g.way(False), scale, g.scale, None, dtype)
+    return ops.scaled_matmul(g.way(False).t(), x.way(False), g.scale, scale, None, dtype)
 
 
-def _in_last(w_codes: Tensor, plan: Plan) -> Tensor:
+def _for_backward(x: Codes) -> Codes:
+    """What dW contracts, where there are two ways."""
+    return x if x.turned is None else x._replace(codes=None)
+
+
+def _in_last(w: Tensor, plan: Plan) -> Tensor:
     """[out, in], a view."""
-    return w_codes.t() if plan.transposed else w_codes
+    return w.t() if plan.transposed else w
 
 
-def _dense_weight(weight: Tensor, codes: Tensor | None, scale: Tensor | None, plan: Plan, dtype: torch.dtype) -> Tensor:
+def _dense_weight(weight: Tensor, w: Codes | None, plan: Plan, dtype: torch.dtype) -> Tensor:
     """[out, in] in dtype."""
-    if codes is None:
+    if w is None:
         dense = weight.to(dtype)
-    elif plan.transposed:
-        dense = ops.dequantize(codes, None, scale, dtype)
     else:
-        dense = ops.dequantize(codes, scale, None, dtype)
+        by_row, by_column = (None, w.scale) if plan.transposed else (w.scale, None)
+        dense = ops.dequantize(codes_of(w, weight.shape), by_row, by_column, dtype)
     return _in_last(dense, plan)
 
 
-def _dense_input(x: Tensor | None, codes: Tensor | None, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """[tokens, in] in dtype."""
+def _dense_input(x: Tensor | None, codes: Codes | None, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """[tokens, in] in dtype, of x [..., in] or its codes."""
     if codes is not None:
-        return ops.dequantize(codes, scale, None, dtype)
+        return ops.dequantize(codes_of(codes, shape), codes.scale, None, dtype)
     assert x is not None
     return x.to(dtype).reshape(-1, x.shape[-1])
 
@@ -210,6 +181,5 @@ def _dense_gradient(g: Tensor, codes: Codes | None, quantizer: Quantizer | None,
     """[tokens, out] in dtype."""
     if codes is None or quantizer is None:
         return g.to(dtype)
-    if quantizer.granularity == "column":
-        return ops.dequantize(codes.codes, None, codes.scale, dtype)
-    return ops.dequantize(codes.codes, codes.scale, None, dtype)
+    by_row, by_column = (None, codes.scale) if quantizer.granularity == "column" else (codes.scale, None)
+    return ops.dequantize(codes_of(codes, g.shape), by_row, by_column, dtype)

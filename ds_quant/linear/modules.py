@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from ds_quant.config import ActivationConfig, GradientConfig, LinearConfig
 from ds_quant.linear import recomputation
-from ds_quant.linear.int8 import Int8Linear, quantize_input, quantize_weight
+from ds_quant.linear.int8 import Int8Linear
+from ds_quant.linear.operands import input_ways, quantize_input, quantize_weight, weight_ways
 from ds_quant.linear.recipe import NUM_STREAMS, Codes, Plan, plan_of
 from ds_quant.linear.shared_inputs import ArrivingInput, SharedInputs
 from ds_quant.linear.simulated import SimulatedLinear
@@ -78,7 +79,10 @@ class QuantizedModule(nn.Module):
             )
         local_key = replicated_key = None
         if self._quant_plan.stochastic:
-            local_key, replicated_key = self.step_key.keys_of_call(self._quant_plan.stream, x.device)
+            # `simulated` derives subkeys in Python, from keys that need no device; in graphs all is on the device.
+            in_python = self.quant_config.backend == "simulated" and not torch.compiler.is_compiling()
+            device = torch.device("cpu") if in_python else x.device
+            local_key, replicated_key = self.step_key.keys_of_call(self._quant_plan.stream, device)
         if self.quant_config.backend == "int8":
             return self._int8_forward(x, dtype, local_key)
         bias = getattr(self, "bias", None)
@@ -86,16 +90,17 @@ class QuantizedModule(nn.Module):
 
     def _int8_forward(self, x: Tensor, dtype: torch.dtype, key: Tensor | None) -> Tensor:
         plan = self._quant_plan
-        inputs: tuple[Tensor | None, Tensor | None] = (None, None)
-        weights: tuple[Tensor | None, Tensor | None] = (None, None)
+        inputs: tuple[Tensor | None, ...] = (None, None, None)
+        weights: tuple[Tensor | None, ...] = (None, None, None)
         if plan.activation:
             inputs = self._input_codes(x, dtype, key)
         # Compiled code makes them in the graph: what is kept in Python would be compiled in as it was.
         keeps = not torch.compiler.is_compiling() and self.training and self._weight_codes.may_keep(self.weight)
         if plan.weight and keeps:
-            weights = self._weight_codes.get(self.weight, functools.partial(quantize_weight, plan=plan))
+            ways = weight_ways(plan, forward=True, backward=True)
+            weights = self._weight_codes.get(self.weight, functools.partial(quantize_weight, plan=plan, ways=ways))
         elif plan.weight:
-            weights = quantize_weight(self.weight, plan)
+            weights = quantize_weight(self.weight, plan, weight_ways(plan, forward=True, backward=False))
         if not plan.activation or plan.original_operands:
             x = x.to(dtype)  # it is held for the backward: in the narrower dtype
         bias = getattr(self, "bias", None)
@@ -103,14 +108,15 @@ class QuantizedModule(nn.Module):
 
     def _input_codes(self, x: Tensor, dtype: torch.dtype, key: Tensor | None) -> Codes:
         plan, activation = self._quant_plan, self._quant_plan.activation
+        ways = input_ways(plan, trains=torch.is_grad_enabled() and self.weight.requires_grad)
         # Layers that round stochastically each draw their own bits, as in the simulated backend.
         if torch.compiler.is_compiling() or activation is None or activation.rounding == "stochastic":
-            return quantize_input(x, plan, dtype, key)
-        how = (activation, dtype)
+            return quantize_input(x, plan, dtype, key, ways)
+        how = (activation, dtype, ways)
         source = x if self._arriving_input is None else self._arriving_input.of(x)
         codes = self._shared_inputs.find(source, how)
         if codes is None:
-            codes = quantize_input(x, plan, dtype, key)
+            codes = quantize_input(x, plan, dtype, key, ways)
             self._shared_inputs.keep(source, how, codes)
         return codes
 

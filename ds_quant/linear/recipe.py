@@ -66,11 +66,22 @@ class Quantizer(NamedTuple):
 
 
 class Codes(NamedTuple):
-    """A quantized operand: codes int8 [rows, features], and what its rows or features or all of them share."""
+    """A quantized operand: codes int8 [rows, features], and what its rows or features or all of them share.
 
-    codes: Tensor
+    On GPUs in memory that is padded, and in the ways that are needed: see `operands`.
+    """
+
+    codes: Tensor | None
     scale: Tensor
     """fp32, flat."""
+    turned: Tensor | None = None
+    """The codes transposed."""
+
+    def way(self, turned: bool) -> Tensor:
+        """The codes in a way in which they were made."""
+        found = self.turned if turned else self.codes
+        assert found is not None
+        return found
 
 
 class Plan(NamedTuple):

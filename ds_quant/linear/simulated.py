@@ -8,6 +8,11 @@ Activations in the full range are a server's, and so is the forward of a model i
 operands, with the very operations of compressed-tensors and transformers. The full range puts the largest magnitude of
 each group on a tie between two codes, so that inputs that differ in their last bit soon have other codes.
 
+On CUDA devices integer values are multiplied in bf16, which has them exactly up to 256, with sums and results in fp32;
+so are unquantized operands that are bf16 already (or fp16, and then the integers too). Asymmetric codes, whose zero
+point has no bound, and unquantized fp32 remain fp32. Quantizers and what follows the products are compiled there
+(`kernels.simulated`), and have the same bits.
+
 For the backward the codes of X are held, one byte an element, and of W nothing but the Parameter itself.
 """
 
@@ -17,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ds_quant.kernels import simulated as kernels
 from ds_quant.linear.recipe import (
     STREAM_ACTIVATION,
     STREAM_GRAD_INPUT,
@@ -26,6 +32,8 @@ from ds_quant.linear.recipe import (
     Quantizer,
 )
 from ds_quant.numerics.integer import Quantized, dequantize, integer_values
+
+_NARROW = (torch.bfloat16, torch.float16)
 
 
 class _Operand(NamedTuple):
@@ -38,6 +46,10 @@ class _Operand(NamedTuple):
     value: Tensor | Quantized
     contracted: int
     scaled: bool = True
+
+    @property
+    def value_device(self) -> torch.device:
+        return self.value.codes.device if isinstance(self.value, Quantized) else self.value.device
 
     @property
     def scale_is_contracted(self) -> bool:
@@ -54,10 +66,21 @@ class _Operand(NamedTuple):
         value = dequantize(self.value, dtype) if isinstance(self.value, Quantized) else self.value.to(dtype)
         return self._contracted_last(value)
 
-    def factors(self) -> Tensor:
-        """fp32 [rows, contracted]: what is multiplied before any scale is applied."""
-        value = integer_values(self.value) if isinstance(self.value, Quantized) else self.value.float()
+    def factors(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """[rows, contracted]: what is multiplied before any scale is applied. Other dtypes than fp32 must hold it."""
+        if not isinstance(self.value, Quantized):
+            value = self.value.to(dtype)
+        elif dtype == torch.float32:
+            value = integer_values(self.value)
+        else:
+            value = self.value.codes.to(dtype)
         return self._contracted_last(value)
+
+    def narrow_dtypes(self) -> tuple[torch.dtype, ...]:
+        """Dtypes of 16 bits that hold the factors."""
+        if isinstance(self.value, Quantized):
+            return _NARROW if self.value.zero_point is None else ()
+        return (self.value.dtype,) if self.value.dtype in _NARROW else ()
 
     def scale(self) -> Tensor | None:
         """fp32 scale of each row, [rows, 1] or one element; None where there is none to apply."""
@@ -71,15 +94,16 @@ def _product(a: _Operand, b: _Operand, dtype: torch.dtype, bias: Tensor | None =
     quantized = isinstance(a.value, Quantized) or isinstance(b.value, Quantized)
     if not quantized or a.scale_is_contracted or b.scale_is_contracted:
         return F.linear(a.dense(dtype), b.dense(dtype), None if bias is None else bias.to(dtype))
-    y = torch.mm(a.factors(), b.factors().t())
-    a_scale, b_scale = a.scale(), b.scale()
-    if a_scale is not None:
-        y = y * a_scale
-    if b_scale is not None:
-        y = y * b_scale.t()
-    if bias is not None:
-        y = y + bias.float()
-    return y.to(dtype)
+    y = _sums(a, b)
+    return kernels.finish(y, a.scale(), b.scale(), bias, dtype)
+
+
+def _sums(a: _Operand, b: _Operand) -> Tensor:
+    """fp32 [M, N]: the products of the factors, exact, summed up in fp32."""
+    narrow = [dtype for dtype in a.narrow_dtypes() if dtype in b.narrow_dtypes()]
+    if narrow and kernels.multiplies_narrow(a.value_device):
+        return torch.mm(a.factors(narrow[0]), b.factors(narrow[0]).t(), out_dtype=torch.float32)
+    return torch.mm(a.factors(), b.factors().t())
 
 
 class SimulatedLinear(torch.autograd.Function):
@@ -99,8 +123,10 @@ class SimulatedLinear(torch.autograd.Function):
         with torch.autocast(x.device.type, enabled=False):
             w = weight.t() if plan.transposed else weight  # [out, in]
             x2 = x.reshape(-1, x.shape[-1])
-            qx = plan.activation(x2, local_key, plan.stream + STREAM_ACTIVATION) if plan.activation else None
-            qw = plan.weight(w, replicated_key, plan.stream + STREAM_WEIGHT) if plan.weight else None
+            qx = (
+                _quantized(x2, plan.activation, local_key, plan.stream + STREAM_ACTIVATION) if plan.activation else None
+            )
+            qw = _quantized(w, plan.weight, replicated_key, plan.stream + STREAM_WEIGHT) if plan.weight else None
             a = _Operand(x2 if qx is None else qx, 1)
             b = _Operand(w if qw is None else qw, 1)
             cast_bias = None if bias is None else bias.to(dtype)
@@ -137,7 +163,7 @@ class SimulatedLinear(torch.autograd.Function):
                 other: Tensor | Quantized = w
                 if plan.weight and not plan.original_operands:
                     # Made again from the Parameter: with ZeRO-3 it is gathered for this layer's backward only.
-                    other = plan.weight(w, replicated_key, plan.stream + STREAM_WEIGHT)
+                    other = _quantized(w, plan.weight, replicated_key, plan.stream + STREAM_WEIGHT)
                 a, b = _gradient_product(g, other, plan.grad_input, local_key, plan.stream + STREAM_GRAD_INPUT, 1)
                 grad_x = _product(a, b, dtype).reshape(ctx.x_shape)
             if ctx.needs_input_grad[1]:
@@ -158,8 +184,16 @@ def _gradient_product(
     if quantizer is None:
         return _Operand(g, contracted), _Operand(other, 0)
     if not (quantizer.fold and isinstance(other, Quantized)):
-        return _Operand(quantizer(g, key, stream), contracted), _Operand(other, 0)
+        return _Operand(_quantized(g, quantizer, key, stream), contracted), _Operand(other, 0)
     # `other` is [contracted, free] with one scale per contracted index, or one scale in all.
     scale = other.scale.reshape(-1)
-    folded = g.float() * (scale if contracted == 1 else scale.reshape(-1, 1))
-    return _Operand(quantizer(folded, key, stream), contracted), _Operand(other, 0, scaled=False)
+    return _Operand(
+        _quantized(g, quantizer, key, stream, scale if contracted == 1 else scale.reshape(-1, 1)), contracted
+    ), _Operand(other, 0, scaled=False)
+
+
+def _quantized(
+    x: Tensor, quantizer: Quantizer, key: Tensor | None, stream: int, factor: Tensor | None = None
+) -> Quantized:
+    """x, times `factor` in fp32 where there is one, quantized."""
+    return kernels.quantize(x, factor, quantizer.format, quantizer.rounding, key, stream)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ds_quant.numerics.random import derive_key, fold_words
+from ds_quant.numerics.random import derive_key, derive_words, fold_words
 
 SEED_MASK = 2**63 - 1
 """Seeds are sent between ranks as int64."""
@@ -73,10 +73,13 @@ class StepKey:
         """(local, replicated) for the call of the layer with that stream that begins now, which counts."""
         compiles = torch.compiler.is_compiling()
         number = _number_in_graph(self._number, stream) if compiles else self._count_call(stream)
-        local, replicated = self.local(device), self.replicated(device)
         if number == 0:
-            return local, replicated
-        return derive_key(local, _CALLS | number), derive_key(replicated, _CALLS | number)
+            return self.local(device), self.replicated(device)
+        if compiles:
+            keys = self.local(device), self.replicated(device)
+            return derive_key(keys[0], _CALLS | number), derive_key(keys[1], _CALLS | number)
+        local, replicated = (derive_words(words, _CALLS | number) for words in self._words())
+        return _tensors(local, replicated, device)
 
     def moment(self) -> Moment:
         """Where it stands now, for `go_to`."""
@@ -125,25 +128,36 @@ class StepKey:
 
         New tensors, never in-place: a pending backward still holds the keys of its forward.
         """
+        self._local, self._replicated = _tensors(*self._words(), self._device)
+
+    def _words(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """(local, replicated): what the keys are on every device."""
         # Rank 0 of the local keys must not coincide with the replicated one.
-        self._local, self._replicated = (
-            torch.tensor(fold_words(self.seed, self.step, self.micro_step, rank), dtype=torch.int64, device="cpu").to(
-                self._device
-            )
-            for rank in (self.rank + 1, 0)
-        )
+        local, replicated = (fold_words(self.seed, self.step, self.micro_step, rank) for rank in (self.rank + 1, 0))
+        return local, replicated
 
     def _move(self, device: torch.device) -> None:
         if self._local.device != device:
             self._device = device
-            if self._local.is_meta:  # there is nothing to copy
+            if torch.compiler.is_compiling():
+                self._local, self._replicated = self._local.to(device), self._replicated.to(device)
+            else:
                 self._make_keys()
-            self._local, self._replicated = self._local.to(device), self._replicated.to(device)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._calls, self._recomputes = None, False
         self._number = _enrol(self)
+
+
+def _tensors(local: tuple[int, int], replicated: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Keys on a device. On others than the CPU they are sent as one table, and nobody waits for it."""
+    on_cpu: dict[str, Any] = {"dtype": torch.int64, "device": "cpu"}
+    if device.type == "cpu":
+        return torch.tensor(local, **on_cpu), torch.tensor(replicated, **on_cpu)
+    table = torch.tensor((local, replicated), **on_cpu).to(device, non_blocking=True)
+    first, second = table.unbind()
+    return first, second
 
 
 _step_keys: "weakref.WeakValueDictionary[int, StepKey]" = weakref.WeakValueDictionary()
@@ -174,7 +188,11 @@ def _number_in_graph(number: int, stream: int) -> int:
     return found
 
 
-@torch.library.custom_op("ds_quant::next_keys", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
+# A CUDA graph would replay the keys of the step in which it was captured. torch has the tag since 2.9.
+_TAGS = (torch.Tag.nondeterministic_seeded, *filter(None, [getattr(torch.Tag, "cudagraph_unsafe", None)]))
+
+
+@torch.library.custom_op("ds_quant::next_keys", mutates_args=(), tags=_TAGS)
 def _next_keys(number: int, device: torch.device) -> Tensor:
     """Advances the StepKey of that number; its local and its replicated key, int64 [2, 2]."""
     step_key = _step_keys[number]

@@ -15,6 +15,16 @@ element at row m and column k takes number m * x.shape[1] + k. A group of zeros 
 has scale NaN; the codes of both are 0.
 
 Codes are int8 and contiguous in the order of x, also those of columns: torch._int_mm takes their transposed view.
+
+On GPUs all three products of a layer are of two matrices that are contiguous along the contracted dimension. There the
+codes of an operand [M, K] are made *padded*, in the ways that its products need:
+
+    codes    [M', K']    codes[m, k] = the code of x[m, k]    M', K': M and K up to the next multiples of ALIGNMENT;
+    turned   [K', M']    turned[k, m] = the same              what lies beyond M and K is 0
+
+    quantize_operand    one operand, with a scale for each row, each column or all
+    quantize_gradient   quantize_both with the rows' codes as they are and the columns' turned, and the sum over rows
+    padded_matmul       epilogue of products[m, n] = sum_k a[m, k] * b[n, k], exact
 """
 
 import torch
@@ -22,6 +32,11 @@ from torch import Tensor
 
 from ds_quant.numerics.integer import Quantized, quantize
 from ds_quant.numerics.integer import dequantize as dequantize_any
+from ds_quant.numerics.random import derive_key
+
+ALIGNMENT = 16
+"""Bytes of the widest load, to which rows of padded codes are aligned."""
+WAYS = ("codes", "turned", "both")
 
 
 def quantize_rows(
@@ -57,6 +72,80 @@ def quantize_tensor(
 ) -> tuple[Tensor, Tensor]:
     """Codes int8 [M, K] and scale fp32 [1] of x [M, K], fp32, bf16 or fp16."""
     return _quantize(x, bits, "tensor", None, key, full_range)
+
+
+def quantize_operand(
+    x: Tensor,
+    bits: int,
+    *,
+    granularity: str,
+    factor: Tensor | None = None,
+    key: Tensor | None = None,
+    stream: int = 0,
+    full_range: bool = False,
+    ways: str = "both",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Padded codes, turned codes and scale of x [M, K] by "row", "column" or "tensor"; [0] for a way not asked for.
+
+    factor: column_scale of rows, row_scale of columns. key: rounds by the subkey number `stream` of it.
+    """
+    if granularity == "column" and factor is not None:
+        factor = factor.reshape(-1, 1)
+    subkey = None if key is None else derive_key(key, stream)
+    codes, scale = _quantize(x, bits, granularity, factor, subkey, full_range)
+    none = codes.new_empty(0)
+    return (
+        none if ways == "turned" else padded(codes),
+        none if ways == "codes" else padded(codes.t()),
+        scale,
+    )
+
+
+def quantize_gradient(
+    g: Tensor,
+    bits: int,
+    *,
+    column_scale: Tensor | None = None,
+    row_scale: Tensor | None = None,
+    key: Tensor | None = None,
+    row_stream: int = 0,
+    column_stream: int = 0,
+    sums: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Of one gradient [M, N]: padded codes and scale of rows, turned codes and scale of columns, and its sum over rows.
+
+    The sum is that of g itself, in its dtype; [0] where `sums` does not ask for it. Kernels add in an order of their
+    own, in fp32.
+    """
+    codes, _, scale = quantize_operand(
+        g, bits, granularity="row", factor=column_scale, key=key, stream=row_stream, ways="codes"
+    )
+    _, turned, more = quantize_operand(
+        g, bits, granularity="column", factor=row_scale, key=key, stream=column_stream, ways="turned"
+    )
+    return codes, scale, turned, more, g.detach().sum(0) if sums else g.new_empty(0)
+
+
+def padded(codes: Tensor) -> Tensor:
+    """Codes [M, K] in memory of [M', K'], contiguous, with zeros beyond them."""
+    missing = [-size % ALIGNMENT for size in codes.shape]
+    return torch.nn.functional.pad(codes, (0, missing[1], 0, missing[0])).contiguous()
+
+
+def padded_matmul(
+    a: Tensor,
+    b: Tensor,
+    num_rows: int,
+    num_columns: int,
+    *,
+    row_scale: Tensor | None = None,
+    column_scale: Tensor | None = None,
+    bias: Tensor | None = None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """`epilogue` of the products of num_rows rows of a [M', K'] and num_columns rows of b [N', K']."""
+    products = a[:num_rows].long() @ b[:num_columns].long().t()
+    return epilogue(products, row_scale=row_scale, column_scale=column_scale, bias=bias, dtype=dtype)
 
 
 def dequantize(

@@ -55,7 +55,7 @@ def _assign(engine: Any, ledger: Ledger) -> None:
         ledger.assign(role, tensors)
     for module in engine.module.modules():
         if isinstance(module, QuantizedModule):
-            ledger.assign("weights", module._weight_codes._codes or ())
+            ledger.assign("weights", [t for t in module._weight_codes._codes or () if t is not None])
 
 
 def token_batch(vocabulary: int, rows: int, length: int) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ from ds_quant.kernels.adamw.ops import adamw_
 from ds_quant.kernels.choice import VARIABLE, chosen
 
 
-@pytest.mark.parametrize("value", ["", "reference", "triton"])
+@pytest.mark.parametrize("value", ["", "reference", "triton", "compiled"])
 def test_what_may_be_chosen(monkeypatch, value):
     monkeypatch.setenv(VARIABLE, value)
     assert chosen() == value
@@ -21,7 +21,7 @@ def test_nothing_chosen(monkeypatch):
 @pytest.mark.parametrize("value", ["Reference", "cpp", "1"])
 def test_anything_else_is_refused_wherever_it_is_read(monkeypatch, value):
     monkeypatch.setenv(VARIABLE, value)
-    message = f'DS_QUANT_KERNELS: got "{value}"; allowed: reference or triton; fix: correct it'
+    message = f'DS_QUANT_KERNELS: got "{value}"; allowed: reference or triton or compiled; fix: correct it'
     with pytest.raises(ConfigError, match=message):
         adamw_.implementation("cpu")
     with pytest.raises(ConfigError, match=message):

@@ -214,6 +214,62 @@ def test_what_devices_have(monkeypatch, caplog):
         assert integer_units.unit_names(torch.device("cuda", 0)) == names
 
 
+def test_each_layout_is_probed(monkeypatch):
+    """By the names that cuBLAS has for them; one that raises or is wrong says nothing of the others."""
+    real = torch._int_mm
+
+    def int_mm(a, b):
+        first, second = "NT"[b.stride(0) == 1], "TN"[a.stride(1) == 1]
+        if first + second == "NN":
+            raise RuntimeError("not supported")
+        return real(a, b) + (first + second == "TT")
+
+    monkeypatch.setattr(torch, "_int_mm", int_mm)
+    integer_units.int_mm_states.cache_clear()
+    states = integer_units.int_mm_states(CPU)
+    integer_units.int_mm_states.cache_clear()
+    assert list(states) == ["TN", "NN", "TT", "NT"]
+    assert (states["TN"], states["NN"], states["NT"]) == ("is exact", "raises RuntimeError", "is exact")
+    assert states["TT"].startswith("gives wrong sums here")
+
+
+@pytest.mark.parametrize("has_kernels", [True, False])
+@pytest.mark.parametrize("flawed", ["none", "NN", "TN"])
+def test_gpus_multiply_one_layout(monkeypatch, caplog, flawed, has_kernels):
+    states = {layout: "raises RuntimeError" if layout == flawed else "is exact" for layout in ("TN", "NN", "TT", "NT")}
+    monkeypatch.setattr(integer_units, "int_mm_states", lambda device: states)
+    monkeypatch.setattr(integer_units, "_has_kernels", lambda device: has_kernels)
+    monkeypatch.setattr(integer_units, "unit_names", lambda device: "tensor cores")
+    integer_units.integer_units.cache_clear()
+    with caplog.at_level(logging.WARNING, logger="ds_quant"):
+        found = integer_units.integer_units(torch.device("cuda", 0))
+    integer_units.integer_units.cache_clear()
+    assert found.serve == (flawed != "TN")
+    assert found.is_fast == (found.serve or has_kernels) == (not caplog.text)
+    without = "on Triton's kernels alone, as of torch._int_mm" if has_kernels else "in fp32, exact: torch._int_mm"
+    expected = {
+        "none": "on tensor cores",
+        "NN": "on tensor cores (of torch._int_mm NN raises RuntimeError)",
+        "TN": f"{without} TN raises RuntimeError",
+    }
+    assert found.line().startswith(f"int8 products run {expected[flawed]}")
+
+
+def test_operands_of_other_layouts_are_copied_for_cublas(monkeypatch):
+    real = torch._int_mm
+
+    def int_mm(a, b):
+        assert a.is_contiguous()
+        assert b.t().is_contiguous()
+        return real(a, b)
+
+    monkeypatch.setattr(torch, "_int_mm", int_mm)
+    a, b = codes(33, 64), codes(64, 48)
+    for left in layouts(a):
+        for right in layouts(b):
+            assert torch.equal(matmul._padded_int_mm(left, right).long(), a.long() @ b.long())
+
+
 def test_the_probe_finds_out_what_is_slow(monkeypatch):
     real, pause = torch._int_mm, 0.02
 

@@ -10,12 +10,15 @@ from offline_triton import compiler, require_triton, resources, run_in_interpret
 HERE = Path(__file__).parent
 # M and N for which the table gives each tile, multiples of it and not.
 SIZES = {"128x256": 4096, "128x128": 1536, "64x128": 1024, "64x64": 512}
-LAYOUTS = {"forward": "NT", "dX": "NN", "dW": "TN"}
+LAYOUTS = {"padded": "NT", "b by rows": "NN", "a by columns": "TN"}
+"""The first is that of layers, in all their products."""
 MOST_REGISTERS = {
     80: {"128x256": 255, "128x128": 255, "64x128": 255, "64x64": 128},
     90: {"128x256": 255, "128x128": 128, "64x128": 168, "64x64": 128},
+    100: {"128x256": 255, "128x128": 255, "64x128": 255, "64x64": 168},
 }
-"""Of a thread. With 65536 on a multiprocessor: 1, 2, 3 and 4 programs for sm_90, 1, 1, 2 and 4 for sm_80."""
+"""Of a thread. With 65536 on a multiprocessor: 1, 2, 3 and 4 programs for sm_90, 1, 1, 2 and 4 for sm_80, 1, 1, 2 and 3
+for sm_100."""
 MOST_SHARED_MEMORY = 99 * 1024
 """Bytes that sm_86 and sm_89 have for one program."""
 
@@ -27,6 +30,10 @@ def needs_triton():
 
 def test_interpreter():
     run_in_interpreter(HERE / "int8_triton_in_interpreter.py")
+
+
+def test_quantizers_in_interpreter():
+    run_in_interpreter(HERE / "int8_quantize_in_interpreter.py")
 
 
 @pytest.fixture
@@ -70,9 +77,13 @@ def assert_instructions(ptx, capability, layout):
     assert not re.search(r"\bld\.global\S*b8", ptx)
 
 
-@pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize("product", LAYOUTS)
-@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize(
+    ("name", "product", "capability"),
+    [
+        *((name, "padded", capability) for name in SIZES for capability in MOST_REGISTERS),
+        *(("128x256", product, capability) for product in list(LAYOUTS)[1:] for capability in (80, 90)),
+    ],
+)
 def test_compiles(name, product, capability, compile_for, tmp_path):
     layout = LAYOUTS[product]
     for size in (SIZES[name], SIZES[name] + 16):
@@ -130,3 +141,73 @@ def test_launches_do_not_compile_again(compile_for):
     for num_tokens in (4096 + 16, 8192 + 48):
         compile_for(launch_of("NT", num_tokens, 4096, 1024), 90)
     assert len(kernel.device_caches[90][0]) == 2
+
+
+# ---- the quantizers
+
+
+def quantizer_launches(monkeypatch, kind, dtype, is_stochastic):
+    """Those of an operand or a gradient of 8192 tokens and 3072 features."""
+    from ds_quant.kernels.int8 import triton_quantize
+
+    found = []
+    monkeypatch.setattr(triton_quantize, "run", lambda launch, device: found.append(launch))
+    key = torch.zeros(2, dtype=torch.int64) if is_stochastic else None
+    x = torch.empty(8192, 3072, dtype=dtype)
+    if kind == "gradient":
+        scales = {"column_scale": torch.empty(3072), "row_scale": torch.empty(8192)}
+        triton_quantize.quantize_gradient(x, 8, **scales, key=key, row_stream=1, column_stream=2, sums=True)
+    else:
+        triton_quantize.quantize_operand(x, 8, granularity=kind, key=key, stream=1)
+    return found
+
+
+KINDS = {
+    "row": ["group_kernel"],
+    "column": ["group_kernel"],
+    "tensor": ["scan_kernel", "tile_kernel"],
+    "gradient": ["scan_kernel", "tile_kernel"],
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "capability", "roundings"),
+    [
+        *(("row", 90, (False, True)), ("column", 90, (False,)), ("tensor", 90, (True,)), ("gradient", 90, (True,))),
+        *((kind, capability, (True,)) for kind in ("row", "gradient") for capability in (80, 100)),
+    ],
+)
+def test_quantizers_compile(kind, capability, roundings, monkeypatch, tmp_path):
+    """No spills; operands and codes, turned ones as well, in 16 bytes at a time; divisions rounded to nearest."""
+    for is_stochastic in roundings:
+        launches = quantizer_launches(monkeypatch, kind, torch.bfloat16, is_stochastic)
+        assert [launch.kernel.fn.__name__ for launch in launches] == KINDS[kind]
+        for launch in launches:
+            compiled = compiler(launch.kernel, monkeypatch, tmp_path)(launch, capability)
+            used, ptx = resources(compiled.asm["cubin"], tmp_path), compiled.asm["ptx"]
+            print(kind, launch.kernel.fn.__name__, f"sm_{capability}", launch.grid, used)
+            assert (used["STACK"], used["LOCAL"]) == (0, 0)
+            assert not re.search(r"\b(ld|st)\.global\S*\.b8\b", ptx)
+            assert not re.search(r"\bfma\.|\bdiv\.(?!rn\.f32)\S*f32", ptx)
+            assert re.search(r"\bld\.global\S*v4\.b32", ptx)
+            if launch.kernel.fn.__name__ != "scan_kernel":
+                # Each thread stores as much of its codes as it does of its turned ones.
+                assert len(re.findall(r"\bst\.global\S*v4\.b32", ptx)) % 2 == 0
+                assert re.search(r"\bst\.global\S*v4\.b32", ptx)
+            if launch.kernel.fn.__name__ != "scan_kernel":
+                assert is_stochastic == (str(0x21F0AAAD) in ptx)
+
+
+def test_new_keys_and_streams_do_not_compile_again(monkeypatch, tmp_path):
+    from ds_quant.kernels.int8 import triton_quantize
+    from ds_quant.kernels.int8.quantize_kernels import group_kernel
+
+    launches = []
+    monkeypatch.setattr(triton_quantize, "run", lambda launch, device: launches.append(launch))
+    compile_launch = compiler(group_kernel, monkeypatch, tmp_path)
+    group_kernel.device_caches.clear()
+    for stream in (0, 1, 2, 16, 2**31 + 5, (3 << 32) + 16):
+        x, key = torch.empty(8192, 768, dtype=torch.bfloat16), torch.tensor([stream, 7])
+        triton_quantize.quantize_operand(x, 8, granularity="row", key=key, stream=stream)
+        compile_launch(launches[-1], 90)
+    assert len(group_kernel.device_caches[90][0]) == 1

@@ -60,7 +60,9 @@ def test_a_backend_serves_what_it_has_where_it_is_chosen(toy, monkeypatch):
 
 def test_the_environment_may_name_it_only_where_there_is_one(toy, monkeypatch):
     monkeypatch.setenv("DS_QUANT_KERNELS", "toys")
-    with pytest.raises(ConfigError, match='got "toys"; allowed: reference or triton or toy; fix: correct it'):
+    with pytest.raises(
+        ConfigError, match='got "toys"; allowed: reference or triton or compiled or toy; fix: correct it'
+    ):
         adamw_.implementation("cpu")
 
 
@@ -81,3 +83,50 @@ def test_the_file_of_a_backend_is_all_that_it_takes(tmp_path):
         "cuda: ds_quant.kernels.wire.triton",
         "cuda: ds_quant.kernels.wire.compiled",
     ], run.stderr
+
+
+@pytest.fixture
+def a_gpu(monkeypatch):
+    """One of a compute capability that the test sets, as far as the registry asks."""
+    pytest.importorskip("triton")
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.delenv("DS_QUANT_KERNELS", raising=False)
+
+    def set_capability(capability):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+        registry._serving.cache_clear()
+        registry._is_ready.cache_clear()
+
+    yield set_capability
+    registry._serving.cache_clear()
+    registry._is_ready.cache_clear()
+
+
+def test_gpus_pad_their_operands_where_triton_multiplies_them(a_gpu, monkeypatch):
+    from ds_quant.kernels.int8 import compiled, cuda, triton
+
+    gpu = torch.device("cuda", 0)
+    a_gpu((9, 0))
+    assert ops.pads(gpu)
+    assert ops.padded_matmul.on(gpu) is cuda.padded_matmul
+    assert ops.quantize_operand.on(gpu) is triton.triton_quantize.quantize_operand
+    monkeypatch.setenv("DS_QUANT_KERNELS", "triton")
+    assert ops.padded_matmul.on(gpu) is triton.padded_matmul
+    for choice_made in ("compiled", "reference"):
+        monkeypatch.setenv("DS_QUANT_KERNELS", choice_made)
+        assert not ops.pads(gpu)
+    monkeypatch.setenv("DS_QUANT_KERNELS", "compiled")
+    assert ops.scaled_matmul.on(gpu) is compiled.scaled_matmul
+    assert not ops.pads(CPU)
+    monkeypatch.delenv("DS_QUANT_KERNELS")
+    a_gpu((7, 5))
+    assert not ops.pads(gpu)
+    a_gpu((9, 0))
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert not ops.pads(gpu)
+
+
+def test_reports_leave_out_what_is_not_called(a_gpu):
+    assert "padded_matmul" not in dict(registry.report("cpu"))[ops.FAMILY.title]
+    a_gpu((9, 0))
+    assert "padded_matmul" in dict(registry.report("cuda"))[ops.FAMILY.title]

@@ -1,5 +1,8 @@
 """Operands and results of int8 products on CUDA devices: `numerics.products` under torch.compile. Not run on a GPU yet.
 
+Layers call it where `cuda` does not serve: older cards, ROCm, DS_QUANT_KERNELS=compiled. Its epilogue ends the
+products of `torch._int_mm` in any case.
+
 Results are meant to be the reference's, bit for bit: the tests show so of what is compiled for the CPU. On GPUs
 Inductor would fuse a product into the sum that follows, which is the epilogue's bias; `emulate_precision_casts` keeps
 it from that (it may say that CUDA_HOME is not set, which concerns functions that are not used here). Divisions are

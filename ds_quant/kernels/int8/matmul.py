@@ -1,7 +1,8 @@
 """Exact products of int8 matrices.
 
 `torch._int_mm` multiplies: oneDNN on a CPU, cuBLASLt on CUDA. Where it is wrong or slow (`integer_units`) the codes are
-multiplied as fp32, in sums that are short enough to be exact. Operands are taken as they lie, transposed views too.
+multiplied as fp32, in sums that are short enough to be exact. Operands are taken as they lie, transposed views too; but
+on CUDA those that are not contiguous along the contracted dimension are copied, as cuBLASLt promises no other layout.
 """
 
 import functools
@@ -27,6 +28,9 @@ _LEAST_ROWS = 128
 _FP32_SCRATCH_BYTES = 2**20
 """Of fp32 products at a time: they stay in the cache until the epilogue reads them; more where `_LEAST_ROWS` take
 more."""
+
+_DEVICE_SCRATCH_BYTES = 256 * 2**20
+"""Of int32 products at a time, on a device; more where `_LEAST_ROWS` take more."""
 
 _kept = threading.local()
 
@@ -133,7 +137,28 @@ def _padded_int_mm(a: Tensor, b: Tensor) -> Tensor:
         a = F.pad(a, (0, inner, 0, rows))
     if columns or inner:
         b = F.pad(b, (0, columns, 0, inner))
-    return torch._int_mm(a, b)[:m, :n]
+    return torch._int_mm(a.contiguous(), b.t().contiguous().t())[:m, :n]
+
+
+def int_mm_of_padded(
+    a: Tensor, b: Tensor, num_rows: int, num_columns: int, finish: functools.partial[Tensor]
+) -> Tensor:
+    """What `finish`, an epilogue, makes of the products of padded codes a [M', K'] and b [N', K']; nothing is copied.
+
+    Rows at a time, where the products of all would take more than the scratch memory: a head of 128k outputs, say.
+    """
+    if a.shape[0] <= _CUDA_MULTIPLE:
+        a = F.pad(a, (0, 0, 0, _CUDA_MULTIPLE))
+    row_scale = finish.keywords["row_scale"]
+    step = max(_LEAST_ROWS, _DEVICE_SCRATCH_BYTES // 4 // b.shape[0] // _CUDA_MULTIPLE * _CUDA_MULTIPLE)
+    parts = []
+    for begin in range(0, num_rows, step):
+        end = min(begin + step, num_rows)
+        # The last part is of more than 16 rows as well: it begins with some of the part before.
+        first = min(begin, a.shape[0] - 2 * _CUDA_MULTIPLE)
+        products = torch._int_mm(a[first : first + step], b.t())[begin - first : end - first, :num_columns]
+        parts.append(finish(products, row_scale=_of_rows(row_scale, begin, end)))
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def fp32_products(a: Tensor, b: Tensor) -> Tensor:

@@ -11,19 +11,27 @@ import torch
 from torch import Tensor
 
 from ds_quant.kernels.int8 import matmul
-from ds_quant.kernels.registry import Family, operation
+from ds_quant.kernels.int8.checks import FLOATS, check_key_or_none, check_operand, check_scale, described, error
+from ds_quant.kernels.int8.family import FAMILY
+from ds_quant.kernels.int8.padded_ops import padded_matmul, pads, quantize_gradient, quantize_operand
+from ds_quant.kernels.registry import operation
 from ds_quant.numerics import products as reference
 from ds_quant.numerics.integer import DTYPES
-from ds_quant.numerics.random import check_key
 
-FAMILY = Family(
-    package=__name__.rpartition(".")[0],
-    title="operands and results of int8 products",
-    caller="a product of int8",
-    without_cpp="operands of int8 products are quantized by the reference instead, which is many times slower and "
-    "allocates several fp32 tensors of their size",
-)
-_FLOATS = "float32, bfloat16 or float16"
+__all__ = [
+    "FAMILY",
+    "dequantize",
+    "epilogue",
+    "padded_matmul",
+    "pads",
+    "quantize_both",
+    "quantize_columns",
+    "quantize_gradient",
+    "quantize_operand",
+    "quantize_rows",
+    "quantize_tensor",
+    "scaled_matmul",
+]
 _PRODUCTS = (torch.int32, torch.float32)
 
 
@@ -49,9 +57,9 @@ def quantize_rows(
     x: fp32, bf16 or fp16. bits: 2 to 8. column_scale: fp32 [K] or of one element. key: as `fold_key` gives it, None for
     nearest rounding. full_range: all 2^bits codes, down to -2^(bits-1). Raises ValueError for what is not so.
     """
-    _check_operand("quantize_rows(x)", x, "quantize_rows(bits)", bits)
-    _check_scale("quantize_rows(column_scale)", column_scale, x, 1)
-    _check_key("quantize_rows(key)", key)
+    check_operand("quantize_rows(x)", x, "quantize_rows(bits)", bits)
+    check_scale("quantize_rows(column_scale)", column_scale, x, 1)
+    check_key_or_none("quantize_rows(key)", key)
     return quantize_rows.on(x.device)(x, bits, column_scale=column_scale, key=key, full_range=full_range)
 
 
@@ -68,9 +76,9 @@ def quantize_columns(
 
     row_scale: fp32 [M] or of one element; else as `quantize_rows`. Raises ValueError for what is not so.
     """
-    _check_operand("quantize_columns(x)", x, "quantize_columns(bits)", bits)
-    _check_scale("quantize_columns(row_scale)", row_scale, x, 0)
-    _check_key("quantize_columns(key)", key)
+    check_operand("quantize_columns(x)", x, "quantize_columns(bits)", bits)
+    check_scale("quantize_columns(row_scale)", row_scale, x, 0)
+    check_key_or_none("quantize_columns(key)", key)
     return quantize_columns.on(x.device)(x, bits, row_scale=row_scale, key=key)
 
 
@@ -95,11 +103,11 @@ def quantize_both(
 
     row_key: of the rows' rounding. column_key: of the columns'. Else as those. Raises ValueError for what is not so.
     """
-    _check_operand("quantize_both(g)", g, "quantize_both(bits)", bits)
-    _check_scale("quantize_both(column_scale)", column_scale, g, 1)
-    _check_scale("quantize_both(row_scale)", row_scale, g, 0)
-    _check_key("quantize_both(row_key)", row_key)
-    _check_key("quantize_both(column_key)", column_key)
+    check_operand("quantize_both(g)", g, "quantize_both(bits)", bits)
+    check_scale("quantize_both(column_scale)", column_scale, g, 1)
+    check_scale("quantize_both(row_scale)", row_scale, g, 0)
+    check_key_or_none("quantize_both(row_key)", row_key)
+    check_key_or_none("quantize_both(column_key)", column_key)
     return quantize_both.on(g.device)(
         g, bits, column_scale=column_scale, row_scale=row_scale, row_key=row_key, column_key=column_key
     )
@@ -116,8 +124,8 @@ def quantize_tensor(x: Tensor, bits: int, key: Tensor | None = None, full_range:
 
     Else as `quantize_rows`. Raises ValueError for what is not so.
     """
-    _check_operand("quantize_tensor(x)", x, "quantize_tensor(bits)", bits)
-    _check_key("quantize_tensor(key)", key)
+    check_operand("quantize_tensor(x)", x, "quantize_tensor(bits)", bits)
+    check_key_or_none("quantize_tensor(key)", key)
     return quantize_tensor.on(x.device)(x, bits, key=key, full_range=full_range)
 
 
@@ -133,14 +141,14 @@ def dequantize(codes: Tensor, row_scale: Tensor | None, column_scale: Tensor | N
     One of row_scale, fp32 [M] or of one element, and column_scale, [K] or of one. Raises ValueError for what is not so.
     """
     if not isinstance(codes, Tensor) or codes.dtype != torch.int8 or codes.dim() != 2:
-        raise _error("dequantize(codes)", _described(codes), "int8 of two dimensions", "pass what quantize_rows gives")
+        raise error("dequantize(codes)", described(codes), "int8 of two dimensions", "pass what quantize_rows gives")
     if (row_scale is None) == (column_scale is None):
         got = "none" if row_scale is None else "both"
-        raise _error("dequantize(row_scale, column_scale)", got, "one of the two", "pass the scale of the codes")
-    _check_scale("dequantize(row_scale)", row_scale, codes, 0)
-    _check_scale("dequantize(column_scale)", column_scale, codes, 1)
+        raise error("dequantize(row_scale, column_scale)", got, "one of the two", "pass the scale of the codes")
+    check_scale("dequantize(row_scale)", row_scale, codes, 0)
+    check_scale("dequantize(column_scale)", column_scale, codes, 1)
     if dtype not in DTYPES:
-        raise _error("dequantize(dtype)", dtype, _FLOATS, "set it to one of them")
+        raise error("dequantize(dtype)", dtype, FLOATS, "set it to one of them")
     return dequantize.on(codes.device)(codes, row_scale=row_scale, column_scale=column_scale, dtype=dtype)
 
 
@@ -163,7 +171,7 @@ def epilogue(
     """
     if not isinstance(products, Tensor) or products.dtype not in _PRODUCTS or products.dim() != 2:
         allowed = "int32 or float32 of two dimensions"
-        raise _error("epilogue(products)", _described(products), allowed, "pass what _int_mm gives")
+        raise error("epilogue(products)", described(products), allowed, "pass what _int_mm gives")
     if others is not None and not (
         others.dtype == torch.int32
         and others.shape == products.shape
@@ -171,9 +179,9 @@ def epilogue(
         and others.is_contiguous()
     ):
         allowed = f"int32 of shape {tuple(products.shape)} on {products.device}, contiguous"
-        raise _error("epilogue(others)", _described(others), allowed, "leave it out")
-    _check_scale("epilogue(row_scale)", row_scale, products, 0)
-    _check_scale("epilogue(column_scale)", column_scale, products, 1)
+        raise error("epilogue(others)", described(others), allowed, "leave it out")
+    check_scale("epilogue(row_scale)", row_scale, products, 0)
+    check_scale("epilogue(column_scale)", column_scale, products, 1)
     num_columns = products.shape[1]
     if bias is not None and not (
         isinstance(bias, Tensor)
@@ -181,15 +189,15 @@ def epilogue(
         and bias.shape == (num_columns,)
         and bias.device == products.device
     ):
-        allowed = f"{_FLOATS} of shape ({num_columns},) on {products.device}"
-        raise _error("epilogue(bias)", _described(bias), allowed, "make it so")
+        allowed = f"{FLOATS} of shape ({num_columns},) on {products.device}"
+        raise error("epilogue(bias)", described(bias), allowed, "make it so")
     if dtype not in DTYPES:
-        raise _error("epilogue(dtype)", dtype, _FLOATS, "set it to one of them")
+        raise error("epilogue(dtype)", dtype, FLOATS, "set it to one of them")
     if out is not None and not (
         out.dtype == dtype and out.shape == products.shape and out.device == products.device and out.is_contiguous()
     ):
         allowed = f"{dtype} of shape {tuple(products.shape)} on {products.device}, contiguous"
-        raise _error("epilogue(out)", _described(out), allowed, "leave it out")
+        raise error("epilogue(out)", described(out), allowed, "leave it out")
     options = {"others": others, "row_scale": row_scale, "column_scale": column_scale, "bias": bias}
     return epilogue.on(products.device)(products, **options, dtype=dtype, out=out)
 
@@ -228,35 +236,3 @@ def scaled_matmul(
     """
     serving = _multiply if a.shape[1] > matmul.MAX_CONTRACTION else scaled_matmul.on(a.device)
     return serving(a, b, row_scale=row_scale, column_scale=column_scale, bias=bias, dtype=dtype)
-
-
-def _error(where: str, got: object, allowed: str, fix: str) -> ValueError:
-    return ValueError(f"{where}: got {got}; allowed: {allowed}; {fix}")
-
-
-def _described(value: object) -> str:
-    if not isinstance(value, Tensor):
-        return f"a {type(value).__name__}"
-    return f"{value.dtype} of shape {tuple(value.shape)} on {value.device}"
-
-
-def _check_operand(where: str, x: object, where_bits: str, bits: object) -> None:
-    if not isinstance(x, Tensor) or x.dtype not in DTYPES or x.dim() != 2:
-        raise _error(where, _described(x), f"{_FLOATS} of two dimensions", "reshape it to [tokens, features]")
-    if isinstance(bits, bool) or not isinstance(bits, int) or not 2 <= bits <= 8:
-        raise _error(where_bits, repr(bits), "integers 2 to 8", "set bits to one of them")
-
-
-def _check_scale(where: str, scale: object, matrix: Tensor, dim: int) -> None:
-    if scale is None:
-        return
-    count = matrix.shape[dim]
-    is_fp32 = isinstance(scale, Tensor) and scale.dtype == torch.float32 and scale.device == matrix.device
-    if not is_fp32 or (scale.shape != (count,) and scale.numel() != 1):  # type: ignore[attr-defined]
-        allowed = f"float32 of shape ({count},), or of one element, on {matrix.device}"
-        raise _error(where, _described(scale), allowed, "flatten the scale, one number a row or column")
-
-
-def _check_key(where: str, key: Tensor | None) -> None:
-    if key is not None:
-        check_key(where, key)

@@ -22,8 +22,7 @@ that are neighbours along k, hence what is read in place has two prices, which n
                               sm_90: loaded into registers and written to shared memory byte by byte, before wgmma can
                               begin; no loads of later steps are under way meanwhile if both operands are so
 
-With x [tokens, in], w [out, in] and g [tokens, out], those of the forward (x, w.t()) are of the first kind, of those
-for dX (g, w) w is of the second, of those for dW (g.t(), x) both are. Where that costs more than a copy, pass a copy.
+Layers pass padded codes (`numerics.products`), which are of the first kind in all three products.
 
 What is passed is not checked here. Importing this module needs triton.
 """
@@ -31,20 +30,16 @@ What is passed is not checked here. Importing this module needs triton.
 # What a Triton function is passed has no type that mypy knows.
 # mypy: disallow-incomplete-defs=False
 
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ds_quant.kernels.int8 import ops
-
-ALIGNMENT = 16
-"""Bytes of the widest load."""
-LARGEST_STRIDE = 2**22
-"""Of what is read in place: offsets within a tile are 32 bits. For the same reason N is less than 2^24."""
+from ds_quant.kernels.int8 import ops, triton_quantize
+from ds_quant.kernels.int8.launching import LARGEST_STRIDE, Launch, ceil_div, flat, is_one, run
+from ds_quant.numerics.products import ALIGNMENT
 
 
 class Tile(NamedTuple):
@@ -68,12 +63,8 @@ BAND = tl.constexpr(8)
 """Rows of tiles that are computed together, column by column."""
 
 
-class Launch(NamedTuple):
-    """What to call the kernel with."""
-
-    grid: tuple[int]
-    arguments: tuple[Any, ...]
-    options: dict[str, Any]
+ops.quantize_operand.by("triton")(triton_quantize.quantize_operand)
+ops.quantize_gradient.by("triton")(triton_quantize.quantize_gradient)
 
 
 def int_mm(a: Tensor, b: Tensor) -> Tensor:
@@ -99,18 +90,27 @@ def scaled_matmul(
     return _run(a, b, dtype, row_scale, column_scale, bias)
 
 
+@ops.padded_matmul.by("triton")
+def padded_matmul(
+    a: Tensor,
+    b: Tensor,
+    num_rows: int,
+    num_columns: int,
+    *,
+    row_scale: Tensor | None = None,
+    column_scale: Tensor | None = None,
+    bias: Tensor | None = None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """`numerics.products.padded_matmul`."""
+    return _run(a[:num_rows], b[:num_columns].t(), dtype, row_scale, column_scale, bias)
+
+
 def _run(a: Tensor, b: Tensor, dtype: torch.dtype, *vectors: Tensor | None) -> Tensor:
     result = torch.empty(a.shape[0], b.shape[1], dtype=dtype, device=a.device)
     if result.numel():
-        call = launch(a, b, result, *vectors)
-        with _current(a.device):
-            kernel[call.grid](*call.arguments, **call.options)
+        run(launch(a, b, result, *vectors), a.device)
     return result
-
-
-def _current(device: torch.device) -> AbstractContextManager:
-    """Triton launches on the current device."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def launch(
@@ -126,30 +126,26 @@ def launch(
     (num_rows, length), num_columns = a.shape, b.shape[0]
     tile = choose_tile(num_rows, num_columns)
     constants = (
-        *(row_scale is not None and row_scale.numel() == 1, column_scale is not None and column_scale.numel() == 1),
+        *(is_one(row_scale), is_one(column_scale)),
         *(tile.m, tile.n, tile.k),
         *(num_rows % tile.m == 0, num_columns % tile.n == 0, length % tile.k == 0),
     )
     arguments = (
-        *(a, b, result, _flat(row_scale), _flat(column_scale), _flat(bias)),
+        *(a, b, result, flat(row_scale), flat(column_scale), flat(bias)),
         *(num_rows, num_columns, length, *a.stride(), *b.stride()),
     )
     options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages, "enable_fp_fusion": False}
-    num_programs = _num_tiles(num_rows, tile.m) * _num_tiles(num_columns, tile.n)
-    return Launch((num_programs,), (*arguments, *constants), options)
+    num_programs = ceil_div(num_rows, tile.m) * ceil_div(num_columns, tile.n)
+    return Launch(kernel, (num_programs,), (*arguments, *constants), options)
 
 
 def choose_tile(num_rows: int, num_columns: int) -> Tile:
     """The first that gives enough programs and is less than twice as high and as wide as the result; else the last."""
     for tile in TILES:
-        num_programs = _num_tiles(num_rows, tile.m) * _num_tiles(num_columns, tile.n)
+        num_programs = ceil_div(num_rows, tile.m) * ceil_div(num_columns, tile.n)
         if num_programs >= ENOUGH_PROGRAMS and tile.m < 2 * num_rows and tile.n < 2 * num_columns:
             return tile
     return TILES[-1]
-
-
-def _num_tiles(size: int, tile: int) -> int:
-    return -(-size // tile)
 
 
 def _readable(operand: Tensor) -> Tensor:
@@ -161,14 +157,10 @@ def _readable(operand: Tensor) -> Tensor:
     is_aligned = operand.data_ptr() % ALIGNMENT == 0 and length % ALIGNMENT == 0
     if is_aligned and (along_k or along_rows) and max(row_stride, stride) <= LARGEST_STRIDE:
         return operand
-    copy = operand.new_empty(num_rows, _num_tiles(length, ALIGNMENT) * ALIGNMENT)
+    copy = operand.new_empty(num_rows, ceil_div(length, ALIGNMENT) * ALIGNMENT)
     copy[:, :length] = operand
     copy[:, length:] = 0
     return copy
-
-
-def _flat(vector: Tensor | None) -> Tensor | None:
-    return None if vector is None else vector.detach().reshape(-1).contiguous()
 
 
 @triton.jit
