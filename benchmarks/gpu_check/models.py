@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from benchmarks import step_contenders, step_models
 from benchmarks.device_timing import Timer, synchronize
-from benchmarks.gpu_check import environment, plan
+from benchmarks.gpu_check import environment
 from benchmarks.gpu_check.recording import Record
 from benchmarks.step_contenders import BASE, Contender
 from ds_quant.cli.shared import process_memory
@@ -61,7 +61,6 @@ _PROMISED = {"block-2048": ("block_2048",), "block-4096": ("block_4096",), "tiny
 
 def run(record: Record) -> None:
     """Every job that there is time for."""
-    end = time.monotonic() + plan.seconds_of("models", dry_run=record.dry_run)
     # Each way to train is a compilation of the same code: the usual limit would end some of them in eager mode.
     torch._dynamo.config.recompile_limit = 64
     contenders = {each.name: each for each in step_contenders.contenders("int8", record.device)}
@@ -70,7 +69,7 @@ def run(record: Record) -> None:
         model = step_models.build(job.model, dropout=0.0, device=record.device)
         for name in job.names:
             line = {"model": job.model, "tokens": job.sequences * job.length, "what": name}
-            if record.device.type == "cuda" and time.monotonic() > end - _RESERVE:
+            if record.device.type == "cuda" and time.monotonic() > record.end - _RESERVE:
                 record.row("not measured for want of time", **line)
                 continue
             needs = contenders[name].needs

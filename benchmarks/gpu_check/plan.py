@@ -12,22 +12,23 @@ class Step(NamedTuple):
     name: str
     title: str
     seconds: int
-    """After so many it is killed; what it has recorded until then counts."""
+    """Its part of the whole where all steps run and each takes its time. It is killed when its time is over; what it
+    has recorded until then counts."""
 
 
 STEPS = (
     Step(1, "device", "device, driver, versions, bandwidth, bf16 rate", 30),
     Step(2, "int_mm", "torch._int_mm by layout and size", 35),
     Step(3, "kernels", "quantizers, keys and the wire against their definitions", 80),
-    Step(4, "triton_kernels", "Triton's GEMM and AdamW, bit for bit", 45),
-    Step(5, "optimizer", "QuantAdamW in its formats, flat and in 148 tensors", 60),
-    Step(6, "layers", "Linear and Conv1D against `simulated`: times, launches, waits", 75),
-    Step(7, "models", "GPT-2 small and blocks of 2048 and 4096 beside bf16 and torchao", 130),
-    Step(8, "training", "pretrain.py with full_int8.json: stages, offload, stop and resume", 130),
+    Step(4, "triton_kernels", "Triton's GEMM and AdamW, bit for bit", 40),
+    Step(5, "optimizer", "QuantAdamW in its formats, flat and in 148 tensors", 75),
+    Step(6, "layers", "Linear and Conv1D against `simulated`: times, launches, waits", 70),
+    Step(7, "models", "GPT-2 small and blocks of 2048 and 4096 beside bf16 and torchao", 110),
+    Step(8, "training", "pretrain.py with full_int8.json: stages, offload, stop and resume", 150),
 )
 
 TOTAL_SECONDS = 590
-"""Below the ten minutes that one command has on the machines that are lent: no step begins beyond it."""
+"""Below the ten minutes that one command often has on machines that are lent."""
 
 
 def by_numbers(numbers: list[int]) -> list[Step]:
@@ -35,6 +36,6 @@ def by_numbers(numbers: list[int]) -> list[Step]:
     return [step for step in STEPS if step.number in numbers]
 
 
-def seconds_of(name: str, *, dry_run: bool) -> int:
-    """Those of the step of that name. A dry run shares its machine with others, and is to find no fault in that."""
-    return TOTAL_SECONDS if dry_run else next(step.seconds for step in STEPS if step.name == name)
+def allowed(step: Step, still_to_run: list[Step], seconds_left: float) -> float:
+    """The step's share of what is left: what earlier ones did not need goes to all of those that are still to run."""
+    return seconds_left * step.seconds / sum(each.seconds for each in still_to_run)

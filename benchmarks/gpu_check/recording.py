@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,7 +28,9 @@ class Record:
     with part(what): ...   a part of the step, whose failure keeps no later one from running
     """
 
-    def __init__(self, path: Path, *, dry_run: bool) -> None:
+    def __init__(self, path: Path, *, seconds: float, dry_run: bool) -> None:
+        self.end = time.monotonic() + seconds
+        """When the step is killed, as time.monotonic() tells it."""
         self.dry_run = dry_run
         """On the CPU, with small sizes, by the same code."""
         self.device = torch.device("cpu" if dry_run else "cuda")

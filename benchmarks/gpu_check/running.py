@@ -20,9 +20,9 @@ _TAIL_CHARACTERS = 4000
 DONE, FAILED, TIMED_OUT = "done", "failed", "timed out"
 
 
-def command(step: Step, path: Path, *, dry_run: bool) -> list[str]:
+def command(step: Step, path: Path, *, seconds: float, dry_run: bool) -> list[str]:
     """What runs a step and has it write to `path`."""
-    words = [sys.executable, "-m", "benchmarks.gpu_check.worker", step.name, str(path)]
+    words = [sys.executable, "-m", "benchmarks.gpu_check.worker", step.name, str(path), "--seconds", str(seconds)]
     return [*words, "--dry-run"] if dry_run else words
 
 
@@ -38,7 +38,7 @@ def run_step(
     begin = time.monotonic()
     with log.open("wb") as output:
         process = subprocess.Popen(
-            words or command(step, partial, dry_run=dry_run),
+            words or command(step, partial, seconds=seconds, dry_run=dry_run),
             cwd=ROOT,
             env=_environment(dry_run),
             stdin=subprocess.DEVNULL,

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks.gpu_check import plan
 from benchmarks.gpu_check.recording import Record
 from benchmarks.gpu_check.running import ROOT
 from ds_quant.base.one_rank import free_port
@@ -71,9 +70,8 @@ def run(record: Record) -> None:
     gpus = 0 if record.dry_run else torch.cuda.device_count()
     runs = record.pick((*_RUNS, _TWO_RANKS) if gpus > 1 else _RUNS, (REFERENCE, _RESUMED_ON_CPU))
     steps = record.pick(20, 4)
-    end = time.monotonic() + plan.seconds_of("training", dry_run=record.dry_run) - _RESERVE
     with tempfile.TemporaryDirectory() as folder:
-        ended = _run_all(list(runs), Path(folder), steps, end, record)
+        ended = _run_all(list(runs), Path(folder), steps, record)
     reference = ended[REFERENCE.name]
     gaps = {each.name: loss_gap(ended[each.name], reference) for each in runs if each is not REFERENCE}
     for each in runs:
@@ -90,6 +88,9 @@ def run(record: Record) -> None:
         if own.status:
             record.row("failures", run=each.name, output=own.tail)
     record.measure("failed_runs", sum(own.status != 0 for own in ended.values()))
+    if record.dry_run and any(own.status for own in ended.values()):
+        # Nothing else would tell: a dry run is not judged.
+        raise RuntimeError("; ".join(f"{name}: {own.tail[-500:]}" for name, own in ended.items() if own.status))
     found = [gap for name, gap in gaps.items() if gap is not None and name != _TWO_RANKS.name]
     if found:
         record.measure("worst_loss_gap", max(found))
@@ -128,7 +129,7 @@ def write_corpus(path: Path) -> None:
     path.write_text("\n".join(lines), encoding="utf-8")
 
 
-def _run_all(runs: list[Run], folder: Path, steps: int, end: float, record: Record) -> dict[str, Ended]:
+def _run_all(runs: list[Run], folder: Path, steps: int, record: Record) -> dict[str, Ended]:
     corpus = folder / "documents.jsonl"
     write_corpus(corpus)
     names = [each.name for each in runs]
@@ -141,11 +142,11 @@ def _run_all(runs: list[Run], folder: Path, steps: int, end: float, record: Reco
                 # It must have ended: its checkpoint is of the middle, whole.
                 futures[each.after].result()
                 resume = folder / str(names.index(each.after)) / "run" / f"checkpoint-{steps // 2}"
-            futures[each.name] = pool.submit(_run, each, own, corpus, steps, end, resume, record)
+            futures[each.name] = pool.submit(_run, each, own, corpus, steps, resume, record)
         return {name: future.result() for name, future in futures.items()}
 
 
-def _run(each: Run, folder: Path, corpus: Path, steps: int, end: float, resume: Path | None, record: Record) -> Ended:
+def _run(each: Run, folder: Path, corpus: Path, steps: int, resume: Path | None, record: Record) -> Ended:
     folder.mkdir()
     content = json.loads(_CONFIG.read_text(encoding="utf-8"))
     content["zero_optimization"] |= {"stage": each.stage, **each.zero}
@@ -183,7 +184,7 @@ def _run(each: Run, folder: Path, corpus: Path, steps: int, end: float, resume: 
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                timeout=max(1.0, end - time.monotonic()),
+                timeout=max(1.0, record.end - _RESERVE - time.monotonic()),
             ).returncode
         except subprocess.TimeoutExpired:
             status = -1

@@ -97,6 +97,19 @@ def test_the_plan_fits_into_ten_minutes_and_every_promise_has_its_step():
     assert len({promise.measure for promise in promises.PROMISES}) == len(promises.PROMISES)
 
 
+def test_time_that_is_left_goes_to_the_steps_that_are_still_to_run():
+    first, *others = plan.STEPS
+    assert plan.allowed(first, list(plan.STEPS), 585.0) == pytest.approx(585 * first.seconds / 590, rel=0.01)
+    assert plan.allowed(first, [first], 585.0) == 585
+    left, taken = 585.0, []
+    for number, step in enumerate(plan.STEPS):
+        taken.append(plan.allowed(step, list(plan.STEPS[number:]), left))
+        left -= taken[-1]
+    assert sum(taken) == pytest.approx(585)
+    # Half of what each may take: the last gets more than its own.
+    assert plan.allowed(others[-1], [others[-1]], 300.0) == 300
+
+
 def test_the_report_has_verdicts_tables_and_the_end_of_what_failed():
     results = {
         2: result(
@@ -124,7 +137,7 @@ def test_the_report_has_verdicts_tables_and_the_end_of_what_failed():
 
 def test_a_record_is_on_disk_after_every_entry_and_whole(tmp_path):
     path = tmp_path / "step.json"
-    record = Record(path, dry_run=True)
+    record = Record(path, seconds=9, dry_run=True)
     record.measure("tn_failures", 1)
     assert json.loads(path.read_text())["measures"] == {"tn_failures": 1.0}
     record.row("table", a=1)
@@ -137,7 +150,7 @@ def test_a_record_is_on_disk_after_every_entry_and_whole(tmp_path):
 
 
 def test_a_step_must_say_something_on_each_of_its_promises(tmp_path):
-    record = Record(tmp_path / "step.json", dry_run=True)
+    record = Record(tmp_path / "step.json", seconds=9, dry_run=True)
     record.measure("tn_failures", 0)
     with pytest.raises(RuntimeError, match="step 2 ended without a word on wrong_products"):
         record.check_complete(2)
@@ -146,7 +159,7 @@ def test_a_step_must_say_something_on_each_of_its_promises(tmp_path):
 
 
 def test_a_part_that_fails_keeps_no_other_from_running(tmp_path, capsys):
-    record = Record(tmp_path / "step.json", dry_run=True)
+    record = Record(tmp_path / "step.json", seconds=9, dry_run=True)
     with record.part("first"):
         raise ValueError("wrong\nand more")
     with record.part("second"):
@@ -208,7 +221,7 @@ def test_a_crash_is_recorded_and_the_other_steps_run(tmp_path, monkeypatch, caps
         "int_mm": "import os; print('the last words', flush=True); os.abort()",
         "kernels": "import sys, json; open(sys.argv[1], 'w').write(json.dumps({'measures': {'wire_host_ms': 2.5}}))",
     }
-    monkeypatch.setattr(running, "command", lambda step, path, *, dry_run: words(programs[step.name], path))
+    monkeypatch.setattr(running, "command", lambda step, path, **_: words(programs[step.name], path))
     monkeypatch.setattr(environment, "_gpu", lambda: {"name": "a GPU", "count": "1"})
     assert gpu_check.main(["--out", str(tmp_path), "--steps", "3,1,2"]) == 1
     states = [json.loads((tmp_path / f"step-{n}.json").read_text())["state"] for n in (1, 2, 3)]
