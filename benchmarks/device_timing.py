@@ -117,6 +117,7 @@ class Timer:
             torch.cuda.synchronize(self._device)
         except Exception as error:  # whatever cannot be captured raises an error of its own kind
             self.why_no_graph = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+            _end_capture_of_random_numbers(self._device)
             return
         self._graph, self.how = graph, GRAPH
 
@@ -154,6 +155,13 @@ class Timer:
             torch.cuda.synchronize(self._device)
             total += start.elapsed_time(end) * 1e-3
         return total / self._iterations
+
+
+def _end_capture_of_random_numbers(device: torch.device) -> None:
+    """A capture that failed may leave the default generator in it, which then refuses to draw outside of one."""
+    index = torch.cuda.current_device() if device.index is None else device.index
+    state = torch.Generator(device).manual_seed(torch.initial_seed()).graphsafe_get_state()
+    torch.cuda.default_generators[index].graphsafe_set_state(state)
 
 
 _rates: dict[torch.device, float] = {}

@@ -31,7 +31,8 @@ def run(record: Record) -> None:
                 timed = Timer(functools.partial(torch._int_mm, a, b), record.device, iterations=5).measure(_ROUNDS)
                 tops = 2 * m * k * n / timed.device / 1e12
             wrong += outcome == WRONG
-            tn_failures += layout == "TN" and outcome != EXACT
+            # What is padded: products of other sizes are never asked for.
+            tn_failures += layout == "TN" and not (k % 16 or n % 16) and outcome != EXACT
             record.row("_int_mm", layout=layout, m=m, k=k, n=n, outcome=outcome, tops=tops)
         if m == n == k:
             _bf16(record, m)

@@ -138,11 +138,13 @@ def _times(record: Record) -> None:
     for layer in [*keys, *(() if record.dry_run else [each for each in roofline.LAYERS if each not in keys])]:
         in_features, out_features, tokens = layer
         operands = Operands.draw(tokens, in_features, out_features, bias=False, device=record.device)
+        names = (linear_contenders.BASE, *ours)
+        made = {name: contenders[name](operands) for name in names}
         base: float | None = None
-        for name in (linear_contenders.BASE, *ours):
-            made = contenders[name](operands)
-            timer = Timer(made.forward_backward, record.device, before=made.clear, iterations=5)
+        for name in names:
+            timer = Timer(made[name].forward_backward, record.device, before=made[name].clear, iterations=5)
             timed = timer.measure(_ROUNDS)
+            made[name].clear()
             base = base or timed.device
             record.row(
                 "layers, forward and backward",
@@ -158,7 +160,6 @@ def _times(record: Record) -> None:
             )
             if name == "ds_quant W8A8G8" and layer in keys:
                 record.measure(keys[layer], base / timed.device)
-            del made
 
 
 def _predicted(name: str, layer: tuple[int, int, int]) -> float | None:

@@ -33,7 +33,7 @@ class Verdict(NamedTuple):
 PROMISES = (
     Promise(1, "copy_tb_per_s", "copies reach the TB/s that predictions take for an H100", AT_LEAST, 2.6),
     Promise(1, "bf16_tflops", "bf16 GEMMs reach the TF/s that predictions take for an H100", AT_LEAST, 620),
-    Promise(2, "tn_failures", "sizes at which _int_mm of layout TN raises or is wrong", AT_MOST, 0),
+    Promise(2, "tn_failures", "multiples of 16 at which _int_mm of layout TN raises or is wrong", AT_MOST, 0),
     Promise(2, "wrong_products", "layouts and sizes at which _int_mm gives wrong sums", AT_MOST, 0),
     Promise(3, "quantizer_differences", "elements that quantizers give other than their definitions", AT_MOST, 0),
     Promise(3, "key_differences", "subkeys on the device other than on the host", AT_MOST, 0),

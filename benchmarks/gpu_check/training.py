@@ -23,6 +23,7 @@ _CONFIG = ROOT / "ds_configs" / "full_int8.json"
 _RESERVE = 8
 """Seconds of the step's time for what is not a run."""
 _TAIL = 1500
+_END = "</s>"
 _WORDS = "def return self value if else for in range print import None yield".split()
 
 
@@ -117,21 +118,38 @@ def loss_gap(own: Ended, reference: Ended) -> float | None:
     return float("inf") if any(gap != gap for gap in gaps) else max(gaps)
 
 
-def write_corpus(path: Path) -> None:
-    """Forty documents of Python-like text, as .jsonl."""
-    lines = []
+def write_corpus(path: Path) -> list[str]:
+    """Forty documents of Python-like text, as .jsonl; returns them."""
+    texts = []
     for number in range(40):
         text = "".join(
             f"{' ' * 4 * (line % 3)}{_WORDS[(number + line) % 13]} {_WORDS[(number * line) % 13]}_{line % 7}:\n"
             for line in range(60)
         )
-        lines.append(json.dumps({"text": text}))
-    path.write_text("\n".join(lines), encoding="utf-8")
+        texts.append(text)
+    path.write_text("\n".join(json.dumps({"text": text}) for text in texts), encoding="utf-8")
+    return texts
+
+
+def write_tokenizer(folder: Path, texts: list[str]) -> None:
+    """A BPE tokenizer of bytes, by a package that comes with transformers."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=320, special_tokens=[_END], initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(texts, trainer)
+    folder.mkdir()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    names = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": _END, "pad_token": _END}
+    (folder / "tokenizer_config.json").write_text(json.dumps(names), encoding="utf-8")
 
 
 def _run_all(runs: list[Run], folder: Path, steps: int, record: Record) -> dict[str, Ended]:
     corpus = folder / "documents.jsonl"
-    write_corpus(corpus)
+    write_tokenizer(folder / "tokenizer", write_corpus(corpus))
     names = [each.name for each in runs]
     futures: dict[str, Future[Ended]] = {}
     with ThreadPoolExecutor(max(2, min(5, (os.cpu_count() or 1) // 3))) as pool:
@@ -155,7 +173,14 @@ def _run(each: Run, folder: Path, corpus: Path, steps: int, resume: Path | None,
     size = record.pick((256, 768, 128), (32, 64, 32))
     words = [
         *(str(ROOT / "launchers" / "pretrain.py"), "--deepspeed", str(config), "--output_dir", str(out)),
-        *("--train_file", str(corpus), "--validation_fraction", "0.2", "--vocab_size", "320"),
+        *(
+            "--train_file",
+            str(corpus),
+            "--validation_fraction",
+            "0.2",
+            "--tokenizer_name",
+            str(corpus.with_name("tokenizer")),
+        ),
         *("--config_overrides", f"num_hidden_layers=2,hidden_size={size[0]},intermediate_size={size[1]}"),
         *("--context_length", str(size[2]), "--global_batch_size", "4", "--max_eval_sequences", "8"),
         *("--max_steps", str(steps), "--warmup_steps", "2", "--logging_steps", "1", "--disable_tqdm", "true"),

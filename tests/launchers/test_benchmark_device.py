@@ -82,6 +82,8 @@ def machine(monkeypatch):
     }
     for name, fake in fakes.items():
         monkeypatch.setattr(torch.cuda, name, fake)
+    found.reset_generators = []
+    monkeypatch.setattr(device_timing, "_end_capture_of_random_numbers", found.reset_generators.append)
     monkeypatch.setattr(device_timing.time, "perf_counter", lambda: found.host)
     monkeypatch.setattr(device_timing, "_rates", {})
     return found
@@ -127,6 +129,7 @@ def test_what_cannot_be_captured_is_timed_by_events_and_says_why(machine, capsys
     assert turns.device == {"a": pytest.approx([100e-6] * 2), "b": pytest.approx([2e-3] * 2)}
     assert turns.host == {"a": pytest.approx([500e-6] * 2), "b": pytest.approx([1e-6] * 2)}
     assert turns.how == {"a": EVENTS, "b": EVENTS}
+    assert machine.reset_generators == [CUDA, CUDA]
     line = "timed by events: a: RuntimeError: operation not permitted when stream is capturing\n"
     assert line in capsys.readouterr().out
 
