@@ -52,11 +52,14 @@ class Ended(NamedTuple):
 
 
 REFERENCE = Run("CPU, ZeRO 1", 1, {}, on_cpu=True)
+REFERENCE_3 = Run("CPU, ZeRO 3", 3, {}, on_cpu=True)
+"""Stage 3 initializes in parts, and so differently."""
 _STOPPED = Run("ZeRO 1", 1, {})
 _RESUMED = Run("ZeRO 1, resumed from the middle", 1, {}, after="ZeRO 1")
 _RESUMED_ON_CPU = _RESUMED._replace(after=REFERENCE.name)
 _RUNS = (
     REFERENCE,
+    REFERENCE_3,
     _STOPPED,
     Run("ZeRO 2, overlap_comm", 2, {"overlap_comm": True}),
     Run("ZeRO 3", 3, {}),
@@ -73,8 +76,11 @@ def run(record: Record) -> None:
     steps = record.pick(20, 4)
     with tempfile.TemporaryDirectory() as folder:
         ended = _run_all(list(runs), Path(folder), steps, record)
-    reference = ended[REFERENCE.name]
-    gaps = {each.name: loss_gap(ended[each.name], reference) for each in runs if each is not REFERENCE}
+    gaps = {
+        each.name: loss_gap(ended[each.name], ended[reference_of(each).name])
+        for each in runs
+        if each is not reference_of(each)
+    }
     for each in runs:
         own = ended[each.name]
         record.row(
@@ -102,6 +108,11 @@ def run(record: Record) -> None:
         record.measure("nccl_loss_gap", two_ranks)
     else:
         record.not_measured("nccl_loss_gap", "two ranks over NCCL need two GPUs that train")
+
+
+def reference_of(each: Run) -> Run:
+    """The run on the CPU that it is compared with."""
+    return REFERENCE_3 if each.stage == 3 else REFERENCE
 
 
 def loss_gap(own: Ended, reference: Ended) -> float | None:
@@ -152,7 +163,7 @@ def _run_all(runs: list[Run], folder: Path, steps: int, record: Record) -> dict[
     write_tokenizer(folder / "tokenizer", write_corpus(corpus))
     names = [each.name for each in runs]
     futures: dict[str, Future[Ended]] = {}
-    with ThreadPoolExecutor(max(2, min(5, (os.cpu_count() or 1) // 3))) as pool:
+    with ThreadPoolExecutor(max(2, min(7, (os.cpu_count() or 1) // 2))) as pool:
         for number, each in enumerate(runs):
             own = folder / str(number)
             resume: Path | None = None
@@ -171,27 +182,33 @@ def _run(each: Run, folder: Path, corpus: Path, steps: int, resume: Path | None,
     config, out, log = folder / "config.json", folder / "run", folder / "log"
     config.write_text(json.dumps(content), encoding="utf-8")
     size = record.pick((256, 768, 128), (32, 64, 32))
-    words = [
-        *(str(ROOT / "launchers" / "pretrain.py"), "--deepspeed", str(config), "--output_dir", str(out)),
-        *(
-            "--train_file",
-            str(corpus),
-            "--validation_fraction",
-            "0.2",
-            "--tokenizer_name",
-            str(corpus.with_name("tokenizer")),
-        ),
-        *("--config_overrides", f"num_hidden_layers=2,hidden_size={size[0]},intermediate_size={size[1]}"),
-        *("--context_length", str(size[2]), "--global_batch_size", "4", "--max_eval_sequences", "8"),
-        *("--max_steps", str(steps), "--warmup_steps", "2", "--logging_steps", "1", "--disable_tqdm", "true"),
-        *("--eval_steps", str(steps), "--eval_on_start", "false", "--save_steps", str(steps // 2)),
-        *("--save_total_limit", "2"),
-    ]
+    shape = f"num_hidden_layers=2,hidden_size={size[0]},intermediate_size={size[1]}"
+    flags = {
+        "deepspeed": config,
+        "output_dir": out,
+        "train_file": corpus,
+        "validation_fraction": 0.2,
+        "tokenizer_name": corpus.with_name("tokenizer"),
+        "config_overrides": shape,
+        "context_length": size[2],
+        "global_batch_size": 4,
+        "max_eval_sequences": 8,
+        "max_steps": steps,
+        "warmup_steps": 2,
+        "logging_steps": 1,
+        "eval_steps": steps,
+        "eval_on_start": "false",
+        "save_steps": steps // 2,
+        "save_total_limit": 2,
+        "disable_tqdm": "true",
+    }
     if not record.dry_run:
         # Of both alike, whatever the processor is fast at.
-        words += ["--bf16", "true"]
+        flags["bf16"] = "true"
     if resume is not None:
-        words += ["--resume_from_checkpoint", str(resume)]
+        flags["resume_from_checkpoint"] = resume
+    words = [str(ROOT / "launchers" / "pretrain.py")]
+    words += [word for name, value in flags.items() for word in (f"--{name}", str(value))]
     launcher = [sys.executable]
     if each.ranks > 1:
         torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", str(each.ranks)]

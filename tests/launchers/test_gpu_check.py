@@ -296,7 +296,12 @@ def test_runs_on_a_gpu_cover_what_is_promised():
     assert {each.stage for each in training._RUNS} == {1, 2, 3}
     assert any("overlap_comm" in each.zero for each in training._RUNS)
     assert any("offload_optimizer" in each.zero for each in training._RUNS)
-    assert [each.name for each in training._RUNS if each.on_cpu] == [training.REFERENCE.name]
+    for each in training._RUNS:
+        reference = training.reference_of(each)
+        assert reference in training._RUNS
+        assert reference.on_cpu
+        assert (reference.stage == 3) == (each.stage == 3)
+        assert each.on_cpu == (each is reference)
     assert training._TWO_RANKS.ranks == 2
 
 
