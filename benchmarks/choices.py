@@ -25,15 +25,22 @@ class Choosable(Protocol):
 C = TypeVar("C", bound=Choosable)
 
 
-def add_common(parser: argparse.ArgumentParser, *, rounds: int, warm_up: int, output: str) -> None:
+def add_common(parser: argparse.ArgumentParser, *, rounds: int, warm_up: int, output: str, iterations: int = 1) -> None:
     parser.add_argument(
         "--only", help="names that contain one of these, split by commas; what others are compared with runs too"
     )
     parser.add_argument("--rounds", type=int, default=rounds, help="measured rounds (default: %(default)s)")
     parser.add_argument("--warm-up", type=int, default=warm_up, help="rounds before them (default: %(default)s)")
+    add_iterations(parser, iterations)
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="default: all cores, %(default)s")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     parser.add_argument("--output", default=output, help="the CSV; a picture lies beside it (default: %(default)s)")
+
+
+def add_iterations(parser: argparse.ArgumentParser, iterations: int) -> None:
+    parser.add_argument(
+        "--iterations", type=int, default=iterations, help="calls in a round, on cuda only (default: %(default)s)"
+    )
 
 
 def check_common(options: argparse.Namespace) -> torch.device:
@@ -41,6 +48,7 @@ def check_common(options: argparse.Namespace) -> torch.device:
     if options.rounds < 2:
         raise CommandError(f"--rounds: got {options.rounds}; allowed: 2 or more, for a spread; give more")
     at_least("--warm-up", options.warm_up, 0)
+    at_least("--iterations", options.iterations, 1)
     at_least("--threads", options.threads, 1)
     try:
         # Only a tensor shows whether the device is there.

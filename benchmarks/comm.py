@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import tempfile
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from ds_quant.cli.shared.tables import environment, print_table, write_csv
 
 HELP = "time and bytes of all-reduce, reduce-scatter and DDP hooks, over slow links too"
 
+NCCL = "nccl"
+"""In place of a link: the GPUs of this machine."""
 _START_SECONDS = 120
 _SECONDS_PER_ELEMENT = 1e-7
 """Far more than a contender's arithmetic takes: for time-outs."""
@@ -33,12 +36,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "percentile; `x fp32` and `x bf16` say how many times faster than the same collective in 32 and 16 bits "
         "(bf16 rows send bf16 gradients and do not convert). `sent` is what a rank puts on the wire by formula, `read` "
         "what its interface counted. `floor` is the time that those bytes take at the link's rate, over its own time. "
-        "`error` is relative to the exact sum."
+        "`error` is relative to the exact sum. With --device cuda the ranks have a GPU each and talk over NCCL."
     )
     parser.add_argument(
         "--sizes", default="25M", help="elements; k, M, G; rounded up to a multiple of the ranks (default: %(default)s)"
     )
     parser.add_argument("--ranks", type=int, default=2, help="default: %(default)s")
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cpu", help="cuda: over NCCL, a GPU a rank (default: %(default)s)"
+    )
     links.add_argument(parser)
     parser.add_argument(
         "--only", help="names of contenders that contain one of these, split by commas; bases always run"
@@ -58,20 +64,33 @@ def run(options: argparse.Namespace) -> None:
         raise CommandError(f"--rounds: got {options.rounds}; allowed: 2 or more, for a spread; give more")
     sizes = [_elements(text, options.ranks) for text in options.sizes.split(",")]
     chosen = _choose(options.only)
-    names = links.choose(options.links)
+    names = _nccl(options) if options.device == "cuda" else links.choose(options.links)
     threads = options.threads or max(1, (os.cpu_count() or 1) // options.ranks)
-    where = {**environment(torch.device("cpu")), "threads": threads}
+    where = {**environment(torch.device(options.device)), "threads": threads}
     print(
         f"{where['processor']}, {options.ranks} ranks of {threads} threads, torch {where['torch']}, {where['commit']}"
     )
     rows: list[dict[str, Any]] = []
     for name in names:
-        with links.open_link(name, options.ranks) as link:
+        with nullcontext() if name == NCCL else links.open_link(name, options.ranks) as link:
             for text, numel in zip(options.sizes.split(","), sizes, strict=True):
                 measured = _measure(chosen, numel, threads, link, options)
                 rows += _report(name, text, numel, chosen, measured, link, options)
     write_csv(Path(options.output), rows, where)
     print(f"written: {options.output}")
+
+
+def _nccl(options: argparse.Namespace) -> list[str]:
+    """The one link of GPUs, by name; CommandError where there are not enough of them, or where links are asked for."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if count < max(2, options.ranks):
+        raise CommandError(
+            f"--device: got 'cuda' with {count} GPUs for {options.ranks} ranks; allowed: 2 GPUs or more, one a rank; "
+            "give fewer ranks, or --device cpu"
+        )
+    if options.links is not None:
+        raise CommandError(f"--links: got {options.links!r}; allowed with --device cuda: none, NCCL finds its own")
+    return [NCCL]
 
 
 def _elements(text: str, ranks: int) -> int:
@@ -107,6 +126,7 @@ def _measure(
         threads=threads,
         interface=INTERFACE if link else None,
         timeout=one_call,
+        device=options.device,
     )
     with tempfile.TemporaryDirectory() as folder:
         path = spec.write(Path(folder))
@@ -146,7 +166,8 @@ def _report(
     for contender in (c for c in chosen if c.name in seconds):
         took = timing.spread(seconds[contender.name])
         ratio = ratios[BASE[contender.group]][contender.name]
-        sent = contender.sent(numel, options.ranks)
+        formula = contender.sent_over_nccl if name == NCCL and contender.sent_over_nccl else contender.sent
+        sent = formula(numel, options.ranks)
         # All ranks send alike; the most is what the link has to carry.
         read = max((m.sent[contender.name] or 0 for m in measured), default=0) if link else None
         fp32, bf16 = (_times_faster(seconds, contender.name, other) for other in PLAIN[contender.group])

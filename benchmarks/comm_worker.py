@@ -35,6 +35,8 @@ class Spec:
     """Whose count of sent bytes is read; None where others use it too."""
     timeout: float
     """Seconds for one collective."""
+    device: str = "cpu"
+    """Or cuda: each rank has the GPU of its local number, over NCCL."""
 
     def write(self, folder: Path) -> Path:
         path = folder / "spec.json"
@@ -66,7 +68,7 @@ def main(spec_file: Path) -> None:
     spec = Spec(**json.loads(spec_file.read_text()))
     torch.set_num_threads(spec.threads)
     warnings.filterwarnings("ignore", category=FutureWarning)
-    dist.init_process_group("gloo", timeout=timedelta(seconds=spec.timeout))
+    _join(spec)
     try:
         measured = _measure(spec)
         rank = dist.get_rank()
@@ -77,9 +79,23 @@ def main(spec_file: Path) -> None:
     Measured.path(spec_file.parent, rank).write_text(json.dumps(dataclasses.asdict(measured)))
 
 
+def _device(spec: Spec) -> torch.device:
+    return torch.device("cuda", int(os.environ["LOCAL_RANK"])) if spec.device == "cuda" else torch.device("cpu")
+
+
+def _join(spec: Spec) -> None:
+    timeout, device = timedelta(seconds=spec.timeout), _device(spec)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        dist.init_process_group("nccl", timeout=timeout, device_id=device)
+    else:
+        dist.init_process_group("gloo", timeout=timeout)
+
+
 def _measure(spec: Spec) -> Measured:
     generator = torch.Generator().manual_seed(dist.get_rank())
-    gradients = torch.randn(spec.numel, generator=generator) * 1e-2
+    device = _device(spec)
+    gradients = (torch.randn(spec.numel, generator=generator) * 1e-2).to(device)
     exact = gradients.clone()
     dist.all_reduce(exact)
 
@@ -113,7 +129,7 @@ def _measure(spec: Spec) -> Measured:
         {name: run.call for name, run in runs.items()},
         rounds=spec.rounds,
         warm_up=spec.warm_up,
-        device=torch.device("cpu"),
+        device=device,
         before=before,
     )
     return measured

@@ -61,18 +61,18 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> int:
     seen: dict[int, int] = {}
     for state in optimizer.state.values():
         for value in state.values():
-            for tensor in _stored(value):
+            for tensor in stored(value):
                 if tensor.numel() > 1:
                     seen[tensor.data_ptr()] = tensor.nbytes
     return sum(seen.values())
 
 
-def _stored(value: object) -> Iterable[Tensor]:
+def stored(value: object) -> Iterable[Tensor]:
     """The plain tensors in which a value of the state is stored."""
     if isinstance(value, QuantizedState):
         yield from (value.blocks.codes, value.blocks.scale)
     elif hasattr(value, "__tensor_flatten__"):
         for name in value.__tensor_flatten__()[0]:
-            yield from _stored(getattr(value, name))
+            yield from stored(getattr(value, name))
     elif isinstance(value, Tensor):
         yield value

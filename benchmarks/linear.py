@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import charts, choices, held, linear_contenders, recipes, timing
+from benchmarks import charts, choices, device_timing, held, linear_contenders, recipes, timing
 from benchmarks.linear_contenders import BASE, CEILING, Contender, Layer, Operands
 from ds_quant.cli.shared import process_memory
 from ds_quant.cli.shared.errors import CommandError
@@ -28,7 +28,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "torch._int_mm on codes that are there already, over its own. `saved` is what the layer holds between forward "
         "and backward for the latter, bytes for each element of X; `kept` what it keeps beside that and its "
         "parameters, from step to step; `extra` the peak of memory during a call, gradients included. Codes of weights "
-        "are made anew in every call, as after a step of the optimizer. Competitors: pip install 'ds_quant[bench]'."
+        "are made anew in every call, as after a step of the optimizer. On cuda, times are those of the device, by "
+        "replay of a CUDA graph (by events where none can be captured, as a line says); the host's stand beside them. "
+        "Competitors: pip install 'ds_quant[bench]'."
     )
     parser.add_argument(
         "--shapes",
@@ -38,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", type=int, default=2048, help="rows of X (default: %(default)s)")
     parser.add_argument("--bias", action="store_true", help="with a bias")
     parser.add_argument("--backend", choices=recipes.BACKENDS, default="int8", help="ours' (default: %(default)s)")
-    choices.add_common(parser, rounds=15, warm_up=3, output="runs/benchmark/linear.csv")
+    choices.add_common(parser, rounds=15, warm_up=3, output="runs/benchmark/linear.csv", iterations=10)
     parser.set_defaults(run=run)
 
 
@@ -49,7 +51,7 @@ def run(options: argparse.Namespace) -> None:
     choices.at_least("--tokens", options.tokens, 17)
     device = choices.check_common(options)
     torch.set_num_threads(options.threads)
-    chosen = choices.choose(linear_contenders.contenders(options.backend), options.only, BASE)
+    chosen = choices.choose(linear_contenders.contenders(options.backend, device), options.only, BASE)
     where = environment(device)
     print(f"{where['processor']}, {where['threads']} threads, torch {where['torch']}, {where['commit']}")
     rows: list[dict[str, Any]] = []
@@ -94,7 +96,15 @@ def _measure(
         if name in layers:
             layers[name].clear()
 
-    seconds = timing.take_turns(calls, rounds=options.rounds, warm_up=options.warm_up, device=device, before=clear)
+    seconds, columns = device_timing.seconds_and_columns(
+        calls,
+        rounds=options.rounds,
+        warm_up=options.warm_up,
+        device=device,
+        before=clear,
+        graphs=True,
+        iterations=options.iterations,
+    )
     ratios = timing.ratios(seconds, BASE)
     to_ceiling = timing.ratios(seconds, CEILING) if CEILING in seconds else {}
     rows = []
@@ -118,14 +128,18 @@ def _measure(
                 "saved_bytes_per_element": saved and saved.saved / operands.x.numel(),
                 "kept_bytes": saved and saved.kept,
                 "peak_extra_bytes": process_memory.peak_bytes(call, device),
+                **columns[name],
                 "rounds": options.rounds,
             }
         )
         clear(name)
     print_table(
         f"{text}: X [{options.tokens}, in], forward and backward",
-        ["contender", "ms", "ratio", "(20%-80%)", "speed-up", "ceiling", "saved B/elem.", "kept MB", "extra MB"],
-        [_cells(row) for row in rows],
+        [
+            *("contender", "ms", "ratio", "(20%-80%)", "speed-up", "ceiling", "saved B/elem.", "kept MB", "extra MB"),
+            *device_timing.host_column(device),
+        ],
+        [_cells(row) + device_timing.host_cell(row) for row in rows],
     )
     return rows
 

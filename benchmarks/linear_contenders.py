@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks import recipes, torchao_int8
+from benchmarks import recipes, torchao_float8, torchao_int8
 from ds_quant import QuantLinear, weights_changed
+
+L = TypeVar("L", bound=nn.Module)
 
 
 class Operands(NamedTuple):
@@ -70,8 +73,11 @@ BASE = "bf16 nn.Linear"
 CEILING = "raw int8 products"
 
 
-def contenders(backend: str) -> list[Contender]:
-    """All of them, ours with this backend."""
+def contenders(backend: str, device: torch.device) -> list[Contender]:
+    """All of them that are for the device, ours with this backend.
+
+    On CUDA every peer is there compiled, and peers that only run there are too.
+    """
     ours = {
         "W8A8": recipes.w8a8(backend),
         "W8A8G8": recipes.w8a8g8(backend),
@@ -80,6 +86,7 @@ def contenders(backend: str) -> list[Contender]:
     return [
         Contender("fp32 nn.Linear", lambda o: Layer(_linear(o, torch.float32), o, torch.float32)),
         Contender(BASE, lambda o: Layer(_linear(o), o, torch.bfloat16)),
+        *(_on_cuda() if device.type == "cuda" else ()),
         Contender("torchao int8", _torchao(compiled=False), "torchao"),
         Contender("torchao int8, compiled", _torchao(compiled=True), "torchao"),
         *(Contender(f"ds_quant {name}", _ours(section)) for name, section in ours.items()),
@@ -112,15 +119,67 @@ def _linear(
         layer = nn.Linear(in_features, out_features, **options)
     else:
         layer = QuantLinear(in_features, out_features, **options, config=section)
+    return _filled(layer, operands)
+
+
+def _filled(layer: L, operands: Operands) -> L:
+    """With the weight and bias of the operands."""
     with torch.no_grad():
-        layer.weight.copy_(operands.weight)
+        layer.get_parameter("weight").copy_(operands.weight)
         if operands.bias is not None:
-            layer.bias.copy_(operands.bias)
+            layer.get_parameter("bias").copy_(operands.bias)
     return layer
 
 
 def _ours(section: recipes.Section) -> Callable[[Operands], Layer]:
     return lambda operands: Layer(_linear(operands, section=section), operands, torch.bfloat16)
+
+
+def _on_cuda() -> list[Contender]:
+    def float8(recipe: str) -> Callable[[Operands], Layer]:
+        def make(operands: Operands) -> Layer:
+            layer = torchao_float8.convert_linears_(nn.Sequential(_linear(operands)), recipe)
+            return Layer(layer, operands, torch.bfloat16, compiled=True)
+
+        return make
+
+    return [
+        Contender(f"{BASE}, compiled", lambda o: Layer(_linear(o), o, torch.bfloat16, compiled=True)),
+        *(Contender(f"torchao float8 {name}, compiled", float8(name), "torchao") for name in torchao_float8.RECIPES),
+        Contender("bitsandbytes int8", _bitsandbytes, "bitsandbytes"),
+        Contender("Transformer Engine float8", _transformer_engine, "transformer_engine"),
+    ]
+
+
+def _bitsandbytes(operands: Operands) -> Layer:
+    """LLM.int8 with weights that are trained, and without a search for outliers: all features in int8."""
+    bnb: Any = importlib.import_module("bitsandbytes")
+    out_features, in_features = operands.weight.shape
+    layer = bnb.nn.Linear8bitLt(
+        in_features, out_features, bias=operands.bias is not None, has_fp16_weights=True, threshold=0.0
+    )
+    layer = layer.to(device=operands.x.device, dtype=torch.bfloat16)
+    return Layer(_filled(layer, operands), operands, torch.bfloat16)
+
+
+def _transformer_engine(operands: Operands) -> Layer:
+    """Its linear layer, in float8 with delayed scaling, which is its default."""
+    te: Any = importlib.import_module("transformer_engine.pytorch")
+    out_features, in_features = operands.weight.shape
+    has_bias = operands.bias is not None
+    layer = te.Linear(in_features, out_features, bias=has_bias, params_dtype=torch.bfloat16, device="cuda")
+
+    class InFloat8(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, x: Tensor) -> Tensor:
+            with te.fp8_autocast(enabled=True):
+                return self.layer(x)
+
+    _filled(layer, operands)
+    return Layer(InFloat8(), operands, torch.bfloat16)
 
 
 def _torchao(*, compiled: bool) -> Callable[[Operands], Layer]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import contenders, timing
+from benchmarks import choices, contenders, device_timing, timing
 from ds_quant.cli.shared import process_memory
 from ds_quant.cli.shared.errors import CommandError
 from ds_quant.cli.shared.tables import environment, print_table, write_csv
@@ -28,7 +28,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Steps of one fp32 parameter (50M) or of many (2000x1024), all optimizers in turns. `ratio` is to torch's "
         "fused AdamW in the same round, median and 20th to 80th percentile. `floor` is the time that the bytes it must "
-        "move take at the bandwidth of an in-place addition in the same run, over its own time. Competitors: "
+        "move take at the bandwidth of an in-place addition in the same run, over its own time. On cuda, times are "
+        "those of the device between events, and the host's stand beside them. Competitors: "
         "pip install 'ds_quant[bench]'."
     )
     parser.add_argument(
@@ -39,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--rounds", type=int, default=15, help="measured rounds (default: %(default)s)")
     parser.add_argument("--warm-up", type=int, default=3, help="rounds before them (default: %(default)s)")
+    choices.add_iterations(parser, 5)
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="default: all cores, %(default)s")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     parser.add_argument("--output", default="runs/benchmark/optimizer.csv", help="default: %(default)s")
@@ -50,6 +52,7 @@ def run(options: argparse.Namespace) -> None:
     sizes = [parse_size(text) for text in options.sizes.split(",")]
     if options.rounds < 2:
         raise CommandError(f"--rounds: got {options.rounds}; allowed: 2 or more, for a spread; give more")
+    choices.at_least("--iterations", options.iterations, 1)
     torch.set_num_threads(options.threads)
     device = torch.device(options.device)
     chosen = _choose(options.only)
@@ -124,7 +127,14 @@ def _measure(
     x, y = torch.randn(total, device=device), torch.randn(total, device=device)
     calls: dict[str, Any] = {name: optimizer.step for name, optimizer in optimizers.items()}
     calls[BANDWIDTH] = lambda: x.add_(y)
-    seconds = timing.take_turns(calls, rounds=options.rounds, warm_up=options.warm_up, device=device)
+    seconds, columns = device_timing.seconds_and_columns(
+        calls,
+        rounds=options.rounds,
+        warm_up=options.warm_up,
+        device=device,
+        graphs=False,
+        iterations=options.iterations,
+    )
     bandwidth = BANDWIDTH_BYTES * total / timing.spread(seconds[BANDWIDTH]).p50
     ratio = timing.ratios(seconds, contenders.BASE)
     rows = []
@@ -143,12 +153,16 @@ def _measure(
                 "peak_extra_bytes_per_parameter": _per(process_memory.peak_extra_bytes(optimizer.step, device), total),
                 "fraction_of_bandwidth_floor": floor / took.p50,
                 "bandwidth_bytes_per_second": bandwidth,
+                **columns[name],
                 "rounds": options.rounds,
             }
         )
     print_table(
         f"{text}: in-place addition at {bandwidth / 1e9:.1f} GB/s",
-        ["optimizer", "ms", "ratio", "(20%-80%)", "state B/param", "extra B/param", "floor"],
+        [
+            *("optimizer", "ms", "ratio", "(20%-80%)", "state B/param", "extra B/param", "floor"),
+            *device_timing.host_column(device),
+        ],
         [
             [
                 row["optimizer"],
@@ -160,6 +174,7 @@ def _measure(
                 if row["peak_extra_bytes_per_parameter"] is None
                 else f"{row['peak_extra_bytes_per_parameter']:.3f}",
                 f"{row['fraction_of_bandwidth_floor']:.0%}",
+                *device_timing.host_cell(row),
             ]
             for row in rows
         ],

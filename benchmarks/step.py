@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks import charts, choices, held, recipes, step_contenders, step_models, step_profile, timing
+from benchmarks import charts, choices, device_timing, held, recipes, step_contenders, step_models, step_profile, timing
 from benchmarks.step_contenders import BASE, Contender, Step
 from ds_quant.cli.shared import process_memory
 from ds_quant.cli.shared.errors import CommandError
@@ -29,8 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "in the same round, median and 20th to 80th percentile, `speed-up` one over it. `saved` is what the forward "
         "leaves for the backward, parameters apart, `linears` the part of it that linear layers saved; `kept` is what "
         "layers keep beside that from step to step; `extra` the peak of memory during a step, gradients included. "
-        "Codes of weights are made anew in every step. lm_head is quantized only where it says so. Competitors: "
-        "pip install 'ds_quant[bench]'."
+        "Codes of weights are made anew in every step. lm_head is quantized only where it says so. On cuda, times are "
+        "those of the device between events, and the host's stand beside them: a step of more launches than a queue "
+        "holds is as slow as its host. Competitors: pip install 'ds_quant[bench]'."
     )
     parser.add_argument(
         "--models",
@@ -52,7 +53,7 @@ def run(options: argparse.Namespace) -> None:
     models = _check(options)
     device = choices.check_common(options)
     torch.set_num_threads(options.threads)
-    chosen = choices.choose(step_contenders.contenders(options.backend), options.only, BASE)
+    chosen = choices.choose(step_contenders.contenders(options.backend, device), options.only, BASE)
     where = environment(device)
     print(f"{where['processor']}, {where['threads']} threads, torch {where['torch']}, {where['commit']}")
     rows: list[dict[str, Any]] = []
@@ -137,7 +138,15 @@ def _measure(
             step.clear()
 
     calls = {name: step.run for name, step in steps.items()}
-    seconds = timing.take_turns(calls, rounds=options.rounds, warm_up=options.warm_up, device=device, before=clear)
+    seconds, columns = device_timing.seconds_and_columns(
+        calls,
+        rounds=options.rounds,
+        warm_up=options.warm_up,
+        device=device,
+        before=clear,
+        graphs=False,
+        iterations=options.iterations,
+    )
     ratios = timing.ratios(seconds, BASE)
     rows = []
     for name, step in steps.items():
@@ -164,6 +173,7 @@ def _measure(
                 "kept_bytes": found.kept,
                 "peak_extra_bytes": process_memory.peak_bytes(step.run, device),
                 "first_step_seconds": first_seconds[name],
+                **columns[name],
                 "rounds": options.rounds,
             }
         )
@@ -171,8 +181,11 @@ def _measure(
     print_table(
         f"{model}: {options.batch} x {options.sequence} tokens, forward, loss, backward"
         f"{', optimizer' if options.optimizer else ''}",
-        ["contender", "ms", "ratio", "(20%-80%)", "speed-up", "saved MB", "linears MB", "kept MB", "extra MB"],
-        [_cells(row) for row in rows],
+        [
+            *("contender", "ms", "ratio", "(20%-80%)", "speed-up", "saved MB", "linears MB", "kept MB", "extra MB"),
+            *device_timing.host_column(device),
+        ],
+        [_cells(row) + device_timing.host_cell(row) for row in rows],
     )
     return rows
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from benchmarks import recipes, step_models, torchao_int8
+from benchmarks import recipes, step_models, torchao_float8, torchao_int8
 from ds_quant import convert, weights_changed
 
 LR = 1e-5
@@ -27,13 +27,14 @@ class Step:
         autocast: bool = False,
         compiled: bool = False,
         with_optimizer: bool = False,
+        backend: str = "inductor",
     ):
-        """batch: token ids [sequences, tokens]."""
+        """batch: token ids [sequences, tokens]. backend: torch.compile's."""
         self.model = model
         self.compiled = compiled
         self._batch = batch
         self._autocast = autocast
-        self._call = torch.compile(model, dynamic=False) if compiled else model
+        self._call = torch.compile(model, dynamic=False, backend=backend) if compiled else model
         self._optimizer = torch.optim.AdamW(model.parameters(), lr=LR, fused=True) if with_optimizer else None
 
     def loss(self) -> Tensor:
@@ -62,21 +63,22 @@ class Contender(NamedTuple):
     needs: str | None = None
     """The package that it comes from, if it is none of ours."""
 
-    def make(self, model: nn.Module, batch: Tensor, *, with_optimizer: bool) -> Step:
+    def make(self, model: nn.Module, batch: Tensor, *, with_optimizer: bool, backend: str = "inductor") -> Step:
         return Step(
             self.prepare(copy.deepcopy(model)),
             batch,
             autocast=self.autocast,
             compiled=self.compiled,
             with_optimizer=with_optimizer,
+            backend=backend,
         )
 
 
 BASE = "bf16 parameters"
 
 
-def contenders(backend: str) -> list[Contender]:
-    """All of them, ours with this backend."""
+def contenders(backend: str, device: torch.device) -> list[Contender]:
+    """All of them that are for the device, ours with this backend."""
     w8a8g8 = recipes.w8a8g8(backend)
     stochastic = recipes.w8a8g8(backend, rounding="stochastic")
     ours = {
@@ -93,7 +95,9 @@ def contenders(backend: str) -> list[Contender]:
         Contender(f"{BASE}, compiled", _bf16, compiled=True),
         Contender("torchao int8", _torchao, needs="torchao"),
         Contender("torchao int8, compiled", _torchao, compiled=True, needs="torchao"),
+        *(_float8(recipe) for recipe in (torchao_float8.RECIPES if device.type == "cuda" else ())),
         *(Contender(f"ds_quant {name}", _ours(section)) for name, section in ours.items()),
+        *([Contender("ds_quant W8A8, compiled", _ours(ours["W8A8"]), compiled=True)] if device.type == "cuda" else []),
         Contender("ds_quant W8A8G8, compiled", _ours(w8a8g8), compiled=True),
     ]
 
@@ -111,5 +115,17 @@ def _ours(section: recipes.Section) -> Callable[[nn.Module], nn.Module]:
 
 
 def _torchao(model: nn.Module) -> nn.Module:
-    model = step_models.with_linears(_bf16(model))
-    return torchao_int8.quantize_linears_(model, lambda _, name: name.rpartition(".")[2] != "lm_head")
+    return torchao_int8.quantize_linears_(step_models.with_linears(_bf16(model)), _is_no_head)
+
+
+def _float8(recipe: str) -> Contender:
+    """Compiled only: eager, its casts are launches of their own, and nobody trains so."""
+
+    def prepare(model: nn.Module) -> nn.Module:
+        return torchao_float8.convert_linears_(step_models.with_linears(_bf16(model)), recipe, _is_no_head)
+
+    return Contender(f"torchao float8 {recipe}, compiled", prepare, compiled=True, needs="torchao")
+
+
+def _is_no_head(module: nn.Module, name: str) -> bool:
+    return name.rpartition(".")[2] != "lm_head"

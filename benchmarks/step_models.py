@@ -20,6 +20,23 @@ PRESETS: dict[str, dict[str, Any]] = {
         "num_attention_heads": 12,
         "tie_word_embeddings": True,
     },
+    # Two blocks and little else: what a model of that hidden size spends its time on.
+    "block-2048": {
+        "model_type": "llama",
+        "vocab_size": 256,
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 16,
+    },
+    "block-4096": {
+        "model_type": "llama",
+        "vocab_size": 256,
+        "hidden_size": 4096,
+        "intermediate_size": 14_336,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 32,
+    },
     "tiny-gpt2": {
         "model_type": "gpt2",
         "vocab_size": 256,

@@ -1,5 +1,6 @@
 """What all tests share: where DeepSpeed's op is built, and a process group of one rank for tests within pytest."""
 
+import functools
 import importlib
 import os
 import random
@@ -25,14 +26,36 @@ LONGEST_FIRST = ("distributed", "launchers", "cli", "kernels", "diagnostics")
 """Folders whose tests begin first where several processes share the suite: what is left at the end should be short."""
 
 
+NEEDS_GPU = "needs a GPU"
+"""The reason of skipif where a test needs one: it is marked `gpu` then."""
+
+
+@pytest.hookimpl(tryfirst=True)  # -m selects by marks: they must be there
 def pytest_collection_modifyitems(items):
-    """Order the files by LONGEST_FIRST."""
+    """Mark what needs a GPU, skip it without one, and order the files by LONGEST_FIRST."""
+    mark_gpu_tests(items)
 
     def rank(item):
         folder = item.path.parent.name
         return LONGEST_FIRST.index(folder) if folder in LONGEST_FIRST else len(LONGEST_FIRST)
 
     items.sort(key=rank)
+
+
+def mark_gpu_tests(items):
+    """`gpu` for what is skipped without a GPU, and the other way round: either way of saying so is enough."""
+    for item in items:
+        if any(mark.kwargs.get("reason") == NEEDS_GPU for mark in item.iter_markers("skipif")):
+            item.add_marker("gpu")
+        elif item.get_closest_marker("gpu") and not _has_gpu():
+            item.add_marker(pytest.mark.skip(reason=NEEDS_GPU))
+
+
+@functools.cache
+def _has_gpu():
+    import torch
+
+    return torch.cuda.is_available()
 
 
 @pytest.fixture(scope="session")

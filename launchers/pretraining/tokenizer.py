@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
 
-import sentencepiece
 from survival.errors import LaunchError
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+if TYPE_CHECKING:
+    import sentencepiece
 
 UNK, EOS, PAD = "<unk>", "</s>", "<pad>"
 SPACE = "\u2581"  # SentencePiece's visible stand-in for a space
@@ -23,6 +26,9 @@ MAX_TRAINING_CHARACTERS = 20_000_000
 
 def train(texts: Iterable[str], *, vocab_size: int) -> PreTrainedTokenizerFast:
     """A lossless BPE tokenizer of at most `vocab_size` pieces, learned from `texts`."""
+    # Imported here: a run with a ready tokenizer does without the package.
+    import sentencepiece
+
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(

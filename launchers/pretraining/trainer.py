@@ -21,6 +21,18 @@ from pretraining.loading import ExactLoading
 _PROGRESS = "progress_rank{}.json"
 
 
+class _FirstStep(TrainerCallback):
+    """Tells a trainer the step that it begins at; older Trainers do not know it themselves."""
+
+    def __init__(self, trainer: PretrainTrainer) -> None:
+        self._trainer = trainer
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._trainer.first_step = state.global_step
+
+
 class PretrainTrainer(ExactLoading):
     """Decays matrices only, also with the optimizer of the DeepSpeed JSON; knows how long evaluation took; saves
     models that generate with their cache.
@@ -28,6 +40,8 @@ class PretrainTrainer(ExactLoading):
     Checkpoints go through `saver`, and every loss past `guard`, where there are such.
     """
 
+    first_step = 0
+    """The step that this process began at: above 0 where it resumed."""
     seconds_evaluating = 0.0
     saver: CheckpointSaver | None = None
     guard: Guard | None = None
@@ -38,11 +52,7 @@ class PretrainTrainer(ExactLoading):
         # The Trainer turns the cache of keys and values off in the model's configuration, for training.
         self._use_cache = getattr(getattr(model, "config", None), "use_cache", None)
         super().__init__(model, *args, **kwargs)
-
-    @property
-    def first_step(self) -> int:
-        """The step that this process began at: above 0 where it resumed."""
-        return int(getattr(self, "_initial_global_step", 0))
+        self.add_callback(_FirstStep(self))
 
     def create_optimizer(self, model: nn.Module | None = None) -> Any:
         """As in Trainer; the parameters of DeepSpeed's own optimizer are split in two groups."""

@@ -27,7 +27,6 @@ OVERRIDDEN = {
 """Methods, and what the launcher does in them."""
 
 READ = {
-    "_initial_global_step": "the step that a resumed run began at",
     "_tr_loss": "the losses since the last log",
     "_globalstep_last_logged": "the step of the last log",
 }

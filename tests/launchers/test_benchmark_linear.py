@@ -86,7 +86,7 @@ def test_nothing_is_held_afterwards():
 def test_all_layers_compute_the_same(bias):
     operands = Operands.draw(64, 32, 48, bias=bias, device=CPU)
     results = {}
-    for contender in linear_contenders.contenders("int8"):
+    for contender in linear_contenders.contenders("int8", CPU):
         if contender.needs is None:
             layer = contender.make(operands)
             layer.forward_backward()
@@ -103,7 +103,7 @@ def test_all_layers_compute_the_same(bias):
 
 def test_the_weights_of_every_call_are_new():
     operands = Operands.draw(32, 16, 24, bias=False, device=CPU)
-    layer = next(c for c in linear_contenders.contenders("int8") if c.name == "ds_quant W8A8G8").make(operands)
+    layer = next(c for c in linear_contenders.contenders("int8", CPU) if c.name == "ds_quant W8A8G8").make(operands)
     before = layer.forward()
     with torch.no_grad():
         layer.module.weight.data.mul_(2)  # nothing but the step of an optimizer tells

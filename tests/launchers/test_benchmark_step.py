@@ -40,7 +40,7 @@ def test_presets_are_the_models_that_they_say():
 def test_lm_head_is_quantized_only_where_it_says_so():
     model = step_models.build("tiny-llama", dropout=None, device=CPU)
     batch = torch.zeros(1, 8, dtype=torch.int64)
-    for contender in step_contenders.contenders("int8"):
+    for contender in step_contenders.contenders("int8", CPU):
         if contender.name.startswith("ds_quant"):
             head = contender.make(model, batch, with_optimizer=False).model.lm_head
             assert isinstance(head, QuantLinear) == ("lm_head too" in contender.name)
@@ -139,7 +139,7 @@ def test_step_from_end_to_end(tmp_path, capsys, with_integer_units):
     rows = read(output)
     base = step_contenders.BASE
     names = ["fp32", "bf16 autocast", base]
-    ours = [c.name for c in step_contenders.contenders("int8") if "stochastic" in c.name or "lm_head" in c.name]
+    ours = [c.name for c in step_contenders.contenders("int8", CPU) if "stochastic" in c.name or "lm_head" in c.name]
     assert len(ours) == 3
     names += ours
     assert [(row["model"], row["contender"]) for row in rows] == [

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import importlib
 import random
+import sys
 import sysconfig
 from pathlib import Path
 
@@ -89,3 +91,10 @@ def test_errors_name_the_fix(tmp_path: Path) -> None:
     ours.save_pretrained(tmp_path)
     with pytest.raises(LaunchError, match="no end-of-sequence"):
         tokenizer.load(str(tmp_path))
+
+
+def test_a_ready_tokenizer_needs_no_sentencepiece(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sentencepiece", None)
+    module = importlib.reload(tokenizer)
+    with pytest.raises(ImportError, match="sentencepiece"):
+        module.train(["text"], vocab_size=300)

@@ -67,6 +67,16 @@ def test_what_is_saved_has_the_models_own_cache(tmp_path: Path, use_cache: bool)
     assert model.config.use_cache is False, "training needs none"
 
 
+@pytest.mark.usefixtures("single_rank")
+def test_the_trainer_knows_the_step_that_it_began_at(tmp_path: Path) -> None:
+    args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
+    trainer = PretrainTrainer(model=torch.nn.Linear(1, 1), args=args, train_dataset=Numbers())
+    assert trainer.first_step == 0
+    trainer.state.global_step = 7
+    trainer.callback_handler.on_train_begin(args, trainer.state, trainer.control)
+    assert trainer.first_step == 7
+
+
 def test_every_method_that_is_overridden_is_in_the_table() -> None:
     own = {name for kind in (PretrainTrainer, ExactLoading) for name, value in vars(kind).items() if callable(value)}
     overridden = {name for name in own if hasattr(Trainer, name)} - {"__init__", "train", "evaluate"}
