@@ -53,10 +53,10 @@ def finish(
 ) -> Tensor:
     """((products * row_scale) * column_scale) + bias in fp32, rounded once to `dtype`.
 
-    products: fp32 [M, N]. Scales: fp32 [M, 1] and [N, 1], or of one element. bias: [N].
+    products: fp32 [M, N], which may be overwritten. Scales: fp32 [M, 1] and [N, 1], or of one element. bias: [N].
     """
     if not _compiles(products):
-        return _finish(products, row_scale, column_scale, bias, dtype)
+        return _finish(products, row_scale, column_scale, bias, dtype, in_place=True)
     return _compiled(_finish_to, dtype)(products, row_scale, column_scale, None if bias is None else bias.detach())
 
 
@@ -79,15 +79,21 @@ def _quantize_as(
 
 
 def _finish(
-    products: Tensor, row_scale: Tensor | None, column_scale: Tensor | None, bias: Tensor | None, dtype: torch.dtype
+    products: Tensor,
+    row_scale: Tensor | None,
+    column_scale: Tensor | None,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    in_place: bool = False,
 ) -> Tensor:
+    multiply, add = (Tensor.mul_, Tensor.add_) if in_place else (Tensor.mul, Tensor.add)
     y = products
     if row_scale is not None:
-        y = y * row_scale
+        y = multiply(y, row_scale)
     if column_scale is not None:
-        y = y * column_scale.t()
+        y = multiply(y, column_scale.t())
     if bias is not None:
-        y = y + bias.float()
+        y = add(y, bias.float())
     return y.to(dtype)
 
 
