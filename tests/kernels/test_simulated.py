@@ -50,8 +50,8 @@ def test_quantizers(compiles):
 def test_the_end_of_products(compiles):
     for rows, columns in ((5, 40), (40, 5), (1, 8)):
         y, a, b, bias = torch.randn(rows, columns), torch.rand(rows, 1), torch.rand(columns, 1), torch.randn(columns)
-        got = kernels.finish(y, a, b, bias, BF16)
-        assert torch.equal(got, (y * a * b.t() + bias).to(BF16))
+        expected = (y * a * b.t() + bias).to(BF16)
+        assert torch.equal(kernels.finish(y, a, b, bias, BF16), expected)
 
 
 def test_nothing_compiles_again(monkeypatch, compiles):
