@@ -45,20 +45,34 @@ struct Source {
 };
 
 // Each map has an Encoder, which is given numbers in units of the scale and, if it is stochastic, uniform numbers.
+// This one writes the codes of a batch.
+template <class Map, class B>
+struct BatchEncoder {
+    using V = typename B::Part;
+    typename Map::template Encoder<V> code_of;
+
+    explicit BatchEncoder(const MomentFormat& f) : code_of(f) {}
+
+    ALWAYS_INLINE void operator()(
+        const float* x, typename V::F inverse, const typename V::I (&draws)[B::parts], uint8_t* codes) const {
+        typename V::I found[B::parts];
+#pragma GCC unroll 4
+        for (int k = 0; k < B::parts; ++k) found[k] = code_of(V::mul(V::load(x + k * V::width), inverse), draws[k]);
+        B::store_u8(codes, found);
+    }
+};
+
 template <class Map, class B>
 void encode_as(const MomentFormat& f, const Source<B>& s, uint8_t* codes, int64_t n) {
     using V = typename B::Part;
-    typename Map::template Encoder<V> code_of(f);
+    BatchEncoder<Map, B> encode_batch(f);
     auto inverse = V::set(s.inverse);
     auto uniform16 = s.uniform16();
     int64_t i = 0;
     for (; i + B::width <= n; i += B::width) {
-        typename V::I draws[B::parts], found[B::parts];
+        typename V::I draws[B::parts];
         if constexpr (Map::is_stochastic) uniform16(s.draws.index + i, draws);
-#pragma GCC unroll 4
-        for (int k = 0; k < B::parts; ++k)
-            found[k] = code_of(V::mul(V::load(s.x + i + k * V::width), inverse), draws[k]);
-        B::store_u8(codes + i, found);
+        encode_batch(s.x + i, inverse, draws, codes + i);
     }
     if constexpr (B::width > 1) encode_as<Map, typename B::Rest>(f, s.from(i), codes + i, n - i);
 }
@@ -206,6 +220,54 @@ struct FloatCodes {
         }
     };
 };
+
+#if defined(__AVX2__) && !defined(__AVX512F__)
+// The same with packing that saturates in place of the limits: what is above 1 or below the lowest value leaves the codes
+// on that side. Signs and what is below the lowest value are dealt with once for 32 elements.
+template <bool is_signed, bool stochastic>
+struct BatchEncoder<FloatCodes<is_signed, stochastic>, Batch<Avx2, 4>> {
+    using V = Avx2;
+
+    explicit BatchEncoder(const MomentFormat&) {}
+
+    ALWAYS_INLINE void operator()(const float* x, V::F inverse, const V::I (&draws)[4], uint8_t* codes) const {
+        V::I found[4], is_zero[4], signs[4];
+#pragma GCC unroll 4
+        for (int k = 0; k < 4; ++k) {
+            auto quotient = V::mul(V::load(x + 8 * k), inverse);
+            auto size = is_signed ? V::abs(quotient) : quotient;
+            auto carry = V::set_int((1u << (FLOAT_SHIFT - 1)) - 1);
+            if constexpr (stochastic) carry = V::left<FLOAT_SHIFT - 16>(draws[k]);
+            found[k] = _mm256_srai_epi32(V::add(V::float_to_bits(size), carry), FLOAT_SHIFT);
+            if constexpr (is_signed) {
+                constexpr float lowest = 1.25f * 0x1p-16f;
+                auto bound = V::set(lowest * 0.5f);
+                if constexpr (stochastic) bound = V::mul(V::to_float(draws[k]), V::set(lowest * 0x1p-16f));
+                is_zero[k] = V::float_to_bits(V::at_least(bound, size));  // the bound is below the lowest value
+                signs[k] = V::float_to_bits(quotient);
+            }
+        }
+        auto base = _mm256_set1_epi16(FLOAT_BASE[is_signed] >> FLOAT_SHIFT);
+        V::I words[2];
+        for (int k = 0; k < 2; ++k)
+            words[k] = _mm256_sub_epi16(_mm256_packs_epi32(found[2 * k], found[2 * k + 1]), base);
+        V::I bytes;
+        if constexpr (is_signed) {
+            bytes = _mm256_packs_epi16(words[0], words[1]);
+            bytes = _mm256_add_epi8(_mm256_max_epi8(bytes, _mm256_set1_epi8(1)), pack(is_zero));
+            bytes = V::bit_or(bytes, V::bit_and(pack(signs), V::set_int(0x80808080)));
+        } else {
+            bytes = _mm256_packus_epi16(words[0], words[1]);
+        }
+        bytes = _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+        V::store_int(reinterpret_cast<uint32_t*>(codes), bytes);
+    }
+
+    static ALWAYS_INLINE V::I pack(const V::I (&x)[4]) {
+        return _mm256_packs_epi16(_mm256_packs_epi32(x[0], x[1]), _mm256_packs_epi32(x[2], x[3]));
+    }
+};
+#endif
 
 template <class B, bool stochastic>
 void encode_run(const MomentFormat& f, const Source<B>& s, uint8_t* codes, int64_t n) {
