@@ -158,7 +158,8 @@ def _send_rows(
         floor = torch.floor(steps)
         codes = (floor + (draws < steps - floor)).clamp(-levels, levels).to(torch.int8)
     scale_index = rows.scale_at + torch.arange(4, device=y.device)
-    message.index_put_((scale_index,), scale.contiguous().view(torch.uint8))
+    # Of one dimension: Inductor may give a column any strides, and then it cannot be viewed as bytes.
+    message.index_put_((scale_index.reshape(-1),), scale.reshape(-1).view(torch.uint8))
     _put_codes(message, rows, codes, fmt)
     lost = y - codes.float() * scale
     if written is not None:
@@ -196,7 +197,8 @@ def _put_codes(message: Tensor, rows: Rows, codes: Tensor, fmt: WireFormat) -> N
 
 def _values(message: Tensor, rows: Rows, fmt: WireFormat) -> Tensor:
     """code * scale, fp32 [num_rows, block_size]; what lies behind the end of a short row means nothing."""
-    scale = message[rows.scale_at + torch.arange(4, device=message.device)].view(torch.float32)
+    scale_index = rows.scale_at + torch.arange(4, device=message.device)
+    scale = message[scale_index.reshape(-1)].view(torch.float32).unsqueeze(1)
     if fmt.bits == 8:
         codes = message[rows.codes_at + _lanes(rows, fmt.block_size, rows.length)].view(torch.int8)
         return codes.float() * scale
