@@ -79,7 +79,7 @@ class Exchange:
                 fmt,
                 key=self._key(0),
                 residuals=residuals,
-                errors=self.channel.statistics.errors,
+                errors=self.channel.statistics.errors_on(self.device),
             )
         self._received = self._take((layout.world_size - 1) * layout.own_bytes)
         self._work = backend.all_to_all(
@@ -110,7 +110,7 @@ class Exchange:
                 slots, scale = feedback.slots(layout.own_pieces, self.device), self.call.residual_scale
                 inverse = 1.0 / (self.call.factor * scale)
                 options["residuals"] = wire.Residuals(slots.read, slots.write, scale, inverse)
-            options |= {"message": slot, "key": self._key(1), "errors": self.channel.statistics.errors}
+            options |= {"message": slot, "key": self._key(1), "errors": self.channel.statistics.errors_on(self.device)}
         if layout.own_pieces:
             wire.reduce(self.tensors, layout.own, received, layout.rank, layout.fmt, **options)
         if self.output is None:

@@ -100,12 +100,15 @@ def two_level(whole: Layout, nodes: Nodes) -> TwoLevelLayout:
         _moved_back(layout.gathered, chunk, number * slot_bytes)
         for number, (chunk, layout) in enumerate(zip(chunks, layouts, strict=True))
     ]
+    gathered = wire.Parts(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
+    for column in gathered:
+        column.setflags(write=False)  # as `build` has them
     return TwoLevelLayout(
         whole,
         chunks,
         max(sum(piece.numel for piece in chunk) for chunk in chunks),
         layouts[nodes.number],
-        wire.Parts(*(np.concatenate(columns) for columns in zip(*parts, strict=True))),
+        gathered,
         slot_bytes,
     )
 

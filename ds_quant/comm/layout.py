@@ -178,7 +178,9 @@ def _joined(messages: Sequence[tuple[Sequence[Piece], tuple[list[int], list[int]
     """Parts of several messages, each with the byte that it begins at."""
 
     def column(values: Iterator[int], dtype: type = np.int64) -> np.ndarray:
-        return np.fromiter(values, dtype)
+        found: np.ndarray = np.fromiter(values, dtype)
+        found.setflags(write=False)  # so that kernels may keep what they make of it
+        return found
 
     rows = [(piece, begin) for pieces, _, begin in messages for piece in pieces]
     return Parts(

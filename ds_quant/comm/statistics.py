@@ -4,6 +4,8 @@ import math
 from typing import NamedTuple
 
 import numpy as np
+import torch
+from torch import Tensor
 
 
 class Traffic(NamedTuple):
@@ -39,10 +41,11 @@ class Traffic(NamedTuple):
 
 
 class Statistics:
-    """Counts of one rank. `errors` goes to the kernels as it is."""
+    """Counts of one rank. Kernels add to `errors`, or to what `errors_on` gives them on a device."""
 
     def __init__(self, *, with_errors: bool = True) -> None:
         self.errors: np.ndarray | None = np.zeros(2) if with_errors else None
+        self._on_devices: dict[tuple, Tensor] = {}
         self._sent = self._unquantized = 0
 
     def count(self, sent_bytes: int, numel: int, itemsize: int) -> None:
@@ -50,8 +53,24 @@ class Statistics:
         self._sent += sent_bytes
         self._unquantized += numel * itemsize
 
+    def errors_on(self, device: torch.device) -> np.ndarray | Tensor | None:
+        """What kernels on `device` add their errors to: float64 of shape (2,); None: they are not counted.
+
+        On an accelerator it is a tensor of the current stream, and the host waits for it in `take` alone.
+        """
+        if self.errors is None or device.type == "cpu":
+            return self.errors
+        stream = None if device.type == "meta" else torch.accelerator.current_stream(device).stream_id
+        if (device, stream) not in self._on_devices:
+            self._on_devices[device, stream] = torch.zeros(2, dtype=torch.float64, device=device)
+        return self._on_devices[device, stream]
+
     def take(self) -> Traffic:
-        """What was counted, and start anew."""
+        """What was counted, and start anew. Waits for the devices where errors were counted on some."""
+        if self.errors is not None:
+            for counted in self._on_devices.values():
+                self.errors += counted.cpu().numpy()
+            self._on_devices.clear()
         squared_error, squared_norm = (0.0, 0.0) if self.errors is None else map(float, self.errors)
         found = Traffic(self._sent, self._unquantized, squared_error, squared_norm)
         self._sent = self._unquantized = 0

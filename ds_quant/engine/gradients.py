@@ -31,7 +31,7 @@ class GradientCommunication:
         self.engine = engine
         self.config = config
         self.feedback = ErrorFeedback(transactional=may_skip_steps) if config.error_feedback else None
-        # On an accelerator, reading errors has the host wait for it: only where somebody looks at them.
+        # On an accelerator, reading errors has the host wait for it at the end of a step: only where somebody looks.
         with_errors = torch.device(engine.device).type == "cpu" or engine.monitor.enabled
         self.statistics = Statistics(with_errors=with_errors)
         self.buffers = Buffers()

@@ -114,7 +114,7 @@ def quantize(
     *,
     key: tuple[int, int] | None = None,
     residuals: Residuals | None = None,
-    errors: np.ndarray | None = None,
+    errors: np.ndarray | Tensor | None = None,
 ) -> None:
     """Write the parts of the pieces of `tensors` into `message`, as the module docstring defines it.
 
@@ -139,7 +139,7 @@ def reduce(
     message: Tensor | None = None,
     key: tuple[int, int] | None = None,
     residuals: Residuals | None = None,
-    errors: np.ndarray | None = None,
+    errors: np.ndarray | Tensor | None = None,
 ) -> None:
     """Sum the own pieces and those of the other ranks, times `factor`, as the module docstring defines it.
 
@@ -214,7 +214,7 @@ def _send(
     fmt: WireFormat,
     key: tuple[int, int] | None,
     residuals: Residuals | None,
-    errors: np.ndarray | None,
+    errors: np.ndarray | Tensor | None,
 ) -> None:
     subkey = None if key is None else torch.tensor(derive_words(key, piece.stream), device=y.device)
     q = quantize_to(y, fmt.elements, rounding="nearest" if key is None else "stochastic", key=subkey)

@@ -60,3 +60,15 @@ def test_relative_error_is_that_of_what_was_quantized(bits):
 def test_errors_are_float64_for_the_kernels():
     assert Statistics().errors.dtype == np.float64
     assert Statistics().errors.shape == (2,)
+
+
+def test_errors_on_a_device_are_read_once():
+    statistics = Statistics()
+    assert statistics.errors_on(torch.device("cpu")) is statistics.errors
+    there = statistics.errors_on(torch.device("meta"))
+    assert there.device.type == "meta"
+    assert statistics.errors_on(torch.device("meta")) is there
+    statistics._on_devices = {(torch.device("cpu"), 1): torch.tensor([1.0, 16.0]).double()}
+    assert statistics.take().relative_error == 0.25
+    assert statistics.take() == Traffic(0, 0, 0.0, 0.0)
+    assert Statistics(with_errors=False).errors_on(torch.device("meta")) is None

@@ -1,5 +1,6 @@
 """Gradients on the wire: C++ and the compiled function for CUDA against the reference, and what is refused."""
 
+import gc
 import itertools
 import logging
 
@@ -8,9 +9,10 @@ import pytest
 import torch
 from numerics.wire_oracle import gradient, lay_out
 from torch._dynamo.testing import CompileCounter
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ds_quant.kernels import build, native, registry, wire
-from ds_quant.kernels.wire import compiled, cpu
+from ds_quant.kernels.wire import compiled, cpu, places
 from ds_quant.numerics import wire as reference
 from ds_quant.numerics.wire import Parts, Residuals, WireFormat
 
@@ -233,6 +235,14 @@ def test_the_batched_function_has_the_bits_of_the_reference(rng, fmt, uncompiled
         assert_same(job.run(compiled), job.run(reference), f"{dtype} {key}")
 
 
+class NoReads(TorchDispatchMode):
+    """Fails where the host asks a tensor for a number."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        assert function not in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default), function
+        return function(*args, **(kwargs or {}))
+
+
 def counting(monkeypatch):
     """By function, a backend of torch.compile that counts compilations and leaves operations as they are."""
     original, found = compiled._compiled, {}
@@ -260,6 +270,62 @@ def test_new_pieces_and_keys_compile_nothing(rng, monkeypatch):
     assert set(counts.values()) == {2}  # whole blocks, and shorter ones
     step((50, 64, 200, 111), (1, 2))
     assert counts == {name: counter.frame_count for name, counter in counters.items()}
+
+
+@pytest.mark.parametrize("fmt", [WireFormat(8, 32), WireFormat(4, 64, "hadamard")], ids=str)
+def test_any_number_of_ranks_is_summed_in_their_order(rng, fmt, uncompiled):
+    for world_size in range(1, 10):
+        job = Job(rng, fmt, world_size=world_size, key=KEY)
+        assert_same(job.run(compiled), job.run(reference), f"{world_size} ranks, own {job.own_rank}")
+
+
+def test_more_ranks_compile_no_more(rng, monkeypatch):
+    sizes = {}
+    for world_size in (2, 4, 8):
+        counters = counting(monkeypatch)
+        job = Job(rng, WireFormat(4, 32), numels=(100, 70, 300), world_size=world_size, some=False)
+        output = torch.zeros(470)
+        compiled.reduce(job.tensors, job.parts, job.received, job.own_rank, job.fmt, output=output)
+        sizes[world_size] = {
+            (function.__name__, settings): (counter.frame_count, counter.op_count)
+            for (function, settings), counter in counters.items()
+        }
+        monkeypatch.undo()
+    assert len(sizes[2]) == 3  # the others, the own pieces, and what is made of the sum
+    assert sizes[2] == sizes[4] == sizes[8]
+
+
+def test_places_are_kept_with_the_layout(rng, monkeypatch):
+    made = []
+    make = places._make
+    monkeypatch.setattr(places, "_make", lambda *arguments: made.append(arguments) or make(*arguments))
+    fmt, device = WireFormat(8, 32), torch.device("cpu")
+    parts, _ = lay_out(rng, NUMELS, fmt)
+    places.places_of(parts, fmt, device)
+    places.places_of(parts, fmt, device)
+    assert len(made) == 2, "columns that can be written to are not kept"
+    parts = Parts(*(column.copy() for column in parts))
+    for column in parts:
+        column.setflags(write=False)
+    before = len(places._kept)
+    kept = places.places_of(parts, fmt, device)
+    assert places.places_of(parts, fmt, device) is kept
+    assert places.places_of(parts, WireFormat(4, 32), device) is not kept
+    assert len(places._kept) == before + 2
+    made.clear()
+    del parts, column
+    gc.collect()
+    assert len(places._kept) == before
+
+
+def test_errors_are_added_up_on_the_device(rng, uncompiled):
+    job = Job(rng, WireFormat(8, 32), key=KEY)
+    there, here = torch.tensor([1.0, 2.0]).double(), np.array([1.0, 2.0])
+    with NoReads():
+        compiled.quantize(job.tensors, job.parts, job.background.clone(), job.fmt, key=KEY, errors=there)
+    compiled.quantize(job.tensors, job.parts, job.background.clone(), job.fmt, key=KEY, errors=here)
+    assert there[0] > 1.0
+    np.testing.assert_allclose(there.numpy(), here)
 
 
 def test_compiled_by_inductor(rng):

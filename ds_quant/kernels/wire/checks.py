@@ -100,10 +100,17 @@ class Check:
             allowed = f"float32, bfloat16 or float16 of shape ({expected},), contiguous, on {self.device}"
             raise error(f"{self.where}(output)", _described(output), allowed, "make the buffer so")
 
-    def sending(self, key: tuple[int, int] | None, residuals: Residuals | None, errors: np.ndarray | None) -> None:
+    def sending(
+        self, key: tuple[int, int] | None, residuals: Residuals | None, errors: np.ndarray | Tensor | None
+    ) -> None:
         if key is not None and (len(key) != 2 or not all(isinstance(word, int) and 0 <= word < 2**32 for word in key)):
             raise error(f"{self.where}(key)", repr(key), "two words from 0 to 2^32 - 1", "make it with fold_words()")
-        if errors is not None and not (
+        if isinstance(errors, Tensor):
+            is_right = errors.dtype == torch.float64 and errors.shape == (2,) and errors.device == self.device
+            if not is_right or self.device.type == "cpu":
+                allowed = f"float64 of shape (2,), a tensor on {self.device} where that is no CPU, else a numpy array"
+                raise error(f"{self.where}(errors)", _described(errors), allowed, "make it so")
+        elif errors is not None and not (
             isinstance(errors, np.ndarray) and errors.dtype == np.float64 and errors.shape == (2,)
         ):
             got = f"{errors.dtype} of shape {errors.shape}" if isinstance(errors, np.ndarray) else type(errors)

@@ -2,11 +2,12 @@
 
 The pieces of a call are laid side by side in one flat tensor, whose blocks become the rows of a matrix: all whole
 blocks go through one compiled call, all last blocks that are shorter through another, filled up to the block size.
-Nothing compiles again for new pieces, keys or factors. Each format, dtype, operation and number of ranks compiles at
+Nothing compiles again for new pieces, keys, factors or numbers of ranks. Each format, dtype and operation compiles at
 its first call, once for whole and once for shorter blocks, and again for a lone block: tens of seconds with a rotation.
+A sum over ranks lies in fp32 in memory, and takes a call for each `AT_ONCE` messages.
 
 Results are close to the reference's, not equal: Inductor may fuse products into sums. Its price: temporaries of
-several times the tensors' size, and where `errors` is given, waiting for the device.
+several times the tensors' size. Waits for the device only where `errors` lie on the host.
 
 What `ops` checks is not checked again here.
 """
@@ -21,16 +22,21 @@ from torch import Tensor
 
 from ds_quant.kernels.compiling import compile_whole
 from ds_quant.kernels.wire import ops
+from ds_quant.kernels.wire.places import Kept, places_of, sent
 from ds_quant.kernels.wire.rows import (
-    Rows,
     Settings,
+    add_others,
+    add_own,
     dequantize_rows,
     quantize_rows,
-    reduce_to_message,
-    reduce_to_output,
+    total_to_message,
+    total_to_output,
 )
 from ds_quant.numerics.random import derive_words
 from ds_quant.numerics.wire import Parts, Residuals, WireFormat
+
+AT_ONCE = 4
+"""Messages that one call adds: more of them compile for longer, fewer take more calls."""
 
 
 @ops.quantize.by("compiled")
@@ -43,12 +49,13 @@ def quantize(
     *,
     key: tuple[int, int] | None = None,
     residuals: Residuals | None = None,
-    errors: np.ndarray | None = None,
+    errors: np.ndarray | Tensor | None = None,
 ) -> None:
     """`numerics.wire.quantize`."""
-    settings = Settings(fmt, stochastic=key is not None, with_errors=errors is not None)
-    call = _compiled(quantize_rows, settings)
-    _send(call, (), tensors, parts, message, fmt, key, residuals, errors)
+    call = _compiled(quantize_rows, Settings(fmt, stochastic=key is not None, with_errors=errors is not None))
+    kept = places_of(parts, fmt, message.device)
+    own = _own(tensors, kept, residuals)
+    _send(call, [(*own,)] * len(kept.groups), kept, parts, message, key, residuals, errors)
 
 
 @ops.reduce.by("compiled")
@@ -65,20 +72,19 @@ def reduce(
     message: Tensor | None = None,
     key: tuple[int, int] | None = None,
     residuals: Residuals | None = None,
-    errors: np.ndarray | None = None,
+    errors: np.ndarray | Tensor | None = None,
 ) -> None:
     """`numerics.wire.reduce`."""
-    others = tuple(row.data for row in received.unbind())
-    sum_of = (others, torch.tensor(factor, dtype=torch.float32, device=received.device))
+    kept = places_of(parts, fmt, received.device)
+    totals = _totals(tensors, kept, received, own_rank, fmt, residuals)
+    times = torch.full((), factor, dtype=torch.float32, device=received.device)
     if output is None:
         assert message is not None
-        settings = Settings(fmt, own_rank, key is not None, errors is not None)
-        call = _compiled(reduce_to_message, settings)
-        return _send(call, sum_of, tensors, parts, message, fmt, key, residuals, errors)
-    own = _own(tensors, parts, residuals)
-    call = _compiled(reduce_to_output, Settings(fmt, own_rank))
-    for rows in _rows(parts, fmt, None, output.device):
-        call(rows, *own, *sum_of, output.data)
+        call = _compiled(total_to_message, Settings(fmt, key is not None, errors is not None))
+        return _send(call, [(total, times) for total in totals], kept, parts, message, key, residuals, errors)
+    call = _compiled(total_to_output, Settings(fmt))
+    for places, total in zip(kept.groups, totals, strict=True):
+        call(places, total, times, output.data)
     return None
 
 
@@ -86,92 +92,94 @@ def reduce(
 @torch.no_grad()
 def dequantize(message: Tensor, parts: Parts, tensors: Sequence[Tensor], fmt: WireFormat) -> None:
     """`numerics.wire.dequantize`."""
-    flat = tensors[0].new_empty(int(parts.numel.sum()))
+    kept = places_of(parts, fmt, message.device)
+    flat = tensors[0].new_empty(kept.numel)
     call = _compiled(dequantize_rows, Settings(fmt))
-    for rows in _rows(parts, fmt, None, flat.device):
-        call(rows, message.data, flat)
-    torch._foreach_copy_(_slices(tensors, parts), flat.split(parts.numel.tolist()))
+    for places in kept.groups:
+        call(places, message.data, flat)
+    torch._foreach_copy_(_slices(tensors, kept), flat.split([numel for _, _, numel in kept.runs]))
+
+
+def _totals(
+    tensors: Sequence[Tensor],
+    kept: Kept,
+    received: Tensor,
+    own_rank: int,
+    fmt: WireFormat,
+    residuals: Residuals | None,
+) -> list[Tensor]:
+    """The sums over the ranks in their order, fp32 [num_rows, block_size], of each group of places."""
+    device = received.device
+    own = _own(tensors, kept, residuals)
+    others = [row.data for row in received.unbind()]
+    plus_own, plus_others = _compiled(add_own, Settings(fmt)), _compiled(add_others, Settings(fmt))
+    totals = [torch.zeros((len(places.piece), fmt.block_size), device=device) for places in kept.groups]
+    for places, total in zip(kept.groups, totals, strict=True):
+        for number, run in enumerate((others[:own_rank], others[own_rank:])):
+            if number:
+                plus_own(places, *own, total)
+            for begin in range(0, len(run), AT_ONCE):
+                messages = run[begin : begin + AT_ONCE]
+                # Tensors of their own: which of its arguments are one would be compiled in.
+                filled = (*messages, *(messages[-1].data for _ in range(AT_ONCE - len(messages))))
+                plus_others(places, filled, torch.full((), len(messages), device=device), total)
+    return totals
 
 
 def _send(
     call: Callable,
-    sum_of: tuple,
-    tensors: Sequence[Tensor],
+    given: Sequence[tuple],
+    kept: Kept,
     parts: Parts,
     message: Tensor,
-    fmt: WireFormat,
     key: tuple[int, int] | None,
     residuals: Residuals | None,
-    errors: np.ndarray | None,
+    errors: np.ndarray | Tensor | None,
 ) -> None:
-    own = _own(tensors, parts, residuals)
+    """Have what is `given` of each group of places quantized, and put away what that cost."""
     written = None
-    inverse = torch.ones((), device=message.device)
-    if residuals is not None:
-        inverse.fill_(residuals.inverse)
-        if any(residual is not None for residual in residuals.write):
-            written = torch.empty_like(own[0], dtype=torch.bfloat16)
+    inverse = torch.full((), 1.0 if residuals is None else residuals.inverse, device=message.device)
+    if residuals is not None and any(residual is not None for residual in residuals.write):
+        written = torch.empty(kept.numel, dtype=torch.bfloat16, device=message.device)
+    words = None if key is None else _words(key, parts, message.device)
     sums = [
-        call(rows, *own, *sum_of, message.data, written, inverse) for rows in _rows(parts, fmt, key, message.device)
+        call(places, words, *arguments, message.data, written, inverse)
+        for places, arguments in zip(kept.groups, given, strict=True)
     ]
-    if errors is not None:
+    if isinstance(errors, Tensor):
+        for found in sums:
+            errors += found
+    elif errors is not None:
         errors += torch.stack(sums).sum(dim=0).cpu().numpy()
     if written is not None:
         assert residuals is not None
-        pairs = zip(residuals.write, written.split(parts.numel.tolist()), strict=True)
-        kept = [(to, piece) for to, piece in pairs if to is not None]
-        torch._foreach_copy_([to for to, _ in kept], [piece for _, piece in kept])
+        pairs = zip(residuals.write, written.split(kept.lengths), strict=True)
+        wanted = [(to, piece) for to, piece in pairs if to is not None]
+        torch._foreach_copy_([to for to, _ in wanted], [piece for _, piece in wanted])
 
 
-def _slices(tensors: Sequence[Tensor], parts: Parts) -> list[Tensor]:
-    places = zip(parts.source.tolist(), parts.start.tolist(), parts.numel.tolist(), strict=True)
-    return [tensors[source][start : start + numel] for source, start, numel in places]
+def _words(key: tuple[int, int], parts: Parts, device: torch.device) -> Tensor:
+    """The pieces' keys, int64 [2, num_pieces], as many as the columns of their places."""
+    words = [derive_words(key, stream) for stream in parts.stream.tolist()]
+    return sent(np.array(words + [(0, 0)] * (2 - len(words)), np.int64).T.copy(), device)
+
+
+def _slices(tensors: Sequence[Tensor], kept: Kept) -> list[Tensor]:
+    return [tensors[source][start : start + numel] for source, start, numel in kept.runs]
 
 
 def _own(
-    tensors: Sequence[Tensor], parts: Parts, residuals: Residuals | None
+    tensors: Sequence[Tensor], kept: Kept, residuals: Residuals | None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The pieces side by side, their residuals, and what these are multiplied with."""
-    flat = torch.cat(_slices(tensors, parts))
+    flat = torch.cat(_slices(tensors, kept))
     if residuals is None or all(residual is None for residual in residuals.read):
         return flat, None, None
     known = [  # -0.0 leaves all as it is, zeros with their signs
         flat.new_full((numel,), -0.0, dtype=torch.bfloat16) if residual is None else residual
-        for residual, numel in zip(residuals.read, parts.numel.tolist(), strict=True)
+        for residual, numel in zip(residuals.read, kept.lengths, strict=True)
     ]
     return flat, torch.cat(known), torch.full((), residuals.scale, device=flat.device)
-
-
-def _rows(parts: Parts, fmt: WireFormat, key: tuple[int, int] | None, device: torch.device) -> list[Rows]:
-    """The whole blocks of a call, and the shorter ones; without those that are none."""
-    begin = np.cumsum(parts.numel) - parts.numel
-    words = np.zeros((len(begin), 2), dtype=np.int64)
-    if key is not None:
-        words[:] = [derive_words(key, stream) for stream in parts.stream.tolist()]
-    num_whole, tail = np.divmod(parts.numel, fmt.block_size)
-    groups = []
-    for repeats in (num_whole, (tail > 0).astype(np.int64)):
-        piece = np.repeat(np.arange(len(begin)), repeats)
-        if not len(piece):
-            continue
-        number = np.arange(len(piece)) - (np.cumsum(repeats) - repeats)[piece]
-        if repeats is not num_whole:
-            number = num_whole[piece]
-        first = number * fmt.block_size
-        columns = np.stack(
-            (
-                *(begin[piece] + first, parts.scale_at[piece] + 4 * number),
-                *(parts.codes_at[piece] + first * fmt.bits // 8, tail[piece], first),
-                *(words[piece, 0], words[piece, 1]),
-            )
-        )
-        sent = torch.from_numpy(columns)
-        sent = (sent.pin_memory() if device.type == "cuda" else sent).to(device, non_blocking=True).unsqueeze(-1)
-        element, scale_at, codes_at, length, first_at = (column.data for column in sent[:5].unbind())
-        is_short = repeats is not num_whole
-        subkey = None if key is None else sent[5:].data
-        groups.append(Rows(element, scale_at, codes_at, length if is_short else None, first_at, subkey))
-    return groups
 
 
 @functools.cache

@@ -31,12 +31,13 @@ def quantize(
     *,
     key: tuple[int, int] | None = None,
     residuals: Residuals | None = None,
-    errors: np.ndarray | None = None,
+    errors: np.ndarray | Tensor | None = None,
 ) -> None:
     """Write the parts of the pieces of `tensors` into `message`, as `numerics.wire.quantize` does.
 
     tensors: 1-D, contiguous, all fp32, bf16 or fp16. message: uint8, 1-D, contiguous. key: two words for stochastic
-    rounding (see `fold_words`), None for nearest. errors: float64 of shape (2,), added to. Autograd sees nothing.
+    rounding (see `fold_words`), None for nearest. errors: float64 of shape (2,), added to: numpy's, or on an
+    accelerator a tensor there, which nothing waits for. Autograd sees nothing.
 
     Raises ValueError for what is not as this and the types of the arguments have it.
     """
@@ -61,7 +62,7 @@ def reduce(
     message: Tensor | None = None,
     key: tuple[int, int] | None = None,
     residuals: Residuals | None = None,
-    errors: np.ndarray | None = None,
+    errors: np.ndarray | Tensor | None = None,
 ) -> None:
     """Sum the own pieces and those of the other ranks, times `factor`, as `numerics.wire.reduce` does.
 

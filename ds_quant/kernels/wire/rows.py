@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ds_quant.kernels.wire.places import Places
 from ds_quant.numerics import integer, rotation
 from ds_quant.numerics.random import bits_at
 from ds_quant.numerics.wire import WireFormat
@@ -34,14 +35,14 @@ class Settings(NamedTuple):
     """What a compiled function is made for."""
 
     fmt: WireFormat
-    own_rank: int = 0
     stochastic: bool = False
     with_errors: bool = False
 
 
 def quantize_rows(
     settings: Settings,
-    rows: Rows,
+    places: Places,
+    words: Tensor | None,
     flat: Tensor,
     residual: Tensor | None,
     residual_scale: Tensor | None,
@@ -49,42 +50,72 @@ def quantize_rows(
     written: Tensor | None,
     inverse: Tensor,
 ) -> Tensor | None:
+    rows = _rows(settings.fmt, places, words)
     y = _own_rows(settings.fmt, rows, flat, residual, residual_scale)
     return _send_rows(settings, rows, y, message, written, inverse)
 
 
-def reduce_to_message(
+def add_own(
     settings: Settings,
-    rows: Rows,
+    places: Places,
     flat: Tensor,
     residual: Tensor | None,
     residual_scale: Tensor | None,
-    others: tuple[Tensor, ...],
+    total: Tensor,
+) -> None:
+    """Add the own pieces to `total`, fp32 [num_rows, block_size]."""
+    total.add_(_own_rows(settings.fmt, _rows(settings.fmt, places), flat, residual, residual_scale))
+
+
+def add_others(settings: Settings, places: Places, others: tuple[Tensor, ...], count: Tensor, total: Tensor) -> None:
+    """Add the values of the first `count` of `others` to `total`, one after the other, and zeros for the rest, which
+    change nothing: a sum that begins with 0.0 is never -0.0."""
+    rows = _rows(settings.fmt, places)
+    added = total
+    for number, message in enumerate(others):
+        added = added + torch.where(count > number, _values(message, rows, settings.fmt), 0.0)
+    total.copy_(added)
+
+
+def total_to_message(
+    settings: Settings,
+    places: Places,
+    words: Tensor | None,
+    total: Tensor,
     factor: Tensor,
     message: Tensor,
     written: Tensor | None,
     inverse: Tensor,
 ) -> Tensor | None:
-    result = _sum_rows(settings, rows, flat, residual, residual_scale, others, factor)
-    return _send_rows(settings, rows, result, message, written, inverse)
+    rows = _rows(settings.fmt, places, words)
+    return _send_rows(settings, rows, _multiplied(settings, rows, total, factor), message, written, inverse)
 
 
-def reduce_to_output(
-    settings: Settings,
-    rows: Rows,
-    flat: Tensor,
-    residual: Tensor | None,
-    residual_scale: Tensor | None,
-    others: tuple[Tensor, ...],
-    factor: Tensor,
-    output: Tensor,
-) -> None:
-    result = _sum_rows(settings, rows, flat, residual, residual_scale, others, factor)
-    _put(output, rows, _unrotate(result, rows, settings.fmt))
+def total_to_output(settings: Settings, places: Places, total: Tensor, factor: Tensor, output: Tensor) -> None:
+    rows = _rows(settings.fmt, places)
+    _put(output, rows, _unrotate(_multiplied(settings, rows, total, factor), rows, settings.fmt))
 
 
-def dequantize_rows(settings: Settings, rows: Rows, message: Tensor, flat: Tensor) -> None:
+def dequantize_rows(settings: Settings, places: Places, message: Tensor, flat: Tensor) -> None:
+    rows = _rows(settings.fmt, places)
     _put(flat, rows, _unrotate(_values(message, rows, settings.fmt), rows, settings.fmt))
+
+
+def _rows(fmt: WireFormat, places: Places, words: Tensor | None = None) -> Rows:
+    """words: int64 [2, num_pieces], of the pieces' keys."""
+    piece = places.piece
+    number = places.offset[piece]
+    if places.tail is None:
+        number = torch.arange(len(piece), device=piece.device) - number
+    first = number * fmt.block_size
+    return Rows(
+        (places.begin[piece] + first).unsqueeze(1),
+        (places.scale_at[piece] + 4 * number).unsqueeze(1),
+        (places.codes_at[piece] + first * fmt.bits // 8).unsqueeze(1),
+        None if places.tail is None else places.tail[piece].unsqueeze(1),
+        first.unsqueeze(1),
+        None if words is None else words[:, piece].unsqueeze(2),
+    )
 
 
 def _lanes(rows: Rows, count: int, length: Tensor | None) -> Tensor:
@@ -214,19 +245,6 @@ def _values(message: Tensor, rows: Rows, fmt: WireFormat) -> Tensor:
     return ((codes ^ 8) - 8).float() * scale
 
 
-def _sum_rows(
-    settings: Settings,
-    rows: Rows,
-    flat: Tensor,
-    residual: Tensor | None,
-    residual_scale: Tensor | None,
-    others: tuple[Tensor, ...],
-    factor: Tensor,
-) -> Tensor:
-    own = _own_rows(settings.fmt, rows, flat, residual, residual_scale)
-    values = [_values(message, rows, settings.fmt) for message in others]
-    total = torch.zeros_like(own)
-    for y in (*values[: settings.own_rank], own, *values[settings.own_rank :]):
-        total = total + y
+def _multiplied(settings: Settings, rows: Rows, total: Tensor, factor: Tensor) -> Tensor:
     total = total * factor
     return total if rows.length is None else torch.where(_is_filled(rows, settings.fmt), total, 0.0)
