@@ -93,6 +93,7 @@ def a_gpu(monkeypatch):
     monkeypatch.delenv("DS_QUANT_KERNELS", raising=False)
 
     def set_capability(capability):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
         registry._serving.cache_clear()
         registry._is_ready.cache_clear()
