@@ -24,6 +24,7 @@ from ds_quant.kernels.compiling import compile_whole
 from ds_quant.kernels.wire import ops
 from ds_quant.kernels.wire.places import Kept, places_of, sent
 from ds_quant.kernels.wire.rows import (
+    AT_ONCE,
     Settings,
     add_others,
     add_own,
@@ -34,9 +35,6 @@ from ds_quant.kernels.wire.rows import (
 )
 from ds_quant.numerics.random import derive_words
 from ds_quant.numerics.wire import Parts, Residuals, WireFormat
-
-AT_ONCE = 4
-"""Messages that one call adds: more of them compile for longer, fewer take more calls."""
 
 
 @ops.quantize.by("compiled")
@@ -111,18 +109,18 @@ def _totals(
     """The sums over the ranks in their order, fp32 [num_rows, block_size], of each group of places."""
     device = received.device
     own = _own(tensors, kept, residuals)
-    others = [row.data for row in received.unbind()]
     plus_own, plus_others = _compiled(add_own, Settings(fmt)), _compiled(add_others, Settings(fmt))
+    number_of = functools.partial(torch.full, (), dtype=torch.int64, device=device)
+    messages, num_bytes = received.reshape(-1).data, received.shape[1]
+    step = number_of(num_bytes)
     totals = [torch.zeros((len(places.piece), fmt.block_size), device=device) for places in kept.groups]
     for places, total in zip(kept.groups, totals, strict=True):
-        for number, run in enumerate((others[:own_rank], others[own_rank:])):
-            if number:
+        for is_after, (first, last) in enumerate(((0, own_rank), (own_rank, len(received)))):
+            if is_after:
                 plus_own(places, *own, total)
-            for begin in range(0, len(run), AT_ONCE):
-                messages = run[begin : begin + AT_ONCE]
-                # Tensors of their own: which of its arguments are one would be compiled in.
-                filled = (*messages, *(messages[-1].data for _ in range(AT_ONCE - len(messages))))
-                plus_others(places, filled, torch.full((), len(messages), device=device), total)
+            for begin in range(first, last, AT_ONCE):
+                count = number_of(min(AT_ONCE, last - begin))
+                plus_others(places, messages, number_of(begin * num_bytes), step, count, total)
     return totals
 
 

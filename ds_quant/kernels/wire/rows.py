@@ -31,6 +31,10 @@ class Rows(NamedTuple):
     """The words of the pieces' keys, [2, num_rows, 1]."""
 
 
+AT_ONCE = 4
+"""Messages that one call adds: more of them compile for longer, fewer take more calls."""
+
+
 class Settings(NamedTuple):
     """What a compiled function is made for."""
 
@@ -67,13 +71,20 @@ def add_own(
     total.add_(_own_rows(settings.fmt, _rows(settings.fmt, places), flat, residual, residual_scale))
 
 
-def add_others(settings: Settings, places: Places, others: tuple[Tensor, ...], count: Tensor, total: Tensor) -> None:
-    """Add the values of the first `count` of `others` to `total`, one after the other, and zeros for the rest, which
-    change nothing: a sum that begins with 0.0 is never -0.0."""
+def add_others(
+    settings: Settings, places: Places, received: Tensor, begin: Tensor, step: Tensor, count: Tensor, total: Tensor
+) -> None:
+    """Add the values of `count` messages to `total`, one after the other; at most AT_ONCE.
+
+    received: all messages, one after the other. begin: where the first of these begins. step: bytes from one to the
+    next. For those that are missing up to AT_ONCE zeros are added, which change nothing: a sum that begins with 0.0 is
+    never -0.0. Numbers are int64 tensors: others would be compiled in, as would where a view of a message begins.
+    """
     rows = _rows(settings.fmt, places)
     added = total
-    for number, message in enumerate(others):
-        added = added + torch.where(count > number, _values(message, rows, settings.fmt), 0.0)
+    for number in range(AT_ONCE):
+        at = begin + step * (count - 1).clamp(max=number)
+        added = added + torch.where(count > number, _values(received, rows, settings.fmt, at), 0.0)
     total.copy_(added)
 
 
@@ -226,15 +237,18 @@ def _put_codes(message: Tensor, rows: Rows, codes: Tensor, fmt: WireFormat) -> N
     message.index_put_((rows.codes_at + lanes,), packed)
 
 
-def _values(message: Tensor, rows: Rows, fmt: WireFormat) -> Tensor:
-    """code * scale, fp32 [num_rows, block_size]; what lies behind the end of a short row means nothing."""
-    scale_index = rows.scale_at + torch.arange(4, device=message.device)
+def _values(message: Tensor, rows: Rows, fmt: WireFormat, at: Tensor | int = 0) -> Tensor:
+    """code * scale, fp32 [num_rows, block_size]; what lies behind the end of a short row means nothing.
+
+    at: where the message begins.
+    """
+    scale_index = at + rows.scale_at + torch.arange(4, device=message.device)
     scale = message[scale_index.reshape(-1)].view(torch.float32).unsqueeze(1)
     if fmt.bits == 8:
-        codes = message[rows.codes_at + _lanes(rows, fmt.block_size, rows.length)].view(torch.int8)
+        codes = message[at + rows.codes_at + _lanes(rows, fmt.block_size, rows.length)].view(torch.int8)
         return codes.float() * scale
     half, lanes = _half(rows, fmt)
-    packed = message[rows.codes_at + lanes].to(torch.int32)
+    packed = message[at + rows.codes_at + lanes].to(torch.int32)
     codes = torch.cat((packed & 15, packed >> 4), dim=1)
     if rows.length is not None:
         lane = torch.arange(fmt.block_size, device=message.device)
