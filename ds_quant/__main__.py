@@ -30,7 +30,7 @@ def split_arguments(arguments: list[str]) -> tuple[list[str], str | None, bool, 
 
 def _one_rank_without_a_launcher() -> None:
     """Without a launcher DeepSpeed asks MPI for the ranks, and ends in an error on mpi4py where that is missing."""
-    from ds_quant.base.one_rank import RANK_VARIABLES, become_one_rank
+    from ds_quant.base.process_group import RANK_VARIABLES, become_one_rank
 
     # A script that reads srun's own variables makes ranks of its tasks itself.
     if not any(name in os.environ for name in (*RANK_VARIABLES, "SLURM_STEP_NUM_TASKS")):
@@ -67,6 +67,7 @@ def main() -> int:
         return 2
 
     import ds_quant
+    from ds_quant.base.process_group import leave_process_group
 
     try:
         ds_quant.enable()
@@ -75,13 +76,20 @@ def main() -> int:
         return 2
     _one_rank_without_a_launcher()
     atexit.register(_say_if_nothing_was_quantized, target)
+    # What is registered first runs last: what the script leaves for the end may still meet the other ranks.
+    atexit.register(leave_process_group)
     sys.argv = [target, *leading, *rest]
-    if is_module:
-        # As `python -m`: the working directory, where this process found it, stays first on the path.
-        runpy.run_module(target, run_name="__main__", alter_sys=True)
-    else:
-        sys.path[0] = os.path.dirname(os.path.abspath(target))
-        runpy.run_path(target, run_name="__main__")
+    try:
+        if is_module:
+            # As `python -m`: the working directory, where this process found it, stays first on the path.
+            runpy.run_module(target, run_name="__main__", alter_sys=True)
+        else:
+            sys.path[0] = os.path.dirname(os.path.abspath(target))
+            runpy.run_path(target, run_name="__main__")
+    except BaseException as end:
+        if not isinstance(end, SystemExit) or end.code:
+            atexit.unregister(leave_process_group)
+        raise
     return 0
 
 

@@ -11,6 +11,7 @@ from pretraining import environment
 from survival.errors import Diverged, LaunchError, RunEnded, Stopped
 from survival.signals import StopAtOnce, StopRequest
 
+from ds_quant.base.process_group import leave_process_group
 from ds_quant.cli.shared import terminal
 
 
@@ -53,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
         return Stopped.exit_status
     finally:
         request.end()
-        environment.leave_process_group()
+        leave_process_group()
     return 0
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ds_quant.base.one_rank import free_port
+from ds_quant.base.process_group import free_port
 
 ROOT = Path(__file__).resolve().parents[1]
 

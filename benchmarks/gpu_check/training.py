@@ -16,7 +16,7 @@ import torch
 
 from benchmarks.gpu_check.recording import Record
 from benchmarks.gpu_check.running import ROOT
-from ds_quant.base.one_rank import free_port
+from ds_quant.base.process_group import free_port
 from ds_quant.cli.shared.run_folder import read_metrics
 
 _CONFIG = ROOT / "ds_configs" / "full_int8.json"

@@ -43,7 +43,7 @@ TODAY = {
     "log": "base.log",
     "model_coverage": "linear.coverage",
     "moment": "optim.state",
-    "one_rank": "base.one_rank",
+    "one_rank": "base.process_group",
     "optimizer_setup": "optim.setup",
     "patterns": "base.patterns",
     "plan": "linear.recipe",

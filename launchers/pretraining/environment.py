@@ -8,11 +8,10 @@ import resource
 import socket
 import subprocess
 from datetime import timedelta
-from pathlib import Path
 
 from survival.errors import LaunchError
 
-from ds_quant.base.one_rank import RANK_VARIABLES, become_one_rank
+from ds_quant.base.process_group import RANK_VARIABLES, become_one_rank
 
 
 def ensure_process_group_variables() -> None:
@@ -89,18 +88,6 @@ def join_process_group(timeout_seconds: float) -> None:
     # NCCL's first collective takes the current device.
     deepspeed.get_accelerator().set_device(int(os.environ.get("LOCAL_RANK", "0")))
     deepspeed.init_distributed(timeout=timedelta(seconds=timeout_seconds))
-
-
-def leave_process_group() -> None:
-    """End the process group: gloo's threads may abort the process at exit where it is left to them."""
-    import torch.distributed
-
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-    # DeepSpeed leaves 66 MiB a rank in shared memory for good.
-    name = f"deepspeed_allreduce_buffer_*_{os.environ.get('MASTER_PORT')}_{os.environ.get('RANK')}"
-    for left in Path("/dev/shm").glob(name):
-        left.unlink(missing_ok=True)
 
 
 def is_bf16_fast() -> bool:

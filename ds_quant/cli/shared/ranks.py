@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
-from ds_quant.base.one_rank import free_port
+from ds_quant.base.process_group import free_port
 from ds_quant.cli.shared.signals import hold_signals, raise_on_signals
 
 _SHOWN_LINES = 15
