@@ -189,6 +189,24 @@ def test_compiles_once_for_a_format(name, rng, counters):
     assert [counter.frame_count for counter in counters.values()] == [1]
 
 
+def test_dynamic_moments_decay_and_spread_what_is_not_finite(rng, counters):
+    """As the reference has it, not as bitsandbytes' kernel: bf16 parameters decay, Inf and NaN are not skipped."""
+    work = make_work(rng, 1500, DYNAMIC, dtype=torch.bfloat16, keys=(None, KEY))
+    work = work._replace(scalars=adamw_scalars(1e-1, (0.9, 0.99), 1e-8, 0.5, 3), grad=torch.zeros_like(work.grad))
+    work.grad[7], work.grad[1000] = torch.inf, torch.nan
+    undecayed = clone(work)._replace(scalars=work.scalars._replace(decay=1.0))
+    expected = reference(work)
+    cuda.adamw_([work])
+    cuda.adamw_([undecayed])
+    torch.testing.assert_close(work.param, expected[0], rtol=0, atol=0, equal_nan=True)
+    for got, moment in ((work.exp_avg, expected[1]), (work.exp_avg_sq, expected[2])):
+        torch.testing.assert_close(got.scale, moment.scale, rtol=0, atol=0, equal_nan=True)
+        assert got.scale.isnan().nonzero().flatten().tolist() == [0, 1000 // 256]
+        assert torch.equal(got.codes, moment.codes)
+    assert work.param.isnan().nonzero().flatten().tolist() == [7, 1000]
+    assert (work.param != undecayed.param).sum() > 1400
+
+
 def test_kinds_of_lengths_and_dtypes(rng, counters):
     """All of them fit below torch's limit of compilations, which `fullgraph` makes an error."""
     dtypes = list(itertools.product((torch.float32, torch.bfloat16), repeat=2))
@@ -268,7 +286,7 @@ def test_on_a_gpu(name, dtype, kernels, rng, monkeypatch):
         work = make(length)
         for step in range(1, 4):
             grad = values(rng, length).to("cuda", dtype)
-            work = work._replace(grad=grad, scalars=adamw_scalars(1e-2, (0.9, 0.99), 1e-8, 0.0, step))
+            work = work._replace(grad=grad, scalars=adamw_scalars(1e-2, (0.9, 0.99), 1e-8, 0.1, step))
             expected = reference(work)
             ops.adamw_([work])
             assert_close(work, expected, same=0.98)

@@ -115,6 +115,22 @@ def test_largest_blocks_do_not_spill(capability, compile_for, tmp_path):
             assert (used["STACK"], used["LOCAL"]) == (0, 0)
 
 
+@pytest.mark.parametrize("layouts", [FORMATS["m4v8"], (("float", 8, 4096), ("power", 8, 4096))], ids=str)
+def test_compiles_for_amd(layouts, compile_for, monkeypatch):
+    """Within 1024 threads and 64 KiB of LDS, without spills, and with divisions that are rounded to nearest."""
+    from ds_quant.kernels.adamw.triton_kernel import launches
+
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    for launch in launches(make_work(2 * 4096 + 1, layouts)):
+        assert 64 * launch.options["num_warps"] <= 1024
+        code = compile_for(launch, "gfx942")["amdgcn"]
+        assert re.search(r"\.vgpr_spill_count:\s*0\b", code)
+        (size,) = re.findall(r"\.group_segment_fixed_size:\s*(\d+)", code)
+        assert int(size) <= 65536
+        # A quotient of its own is an estimate that is refined, and fixed up at the edges of the range.
+        assert code.count("v_div_fixup_f32") == code.count("v_div_fmas_f32") > 0
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_compiles_for_half_precision(dtype, compile_for, tmp_path):
     from ds_quant.kernels.adamw.triton_kernel import launches

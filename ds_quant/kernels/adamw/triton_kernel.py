@@ -20,6 +20,7 @@ Which formats it takes: see `unsupported`. Importing this module needs triton.
 
 from typing import Any, NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -35,6 +36,8 @@ TILE = 1024
 ELEMENTS_PER_WARP = 256
 """4 of each half to a thread: 16 bytes of fp32, 4 bytes of codes."""
 UNIT_IN_32_BITS = 256
+MOST_THREADS = 1024
+"""Of a program, on every GPU; a warp of AMD's has 64."""
 
 
 class Format(NamedTuple):
@@ -106,7 +109,8 @@ def launches(work: AdamWWork) -> list[Launch]:
 
     def launch(num_programs: int, units: int, first_unit: int, length: int, is_tail: bool) -> Launch:
         # The largest tile would spill registers at 4 elements to a thread.
-        warps = 32 if units * unit == LARGEST_BLOCK else max(units * unit // ELEMENTS_PER_WARP, 1)
+        most = MOST_THREADS // (64 if torch.version.hip else 32)
+        warps = most if units * unit == LARGEST_BLOCK else max(units * unit // ELEMENTS_PER_WARP, 1)
         constants = (first, second, unit, units, is_tail)
         options = {"num_warps": warps, "enable_fp_fusion": False}
         return Launch((num_programs,), (*tensors, *numbers, first_unit, length, *constants), options)
