@@ -14,7 +14,7 @@ ALIGNMENT = 64
 class Buffers:
     """A pool of flat uint8 tensors for one group. Not for several threads at once.
 
-    On CUDA a buffer is used again by the stream that gave it back, after what that stream was told before.
+    On an accelerator a buffer is used again by the stream that gave it back, after what that stream was told before.
     """
 
     def __init__(self) -> None:
@@ -48,6 +48,7 @@ class Buffers:
 
 
 def _place(device: torch.device) -> Any:
-    if device.type == "cuda":
-        return device, torch.cuda.current_stream(device).cuda_stream
-    return device
+    """A device and its current stream, where it has streams."""
+    if device.type in ("cpu", "meta"):
+        return device
+    return device, torch.get_device_module(device).current_stream(device).stream_id

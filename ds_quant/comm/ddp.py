@@ -92,7 +92,9 @@ class DDPState:
         buffer = bucket.buffer()
         if bucket.index() == 0:
             self._sent, self._reduced = [], []  # of a backward that failed
-        future: torch.futures.Future[Tensor] = torch.futures.Future(devices=[buffer.device] if buffer.is_cuda else [])
+        future: torch.futures.Future[Tensor] = torch.futures.Future(
+            devices=[] if buffer.device.type == "cpu" else [buffer.device]
+        )
         if buffer.dtype not in DTYPES:
             raise ValueError(
                 f"ds_quant.comm.ddp_hook(bucket): got gradients in {buffer.dtype}; allowed: float32, bfloat16, "

@@ -65,7 +65,7 @@ class Exchange:
         layout, feedback, fmt = self.layout, self.channel.feedback, self.layout.fmt
         if layout.world_size == 1:
             return
-        message = self._take(sum(layout.send_splits))
+        message = self._take(layout.sent_bytes)
         residuals = None
         if feedback is not None:
             slots = feedback.slots(layout.sent_pieces, self.device)

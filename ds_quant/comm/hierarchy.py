@@ -8,10 +8,12 @@ the nodes and then inside them, as codes. After ZeRO++'s two-level scheme (arXiv
 
 import itertools
 import os
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor
 from torch import distributed as torch_dist
 
@@ -61,17 +63,30 @@ def make_nodes(group: backend.Group, size: int) -> Nodes:
     world_size, rank = torch_dist.get_world_size(group), torch_dist.get_rank(group)
     members = torch_dist.get_process_group_ranks(group)
     num_nodes = world_size // size
-    inside, between = None, None
+    node, number = divmod(rank, size)
     # Every group by its members alone: other ranks of the job need not take part.
-    for node in range(num_nodes):
-        ranks = members[node * size : (node + 1) * size]
-        if members[rank] in ranks:
-            inside = torch_dist.new_group(ranks, use_local_synchronization=True)
-    for number in range(size):
-        ranks = members[number::size]
-        if members[rank] in ranks:
-            between = torch_dist.new_group(ranks, use_local_synchronization=True)
-    return Nodes(size, num_nodes, rank // size, rank % size, inside, between)
+    with _unbound(torch_dist.group.WORLD):
+        inside = torch_dist.new_group(members[node * size : (node + 1) * size], use_local_synchronization=True)
+        between = torch_dist.new_group(members[number::size], use_local_synchronization=True)
+    return Nodes(size, num_nodes, node, number, inside, between)
+
+
+@contextmanager
+def _unbound(world: Any) -> Iterator[None]:
+    """While it lasts, the group of all ranks is bound to no device.
+
+    Where it is (`init_process_group(device_id=...)`, as DeepSpeed calls it on CUDA), torch splits new groups off from
+    its communicator, for which it waits for all ranks of the job: also for those that are in none of these groups.
+    """
+    bound = world.bound_device_id
+    if bound is None:
+        yield
+        return
+    world.bound_device_id = None
+    try:
+        yield
+    finally:
+        world.bound_device_id = bound
 
 
 class TwoLevelLayout(NamedTuple):
@@ -133,10 +148,14 @@ class TwoLevelExchange(Exchange):
         first, numel = self.originals[0], self.two_level.chunk_numel
         num_bytes = numel * first.element_size()
         packed = self._take(self.nodes.size * num_bytes).view(first.dtype).reshape(self.nodes.size, numel)
+        taken, given = [], []
         for row, chunk in zip(packed, self.two_level.chunks, strict=True):
             for piece, start in zip(chunk, _starts(chunk), strict=True):
-                row[start : start + piece.numel] = self.originals[piece.source][piece.start : piece.start + piece.numel]
+                taken.append(row[start : start + piece.numel])
+                given.append(self.originals[piece.source][piece.start : piece.start + piece.numel])
             row[sum(piece.numel for piece in chunk) :] = 0
+        if taken:
+            torch._foreach_copy_(taken, given)  # one launch where copies are kernels
         summed = self._take(num_bytes).view(first.dtype)
         backend.reduce_scatter(summed, packed.reshape(-1), self.nodes.inside)
         self.tensors = [summed]

@@ -14,6 +14,8 @@ with codes_i = n_i for 8 bits and ceil(n_i / 2) for 4.
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -49,7 +51,8 @@ class Span(NamedTuple):
     numel: int
 
 
-class Layout(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Layout:
     """Pieces, and their places in the messages that `rank` sends, reduces and is handed."""
 
     pieces: tuple[Piece, ...]
@@ -68,30 +71,34 @@ class Layout(NamedTuple):
     gathered: Parts
     """Places of all pieces in the messages of all owners, one after the other at multiples of `slot_bytes`."""
 
-    @property
+    @cached_property
     def send_splits(self) -> list[int]:
         """Bytes that go to each rank; none to this one."""
         return [0 if owner == self.rank else size for owner, size in enumerate(self.message_bytes)]
 
-    @property
+    @cached_property
+    def sent_bytes(self) -> int:
+        return sum(self.send_splits)
+
+    @cached_property
     def receive_splits(self) -> list[int]:
         """Bytes that come from each rank; none from this one."""
         return [0 if sender == self.rank else self.own_bytes for sender in range(self.world_size)]
 
-    @property
+    @cached_property
     def own_bytes(self) -> int:
         return self.message_bytes[self.rank]
 
-    @property
+    @cached_property
     def slot_bytes(self) -> int:
         """Of the longest message: an all-gather has equal slots."""
         return max(self.message_bytes, default=0)
 
-    @property
+    @cached_property
     def own_numel(self) -> int:
         return sum(piece.numel for piece in self.own_pieces)
 
-    @property
+    @cached_property
     def sent_numel(self) -> int:
         return sum(piece.numel for piece in self.sent_pieces)
 

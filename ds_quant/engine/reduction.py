@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from deepspeed import comm as dist
+from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime import constants
 from deepspeed.runtime import engine as engine_module
 from deepspeed.runtime.zero import stage3, stage_1_and_2
@@ -157,7 +158,7 @@ class QuantizedReductionStage1And2:
         buffer = gradients.buffers.take(4 * numel, tensors[0].device)
         means = buffer.view(torch.float32)
         gradients.reduce_scatter(tensors, pieces, means, group, factor)
-        start = 0
+        start, accelerator = 0, get_accelerator()
         for owner, (_, gradient, output) in zip(owners, slices, strict=True):
             if owner == reducer.rank:
                 mean = means[start : start + gradient.numel()]
@@ -165,7 +166,8 @@ class QuantizedReductionStage1And2:
                     self._add_to_grad_partition_buffer(output, mean)  # type: ignore[attr-defined]
                 gradient.copy_(mean)
                 start += gradient.numel()
-            if gradient.is_cuda and self.overlap_comm:  # type: ignore[attr-defined]
+            # As DeepSpeed does around its own collectives, on every accelerator with streams.
+            if self.overlap_comm and not accelerator.resolves_data_dependency():  # type: ignore[attr-defined]
                 gradient.record_stream(self.reduction_stream)  # type: ignore[attr-defined]
         gradients.buffers.give_back(buffer)
 

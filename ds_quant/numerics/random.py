@@ -23,8 +23,9 @@ Tensors hold the words as int64 in [0, 2^32), because torch has no full uint32 a
 
 import math
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -119,6 +120,14 @@ def derive_words(key: tuple[int, int], stream: int) -> tuple[int, int]:
     return _absorb(_absorb(key, 10, stream & MASK), 11, stream >> 32)
 
 
+def derive_many(key: tuple[int, int], streams: np.ndarray) -> np.ndarray:
+    """`derive_words` for each of `streams`, uint64 [num_streams]: int64 [2, num_streams]."""
+    # Arrays of int64 go through the same arithmetic as ints and tensors do.
+    low: Any = (streams & np.uint64(MASK)).astype(np.int64)
+    high: Any = (streams >> np.uint64(32)).astype(np.int64)
+    return np.stack(_absorb(_absorb(key, 10, low), 11, high))
+
+
 def random_bits(
     key: Tensor, shape: int | Sequence[int], device: torch.device | str | None = None, *, offset: int = 0
 ) -> Tensor:
@@ -138,9 +147,9 @@ def _indices(shape: int | Sequence[int], device: torch.device | str, offset: int
     return torch.arange(math.prod(shape), dtype=torch.int64, device=device).reshape(shape) + offset
 
 
-def bits_at(key: Tensor, index: Tensor) -> Tensor:
+def bits_at(key: Tensor | tuple[Tensor, Tensor] | tuple[int, int], index: Tensor) -> Tensor:
     """bits(key, i) for each i of `index`, int64 from 0: int64 in [0, 2^32), of index's shape. key[0] and key[1] may be
-    tensors that broadcast against it."""
+    ints, or tensors that broadcast against it."""
     low, high = index & MASK, index >> 32
     return _mix((_mix(low ^ key[0]) + key[1] + high * HIGH_WORD_MULTIPLIER) & MASK)
 

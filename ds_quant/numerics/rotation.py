@@ -21,7 +21,7 @@ import math
 import torch
 from torch import Tensor
 
-from ds_quant.numerics.random import random_bits
+from ds_quant.numerics.random import bits_at
 
 SIGN_KEY = (0x48616461, 0x6D617264)
 """"Hada", "mard"."""
@@ -45,8 +45,9 @@ def signs_of(numel: int, block_size: int, device: torch.device | str | None = No
 
 def block_signs(block_size: int, device: torch.device | str | None = None) -> Tensor:
     """fp32 +1 and -1 of one block, [block_size]."""
-    key = torch.tensor(SIGN_KEY, dtype=torch.int64, device=device)
-    return 1.0 - (random_bits(key, block_size) >> 31).float() * 2.0
+    # No tensor is made of the key: the host would wait for its way to the device.
+    bits = bits_at(SIGN_KEY, torch.arange(block_size, dtype=torch.int64, device=device))
+    return 1.0 - (bits >> 31).float() * 2.0
 
 
 def norm(length: int) -> float:

@@ -32,7 +32,7 @@ from ds_quant.config import ConfigError
 from ds_quant.numerics.blockwise import QuantizedBlocks
 from ds_quant.numerics.codes import CodeMap
 from ds_quant.numerics.format import Format, Group
-from ds_quant.numerics.random import fold_key
+from ds_quant.numerics.random import fold_words
 from ds_quant.optim.group_options import GroupOptions, check_parameters, state_option
 from ds_quant.optim.state import QuantizedState
 
@@ -236,8 +236,7 @@ class _Step:
         """The key of stochastic rounding in step number `step`."""
         found = self._keys.get(step)
         if found is None:
-            first, second = fold_key(self._optimizer.seed, step, rank=self._optimizer.rank).tolist()
-            found = self._keys[step] = (first, second)
+            found = self._keys[step] = fold_words(self._optimizer.seed, step, rank=self._optimizer.rank)
         return found
 
     def ready(self, state: dict[str, Any], options: GroupOptions, param: Tensor) -> int:

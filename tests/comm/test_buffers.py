@@ -1,8 +1,11 @@
 """Memory of messages is allocated once, however sizes change, and no two takers share it."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
+from ds_quant.comm import buffers as buffers_module
 from ds_quant.comm.buffers import ALIGNMENT, Buffers
 
 CPU = torch.device("cpu")
@@ -104,3 +107,14 @@ def test_devices_are_kept_apart():
     buffers.give_back(meta)
     assert buffers.take(64, CPU).device == CPU
     assert buffers.num_bytes == 64, "the one of the other device lies there still"
+
+
+def test_streams_of_any_accelerator_are_kept_apart(monkeypatch):
+    """Its memory may still be in use by what the other stream was told."""
+    device, stream = torch.device("xpu", 0), SimpleNamespace(stream_id=7)
+    module = SimpleNamespace(current_stream=lambda asked: {device: stream}[asked])
+    monkeypatch.setattr(torch, "get_device_module", lambda asked: module)
+    first = buffers_module._place(device)
+    assert buffers_module._place(device) == first
+    stream.stream_id = 8
+    assert buffers_module._place(device) != first

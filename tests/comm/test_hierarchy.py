@@ -1,12 +1,15 @@
 """Two levels: every element passes inside and between the nodes exactly once, and all ranks read what was written."""
 
 from itertools import accumulate
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
+from torch import distributed as torch_dist
 
 from ds_quant.base.errors import ConfigError
-from ds_quant.comm.hierarchy import Nodes, check_nodes, ranks_per_node, two_level
+from ds_quant.comm.hierarchy import Nodes, check_nodes, make_nodes, ranks_per_node, two_level
 from ds_quant.comm.layout import Span, build, cut_each, cut_evenly
 from ds_quant.numerics.wire import WireFormat, code_bytes, num_blocks
 
@@ -119,6 +122,31 @@ def test_nothing_to_reduce():
 def test_nodes_that_do_not_fit_are_refused(world_size, size):
     with pytest.raises(ConfigError, match=rf"hierarchical: got {size}; allowed: a divisor of the {world_size} ranks"):
         check_nodes(world_size, size)
+
+
+def test_groups_of_nodes_wait_for_no_rank_outside(monkeypatch):
+    """Also where the job's group is bound to a device: torch would split new ones off from it, with all its ranks."""
+    job = SimpleNamespace(bound_device_id=torch.device("cuda", 1))
+    group, calls = object(), []
+
+    def new_group(ranks, **options):
+        calls.append((ranks, options, job.bound_device_id))
+        if len(calls) == 4:
+            raise RuntimeError("no network")
+
+    monkeypatch.setattr(torch_dist, "group", SimpleNamespace(WORLD=job))
+    monkeypatch.setattr(torch_dist, "get_world_size", lambda group: 4)
+    monkeypatch.setattr(torch_dist, "get_rank", lambda group: 3)
+    monkeypatch.setattr(torch_dist, "get_process_group_ranks", lambda group: [1, 2, 5, 6])
+    monkeypatch.setattr(torch_dist, "new_group", new_group)
+    found = make_nodes(group, 2)
+    assert found[:4] == (2, 2, 1, 1)
+    alone = {"use_local_synchronization": True}
+    assert calls == [([5, 6], alone, None), ([2, 6], alone, None)]
+    assert job.bound_device_id == torch.device("cuda", 1)
+    with pytest.raises(RuntimeError, match="no network"):
+        make_nodes(group, 2)
+    assert job.bound_device_id == torch.device("cuda", 1)
 
 
 @pytest.mark.parametrize(("world_size", "size"), [(4, 2), (8, 4), (1024, 8)])

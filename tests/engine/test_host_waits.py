@@ -21,7 +21,6 @@ ALLOWED = {
     "stage_1_and_2.py:has_overflow": "DeepSpeed asks whether gradients are finite before each step",
     "utils.py:is_invalid_grad_norm": "DeepSpeed asks whether the norm is finite",
     "ds_quant/optim/base.py:ready": "the step of a state lies on the host, on every device",
-    "ds_quant/optim/base.py:key": "a key made on the host, once a step",
     "ds_quant/numerics/random.py:derive_key": "keys on the CPU alone: on other devices it derives them there",
     "ds_quant/kernels/int8/cpu.py:__init__": "the key that C++ is passed: kernels of the CPU alone",
 }

@@ -29,7 +29,8 @@ def run_in_interpreter(file):
 
 
 def compiler(kernel, monkeypatch, folder):
-    """Compiles a launch of `kernel` exactly as if it were made on a GPU of a compute capability."""
+    """Compiles a launch of `kernel` exactly as if it were made on a GPU of a compute capability, or on an AMD one
+    ("gfx942")."""
     import triton
     from triton.backends.compiler import GPUTarget
 
@@ -40,6 +41,8 @@ def compiler(kernel, monkeypatch, folder):
             self.capability = capability
 
         def get_current_target(self):
+            if isinstance(self.capability, str):
+                return GPUTarget("hip", self.capability, 64)
             return GPUTarget("cuda", self.capability, 32)
 
         def get_current_device(self):

@@ -1,11 +1,13 @@
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 from numerics import oracle
 
 from ds_quant.numerics import derive_key, fold_key, random_bits, uniform
+from ds_quant.numerics.random import derive_many, derive_words
 
 KEY = (0x05790411, 0x1899FB8C)
 """fold_key(1234, 567, 8, 9, 10)"""
@@ -215,3 +217,11 @@ def test_what_is_no_key_is_refused(key):
             draw(key, 3)
     with pytest.raises(ValueError, match=r"derive_key\(key\): got "):
         derive_key(key, 3)
+
+
+def test_many_streams_at_once():
+    streams = [0, 1, 2**31, 2**32 - 1, 2**32, 2**63 + 5, 2**64 - 1]
+    for key in (KEY, (0, 0), (2**32 - 1, 2**32 - 1)):
+        found = derive_many(key, np.array(streams, dtype=np.uint64))
+        assert found.dtype == np.int64
+        assert [tuple(words) for words in found.T.tolist()] == [derive_words(key, stream) for stream in streams]

@@ -33,7 +33,7 @@ from ds_quant.kernels.wire.rows import (
     total_to_message,
     total_to_output,
 )
-from ds_quant.numerics.random import derive_words
+from ds_quant.numerics.random import derive_many
 from ds_quant.numerics.wire import Parts, Residuals, WireFormat
 
 
@@ -158,8 +158,8 @@ def _send(
 
 def _words(key: tuple[int, int], parts: Parts, device: torch.device) -> Tensor:
     """The pieces' keys, int64 [2, num_pieces], as many as the columns of their places."""
-    words = [derive_words(key, stream) for stream in parts.stream.tolist()]
-    return sent(np.array(words + [(0, 0)] * (2 - len(words)), np.int64).T.copy(), device)
+    missing = max(0, 2 - len(parts.stream))
+    return sent(np.pad(derive_many(key, parts.stream), ((0, 0), (0, missing))), device)
 
 
 def _slices(tensors: Sequence[Tensor], kept: Kept) -> list[Tensor]:
