@@ -41,7 +41,9 @@ def quantize(
     """
     subkey = None
     if key is not None and rounding == "stochastic":
-        subkey = derive_key(key, stream).to(x.device, non_blocking=True)
+        subkey = derive_key(key, stream)
+        if subkey.device != x.device:
+            subkey = subkey.to(x.device, non_blocking=True)
     if not _compiles(x):
         return _quantize(x, factor, to, rounding, subkey)
     x, factor = x.detach().contiguous(), None if factor is None else factor.detach().contiguous()

@@ -100,9 +100,10 @@ def _product(a: _Operand, b: _Operand, dtype: torch.dtype, bias: Tensor | None =
 
 def _sums(a: _Operand, b: _Operand) -> Tensor:
     """fp32 [M, N]: the products of the factors, exact, summed up in fp32."""
-    narrow = [dtype for dtype in a.narrow_dtypes() if dtype in b.narrow_dtypes()]
-    if narrow and kernels.multiplies_narrow(a.value_device):
-        return torch.mm(a.factors(narrow[0]), b.factors(narrow[0]).t(), out_dtype=torch.float32)
+    if kernels.multiplies_narrow(a.value_device):
+        narrow = [dtype for dtype in a.narrow_dtypes() if dtype in b.narrow_dtypes()]
+        if narrow:
+            return torch.mm(a.factors(narrow[0]), b.factors(narrow[0]).t(), out_dtype=torch.float32)
     return torch.mm(a.factors(), b.factors().t())
 
 
