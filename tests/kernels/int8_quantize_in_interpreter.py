@@ -10,8 +10,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 import ds_quant
-from ds_quant.kernels import choice, registry
-from ds_quant.kernels.int8 import launching, ops, triton, triton_quantize
+from ds_quant.kernels import choice, launching, registry
+from ds_quant.kernels.int8 import ops, triton, triton_quantize
 from ds_quant.linear.weight_codes import weights_changed
 from ds_quant.numerics import products as reference
 from ds_quant.numerics.random import fold_key

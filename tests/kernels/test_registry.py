@@ -103,6 +103,17 @@ def a_gpu(monkeypatch):
     registry._is_ready.cache_clear()
 
 
+def test_gpus_sum_over_ranks_in_triton(a_gpu, monkeypatch):
+    from ds_quant.kernels import wire
+    from ds_quant.kernels.wire import compiled, cuda
+
+    gpu = torch.device("cuda", 0)
+    a_gpu((9, 0))
+    assert wire.reduce.on(gpu) is cuda.reduce
+    monkeypatch.setenv("DS_QUANT_KERNELS", "compiled")
+    assert wire.reduce.on(gpu) is compiled.reduce
+
+
 def test_gpus_pad_their_operands_where_triton_multiplies_them(a_gpu, monkeypatch):
     from ds_quant.kernels.int8 import compiled, cuda, triton
 

@@ -38,7 +38,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ds_quant.kernels.int8 import ops, triton_quantize
-from ds_quant.kernels.int8.launching import LARGEST_STRIDE, Launch, ceil_div, flat, is_one, run
+from ds_quant.kernels.launching import LARGEST_STRIDE, Launch, ceil_div, flat, is_one, run
 from ds_quant.numerics.products import ALIGNMENT
 
 

@@ -25,8 +25,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ds_quant.kernels.int8.launching import LARGEST_STRIDE, Launch, ceil_div, flat, is_one, run
 from ds_quant.kernels.int8.quantize_kernels import group_kernel, scan_kernel, tile_kernel
+from ds_quant.kernels.launching import LARGEST_STRIDE, Launch, ceil_div, flat, is_one, run
 from ds_quant.numerics import products as reference
 from ds_quant.numerics.integer import symmetric_levels
 from ds_quant.numerics.products import ALIGNMENT

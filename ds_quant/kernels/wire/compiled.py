@@ -4,7 +4,7 @@ The pieces of a call are laid side by side in one flat tensor, whose blocks beco
 blocks go through one compiled call, all last blocks that are shorter through another, filled up to the block size.
 Nothing compiles again for new pieces, keys, factors or numbers of ranks. Each format, dtype and operation compiles at
 its first call, once for whole and once for shorter blocks, and again for a lone block: tens of seconds with a rotation.
-A sum over ranks lies in fp32 in memory, and takes a call for each `AT_ONCE` messages.
+A sum over ranks lies in fp32 in memory, and takes a call for each `AT_ONCE` messages; `cuda` has a kernel for it.
 
 Results are close to the reference's, not equal: Inductor may fuse products into sums. Its price: temporaries of
 several times the tensors' size. Waits for the device only where `errors` lie on the host.
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ds_quant.kernels.compiling import compile_whole
 from ds_quant.kernels.wire import ops
-from ds_quant.kernels.wire.places import Kept, places_of, sent
+from ds_quant.kernels.wire.places import Kept, Places, places_of, sent
 from ds_quant.kernels.wire.rows import (
     AT_ONCE,
     Settings,
@@ -35,6 +35,8 @@ from ds_quant.kernels.wire.rows import (
 )
 from ds_quant.numerics.random import derive_many
 from ds_quant.numerics.wire import Parts, Residuals, WireFormat
+
+AddMessages = Callable[[WireFormat, Places, Tensor, int, int, Tensor], None]
 
 
 @ops.quantize.by("compiled")
@@ -71,10 +73,11 @@ def reduce(
     key: tuple[int, int] | None = None,
     residuals: Residuals | None = None,
     errors: np.ndarray | Tensor | None = None,
+    add: AddMessages | None = None,
 ) -> None:
-    """`numerics.wire.reduce`."""
+    """`numerics.wire.reduce`. `add` stands for `add_messages`."""
     kept = places_of(parts, fmt, received.device)
-    totals = _totals(tensors, kept, received, own_rank, fmt, residuals)
+    totals = _totals(tensors, kept, received, own_rank, fmt, residuals, add or add_messages)
     times = torch.full((), factor, dtype=torch.float32, device=received.device)
     if output is None:
         assert message is not None
@@ -105,23 +108,32 @@ def _totals(
     own_rank: int,
     fmt: WireFormat,
     residuals: Residuals | None,
+    add: AddMessages,
 ) -> list[Tensor]:
     """The sums over the ranks in their order, fp32 [num_rows, block_size], of each group of places."""
-    device = received.device
-    own = _own(tensors, kept, residuals)
-    plus_own, plus_others = _compiled(add_own, Settings(fmt)), _compiled(add_others, Settings(fmt))
-    number_of = functools.partial(torch.full, (), dtype=torch.int64, device=device)
+    own, plus_own = _own(tensors, kept, residuals), _compiled(add_own, Settings(fmt))
+    shapes = [(len(places.piece), fmt.block_size) for places in kept.groups]
+    totals = [torch.zeros(shape, device=received.device) for shape in shapes]
+    for places, total in zip(kept.groups, totals, strict=True):
+        add(fmt, places, received, 0, own_rank, total)
+        plus_own(places, *own, total)
+        add(fmt, places, received, own_rank, len(received), total)
+    return totals
+
+
+def add_messages(fmt: WireFormat, places: Places, received: Tensor, first: int, last: int, total: Tensor) -> None:
+    """Add the values of messages number `first` to `last` - 1 of `received`, in their order, to the rows of `total`.
+
+    received: uint8 [num_messages, message_bytes], contiguous. total: fp32 [num_rows, block_size]; what lies behind the
+    end of a short row means nothing.
+    """
+    plus_others = _compiled(add_others, Settings(fmt))
+    number_of = functools.partial(torch.full, (), dtype=torch.int64, device=received.device)
     messages, num_bytes = received.reshape(-1).data, received.shape[1]
     step = number_of(num_bytes)
-    totals = [torch.zeros((len(places.piece), fmt.block_size), device=device) for places in kept.groups]
-    for places, total in zip(kept.groups, totals, strict=True):
-        for is_after, (first, last) in enumerate(((0, own_rank), (own_rank, len(received)))):
-            if is_after:
-                plus_own(places, *own, total)
-            for begin in range(first, last, AT_ONCE):
-                count = number_of(min(AT_ONCE, last - begin))
-                plus_others(places, messages, number_of(begin * num_bytes), step, count, total)
-    return totals
+    for begin in range(first, last, AT_ONCE):
+        count = number_of(min(AT_ONCE, last - begin))
+        plus_others(places, messages, number_of(begin * num_bytes), step, count, total)
 
 
 def _send(

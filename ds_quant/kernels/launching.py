@@ -1,4 +1,4 @@
-"""How the Triton kernels of this family are launched. Importing this module needs no triton."""
+"""How Triton kernels are launched. Importing this module needs no triton."""
 
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
