@@ -103,15 +103,16 @@ def a_gpu(monkeypatch):
     registry._is_ready.cache_clear()
 
 
-def test_gpus_sum_over_ranks_in_triton(a_gpu, monkeypatch):
-    from ds_quant.kernels import wire
-    from ds_quant.kernels.wire import compiled, cuda
+def test_gpus_sum_over_ranks_and_step_small_parameters_in_triton(a_gpu, monkeypatch):
+    from ds_quant.kernels import adamw, wire
 
     gpu = torch.device("cuda", 0)
     a_gpu((9, 0))
-    assert wire.reduce.on(gpu) is cuda.reduce
+    assert wire.reduce.on(gpu) is wire.cuda.reduce
+    assert adamw_.on(gpu) is adamw.cuda.adamw_
     monkeypatch.setenv("DS_QUANT_KERNELS", "compiled")
-    assert wire.reduce.on(gpu) is compiled.reduce
+    assert wire.reduce.on(gpu) is wire.compiled.reduce
+    assert adamw_.on(gpu) is adamw.compiled.adamw_
 
 
 def test_gpus_pad_their_operands_where_triton_multiplies_them(a_gpu, monkeypatch):

@@ -5,12 +5,11 @@ Nobody has run it on a GPU yet.
 
 import functools
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
 from ds_quant.base.log import warn
-from ds_quant.kernels.adamw import ops, triton_kernel
+from ds_quant.kernels.adamw import ops, triton_batches, triton_kernel
 from ds_quant.kernels.adamw.work import AdamWWork, check_work
 from ds_quant.kernels.choice import VARIABLE
 
@@ -24,22 +23,19 @@ def adamw_(works: Sequence[AdamWWork]) -> None:
     """
     for number, work in enumerate(works):
         check_work(number, work)
-    others = []
+    small, others = [], []
     for work in works:
         reason = triton_kernel.unsupported(work)
         if reason:
             _warn_once(f"{VARIABLE}=triton: a parameter takes another kernel, because {reason}")
             others.append(work)
+        elif triton_batches.is_small(work):
+            small.append(work)
         elif work.param.numel():
-            with _current(work.param.device):
-                triton_kernel.adamw_(work)
+            triton_kernel.adamw_(work)
+    triton_batches.adamw_(small)
     if others:
         ops.adamw_.after("triton", others[0].param.device)(others)
-
-
-def _current(device: torch.device) -> AbstractContextManager:
-    """Triton launches on the current device."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 @functools.cache

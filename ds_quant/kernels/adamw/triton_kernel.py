@@ -10,7 +10,7 @@ larger kind, as two tiles of [units, unit / 2]: the halves of each unit, whose 4
 moves nothing between threads. What is left after the last whole block of the larger kind is one more launch of one
 program: the halves of a unit then have lengths that are not known at compile time, which costs wide loads.
 
-Parameters are not batched: each costs a launch, or two if it has such a tail.
+A parameter costs a launch, or two if it has such a tail; `triton_batches` steps many small ones in one.
 
 Which formats it takes: see `unsupported`. Importing this module needs triton.
 """
@@ -26,6 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ds_quant.kernels.adamw.work import AdamWWork
+from ds_quant.kernels.launching import Launch, run
 from ds_quant.numerics.adam import Moment
 from ds_quant.numerics.codes import LOWEST_FLOAT, CodeMap, code_map
 from ds_quant.numerics.random import derive_words
@@ -56,17 +57,9 @@ class Format(NamedTuple):
     """The lowest value above zero of a float map."""
 
 
-class Launch(NamedTuple):
-    """What to call the kernel with."""
-
-    grid: tuple[int]
-    arguments: tuple[Any, ...]
-    options: dict[str, Any]
-
-
 def unsupported(work: AdamWWork) -> str | None:
     """Why the kernel cannot do this work; None where it can."""
-    unit = _unit(work)
+    unit, _ = block_sizes(work)
     for name, moment in (("exp_avg", work.exp_avg), ("exp_avg_sq", work.exp_avg_sq)):
         if isinstance(moment, Tensor):
             continue
@@ -85,7 +78,7 @@ def unsupported(work: AdamWWork) -> str | None:
 def adamw_(work: AdamWWork) -> None:
     """One step of one parameter, in place. Raises ValueError for a format that the kernel cannot do."""
     for launch in launches(work):
-        kernel[launch.grid](*launch.arguments, **launch.options)
+        run(launch, work.param.device)
 
 
 def launches(work: AdamWWork) -> list[Launch]:
@@ -93,27 +86,22 @@ def launches(work: AdamWWork) -> list[Launch]:
     reason = unsupported(work)
     if reason:
         raise ValueError(f"triton.adamw_(work): got a format in which {reason}; allowed: others; use another kernel")
-    unit = _unit(work)
-    largest = max((m.block_size for m in (work.exp_avg, work.exp_avg_sq) if not isinstance(m, Tensor)), default=unit)
+    unit, largest = block_sizes(work)
     numel = work.param.numel()
     whole_units, tail = numel // largest * (largest // unit), numel % largest
-    first = _format(work.exp_avg, unit, work.exp_avg_key)
-    second = _format(work.exp_avg_sq, unit, work.exp_avg_sq_key)
-    tensors = (work.param.detach(), work.grad, *_storage(work.exp_avg), *_storage(work.exp_avg_sq))
-    beta1, beta2, *others = map(float, work.scalars)  # an int would compile another kernel
+    first, second = formats(work)
+    tensors = storage(work)
     numbers = (
-        *(beta1, 1 - beta1, beta2, 1 - beta2, *others),
+        *numbers_of(work),
         *_words(work.exp_avg_key, 2 * work.stream),
         *_words(work.exp_avg_sq_key, 2 * work.stream + 1),
     )
 
     def launch(num_programs: int, units: int, first_unit: int, length: int, is_tail: bool) -> Launch:
-        # The largest tile would spill registers at 4 elements to a thread.
-        most = MOST_THREADS // (64 if torch.version.hip else 32)
-        warps = most if units * unit == LARGEST_BLOCK else max(units * unit // ELEMENTS_PER_WARP, 1)
         constants = (first, second, unit, units, is_tail)
-        options = {"num_warps": warps, "enable_fp_fusion": False}
-        return Launch((num_programs,), (*tensors, *numbers, first_unit, length, *constants), options)
+        return Launch(
+            kernel, (num_programs,), (*tensors, *numbers, first_unit, length, *constants), options_for(units * unit)
+        )
 
     result = []
     if whole_units:
@@ -132,9 +120,30 @@ def _is_known(kind: CodeMap) -> bool:
     return fits and kind.exponent in (1, 2, 4, 8)
 
 
-def _unit(work: AdamWWork) -> int:
-    sizes = [m.block_size for m in (work.exp_avg, work.exp_avg_sq) if not isinstance(m, Tensor)]
-    return min(sizes, default=UNIT_IN_32_BITS)
+def block_sizes(work: AdamWWork) -> tuple[int, int]:
+    """Elements of a unit, and of the larger kind of block."""
+    sizes = [m.block_size for m in (work.exp_avg, work.exp_avg_sq) if not isinstance(m, Tensor)] or [UNIT_IN_32_BITS]
+    return min(sizes), max(sizes)
+
+
+def formats(work: AdamWWork) -> tuple[Format, Format]:
+    """Of exp_avg and exp_avg_sq."""
+    unit, _ = block_sizes(work)
+    return _format(work.exp_avg, unit, work.exp_avg_key), _format(work.exp_avg_sq, unit, work.exp_avg_sq_key)
+
+
+def numbers_of(work: AdamWWork) -> tuple[float, ...]:
+    """The step's scalars as the kernel takes them. All are floats: an int would compile another kernel."""
+    beta1, beta2, *others = map(float, work.scalars)
+    return beta1, 1 - beta1, beta2, 1 - beta2, *others
+
+
+def options_for(tile: int) -> dict[str, Any]:
+    """How a program for this many elements is compiled and launched."""
+    # The largest tile would spill registers at 4 elements to a thread.
+    most = MOST_THREADS // (64 if torch.version.hip else 32)
+    warps = most if tile == LARGEST_BLOCK else max(tile // ELEMENTS_PER_WARP, 1)
+    return {"num_warps": warps, "enable_fp_fusion": False}
 
 
 def _format(moment: Moment, unit: int, key: tuple[int, int] | None) -> Format:
@@ -153,6 +162,11 @@ def _format(moment: Moment, unit: int, key: tuple[int, int] | None) -> Format:
         is_float=is_float,
         lowest=LOWEST_FLOAT[kind.signed] if is_float else 0.0,
     )
+
+
+def storage(work: AdamWWork) -> tuple[Tensor, ...]:
+    """param, grad, and the codes and scales of both moments."""
+    return work.param.detach(), work.grad, *_storage(work.exp_avg), *_storage(work.exp_avg_sq)
 
 
 def _storage(moment: Moment) -> tuple[Tensor, Tensor]:
@@ -349,8 +363,27 @@ def kernel(
     FIRST: tl.constexpr, SECOND: tl.constexpr, UNIT: tl.constexpr, UNITS: tl.constexpr, IS_TAIL: tl.constexpr,
 ):  # fmt: skip
     """From unit `first_unit` on. `length` counts units, or, for the tail, elements."""
-    WIDTH: tl.constexpr = UNIT // 2
     start_unit = first_unit.to(tl.int64) + tl.program_id(0) * UNITS
+    scalars = (beta1, one_minus_beta1, beta2, one_minus_beta2, eps, decay, step_size, correction)
+    first_key = (first_key_0.to(tl.uint32, bitcast=True), first_key_1.to(tl.uint32, bitcast=True))
+    second_key = (second_key_0.to(tl.uint32, bitcast=True), second_key_1.to(tl.uint32, bitcast=True))
+    step_tile(
+        param, grad, exp_avg, exp_avg_scale, exp_avg_sq, exp_avg_sq_scale, scalars, first_key, second_key,
+        start_unit, length, FIRST, SECOND, UNIT, UNITS, IS_TAIL,
+    )  # fmt: skip
+
+
+@triton.jit
+def step_tile(
+    param, grad, exp_avg, exp_avg_scale, exp_avg_sq, exp_avg_sq_scale, scalars, first_key, second_key,
+    start_unit, length,
+    FIRST: tl.constexpr, SECOND: tl.constexpr, UNIT: tl.constexpr, UNITS: tl.constexpr, IS_TAIL: tl.constexpr,
+):  # fmt: skip
+    """The step of UNITS units from `start_unit` on, int64.
+
+    `length`: where the whole units end, or, for the tail, how many elements there are from `start_unit` on.
+    """
+    WIDTH: tl.constexpr = UNIT // 2
     start = start_unit * UNIT
     param += start
     grad += start
@@ -382,13 +415,12 @@ def kernel(
 
     first_low, first_high = _load(exp_avg, exp_avg_scale, unit, at, FIRST)
     second_low, second_high = _load(exp_avg_sq, exp_avg_sq_scale, unit, at, SECOND)
-    scalars = (beta1, one_minus_beta1, beta2, one_minus_beta2, eps, decay, step_size, correction)
     first_low, second_low = _update(param, grad, low, mask_low, first_low, second_low, scalars)
     first_high, second_high = _update(param, grad, high, mask_high, first_high, second_high, scalars)
 
     # Of the word that the first two elements draw. `start` is a multiple of the tile: all draws share the high half.
     low_word, high_word = (start >> 1).to(tl.uint32), (start >> 33).to(tl.uint32)
-    key = (first_key_0.to(tl.uint32, bitcast=True), first_key_1.to(tl.uint32, bitcast=True), low_word, high_word)
+    key = (first_key[0], first_key[1], low_word, high_word)
     _store(exp_avg, exp_avg_scale, first_low, first_high, unit, at, key, UNITS, FIRST)
-    key = (second_key_0.to(tl.uint32, bitcast=True), second_key_1.to(tl.uint32, bitcast=True), low_word, high_word)
+    key = (second_key[0], second_key[1], low_word, high_word)
     _store(exp_avg_sq, exp_avg_sq_scale, second_low, second_high, unit, at, key, UNITS, SECOND)

@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 
 from ds_quant.kernels.compiling import compile_whole
+from ds_quant.kernels.transfers import sent
 from ds_quant.kernels.wire import ops
-from ds_quant.kernels.wire.places import Kept, Places, places_of, sent
+from ds_quant.kernels.wire.places import Kept, Places, places_of
 from ds_quant.kernels.wire.rows import (
     AT_ONCE,
     Settings,

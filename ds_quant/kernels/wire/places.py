@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ds_quant.kernels.transfers import sent
 from ds_quant.numerics.wire import Parts, WireFormat
 
 MAX_KEPT = 1024
@@ -77,12 +78,6 @@ def _forget(key: tuple) -> None:
         # Another layout may have got the same addresses since.
         if entry is not None and any(ref() is None for ref in entry[0]):
             del _kept[key]
-
-
-def sent(numbers: np.ndarray, device: torch.device) -> Tensor:
-    """On the device, without waiting for it."""
-    on_host = torch.from_numpy(numbers)
-    return on_host if device.type == "cpu" else on_host.pin_memory().to(device, non_blocking=True)
 
 
 def _make(parts: Parts, fmt: WireFormat, device: torch.device) -> Kept:
