@@ -10,12 +10,14 @@ slow for small ones, and temporaries of its size. New values of lr, betas and st
 import functools
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ds_quant.kernels.adamw import ops
 from ds_quant.kernels.adamw.work import AdamWWork, check_work
 from ds_quant.kernels.compiling import compile_whole
+from ds_quant.kernels.transfers import sent
 from ds_quant.numerics.adam import AdamWScalars, Moment, adamw_step
 from ds_quant.numerics.blockwise import QuantizedBlocks
 from ds_quant.numerics.codes import CodeMap
@@ -48,9 +50,11 @@ def _compiled_steps(works: Sequence[AdamWWork], device: torch.device) -> None:
 
     As vectors they would have lengths, which torch.compile takes to be those of other tensors that happen to have them.
     """
-    scalars = _send([work.scalars for work in works], torch.float64, device)
-    first_keys = _send([_subkey(work.exp_avg_key, 2 * work.stream) for work in works], torch.int64, device)
-    second_keys = _send([_subkey(work.exp_avg_sq_key, 2 * work.stream + 1) for work in works], torch.int64, device)
+    scalars = sent(np.array([work.scalars for work in works], np.float64), device)
+    first_keys = sent(np.array([_subkey(work.exp_avg_key, 2 * work.stream) for work in works], np.int64), device)
+    second_keys = sent(
+        np.array([_subkey(work.exp_avg_sq_key, 2 * work.stream + 1) for work in works], np.int64), device
+    )
     for number, work in enumerate(works):
         _compiled(_layout(work.exp_avg), _layout(work.exp_avg_sq))(
             _flat(work.param),
@@ -74,10 +78,6 @@ def _unbind(row: Tensor) -> tuple[Tensor, ...]:
 
 def _subkey(key: tuple[int, int] | None, stream: int) -> tuple[int, int]:
     return (0, 0) if key is None else derive_words(key, stream)
-
-
-def _send(rows: Sequence[tuple], dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.tensor(rows, dtype=dtype, pin_memory=device.type == "cuda").to(device, non_blocking=True)
 
 
 @functools.cache
