@@ -74,7 +74,7 @@ lint: venv
 	lint-imports
 
 # Two files at a time, one thread each; WORKERS=0 runs all in one process. What all jobs would build at once is built
-# first, and the Slurm tests share one cluster, with ports of its own.
+# first.
 WORKERS ?= 2
 MARKERS ?= not slow
 BUILD_OP = python -c "import deepspeed; deepspeed.get_accelerator().create_op_builder('ShareMemCommBuilder').load()"
@@ -83,8 +83,7 @@ pytest stack-tests: export DS_ACCELERATOR := cpu
 pytest stack-tests: export OMP_NUM_THREADS := 1
 pytest: venv
 	$(BUILD_OP)
-	$(PYTEST) --ignore tests/slurm
-	python -m pytest --durations 5 -m "$(MARKERS)" tests/slurm
+	$(PYTEST)
 
 # Not in CI. tests/stacks has the versions, docs/stacks.md what came out.
 STACK ?= oldest

@@ -22,8 +22,18 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 
-LONGEST_FIRST = ("distributed", "launchers", "cli", "kernels", "diagnostics")
-"""Folders whose tests begin first where several processes share the suite: what is left at the end should be short."""
+LONGEST_FIRST = (
+    "test_slurm_survival.py",
+    "distributed",
+    "test_slurm_sweep.py",
+    "launchers",
+    "test_launch_ways.py",
+    "cli",
+    "kernels",
+    "diagnostics",
+)
+"""Files and folders whose tests begin first where several processes share the suite: what is left at the end should be
+short. Those with a Slurm cluster, of which there is one at a time, wait more than they compute and stand apart."""
 
 
 NEEDS_GPU = "needs a GPU"
@@ -36,8 +46,8 @@ def pytest_collection_modifyitems(items):
     mark_gpu_tests(items)
 
     def rank(item):
-        folder = item.path.parent.name
-        return LONGEST_FIRST.index(folder) if folder in LONGEST_FIRST else len(LONGEST_FIRST)
+        names = (item.path.name, item.path.parent.name)
+        return next((LONGEST_FIRST.index(name) for name in names if name in LONGEST_FIRST), len(LONGEST_FIRST))
 
     items.sort(key=rank)
 

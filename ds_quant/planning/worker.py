@@ -5,6 +5,7 @@ world in globals, and a world of thousands of ranks must leave none of it behind
 """
 
 import dataclasses
+import gc
 import json
 import os
 import signal
@@ -81,6 +82,7 @@ def serve(requests: TextIO, answers: TextIO) -> None:
     integer_units(torch.device("cpu"))  # it computes
     models.preload()
     dry_start.preload()
+    gc.freeze()  # a collection in a child would go through all modules, and take as long as the rest of a small job
     for line in requests:
         reading, writing = os.pipe()
         child = os.fork()

@@ -7,6 +7,7 @@ that all of them are at 127.0.0.1. Jobs in partition `high` put those in partiti
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import re
 import shutil
@@ -120,9 +121,11 @@ class Cluster:
             daemon.kill()
             daemon.wait()
         _kill(self.processes())
-        # A killed rank leaves DeepSpeed's 66 MiB in shared memory; pretrain.sbatch takes ports from 20000 to 31999.
+        # A killed rank leaves DeepSpeed's 66 MiB in shared memory; pretrain.sbatch takes ports from 20000 to 31999, of
+        # which other tests may have some.
+        in_use = _mapped_files()
         for left in Path("/dev/shm").glob("deepspeed_allreduce_buffer_*_[23][0-9][0-9][0-9][0-9]_*"):
-            if 20000 <= int(left.name.split("_")[-2]) < 32000:
+            if 20000 <= int(left.name.split("_")[-2]) < 32000 and str(left) not in in_use:
                 left.unlink(missing_ok=True)
 
     def kill_daemon(self, node: str) -> None:
@@ -246,6 +249,19 @@ def running() -> Iterator[Cluster]:
         pytest.skip(f"Slurm is not installed: no {', '.join(missing)} (apt-get install slurm-wlm munge)")
     if os.geteuid() != 0:
         pytest.skip("a Slurm cluster on one host needs root")
+    with _alone():
+        yield from _cluster()
+
+
+@contextlib.contextmanager
+def _alone() -> Iterator[None]:
+    """One cluster at a time on this host: each has jobs with the numbers 1, 2 and so on, and ports made of them."""
+    with Path(tempfile.gettempdir(), "ds_quant-slurm-tests.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _cluster() -> Iterator[Cluster]:
     # Not below pytest's folders: the sockets of the steps are in it, whose paths may have 108 bytes.
     folder = Path(tempfile.mkdtemp(prefix="slurm-", dir="/tmp"))
     cluster = Cluster(folder)
@@ -275,3 +291,12 @@ def _kill(processes: list[int]) -> None:
     for pid in processes:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
+
+
+def _mapped_files() -> set[str]:
+    """The files of shared memory that living processes have mapped."""
+    found: set[str] = set()
+    for maps in Path("/proc").glob("[0-9]*/maps"):
+        with contextlib.suppress(OSError):
+            found.update(re.findall(r"/dev/shm/\S+", maps.read_text()))
+    return found
