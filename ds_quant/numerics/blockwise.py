@@ -34,7 +34,7 @@ from ds_quant.numerics.integer import (
     expand_groups,
     reduce_blocks,
 )
-from ds_quant.numerics.packing import pack, unpack
+from ds_quant.numerics.packing import code_bytes, pack, unpack
 from ds_quant.numerics.random import uniform16
 
 BITSANDBYTES_BLOCK_SIZE = 256
@@ -50,6 +50,13 @@ class QuantizedBlocks(NamedTuple):
     numel: int
     block_size: int
     code_map: CodeMap
+
+    def block_range(self, first: int, last: int) -> "QuantizedBlocks":
+        """Blocks `first` to `last` - 1, sharing storage."""
+        size = self.block_size
+        width = code_bytes(size, size, self.code_map.bits)
+        numel = min(last * size, self.numel) - min(first * size, self.numel)
+        return self._replace(codes=self.codes[first * width : last * width], scale=self.scale[first:last], numel=numel)
 
 
 def quantize_blockwise(

@@ -1,16 +1,16 @@
 """Master weights of 24 or 16 bits: what is left of an fp32 number once its last 8 or 16 bits are rounded off.
 
-A 24-bit master is kept as the bf16 weight that the model computes with and a remainder of 8 bits. With u the bits of the
-fp32 number as an unsigned integer:
+A 24-bit master is kept as the bf16 weight that the model computes with and a remainder of 8 bits. With u the bits of
+the fp32 number as an unsigned integer:
 
     m         = (u + r) >> 8                 r = 128: to nearest, ties away from zero; or a random number from 0 to 255
     weight    = (m + 128) >> 8               the 16 bits of the bf16 weight: m rounded to nearest, ties away from zero
     remainder = m - (weight << 8)            from -128 to 127
     master    = (weight << 8) + remainder    the 24 upper bits of an fp32 number whose last 8 are 0
 
-A carry out of the mantissa goes on into the exponent, as it should. What is not finite keeps its meaning: Inf stays, and
-every NaN becomes the quiet one. A finite number within half a bf16 step of 2^128 has a weight of Inf, as any rounding to
-bf16 gives it, and keeps its master.
+A carry out of the mantissa goes on into the exponent, as it should. What is not finite keeps its meaning: Inf stays,
+and every NaN becomes the quiet one. A finite number within half a bf16 step of 2^128 has a weight of Inf, as any
+rounding to bf16 gives it, and keeps its master.
 
 The same split with 8 more bits is in FlashOptim (arXiv 2602.23349); stochastically rounded bf16 weights without masters
 are in "Revisiting BFloat16 Training" (arXiv 2010.06192).
@@ -41,7 +41,7 @@ def split_master(values: Tensor, key: tuple[int, int] | None = None, *, offset: 
 
 def join_master(weight: Tensor, remainder: Tensor) -> Tensor:
     """The fp32 masters of a bf16 weight and an int8 remainder of one shape."""
-    high = weight.contiguous().view(torch.int16).to(torch.int32)
+    high = weight.view(torch.int16).to(torch.int32)
     return (((high << 8) + remainder.to(torch.int32)) << 8).view(torch.float32)
 
 

@@ -32,9 +32,13 @@ from ds_quant.config import ConfigError
 from ds_quant.numerics.blockwise import QuantizedBlocks
 from ds_quant.numerics.codes import CodeMap
 from ds_quant.numerics.format import Format, Group
-from ds_quant.numerics.random import fold_words
+from ds_quant.numerics.random import derive_words, fold_words
 from ds_quant.optim.group_options import GroupOptions, check_parameters, state_option
+from ds_quant.optim.master import MasterTensor
 from ds_quant.optim.state import QuantizedState
+
+PART_STREAM, MASTER_STREAM = 1 << 62, 1 << 61
+"""Of the keys of parts of masters, and of the rounding of masters: apart from the streams of states, which count up."""
 
 
 class Item(NamedTuple):
@@ -117,6 +121,7 @@ class QuantizedOptimizer(torch.optim.Optimizer):
             return loss
         shared = _Step(self)
         items: dict[torch.device, list[Item]] = {}
+        masters: list[tuple[MasterTensor, Item]] = []
         counters: list[Tensor] = []
         strided: list[tuple[Tensor, Tensor]] = []
         for param, grad, options in with_gradients:
@@ -140,9 +145,15 @@ class QuantizedOptimizer(torch.optim.Optimizer):
                     stored = stored.blocks
                 states.append(stored)
                 keys.append(key)
-            items.setdefault(param.device, []).append(Item(data, grad, states, keys, stream, step, options))
+            item = Item(data, grad, states, keys, stream, step, options)
+            if isinstance(data, MasterTensor):
+                masters.append((data, item))
+            else:
+                items.setdefault(param.device, []).append(item)
         for batch in items.values():
             self.do_steps(batch)
+        for data, item in masters:
+            self._step_masters(data, item, shared.key(item.step))
         for param, data in strided:
             param.copy_(data)
         # As torch's own: a number, or a tensor without alpha, is converted for each counter, at several times the cost.
@@ -150,6 +161,18 @@ class QuantizedOptimizer(torch.optim.Optimizer):
         # Kernels write through pointers: whoever compares versions (autograd, caches of codes) must see it.
         torch.autograd.graph.increment_version([param for param, _, _ in with_gradients])
         return loss
+
+    def _step_masters(self, masters: MasterTensor, item: Item, key: tuple[int, int]) -> None:
+        """Step masters of few bits part by part, each in fp32 for as long as its step takes.
+
+        A part draws random bits as a parameter of its own would: part number i has the subkey PART_STREAM + i.
+        """
+        for number, part in enumerate(masters.parts()):
+            own = [None if drawn is None else derive_words(drawn, PART_STREAM + number) for drawn in item.keys]
+            states = [_range(state, part.begin, part.end) for state in item.states]
+            grad = item.grad.view(-1)[part.begin : part.end]
+            self.do_steps([item._replace(param=part.values, grad=grad, states=states, keys=own)])
+            masters.put_back(part, derive_words(derive_words(key, PART_STREAM + number), MASTER_STREAM + item.stream))
 
     def _with_gradients(self) -> Iterator[tuple[Tensor, Tensor, GroupOptions]]:
         for group in self.param_groups:
@@ -305,6 +328,13 @@ class _Step:
         if text not in said:
             said.add(text)
             say(text)
+
+
+def _range(state: Tensor | QuantizedBlocks, begin: int, end: int) -> Tensor | QuantizedBlocks:
+    """Elements `begin` to `end` - 1 of a state, sharing storage; `begin` is a multiple of every block size."""
+    if isinstance(state, Tensor):
+        return state.view(-1)[begin:end]
+    return state.block_range(begin // state.block_size, -(-end // state.block_size))
 
 
 def _shown(code_map: CodeMap) -> str:
