@@ -51,10 +51,8 @@ def round_weight(values: Tensor, key: tuple[int, int] | None = None, *, offset: 
     With a key, up or down with probabilities that make the expected weight the value; without one to nearest, ties to
     even. What is not finite stays so.
     """
-    if key is None:
-        return values.to(torch.bfloat16)
     bits = _clean_bits(values)
-    noise = (_random(key, values, offset) >> 16).to(torch.int32)
+    noise = 0x7FFF + ((bits >> 16) & 1) if key is None else (_random(key, values, offset) >> 16).to(torch.int32)
     rounded = torch.where(torch.isfinite(values), bits + noise, bits) >> 16
     return rounded.to(torch.int16).view(torch.bfloat16)
 

@@ -11,13 +11,14 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor
 
-from ds_quant.numerics.master import join_master, round_weight, split_master
+from ds_quant.kernels.masters import ops
+from ds_quant.numerics.master import join_master, split_master
 from ds_quant.optim.coded_tensor import SET_DATA, CodedTensor
 
 aten = torch.ops.aten
 
-PART_ELEMENTS = 1 << 24
-"""Elements that are in fp32 at a time: 64 MiB. It decides which random bits a step draws."""
+PART_ELEMENTS = 1 << 22
+"""Elements that are in fp32 at a time: 16 MiB, which caches of servers hold. It decides which random bits are drawn."""
 
 
 class Part(NamedTuple):
@@ -93,22 +94,22 @@ class MasterTensor(CodedTensor):
         return stored.as_strided(self.shape, self.stride(), int(stored.storage_offset()) + self.start)
 
     def parts(self) -> Iterator[Part]:
-        """Copies of PART_ELEMENTS masters at a time; the next one is made when it is asked for."""
-        for begin in range(0, self.weight.numel(), PART_ELEMENTS):
-            end = min(begin + PART_ELEMENTS, self.weight.numel())
-            weight = self.weight[begin:end]
-            values = weight.float() if self.low_bits is None else join_master(weight, self.low_bits[begin:end])
-            yield Part(begin, end, values)
+        """Copies of PART_ELEMENTS masters at a time, all in the same memory: each is there until the next one is."""
+        count = self.weight.numel()
+        values = torch.empty(min(count, PART_ELEMENTS), dtype=torch.float32, device=self.weight.device)
+        for begin in range(0, count, PART_ELEMENTS):
+            end = min(begin + PART_ELEMENTS, count)
+            part = Part(begin, end, values[: end - begin])
+            ops.join(*self._stored_range(part), part.values)
+            yield part
 
     def put_back(self, part: Part, key: tuple[int, int]) -> None:
         """Round a part to the bits of a master, stochastically with `key` where a step is to, and store it."""
-        drawn = key if self.is_stochastic else None
-        if self.low_bits is None:
-            self.weight[part.begin : part.end] = round_weight(part.values, drawn)
-        else:
-            weight, remainder = split_master(part.values, drawn)
-            self.weight[part.begin : part.end] = weight
-            self.low_bits[part.begin : part.end] = remainder
+        ops.split(part.values, *self._stored_range(part), key=key if self.is_stochastic else None)
+
+    def _stored_range(self, part: Part) -> tuple[Tensor, Tensor | None]:
+        low_bits = None if self.low_bits is None else self.low_bits[part.begin : part.end]
+        return self.weight[part.begin : part.end], low_bits
 
     def copy_stored(self, source: Tensor) -> bool:
         """Copy weights and remainders of masters of as many bits and the same shape; whether `source` has them."""
@@ -155,6 +156,13 @@ class MasterTensor(CodedTensor):
         return self.dequantize().clone().__reduce_ex__(protocol)
 
     @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.to and isinstance(args[0], MasterTensor):
+            # ZeRO-3 moves the masters of a parameter to a device to gather them, in the dtype that comes out.
+            return args[0].dequantize().to(*args[1:], **(kwargs or {}))
+        return super().__torch_function__(func, types, args, kwargs)
+
+    @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         if func is aten.copy_.default and isinstance(args[1], MasterTensor) and not isinstance(args[0], CodedTensor):
             target, source = args[0], args[1]
@@ -164,4 +172,6 @@ class MasterTensor(CodedTensor):
                 if target.data_ptr() != weight.data_ptr() or target.stride() != weight.stride():
                     target.copy_(weight)
                 return target
+        if func in (aten.zeros_like.default, aten.empty_like.default):
+            kwargs = {"dtype": torch.float32, **(kwargs or {})}  # ZeRO-3 reads universal checkpoints into such a tensor
         return super().__torch_dispatch__(func, types, args, kwargs)

@@ -1,0 +1,31 @@
+// Masters of 24 and 16 bits: what drivers, stages and Python (masters/cpu.py) agree on.
+#pragma once
+
+#include <cstdint>
+
+#include "common.h"
+
+struct MastersCall {
+    float* values;
+    uint16_t* weight;   // bf16
+    int8_t* low_bits;   // null for masters of 16 bits
+    int64_t numel;
+    uint32_t key[2];    // of stochastic rounding
+    int32_t stochastic;
+};
+
+// The elements `begin` to `end`.
+using MastersStage = void(const MastersCall&, int64_t begin, int64_t end);
+
+// Compiled once for each instruction set.
+struct MastersStages {
+    MastersStage *join, *split;
+};
+
+extern "C" {
+const MastersStages* ds_quant_masters_stages_plain();
+#ifdef DS_QUANT_X86
+const MastersStages* ds_quant_masters_stages_avx2();
+const MastersStages* ds_quant_masters_stages_avx512();
+#endif
+}

@@ -1,0 +1,77 @@
+"""Masters on the CPU: hands the tensors to C++, which has the reference's bits.
+
+What `ops` checks is not checked again here. With `isa` a narrower instruction set can be asked for. Nothing is
+allocated; the result does not depend on the number of threads.
+"""
+
+import ctypes
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ds_quant.kernels import native
+from ds_quant.kernels.masters import ops
+
+
+class _Call(ctypes.Structure):
+    """MastersCall of masters.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("values", "weight", "low_bits")),
+        ("numel", ctypes.c_int64),
+        ("key", ctypes.c_uint32 * 2),
+        ("stochastic", ctypes.c_int32),
+    )
+
+
+_JOIN, _SPLIT = range(2)
+
+
+@ops.join.by("cpu")
+def join(weight: Tensor, low_bits: Tensor | None, values: Tensor, *, isa: str | None = None) -> None:
+    """`numerics.master.join_master`."""
+    _run(_JOIN, values, weight, low_bits, None, isa)
+
+
+@ops.split.by("cpu")
+def split(
+    values: Tensor,
+    weight: Tensor,
+    low_bits: Tensor | None,
+    *,
+    key: tuple[int, int] | None = None,
+    isa: str | None = None,
+) -> None:
+    """`numerics.master.split_master`, or `round_weight` without `low_bits`."""
+    _run(_SPLIT, values, weight, low_bits, key, isa)
+
+
+def _run(
+    operation: int,
+    values: Tensor,
+    weight: Tensor,
+    low_bits: Tensor | None,
+    key: tuple[int, int] | None,
+    isa: str | None,
+) -> None:
+    chosen = native.isa_number("masters", isa)
+    call = _Call(values=values.data_ptr(), weight=weight.data_ptr(), numel=values.numel())
+    if low_bits is not None:
+        call.low_bits = low_bits.data_ptr()
+    if key is not None:
+        call.stochastic, call.key = 1, key
+    _function()(call, operation, chosen, native.library().parallel, torch.get_num_threads())
+
+
+@functools.cache
+def _function() -> Any:
+    handle = native.library().handle
+    handle.ds_quant_masters_call_size.restype = ctypes.c_int64
+    if handle.ds_quant_masters_call_size() != ctypes.sizeof(_Call):
+        raise RuntimeError("ds_quant.kernels.masters: the C++ library and cpu.py disagree on MastersCall")
+    function = handle.ds_quant_masters
+    function.argtypes = (ctypes.POINTER(_Call), ctypes.c_int, ctypes.c_int, ctypes.c_void_p, ctypes.c_int)
+    function.restype = None
+    return function
