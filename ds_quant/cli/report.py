@@ -139,6 +139,7 @@ def _moments(config: OptimizerConfig, raw: dict[str, Any]) -> list[tuple[str, st
     return [
         ("AdamW's moments", describe_moments(config)),
         ("  bytes a parameter", f"{bytes_a_parameter(config):.2f} instead of 8"),
+        *([("master weights", f"{config.master.bits}-bit, rounded {config.master.rounding}")] if config.master else []),
         ("  exclude", ", ".join(config.exclude) or "nothing"),
         ("  optimizer", source),
     ]
@@ -158,6 +159,7 @@ def _wire(config: GradientCommunicationConfig, raw: dict[str, Any], stage: Any) 
 
 
 def _moment_checks(config: OptimizerConfig, raw: dict[str, Any], stage: Any) -> list[Callable[[], Any]]:
+    from ds_quant.engine.masters import check_masters
     from ds_quant.optim.setup import check_granularity, json_hyperparameters
 
     checks: list[Callable[[], Any]] = []
@@ -165,6 +167,8 @@ def _moment_checks(config: OptimizerConfig, raw: dict[str, Any], stage: Any) -> 
         checks.append(lambda: check_granularity(config, stage))
     if "optimizer" in raw:
         checks.append(lambda: json_hyperparameters(raw))
+    if config.master:
+        checks.append(lambda: check_masters(raw))
     return checks
 
 

@@ -19,7 +19,7 @@ from ds_quant.config.deepspeed_json import (
 )
 from ds_quant.config.diagnostics import DiagnosticsConfig
 from ds_quant.config.linear import ActivationConfig, GradientConfig, LinearConfig, WeightConfig
-from ds_quant.config.optimizer import MomentConfig, OptimizerConfig
+from ds_quant.config.optimizer import MasterConfig, MomentConfig, OptimizerConfig
 from ds_quant.config.quant_config import QuantConfig, json_schema
 
 __all__ = [
@@ -32,6 +32,7 @@ __all__ = [
     "GradientCommunicationConfig",
     "GradientConfig",
     "LinearConfig",
+    "MasterConfig",
     "MomentConfig",
     "OptimizerConfig",
     "QuantConfig",

@@ -3,15 +3,16 @@
 from collections.abc import Iterator
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from ds_quant.base.code_maps import MAP_BITS, map_bits
 from ds_quant.config.deepspeed_json import SECTION
-from ds_quant.config.section import BlockSection, OneOf, Rule, Section
+from ds_quant.config.section import Allowed, BlockSection, OneOf, Rule, Section
 from ds_quant.config.values import (
     FlatBlock,
     Patterns,
     Rounding,
+    exact_int,
     flat_block_size,
     nothing,
 )
@@ -60,6 +61,22 @@ class MomentConfig(BlockSection):
             )
 
 
+MasterBits = Annotated[Literal[16, 24], BeforeValidator(exact_int), Allowed("24 or 16")]
+
+
+class MasterConfig(Section):
+    """What ZeRO keeps of a parameter beside its bf16 weight, in place of an fp32 master."""
+
+    where: ClassVar[str] = f"{SECTION}.optimizer.master"
+
+    bits: MasterBits
+    """24: 8 bits beside the weight, which make it an fp32 number without its last 8 bits. 16: the weight alone.
+    Required."""
+    rounding: Rounding = Field(default_factory=lambda data: "nearest" if data["bits"] == 24 else "stochastic")
+    """How a step rounds the new master. Default `nearest` at 24 bits; `stochastic` at 16, where updates that are small
+    beside a bf16 step would be lost."""
+
+
 class OptimizerConfig(Section):
     """Which moments of Adam are stored in few bits."""
 
@@ -69,12 +86,14 @@ class OptimizerConfig(Section):
     """The first moment. Absent: 32 bits."""
     exp_avg_sq: MomentConfig | None = None
     """The second moment. Absent: 32 bits."""
+    master: MasterConfig | None = None
+    """The master weights, at ZeRO stages 1 to 3 with bf16. Absent: fp32, as DeepSpeed keeps them."""
     exclude: Patterns = ()
     """Shell patterns on parameter names: those keep 32-bit moments. Default none."""
 
     def rules(self) -> Iterator[Rule]:
-        if not (self.exp_avg or self.exp_avg_sq):
-            yield nothing(self, "exp_avg or exp_avg_sq")
+        if not (self.exp_avg or self.exp_avg_sq or self.master):
+            yield nothing(self, "exp_avg, exp_avg_sq or master")
         if self.exp_avg and self.exp_avg.rounding == "nearest" and self.exp_avg.granularity == "block":
             reason = (
                 '"stochastic": rounded to nearest, small values never decay, and parameters whose gradients have ended '

@@ -8,7 +8,7 @@ from pydantic_core import PydanticCustomError
 from ds_quant.config.section import Allowed, Rule, Section
 
 
-def _exact_int(value: Any) -> Any:
+def exact_int(value: Any) -> Any:
     # A Literal of integers would take 8.0, and a union with False would take 0.
     if type(value) is not int:
         raise PydanticCustomError("exact_int", "an integer is wanted")
@@ -16,7 +16,7 @@ def _exact_int(value: Any) -> Any:
 
 
 def _node_size(value: Any) -> Any:
-    if not isinstance(value, bool) and _exact_int(value) < 2:
+    if not isinstance(value, bool) and exact_int(value) < 2:
         raise PydanticCustomError("node_size", "two ranks or more are wanted")
     return value
 
@@ -40,7 +40,7 @@ def _class_name(value: str) -> str:
 
 
 Bits = Annotated[int, Field(ge=2, le=8), Allowed("an integer from 2 to 8")]
-WireBits = Annotated[Literal[4, 8], BeforeValidator(_exact_int), Allowed("4 or 8")]
+WireBits = Annotated[Literal[4, 8], BeforeValidator(exact_int), Allowed("4 or 8")]
 LinearBlock = Annotated[
     int, Field(ge=16, le=4096), AfterValidator(_power_of_two), Allowed("a power of two from 16 to 4096")
 ]

@@ -32,6 +32,7 @@ from ds_quant.diagnostics.collector import TrainingDiagnostics
 from ds_quant.engine.communication import Communication
 from ds_quant.engine.diagnostics import Diagnostics, second_moments
 from ds_quant.engine.extension_locks import check_extension_locks
+from ds_quant.engine.masters import Masters, check_masters, in_json
 from ds_quant.engine.micro_steps import MicroSteps
 from ds_quant.engine.moments import Moments
 from ds_quant.engine.parts import Part
@@ -162,7 +163,12 @@ def initialize(
         quant = _for_evaluation(quant, model)
     choice = choose(quant.diagnostics, quant) if quant.diagnostics else None
 
+    master = quant.optimizer.master if quant.optimizer else None
+    if master:
+        check_masters(raw)
     moments = _prepare_moments(raw, quant.optimizer, forwarded) if quant.optimizer else None
+    if master:
+        _replace_config(forwarded, in_json(strip_tripwire(raw)))
     names = convert(model, quant.linear) if quant.linear else []
     # Diagnostics are of this run, and no part of the model.
     if quant.linear or quant.optimizer or quant.communication:
@@ -171,6 +177,8 @@ def initialize(
         result = deepspeed_initialize(**forwarded)
     engine = result[0]
     parts: list[Part] = [micro_steps := MicroSteps(engine)]
+    if master:
+        parts.append(Masters(engine, master))
     if moments:
         parts.append(Moments(engine))
         for line in moments.lines:
@@ -271,6 +279,9 @@ def _prepare_moments(raw: dict[str, Any], config: OptimizerConfig, forwarded: di
     share = 100 * (1 - names.num_excluded / names.num_elements) if names.num_elements else 0.0
     size = setup.bytes_a_parameter(config)
     lines.append(f"they take {size:.2f} bytes a parameter instead of 8, for {share:.1f}% of the trainable parameters")
+    if config.master:
+        kept = "1 byte beside a bf16 weight" if config.master.bits == 24 else "nothing beside a bf16 weight"
+        lines.append(f"{config.master.bits}-bit masters, rounded {config.master.rounding}: {kept}, instead of 4 bytes")
     if names.excluded:
         lines.append(f"32-bit moments by ds_quant.optimizer.exclude: {', '.join(names.excluded)}")
     return _Moments(build, lines)

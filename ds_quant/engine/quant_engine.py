@@ -13,6 +13,7 @@ from ds_quant.comm.agreement import raise_together
 from ds_quant.engine.communication import Communication
 from ds_quant.engine.diagnostics import Diagnostics
 from ds_quant.engine.engine_class import mix_in
+from ds_quant.engine.masters import Masters
 from ds_quant.engine.micro_steps import MicroSteps
 from ds_quant.engine.moments import Moments
 from ds_quant.engine.parts import Loading, Part
@@ -20,7 +21,7 @@ from ds_quant.engine.seams import check_live
 from ds_quant.engine.steps import Steps
 from ds_quant.engine.weights import Weights
 
-ORDER: tuple[type[Part], ...] = (MicroSteps, Moments, Steps, Weights, Communication, Diagnostics)
+ORDER: tuple[type[Part], ...] = (MicroSteps, Masters, Moments, Steps, Weights, Communication, Diagnostics)
 """In this order parts are called, by every hook.
 
 The count of micro steps comes first, since others read it; diagnostics look at what the others have done.

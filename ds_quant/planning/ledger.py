@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from ds_quant.optim.state import QuantizedState
+from ds_quant.optim.coded_tensor import CodedTensor
 from ds_quant.planning.traffic import Collective, collective
 
 ROLES = ("weights", "masters", "moments", "gradients", "activations", "communication", "temporaries")
@@ -150,7 +150,7 @@ class Ledger(TorchDispatchMode):
 
 def plain(tensor: Tensor) -> Iterator[Tensor]:
     """The tensors with memory of their own that a tensor is made of."""
-    if isinstance(tensor, QuantizedState):
-        yield from (tensor.blocks.codes, tensor.blocks.scale)
+    if isinstance(tensor, CodedTensor):
+        yield from tensor.stored()
     else:
         yield tensor

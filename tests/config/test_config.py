@@ -336,6 +336,11 @@ WRONG_VALUES = [
         '"stochastic"',
         "remove it",
     ),
+    *(
+        ({"optimizer": {"master": {"bits": bits}}}, "ds_quant.optimizer.master.bits", json.dumps(bits), "24 or 16", "w")
+        for bits in (8, 32, 24.0, "24")
+    ),
+    ({"optimizer": {"master": {}}}, "ds_quant.optimizer.master.bits", "nothing", "24 or 16", "add it"),
     (
         {"optimizer": {"exp_avg": {"bits": 8, "rounding": "up"}}},
         "ds_quant.optimizer.exp_avg.rounding",
@@ -374,7 +379,13 @@ WRONG_VALUES = [
     ({"enabled": True}, "ds_quant", '{"enabled": true}', "at least one of linear", "quantizes nothing"),
     ({"linear": {}}, LINEAR, "{}", "at least one of weight, activation or gradient", "quantizes nothing"),
     ({"linear": {"backend": "int8"}}, LINEAR, '{"backend": "int8"}', "at least one of weight", "quantizes nothing"),
-    ({"optimizer": {}}, "ds_quant.optimizer", "{}", "at least one of exp_avg or exp_avg_sq", "quantizes nothing"),
+    (
+        {"optimizer": {}},
+        "ds_quant.optimizer",
+        "{}",
+        "at least one of exp_avg, exp_avg_sq or master",
+        "quantizes nothing",
+    ),
     ({"communication": {}}, "ds_quant.communication", "{}", "at least one of gradient", "quantizes nothing"),
     ({"enabled": False, "linear": {}}, LINEAR, "{}", "at least one of weight", "quantizes nothing"),
     # "auto"

@@ -1,0 +1,100 @@
+"""Masters of 24 or 16 bits in a live engine, in place of ZeRO's fp32 ones.
+
+DeepSpeed is told that masters and gradients are bf16, by its own switches (`in_json`), and makes a copy of the weights
+for the optimizer. `Masters` puts a `MasterTensor` in its place, whose weights are the model's own memory. A parameter
+then takes 2 bytes of weight, 2 of gradient, and 1 or 0 of what the weight lacks.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from deepspeed import comm as dist
+from deepspeed.runtime.zero.offload_config import OffloadStateTypeEnum
+from torch import Tensor
+
+from ds_quant.base.errors import fail
+from ds_quant.config import MasterConfig
+from ds_quant.engine.parts import Part
+from ds_quant.engine.seams import check_live
+from ds_quant.optim.master import MasterTensor
+
+_WHERE = "ds_quant.optimizer.master"
+
+
+def check_masters(raw: dict[str, Any]) -> None:
+    """Raise ConfigError for a config around `optimizer.master` under which DeepSpeed keeps other masters."""
+    zero = raw.get("zero_optimization") or {}
+    if zero.get("stage", 0) not in (1, 2, 3):
+        allowed = "stages 1, 2 and 3: at stage 0 DeepSpeed has no switch for masters of bf16"
+        raise fail(f"zero_optimization.stage with {_WHERE}", zero.get("stage", 0), allowed, "set 1")
+    if not _bf16(raw)[1].get("enabled"):
+        allowed = "true: a master of few bits is a bf16 weight and what it lacks"
+        raise fail(f"bf16.enabled with {_WHERE}", False, allowed, f"set it, or remove {_WHERE}")
+    accumulated = (raw.get("data_types") or {}).get("grad_accum_dtype")
+    if accumulated not in (None, "bf16", "bfloat16"):
+        allowed = '"bf16": with others DeepSpeed keeps fp32 masters'
+        raise fail(f"data_types.grad_accum_dtype with {_WHERE}", accumulated, allowed, f"remove it, or {_WHERE}")
+    device = (zero.get("offload_optimizer") or {}).get("device", "none")
+    if device != "none":
+        allowed = '"none": DeepSpeed offloads masters of bf16 with its own CPU optimizer only'
+        raise fail(
+            f"zero_optimization.offload_optimizer.device with {_WHERE}", device, allowed, f"remove it, or {_WHERE}"
+        )
+
+
+def in_json(raw: dict[str, Any]) -> dict[str, Any]:
+    """The config with DeepSpeed's switches for masters and gradients of bf16."""
+    name, section = _bf16(raw)
+    # The second switch is what lets DeepSpeed have the first one without offloading; the moments are not its business.
+    return {**raw, name: {**section, "bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}}
+
+
+def _bf16(raw: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Name and value of the section that DeepSpeed reads."""
+    name = "bf16" if "bf16" in raw else "bfloat16"
+    return name, raw.get(name) or {}
+
+
+class Masters(Part):
+    """Puts masters of few bits into an engine. Made before the other parts, which see the tensors of the optimizer."""
+
+    def __init__(self, engine: Any, config: MasterConfig) -> None:
+        super().__init__(engine)
+        self._config = config
+        wrapper = engine.optimizer
+        if engine.zero_optimization_stage() == 3:
+            check_live([(wrapper, "fp16_partitioned_groups_flat"), (wrapper, "fp32_partitioned_groups_flat")])
+            pairs = zip(wrapper.fp16_partitioned_groups_flat, wrapper.fp32_partitioned_groups_flat, strict=True)
+            wrapper.fp32_partitioned_groups_flat[:] = [self._master(weight, old) for weight, old in pairs]
+            wrapper.master_weights_and_grads_dtype = torch.float32  # of what safe_get_full_fp32_param gathers
+        else:
+            own = ("parallel_partitioned_bit16_groups", "single_partition_of_fp32_groups", "real_dp_process_group")
+            check_live([(wrapper, name) for name in (*own, "_link_all_hp_params")])
+            partitions = wrapper.single_partition_of_fp32_groups
+            for number, group in enumerate(engine.basic_optimizer.param_groups):
+                rank = dist.get_rank(group=wrapper.real_dp_process_group[number])
+                weight = wrapper.parallel_partitioned_bit16_groups[number][rank]
+                partitions[number] = self._master(weight, partitions[number])
+                group["params"] = [partitions[number]]
+            wrapper._link_all_hp_params()  # safe_get_full_fp32_param reads them
+        engine.basic_optimizer.state.clear()  # nothing has been stepped; what is there has the old tensors as keys
+
+    def _master(self, weight: Tensor, old: Tensor) -> MasterTensor:
+        config = self._config
+        low_bits = torch.zeros(weight.numel(), dtype=torch.int8, device=weight.device) if config.bits == 24 else None
+        made = MasterTensor(weight.detach(), low_bits, is_stochastic=config.rounding == "stochastic")
+        if hasattr(old, "ds_id"):
+            made.ds_id = old.ds_id  # type: ignore[attr-defined]
+        made.requires_grad = True
+        return made
+
+    def before_offload(self, states: Sequence[OffloadStateTypeEnum]) -> None:
+        moved = {OffloadStateTypeEnum.hp_params, OffloadStateTypeEnum.lp_params} & set(states)
+        if moved:
+            raise fail(
+                "offload_states(include)",
+                f"{', '.join(sorted(state.name for state in moved))} with {_WHERE}",
+                "optim_states, lp_grads, contiguous_grad_buffer: masters and weights share their memory",
+                "leave them out of include",
+            )
