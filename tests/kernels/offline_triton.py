@@ -1,5 +1,6 @@
 """Triton kernels without a GPU: run by Triton's interpreter in a process of its own, or compiled for a GPU."""
 
+import collections
 import importlib.util
 import os
 import platform
@@ -68,3 +69,10 @@ def resources(cubin, folder):
     done = subprocess.run([tool, "-res-usage", path], capture_output=True, text=True, check=True, timeout=60)
     found = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", done.stdout))
     return {name: int(count) for name, count in found.items()}
+
+
+def accesses(ptx):
+    """How often each width of access to global memory occurs: {"ld.v4.b32": 4, ...}."""
+    found = re.findall(r"\b(ld|st)\.global(?:\.[a-z]+\w*::\w+)*\.((?:v[248]\.)?b\d+)", ptx)
+    assert len(found) == len(re.findall(r"\b(?:ld|st)\.global", ptx))
+    return collections.Counter(f"{kind}.{width}" for kind, width in found)

@@ -6,10 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from offline_triton import compiler, require_triton, resources, run_in_interpreter
+from offline_triton import accesses, compiler, require_triton, resources, run_in_interpreter
 from works import make_work
 
 FORMATS = {"8/8": (("float", 8), ("float", 8)), "m4v8": (("power", 4), ("float", 8)), "4/4": (("power", 4),) * 2}
+MOST_REGISTERS = 72
+"""A thread of a program that has whole blocks: 7 programs of 4 warps to a multiprocessor."""
 GPT2 = [(50257 * 768,), (1024 * 768,), *[(768,)] * 2] + 12 * [
     *((768,), (768,), (768 * 2304,), (2304,), (768 * 768,), (768,)),
     *((768,), (768,), (768 * 3072,), (3072,), (3072 * 768,), (768,)),
@@ -58,18 +60,40 @@ def test_launches_of_gpt2(monkeypatch, choice):
 @pytest.mark.parametrize("target", [80, 90, 100, "gfx942"])
 @pytest.mark.parametrize("name", FORMATS)
 def test_compiled_offline(name, target, monkeypatch, tmp_path):
-    """Without spills, nothing fused into sums, for every dtype that a parameter has."""
-    from ds_quant.kernels.adamw import triton_batches
+    """Without spills, nothing fused into sums, for every dtype that a parameter has. Whole blocks are read and written
+    as widely as by a launch for one tensor."""
+    from ds_quant.kernels.adamw import triton_batches, triton_kernel
 
     compile_for = compiler(triton_batches.kernel, monkeypatch, tmp_path)
+    compile_alone = compiler(triton_kernel.kernel, monkeypatch, tmp_path)
     for dtypes in ((torch.float32, torch.float32), (torch.bfloat16, torch.float16)):
-        (launch,) = triton_batches.launches(works_of((1, 300), name, dtypes))
-        code = compile_for(launch, target).asm
-        if target == "gfx942":
-            assert re.search(r"\.vgpr_spill_count:\s*0\b", code["amdgcn"])
-            continue
-        assert not re.search(r"\bfma\.rn\.f32|\bmad\.\w*\.?f32", code["ptx"])
-        assert resources(code["cubin"], tmp_path)["LOCAL"] == 0
+        works = works_of((768, 1, 300), name, dtypes)
+        whole, tails = triton_batches.launches(works)
+        # Half precision changes nothing in what is done to tails.
+        for launch in (whole, tails) if dtypes[0] == torch.float32 else (whole,):
+            code = compile_for(launch, target).asm
+            if target == "gfx942":
+                assert re.search(r"\.vgpr_spill_count:\s*0\b", code["amdgcn"])
+                continue
+            assert not re.search(r"\bfma\.rn\.f32|\bmad\.\w*\.?f32", code["ptx"])
+            used = resources(code["cubin"], tmp_path)
+            print(name, target, dtypes, used, dict(accesses(code["ptx"])))
+            assert (used["STACK"], used["LOCAL"]) == (0, 0)
+            if launch is tails:
+                continue
+            assert used["REG"] <= MOST_REGISTERS
+            seen = accesses(code["ptx"])
+            wide = "v4.b32" if dtypes[0] == torch.float32 else "v2.b32"
+            assert seen[f"ld.{wide}"] == 2 * seen[f"st.{wide}"] == 4
+            assert not seen.keys() & {"ld.b8", "st.b8", "ld.b16", "st.b16"}
+            if target != 90:
+                continue
+            # The table's row and what is in it, 64 bits each; the rest is as for one tensor.
+            (alone,) = triton_kernel.launches(works[0])
+            expected = accesses(compile_alone(alone, target).asm["ptx"])
+            assert {name: n for name, n in seen.items() if name != "ld.b64"} == {
+                name: n for name, n in expected.items() if name != "ld.b64"
+            }
 
 
 def test_new_steps_and_parameters_compile_nothing(monkeypatch, tmp_path):
@@ -77,8 +101,30 @@ def test_new_steps_and_parameters_compile_nothing(monkeypatch, tmp_path):
 
     compile_for = compiler(triton_batches.kernel, monkeypatch, tmp_path)
     triton_batches.kernel.device_caches.clear()
-    for step, numels in enumerate(((1,), (255, 3000, 16), (256,) * 17)):
+    for step, numels in enumerate(((1,), (255, 3000, 16), (257,) * 17, (256,), (512, 768))):
         works = [work._replace(scalars=work.scalars._replace(step_size=float(step))) for work in works_of(numels)]
         (launch,) = triton_batches.launches(works)
         compile_for(launch, 90)
-    assert len(triton_batches.kernel.device_caches[90][0]) == 1
+    assert len(triton_batches.kernel.device_caches[90][0]) == 2  # whole blocks, and others
+
+
+def test_refused_while_a_graph_is_captured(monkeypatch):
+    """What a step is passed as numbers would be in the graph as it is now."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from ds_quant.kernels.adamw import ops
+    from ds_quant.kernels.transfers import sent
+
+    works = works_of((768, 300))
+    with FakeTensorMode():
+        on_gpu = [work._replace(param=torch.empty(work.param.shape, device="cuda")) for work in works]
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(
+        RuntimeError, match="bias corrections and random keys of one step while a CUDA graph is captured"
+    ):
+        ops.adamw_(on_gpu)
+    with pytest.raises(RuntimeError, match="call this once before the graph is captured"):
+        sent(np.zeros(3), torch.device("cuda"))
+    before = works[0].param.clone()
+    ops.adamw_(works)
+    assert not torch.equal(works[0].param, before)

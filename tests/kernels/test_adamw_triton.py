@@ -1,12 +1,11 @@
 """The Triton kernel without a GPU: in Triton's interpreter, and compiled for two of them."""
 
-import collections
 import re
 from pathlib import Path
 
 import pytest
 import torch
-from offline_triton import compiler, require_triton, resources, run_in_interpreter
+from offline_triton import accesses, compiler, require_triton, resources, run_in_interpreter
 
 from ds_quant.kernels.adamw.work import AdamWWork
 from ds_quant.numerics import code_map, fold_key, quantize_blockwise
@@ -62,13 +61,6 @@ def compile_for(monkeypatch, tmp_path):
 
     compile_launch = compiler(kernel, monkeypatch, tmp_path)
     return lambda launch, capability: compile_launch(launch, capability).asm
-
-
-def accesses(ptx):
-    """How often each width of access to global memory occurs: {"ld.v4.b32": 4, ...}."""
-    found = re.findall(r"\b(ld|st)\.global(?:\.[a-z]+\w*::\w+)*\.((?:v[248]\.)?b\d+)", ptx)
-    assert len(found) == len(re.findall(r"\b(?:ld|st)\.global", ptx))
-    return collections.Counter(f"{kind}.{width}" for kind, width in found)
 
 
 @pytest.mark.parametrize("capability", [80, 90])

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from ds_quant.kernels.adamw import reference
 from ds_quant.kernels.adamw.work import AdamWWork
 from ds_quant.kernels.registry import Family, operation
+from ds_quant.kernels.transfers import refuse_capture
 
 FAMILY = Family(
     package=__name__.rpartition(".")[0],
@@ -19,6 +20,8 @@ FAMILY = Family(
 def adamw_(works: Sequence[AdamWWork]) -> None:
     """Do the works, all on one type of device, in place. Raises ValueError for two types, and as the kernels do.
 
+    Raises RuntimeError while a CUDA graph is captured: learning rate, bias corrections and keys are this step's.
+
     The tensors of a work are checked by the kernel: most of them read them for that only once.
     """
     if not works:
@@ -29,4 +32,7 @@ def adamw_(works: Sequence[AdamWWork]) -> None:
             f"adamw_(works): got parameters on {' and '.join(sorted(kinds))}; allowed: one type of device; call it "
             "once for each"
         )
-    adamw_.on(works[0].param.device)(works)
+    device = works[0].param.device
+    what = "the learning rate, bias corrections and random keys of one step"
+    refuse_capture("adamw_(works)", device, what, "leave the optimizer's step out of the graph")
+    adamw_.on(device)(works)

@@ -174,16 +174,21 @@ def _storage(moment: Moment) -> tuple[Tensor, Tensor]:
     return (moment, moment) if isinstance(moment, Tensor) else (moment.codes, moment.scale)
 
 
-def _words(key: tuple[int, int] | None, stream: int) -> tuple[int, int]:
-    """The subkey as int32: Triton would compile once for words below 2^31 and once for the others."""
-    if key is None:
-        return 0, 0
-    first, second = derive_words(key, stream)
+def signed_words(words: tuple[int, int]) -> tuple[int, int]:
+    """Words below 2^32 as int32: Triton would compile once for those below 2^31 and once for the others."""
+    first, second = words
     return first - (first >> 31 << 32), second - (second >> 31 << 32)
 
 
+def _words(key: tuple[int, int] | None, stream: int) -> tuple[int, int]:
+    """The subkey as the kernel takes it."""
+    if key is None:
+        return 0, 0
+    return signed_words(derive_words(key, stream))
+
+
 @triton.jit
-def _mix(x):
+def mix(x):
     x = x ^ (x >> 16)
     x = x * 0x21F0AAAD
     x = x ^ (x >> 15)
@@ -198,7 +203,7 @@ def _draws(offset, key):
     Two elements share a word, but not always a thread: each makes it for itself.
     """
     word = (((offset >> 5) << 4) | (offset & 15)).to(tl.uint32) + key[2]
-    bits = _mix(_mix(word ^ key[0]) + key[1] + key[3] * 0x1E3779B1)
+    bits = mix(mix(word ^ key[0]) + key[1] + key[3] * 0x1E3779B1)
     return ((bits >> (offset & 16).to(tl.uint32)) & 0xFFFF).to(tl.int32)
 
 
