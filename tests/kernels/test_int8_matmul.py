@@ -3,6 +3,7 @@
 import logging
 import os
 import platform
+import random
 import subprocess
 import sys
 import time
@@ -91,6 +92,27 @@ def test_long_contractions_do_not_overflow(length):
     row_scale, column_scale = torch.rand(4), torch.rand(2)
     got = scaled_matmul(a, b, row_scale=row_scale, column_scale=column_scale, dtype=torch.float32)
     assert torch.equal(got, expected.float() * row_scale[:, None] * column_scale)
+
+
+@pytest.mark.parametrize("num_rows", [3, 4, 11])
+def test_long_contractions_of_padded_codes_go_in_rows(monkeypatch, num_rows):
+    """As on GPUs, where the int32 and int64 products of all rows are never in memory together."""
+    monkeypatch.setattr(matmul, "_DEVICE_SCRATCH_BYTES", 1)
+    monkeypatch.setattr(matmul, "_LEAST_ROWS", 4)
+    sizes = []
+    monkeypatch.setattr(matmul, "int_mm", lambda a, b: sizes.append(a.shape[0]) or int_mm(a, b))
+    length = MAX_CONTRACTION + 16
+    a, b = codes(16, length, lowest=-128), codes(16, length)
+    a[0], b[0] = -128, 127
+    options = {
+        "row_scale": random.choice((None, torch.rand(1), torch.rand(num_rows))),
+        "column_scale": torch.rand(5),
+        "bias": torch.randn(5),
+        "dtype": torch.bfloat16,
+    }
+    got = ops.padded_matmul(a, b, num_rows, 5, **options)
+    assert torch.equal(got, reference.padded_matmul(a, b, num_rows, 5, **options))
+    assert sizes == [min(4, num_rows - begin) for begin in range(0, num_rows, 4)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

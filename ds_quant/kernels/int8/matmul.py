@@ -7,6 +7,7 @@ on CUDA those that are not contiguous along the contracted dimension are copied,
 
 import functools
 import threading
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +31,7 @@ _FP32_SCRATCH_BYTES = 8 * 2**20
 more. Fewer rows at a time have the other operand packed more often: with 1 MiB a layer took a tenth longer."""
 
 _DEVICE_SCRATCH_BYTES = 256 * 2**20
-"""Of int32 products at a time, on a device; more where `_LEAST_ROWS` take more."""
+"""Of products at a time, on a device; more where `_LEAST_ROWS` take more."""
 
 _kept = threading.local()
 
@@ -158,6 +159,17 @@ def int_mm_of_padded(
         first = min(begin, a.shape[0] - 2 * _CUDA_MULTIPLE)
         products = torch._int_mm(a[first : first + step], b.t())[begin - first : end - first, :num_columns]
         parts.append(finish(products, row_scale=_of_rows(row_scale, begin, end)))
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def multiply_long(a: Tensor, b: Tensor, row_scale: Tensor | None, finish: Callable[..., Tensor]) -> Tensor:
+    """What `finish`, an epilogue with all but row_scale, makes of the products of a [M, K] and b [K, N] with K above
+    MAX_CONTRACTION: int64 sums of int32 products, of as many rows at a time as the scratch memory of a device takes."""
+    step = max(_LEAST_ROWS, _DEVICE_SCRATCH_BYTES // (4 + 8) // max(b.shape[1], 1))
+    parts = [
+        finish(int_mm(a[begin : begin + step], b), row_scale=_of_rows(row_scale, begin, begin + step))
+        for begin in range(0, max(a.shape[0], 1), step)
+    ]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 

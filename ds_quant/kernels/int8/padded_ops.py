@@ -4,6 +4,8 @@ What they compute is `numerics.products`, bit for bit but for sums. `ops` has th
 hands these on.
 """
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -130,6 +132,6 @@ def padded_matmul(
     """
     scales = {"row_scale": row_scale, "column_scale": column_scale}
     if a.shape[1] > matmul.MAX_CONTRACTION:
-        products = matmul.int_mm(a[:num_rows], b[:num_columns].t())
-        return reference.epilogue(products, **scales, bias=bias, dtype=dtype)
+        finish = functools.partial(reference.epilogue, column_scale=column_scale, bias=bias, dtype=dtype)
+        return matmul.multiply_long(a[:num_rows], b[:num_columns].t(), row_scale, finish)
     return padded_matmul.on(a.device)(a, b, num_rows, num_columns, **scales, bias=bias, dtype=dtype)
