@@ -5,12 +5,13 @@
     python launchers/benchmark.py step [--models gpt2,llama] [--batch 4] [--sequence 512] [--profile]
     python launchers/benchmark.py comm [--sizes 25M] [--ranks 2] [--links loopback,1gbit,100mbit] [--device cuda]
     python launchers/benchmark.py comm-step [--configs A.json,B.json] [--stages 0,1,2] [--links 1gbit,100mbit]
+    python launchers/benchmark.py comm-host [--ranks 8] [--bucket 5e8]
     python launchers/benchmark.py diagnostics [--preset tiny] [--batch 32] [--sequence 128]
     python launchers/benchmark.py roofline [--page docs/gpu.md]
 
-Each subcommand but the last prints a table and writes a CSV with versions, processor and commit; the last predicts and
-measures nothing. Contenders take turns within every round, so that a noisy neighbour hits all of them; compare ratios,
-not seconds.
+Each subcommand but comm-host and roofline prints a table and writes a CSV with versions, processor and commit; roofline
+predicts and measures nothing. Contenders take turns within every round, so that a noisy neighbour hits all of them;
+compare ratios, not seconds.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # where the package benchmarks lies
 
-from benchmarks import comm, comm_step, diagnostics, linear, optimizer, roofline, step
+from benchmarks import comm, comm_host, comm_step, diagnostics, linear, optimizer, roofline, step
 from ds_quant.cli.shared.errors import CommandError
 
 
@@ -36,6 +37,7 @@ def main(argv: list[str] | None = None) -> int:
     step.add_arguments(commands.add_parser("step", help=step.HELP))
     comm.add_arguments(commands.add_parser("comm", help=comm.HELP))
     comm_step.add_arguments(commands.add_parser("comm-step", help=comm_step.HELP))
+    comm_host.add_arguments(commands.add_parser("comm-host", help=comm_host.HELP))
     diagnostics.add_arguments(commands.add_parser("diagnostics", help=diagnostics.HELP))
     roofline.add_arguments(commands.add_parser("roofline", help=roofline.HELP))
     options = parser.parse_args(argv)

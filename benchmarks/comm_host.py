@@ -1,0 +1,120 @@
+"""Host time of quantized all-reduces of GPT-2 small's gradients on a GPU's way, without a GPU.
+
+Tensors are on the meta device, ranks and what they send are torch's fake process group, and the compiled functions
+return at once: what is left is what the host does in Python and to launch torch's own operations. Left out are what a
+compiled call itself takes and copies to pinned memory. Times are the thread's, so that neighbours do not count. Some
+operations are Python on meta where they are C++ on CUDA (torch.cat of the residuals, above all): these take less there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from benchmarks.gpu_check.optimizer import gpt2_shapes
+from ds_quant.cli.shared.errors import CommandError
+from ds_quant.comm.exchange import Call
+from ds_quant.comm.layout import Span
+from ds_quant.comm.reducer import Reducer
+from ds_quant.comm.statistics import Statistics
+from ds_quant.config import GradientCommunicationConfig
+from ds_quant.kernels import wire
+from ds_quant.kernels.wire import compiled, places
+
+HELP = "host time of all-reduces of GPT-2's gradients, with all work of a device left out"
+SETTINGS: dict[str, dict[str, Any]] = {
+    "nearest": {},
+    "stochastic": {"rounding": "stochastic"},
+    "stochastic, error feedback": {"rounding": "stochastic", "error_feedback": True},
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What `run` is asked to do."""
+    parser.add_argument("--ranks", type=int, default=8, help="of the process group that is not there (default: 8)")
+    parser.add_argument("--bucket", type=float, default=5e8, help="elements of a bucket (default: 5e8, DeepSpeed's)")
+    parser.add_argument("--rounds", type=int, default=50, help="all-reduces of all gradients (default: 50)")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Print a line for each setting."""
+    for name, value, least in (
+        ("ranks", options.ranks, 2),
+        ("bucket", options.bucket, 1),
+        ("rounds", options.rounds, 1),
+    ):
+        if not value >= least:
+            raise CommandError(f"--{name}: got {value}; allowed: {least} or more; correct it")
+    for name, milliseconds in measure(options.ranks, options.bucket, options.rounds).items():
+        print(f"{name}: {milliseconds:.2f} ms", flush=True)
+
+
+def measure(num_ranks: int, bucket: float, rounds: int) -> dict[str, float]:
+    """Median milliseconds of the host for all gradients, by the name of the setting."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    buckets = [_bucket(numels) for numels in _cut(bucket)]
+    dist.init_process_group("fake", rank=0, world_size=num_ranks, store=FakeStore())
+    try:
+        with _without_device_work():
+            return {name: _median(buckets, settings, rounds) for name, settings in SETTINGS.items()}
+    finally:
+        dist.destroy_process_group()
+
+
+def _median(buckets: list[tuple[Tensor, list[Span]]], settings: dict[str, Any], rounds: int) -> float:
+    config = GradientCommunicationConfig.parse({"bits": 8, **settings})
+    reducer = Reducer(config, statistics=Statistics(with_errors=False))
+    seconds = []
+    for step in range(rounds + 2):
+        begin = time.thread_time()
+        for number, (tensor, spans) in enumerate(buckets):
+            reducer.all_reduce([tensor], spans, Call(1 / reducer.world_size, reducer.key(step, 0, number)))
+        seconds.append(time.thread_time() - begin)
+    return statistics.median(seconds[2:]) * 1e3  # the first ones make layouts and fill pools
+
+
+def _cut(bucket: float) -> Iterator[list[int]]:
+    """The parameters' elements in buckets, as DeepSpeed fills them."""
+    numels: list[int] = []
+    for shape in gpt2_shapes():
+        if numels and sum(numels) + torch.Size(shape).numel() > bucket:
+            yield numels
+            numels = []
+        numels.append(torch.Size(shape).numel())
+    yield numels
+
+
+def _bucket(numels: list[int]) -> tuple[Tensor, list[Span]]:
+    ends = np.cumsum(numels).tolist()
+    spans = [
+        Span(f"{len(numels)}.{number}", 0, 0, end - numel, numel)
+        for number, (end, numel) in enumerate(zip(ends, numels, strict=True))
+    ]
+    return torch.empty(ends[-1], device="meta"), spans
+
+
+@contextmanager
+def _without_device_work() -> Iterator[None]:
+    """The compiled functions' ways, with nothing computed, copied or compiled."""
+
+    def sent(numbers: np.ndarray, device: torch.device) -> Tensor:
+        return torch.empty(numbers.shape, dtype=torch.int64, device=device)
+
+    with (
+        mock.patch.multiple(wire, quantize=compiled.quantize, reduce=compiled.reduce, dequantize=compiled.dequantize),
+        mock.patch.multiple(compiled, _compiled=lambda *_: lambda *_: None, sent=sent),
+        mock.patch.object(places, "sent", sent),
+    ):
+        yield

@@ -1,0 +1,27 @@
+"""The host time of an all-reduce: all of its ways are taken, and all gradients are in it."""
+
+import benchmark
+import pytest
+
+from benchmarks import comm_host
+
+
+def test_all_settings_are_measured():
+    found = comm_host.measure(4, 25e6, 2)
+    assert list(found) == list(comm_host.SETTINGS)
+    # 1 ms is what is promised of a GPU's host; this one may be a tenth as fast, and has five buckets.
+    assert all(0 < milliseconds < 1000 for milliseconds in found.values())
+
+
+def test_buckets_hold_all_gradients():
+    for bucket in (5e8, 25e6, 1):
+        buckets = list(comm_host._cut(bucket))
+        assert sum(map(sum, buckets)) == 124_439_808
+        assert all(sum(numels) <= bucket or len(numels) == 1 for numels in buckets)
+        assert len(buckets) == {5e8: 1, 1: 148}.get(bucket, len(buckets))
+
+
+@pytest.mark.parametrize(("option", "value"), [("ranks", "1"), ("bucket", "0"), ("rounds", "0"), ("bucket", "nan")])
+def test_what_is_refused(option, value, capsys):
+    assert benchmark.main(["comm-host", f"--{option}", value]) == 2
+    assert f"--{option}: got {float(value) if option == 'bucket' else value}; allowed: " in capsys.readouterr().err
