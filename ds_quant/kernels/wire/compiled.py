@@ -171,8 +171,11 @@ def _send(
 
 def _words(key: tuple[int, int], parts: Parts, device: torch.device) -> Tensor:
     """The pieces' keys, int64 [2, num_pieces], as many as the columns of their places."""
+    words = derive_many(key, parts.stream)
     missing = max(0, 2 - len(parts.stream))
-    return sent(np.pad(derive_many(key, parts.stream), ((0, 0), (0, missing))), device)
+    if missing:  # np.pad is slow, and seldom needed
+        words = np.pad(words, ((0, 0), (0, missing)))
+    return sent(words, device)
 
 
 def _slices(tensors: Sequence[Tensor], kept: Kept) -> list[Tensor]:
