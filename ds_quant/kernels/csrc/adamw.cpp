@@ -106,6 +106,22 @@ struct Moment {
         return buffer;
     }
 
+    // The same of blocks that are multiples of MIN_FUSED, at once where there is a loop for that. `maxima` are changed.
+    void store_whole_blocks(const Stages& stages, int64_t element, int64_t n, float* x, uint32_t* maxima) const {
+        BackStage* stage = stages.back(format, stochastic);
+        bool is_in_one_word = element >> 33 == (element + n - 1) >> 33;
+        if (!stage || !is_in_one_word) return store_blocks(stages, element, n, x, maxima);
+        int64_t block = element / block_size;
+        for (int64_t i = 0; i < n / block_size; ++i) {
+            set_scale(block + i, maxima[i]);
+            if (is_scale(maxima[i])) continue;
+            maxima[i] = 0;
+            std::memset(x + i * block_size, 0, sizeof(float) * block_size);
+        }
+        Draws draws{{key[0], key[1]}, static_cast<uint64_t>(element)};
+        stage(Back{&format, block_size, x, maxima, draws, place(element).codes, n});
+    }
+
     // Stores n elements in whole blocks, with their scales. `maxima` are the bits of the blocks' max |x| if not null.
     void store_blocks(const Stages& stages, int64_t element, int64_t n, float* x, const uint32_t* maxima) const {
         if (is_fp32()) return;
@@ -179,7 +195,7 @@ struct Job {
         alignas(64) float buffers[2][TILE];
         uint32_t absmax[2][TILE / MIN_FUSED];
         if (step_fused(stages, begin, n, buffers, absmax)) {
-            for (int w = 0; w < 2; ++w) moments[w].store_blocks(stages, begin, n, buffers[w], absmax[w]);
+            for (int w = 0; w < 2; ++w) moments[w].store_whole_blocks(stages, begin, n, buffers[w], absmax[w]);
             return;
         }
         float* moment[2];
@@ -208,11 +224,6 @@ struct Job {
             front.moments[w] = {&m.format, m.block_size, m.place(begin).codes, scale, buffers[w], absmax[w]};
         }
         stage(front);
-        // The encoders that come next leave memory idle: the next unit's numbers may arrive meanwhile.
-        for (int64_t i = n; i < 2 * n; i += 16) {
-            __builtin_prefetch(param_at(begin + i), 1);
-            __builtin_prefetch(grad + (begin + i) * itemsize(grad_dtype));
-        }
         return true;
     }
 };

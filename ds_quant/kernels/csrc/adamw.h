@@ -84,6 +84,20 @@ struct Front {
 
 using FrontStage = void(const Front&);
 
+// What a fused back part is given: new moments in whole blocks, as for the front. All elements have one high word of
+// random bits (numbers below the next multiple of 2^33), the first one's number is a multiple of 32.
+struct Back {
+    const MomentFormat* format;
+    int64_t block_size;
+    const float* x;
+    const uint32_t* scales;  // by their bits, 0: x is 0 there
+    Draws draws;
+    uint8_t* codes;  // where they belong, 4-bit ones packed
+    int64_t n;
+};
+
+using BackStage = void(const Back&);
+
 // The loops over elements, compiled once for each instruction set. n is any length; pointers need no alignment.
 struct Stages {
     void (*load)(Dtype dtype, const void* from, float* to, int64_t n);
@@ -95,6 +109,8 @@ struct Stages {
     uint32_t (*absmax)(const float* x, int64_t n);
     // The loop for two formats, null for those that go through `decode`, `update` and `absmax` one after the other.
     FrontStage* (*front)(const MomentFormat& exp_avg, const MomentFormat& exp_avg_sq);
+    // The loop that finds and stores codes, null for formats that go through `encode` and `pack`.
+    BackStage* (*back)(const MomentFormat&, bool stochastic);
     // Of 4-bit codes, `shift` (0 or 4) picks the half of each byte.
     void (*decode)(const MomentFormat&, const uint8_t* codes, int shift, float scale, float* to, int64_t n);
     // Codes of x * (1 / scale), one to a byte; `scale` is given by its bits, 0: of x * 0. draws null: to nearest.

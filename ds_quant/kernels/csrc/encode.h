@@ -310,8 +310,10 @@ void for_each_stretch(const Draws& draws, int64_t n, Run run) {
     }
 }
 
+ALWAYS_INLINE float inverse_of(uint32_t scale) { return scale ? 1.0f / Scalar::bits_to_float(scale) : 0.0f; }
+
 void encode(const MomentFormat& f, const float* x, uint32_t scale, const Draws* draws, uint8_t* codes, int64_t n) {
-    float inverse = scale ? 1.0f / Scalar::bits_to_float(scale) : 0.0f;
+    float inverse = inverse_of(scale);
     if (!draws) return encode_run<Widest32, false>(f, {x, inverse, Draws{}}, codes, n);
     for_each_stretch(*draws, n, [&](const Draws& part, int64_t begin, int64_t length, bool is_aligned) {
         if (is_aligned)

@@ -91,6 +91,18 @@ template <>
 struct Uniform16<Twice<Avx512>> : Uniform16Pairs<Avx512> {
     using Uniform16Pairs<Avx512>::Uniform16Pairs;
 };
+
+template <>
+struct Uniform16<Batch<Avx512, 4>> : Uniform16Pairs<Avx512> {
+    using Uniform16Pairs<Avx512>::Uniform16Pairs;
+
+    ALWAYS_INLINE void operator()(uint64_t index, Avx512::I* to) const {
+        for (int k = 0; k < 4; k += 2) {
+            auto found = static_cast<const Uniform16Pairs<Avx512>&>(*this)(index + 16 * k);
+            to[k] = found.a, to[k + 1] = found.b;
+        }
+    }
+};
 #elif defined(__AVX2__)
 template <>
 struct Uniform16<Batch<Avx2, 4>> : Uniform16Pairs<Twice<Avx2>> {

@@ -168,6 +168,7 @@ struct Avx2 {
     static I iota() { return _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7); }
     static I add(I a, I b) { return _mm256_add_epi32(a, b); }
     static I sub(I a, I b) { return _mm256_sub_epi32(a, b); }
+    static I sub_bytes(I a, I b) { return _mm256_sub_epi8(a, b); }
     static I mul(I a, I b) { return _mm256_mullo_epi32(a, b); }
     static I bit_and(I a, I b) { return _mm256_and_si256(a, b); }
     static I bit_or(I a, I b) { return _mm256_or_si256(a, b); }
@@ -223,6 +224,10 @@ struct Avx2 {
         I operator[](I i) const {
             I below = _mm256_shuffle_epi8(low, add(i, set_int(0x70)));  // the upper bytes find the first value, 0
             return bit_or(below, _mm256_shuffle_epi8(high, _mm256_add_epi8(i, set_int(0x808080f0))));
+        }
+        I bytes(I i) const {
+            I below = _mm256_shuffle_epi8(low, _mm256_add_epi8(i, set_int(0x70707070)));
+            return bit_or(below, _mm256_shuffle_epi8(high, _mm256_add_epi8(i, set_int(0xf0f0f0f0))));
         }
         static I half(const int32_t* p) {
             auto at = [&](int i) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p + i)); };

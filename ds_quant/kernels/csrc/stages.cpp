@@ -3,6 +3,7 @@
 // A loop takes whole vectors and leaves the rest to itself with shorter ones, so the rest has the same bits.
 #include "absmax.h"
 #include "adamw.h"
+#include "back.h"
 #include "convert.h"
 #include "decode.h"
 #include "encode.h"
@@ -83,6 +84,9 @@ struct Runs {
     }
 };
 
+// Elements between what is stepped and what is fetched meanwhile: memory is busy while codes are found, too.
+constexpr int64_t AHEAD = 512;
+
 // Decoding, the step and the maxima in one loop: the step waits for its root and division most of the time.
 template <class B, class First, class Second>
 void front_as(const Front& f) {
@@ -98,6 +102,10 @@ void front_as(const Front& f) {
         firsts.start(read_first);
         seconds.start(read_second);
         for (int64_t i = 0; i < run; i += B::width) {
+            for (int64_t at = begin + i; at < begin + i + B::width; at += 16) {
+                __builtin_prefetch(f.param + at + AHEAD, 1);
+                __builtin_prefetch(f.grad + at + AHEAD);
+            }
             typename V::F first[B::parts], second[B::parts];
             read_first(i, first);
             read_second(i, second);
@@ -177,7 +185,7 @@ void uniform16(const Draws& draws, uint32_t* to, int64_t n) {
 }
 
 const Stages STAGES = {
-    load, store, moments, step<Widest, true>, absmax_of<Widest>, front, decode, encode, pack, pack_half, uniform16,
+    load, store, moments, step<Widest, true>, absmax_of<Widest>, front, back, decode, encode, pack, pack_half, uniform16,
 };
 
 }  // namespace
