@@ -106,11 +106,17 @@ struct Moment {
         return buffer;
     }
 
-    // The same of blocks that are multiples of MIN_FUSED, at once where there is a loop for that. `maxima` are changed.
-    void store_whole_blocks(const Stages& stages, int64_t element, int64_t n, float* x, uint32_t* maxima) const {
-        BackStage* stage = stages.back(format, stochastic);
-        bool is_in_one_word = element >> 33 == (element + n - 1) >> 33;
-        if (!stage || !is_in_one_word) return store_blocks(stages, element, n, x, maxima);
+    // What follows the fused front, null where `store_blocks` does it.
+    BackStage* back(const Stages& stages, int64_t element, int64_t n) const {
+        bool has_one_high_word = element >> 33 == (element + n - 1) >> 33;
+        return has_one_high_word && element % 32 == 0 ? stages.back(format, stochastic) : nullptr;
+    }
+
+    // `maxima` and x are changed.
+    void store_fused(
+        const Stages& stages, int64_t element, int64_t n, float* x, uint32_t* maxima, const uint32_t* words) const {
+        BackStage* stage = back(stages, element, n);
+        if (!stage) return store_blocks(stages, element, n, x, maxima);
         int64_t block = element / block_size;
         for (int64_t i = 0; i < n / block_size; ++i) {
             set_scale(block + i, maxima[i]);
@@ -118,8 +124,7 @@ struct Moment {
             maxima[i] = 0;
             std::memset(x + i * block_size, 0, sizeof(float) * block_size);
         }
-        Draws draws{{key[0], key[1]}, static_cast<uint64_t>(element)};
-        stage(Back{&format, block_size, x, maxima, draws, place(element).codes, n});
+        stage(Back{&format, block_size, x, maxima, words, place(element).codes, n});
     }
 
     // Stores n elements in whole blocks, with their scales. `maxima` are the bits of the blocks' max |x| if not null.
@@ -194,8 +199,9 @@ struct Job {
     void step_unit(const Stages& stages, int64_t begin, int64_t n) const {
         alignas(64) float buffers[2][TILE];
         uint32_t absmax[2][TILE / MIN_FUSED];
-        if (step_fused(stages, begin, n, buffers, absmax)) {
-            for (int w = 0; w < 2; ++w) moments[w].store_whole_blocks(stages, begin, n, buffers[w], absmax[w]);
+        alignas(64) uint32_t words[2][TILE / 2];
+        if (step_fused(stages, begin, n, buffers, absmax, words)) {
+            for (int w = 0; w < 2; ++w) moments[w].store_fused(stages, begin, n, buffers[w], absmax[w], words[w]);
             return;
         }
         float* moment[2];
@@ -207,7 +213,7 @@ struct Job {
     // Decodes, steps and finds the maxima at once; false where formats or blocks are not made for that.
     bool step_fused(
         const Stages& stages, int64_t begin, int64_t n, float (&buffers)[2][TILE],
-        uint32_t (&absmax)[2][TILE / MIN_FUSED]) const {
+        uint32_t (&absmax)[2][TILE / MIN_FUSED], uint32_t (&words)[2][TILE / 2]) const {
         if (param_dtype != FLOAT32) return false;
         FrontStage* stage = nullptr;
         for (const Moment& m : moments)
@@ -221,7 +227,9 @@ struct Job {
         for (int w = 0; w < 2; ++w) {
             const Moment& m = moments[w];
             const float* scale = m.scale + begin / m.block_size;
-            front.moments[w] = {&m.format, m.block_size, m.place(begin).codes, scale, buffers[w], absmax[w]};
+            uint32_t* draw_to = m.stochastic && m.back(stages, begin, n) ? words[w] : nullptr;
+            Draws draws{{m.key[0], m.key[1]}, static_cast<uint64_t>(begin)};
+            front.moments[w] = {&m.format, m.block_size, m.place(begin).codes, scale, buffers[w], absmax[w], draw_to, draws};
         }
         stage(front);
         return true;

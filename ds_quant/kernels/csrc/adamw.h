@@ -64,7 +64,8 @@ struct Draws {
 };
 
 // What a fused front part of the step is given: whole blocks of quantized moments, whose halves (of 4-bit codes) are
-// multiples of 32 elements, and fp32 param and grad.
+// multiples of 32 elements, and fp32 param and grad. Where words are drawn, the first element's number is a multiple of
+// 32, and no multiple of 2^33 lies between the elements' numbers.
 struct FrontMoment {
     const MomentFormat* format;
     int64_t block_size;
@@ -72,6 +73,8 @@ struct FrontMoment {
     const float* scale;
     float* to;         // the new moments, n of them
     uint32_t* absmax;  // bits of max |x| of each block
+    uint32_t* words;   // of random bits for the back part, one for two elements; null: none are drawn
+    Draws draws;
 };
 
 struct Front {
@@ -84,15 +87,14 @@ struct Front {
 
 using FrontStage = void(const Front&);
 
-// What a fused back part is given: new moments in whole blocks, as for the front. All elements have one high word of
-// random bits (numbers below the next multiple of 2^33), the first one's number is a multiple of 32.
+// What a fused back part is given: new moments in whole blocks, as for the front.
 struct Back {
     const MomentFormat* format;
     int64_t block_size;
     const float* x;
     const uint32_t* scales;  // by their bits, 0: x is 0 there
-    Draws draws;
-    uint8_t* codes;  // where they belong, 4-bit ones packed
+    const uint32_t* words;   // of random bits, from the front; null: to nearest
+    uint8_t* codes;          // where they belong, 4-bit ones packed
     int64_t n;
 };
 

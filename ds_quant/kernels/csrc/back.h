@@ -9,6 +9,12 @@
 #include "random.h"
 #include "simd.h"
 
+// GCC leaves each chain of instructions in one piece, longer than what a processor looks ahead, unless it schedules.
+#if defined(__GNUC__) && !defined(__clang__) && defined(__AVX2__) && !defined(__AVX512F__)
+#pragma GCC push_options
+#pragma GCC optimize("schedule-insns", "sched-pressure")
+#endif
+
 namespace {
 
 #if defined(__AVX512F__)
@@ -30,6 +36,12 @@ struct Packing {
     static I max_bytes(I a, I b) { return _mm512_max_epi8(a, b); }
     static I add_bytes(I a, I b) { return _mm512_add_epi8(a, b); }
     static I mask(V::M m) { return _mm512_movm_epi32(m); }
+    static ALWAYS_INLINE void draws(const uint32_t* words, I (&to)[4]) {
+        for (int k = 0; k < 4; k += 2) {
+            auto found = halves_of<V>(V::load_int(words + 8 * k));
+            to[k] = found.a, to[k + 1] = found.b;
+        }
+    }
 };
 #elif defined(__AVX2__)
 struct Packing {
@@ -47,6 +59,10 @@ struct Packing {
     static I max_bytes(I a, I b) { return _mm256_max_epi8(a, b); }
     static I add_bytes(I a, I b) { return _mm256_add_epi8(a, b); }
     static I mask(V::M m) { return V::float_to_bits(m); }
+    static ALWAYS_INLINE void draws(const uint32_t* words, I (&to)[4]) {
+        auto found = halves_of<Lanes16>(Lanes16::load_int(words));
+        to[0] = found.a.a, to[1] = found.a.b, to[2] = found.b.a, to[3] = found.b.b;
+    }
 };
 #endif
 
@@ -111,13 +127,11 @@ struct HalfBatch {
     using V = Twice<Avx512>;
     using Codes = V::I;
     typename HalfCodes<mirrored, true, stochastic>::template Encoder<V> code_of;
-    Uniform16<V> uniform16;
 
-    HalfBatch(const MomentFormat& f, const Draws& draws)
-        : code_of(f), uniform16(draws.key, static_cast<uint32_t>(draws.index >> 33)) {}
+    explicit HalfBatch(const MomentFormat& f) : code_of(f) {}
 
-    ALWAYS_INLINE Codes operator()(const float* x, float inverse, uint64_t index) const {
-        V::I draw = stochastic ? uniform16(index) : V::set_int(0);
+    ALWAYS_INLINE Codes operator()(const float* x, float inverse, const uint32_t* words) const {
+        V::I draw = stochastic ? halves_of<Avx512>(Avx512::load_int(words)) : V::set_int(0);
         return code_of(V::mul(V::load(x), V::set(inverse)), draw);
     }
     static ALWAYS_INLINE void store(Codes low, Codes high, uint8_t* packed) {
@@ -135,17 +149,15 @@ struct HalfBatch {
     V::Small32 cells;
     V::I first_cell;
     __m128i cell_shift;
-    Uniform16<Batch<V, 4>> uniform16;
 
-    HalfBatch(const MomentFormat& f, const Draws& draws) : HalfBatch(f, draws, stochastic ? f.bound_cells : f.threshold_cells) {}
-    HalfBatch(const MomentFormat& f, const Draws& draws, const Cells& c)
+    explicit HalfBatch(const MomentFormat& f) : HalfBatch(f, stochastic ? f.bound_cells : f.threshold_cells) {}
+    HalfBatch(const MomentFormat& f, const Cells& c)
         : next_bounds((stochastic ? f.bounds : f.thresholds) + 1), lows(f.bounds), gaps(f.gaps), cells(c.codes),
-          first_cell(P::set_words(c.first)), cell_shift(_mm_cvtsi32_si128(c.shift)),
-          uniform16(draws.key, static_cast<uint32_t>(draws.index >> 33)) {}
+          first_cell(P::set_words(c.first)), cell_shift(_mm_cvtsi32_si128(c.shift)) {}
 
-    ALWAYS_INLINE Codes operator()(const float* x, float inverse, uint64_t index) const {
-        V::I draws[4], cell[4], up[4];
-        if constexpr (stochastic) uniform16(index, draws);
+    ALWAYS_INLINE Codes operator()(const float* x, float inverse, const uint32_t* words_of_bits) const {
+        V::I draws[4], cell[4];
+        if constexpr (stochastic) P::draws(words_of_bits, draws);
         V::F quotient[4], size[4];
 #pragma GCC unroll 4
         for (int k = 0; k < 4; ++k) {
@@ -156,27 +168,8 @@ struct HalfBatch {
         V::I words[2];
         for (int k = 0; k < 2; ++k) words[k] = P::sub_words(P::words(cell[2 * k], cell[2 * k + 1]), first_cell);
         auto code = cells.bytes(P::unsigned_bytes(words[0], words[1]));
-        // The last bound that x has reached; the first counts as reached.
-        V::F values[4];
-        look_up(next_bounds, code, values);
-#pragma GCC unroll 4
-        for (int k = 0; k < 4; ++k) up[k] = P::mask(V::at_least(size[k], values[k]));
-        code = V::sub_bytes(code, packed(up));
-        if constexpr (stochastic) {
-            V::F gap[4];
-            look_up(lows, code, values);
-            look_up(gaps, code, gap);
-#pragma GCC unroll 4
-            for (int k = 0; k < 4; ++k)
-                up[k] = P::mask(V::greater(V::sub(size[k], values[k]), V::mul(V::to_float(draws[k]), gap[k])));
-            code = V::sub_bytes(code, packed(up));
-        }
-        if constexpr (mirrored) {
-            for (int k = 0; k < 4; ++k) up[k] = V::float_to_bits(quotient[k]);
-            // Packed bits of a negative number but -0 are negative; codes of zeros are 0.
-            code = _mm256_sign_epi8(code, V::bit_or(packed(up), V::set_int(0x01010101)));
-        }
-        return code;
+        if constexpr (mirrored) return with_sign(code, quotient, size, draws);
+        else return without_sign(code, size, draws);
     }
     static ALWAYS_INLINE void store(Codes low, Codes high, uint8_t* codes) {
         auto low_bits = V::set_int(0x0f0f0f0f);
@@ -186,27 +179,62 @@ struct HalfBatch {
 
 private:
     static ALWAYS_INLINE V::I packed(const V::I (&x)[4]) { return P::bytes(P::words(x[0], x[1]), P::words(x[2], x[3])); }
-    static ALWAYS_INLINE void look_up(const V::Values16& table, V::I code, V::F (&to)[4]) { table(code, to); }
-    static ALWAYS_INLINE void look_up(const V::Table8& table, V::I code, V::F (&to)[4]) {
-        V::I words[2] = {_mm256_unpacklo_epi8(code, code), _mm256_unpackhi_epi8(code, code)};
+
+    // Eight values are looked up with integers of 32 bits.
+    ALWAYS_INLINE V::I with_sign(
+        V::I below, const V::F (&quotient)[4], const V::F (&size)[4], const V::I (&draws)[4]) const {
+        auto zero = V::set_int(0);
+        V::I words[2] = {_mm256_unpacklo_epi8(below, zero), _mm256_unpackhi_epi8(below, zero)}, codes[4];
         for (int k = 0; k < 2; ++k) {
-            to[2 * k] = table[_mm256_unpacklo_epi16(words[k], words[k])];
-            to[2 * k + 1] = table[_mm256_unpackhi_epi16(words[k], words[k])];
+            codes[2 * k] = _mm256_unpacklo_epi16(words[k], zero);
+            codes[2 * k + 1] = _mm256_unpackhi_epi16(words[k], zero);
         }
+#pragma GCC unroll 4
+        for (int k = 0; k < 4; ++k) {
+            // The last bound that x has reached; the first counts as reached.
+            auto code = V::sub(codes[k], P::mask(V::at_least(size[k], next_bounds[codes[k]])));
+            if constexpr (stochastic) {
+                auto gap = V::mul(V::to_float(draws[k]), gaps[code]);
+                code = V::sub(code, P::mask(V::greater(V::sub(size[k], lows[code]), gap)));
+            }
+            codes[k] = V::negate_if_negative(code, quotient[k]);
+        }
+        return packed(codes);
+    }
+
+    // Sixteen are looked up with bytes.
+    ALWAYS_INLINE V::I without_sign(V::I code, const V::F (&x)[4], const V::I (&draws)[4]) const {
+        V::F values[4];
+        V::I up[4];
+        next_bounds(code, values);
+#pragma GCC unroll 4
+        for (int k = 0; k < 4; ++k) up[k] = P::mask(V::at_least(x[k], values[k]));
+        code = V::sub_bytes(code, packed(up));
+        if constexpr (stochastic) {
+            V::F gap[4];
+            lows(code, values);
+            gaps(code, gap);
+#pragma GCC unroll 4
+            for (int k = 0; k < 4; ++k)
+                up[k] = P::mask(V::greater(V::sub(x[k], values[k]), V::mul(V::to_float(draws[k]), gap[k])));
+            code = V::sub_bytes(code, packed(up));
+        }
+        return code;
     }
 };
 #endif
 
 template <class Half>
 void back_of_halves(const Back& b) {
-    Half codes_of(*b.format, b.draws);
+    Half codes_of(*b.format);
     int64_t half = b.block_size / 2;
     uint8_t* codes = b.codes;
     for (int64_t begin = 0, block = 0; begin < b.n; begin += b.block_size, ++block, codes += half) {
         float inverse = inverse_of(b.scales[block]);
         for (int64_t i = 0; i < half; i += 32) {
-            auto low = codes_of(b.x + begin + i, inverse, b.draws.index + begin + i);
-            auto high = codes_of(b.x + begin + half + i, inverse, b.draws.index + begin + half + i);
+            int64_t at[2] = {begin + i, begin + half + i};
+            auto low = codes_of(b.x + at[0], inverse, b.words + at[0] / 2);
+            auto high = codes_of(b.x + at[1], inverse, b.words + at[1] / 2);
             Half::store(low, high, codes + i);
         }
     }
@@ -216,12 +244,11 @@ template <class Encoder>
 void back_of_bytes(const Back& b) {
     using V = typename Encoder::V;
     Encoder encode_batch(*b.format);
-    Uniform16<Batch<V, 4>> uniform16(b.draws.key, static_cast<uint32_t>(b.draws.index >> 33));
     for (int64_t begin = 0, block = 0; begin < b.n; begin += b.block_size, ++block) {
         auto inverse = V::set(inverse_of(b.scales[block]));
         for (int64_t i = begin; i < begin + b.block_size; i += Encoder::width) {
             typename V::I draws[4];
-            if constexpr (Encoder::is_stochastic) uniform16(b.draws.index + i, draws);
+            if constexpr (Encoder::is_stochastic) Packing::draws(b.words + i / 2, draws);
             encode_batch(b.x + i, inverse, draws, b.codes + i);
         }
     }
@@ -241,3 +268,7 @@ BackStage* back(const MomentFormat&, bool) { return nullptr; }
 #endif
 
 }  // namespace
+
+#if defined(__GNUC__) && !defined(__clang__) && defined(__AVX2__) && !defined(__AVX512F__)
+#pragma GCC pop_options
+#endif

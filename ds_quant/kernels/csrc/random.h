@@ -58,23 +58,27 @@ struct Uniform16 {
     }
 };
 
-// 32 elements at once, index a multiple of 32: half the work.
+// The words of 32 elements, index a multiple of 32: half the work.
 template <class V>
-struct Uniform16Pairs {
+struct Words16 {
     typename V::I key1;
     uint32_t key0;
 
-    Uniform16Pairs(const uint32_t key[2], uint32_t high_word)
+    Words16(const uint32_t key[2], uint32_t high_word)
         : key1(V::set_int(key[1] + high_word * 0x1e3779b1u)), key0(key[0]) {}
 
-    ALWAYS_INLINE typename Twice<V>::I operator()(uint64_t index) const {
+    ALWAYS_INLINE typename V::I operator()(uint64_t index) const {
         // The number of the lane is in the four lowest bits only: the first step of `mix` is the same for all.
         uint32_t word = static_cast<uint32_t>(index >> 1) ^ key0;
         auto bits = mix_rest<V>(V::bit_xor(V::set_int(word ^ word >> 16), V::iota()));
-        bits = mix<V>(V::add(bits, key1));
-        return {V::bit_and(bits, V::set_int(0xffff)), V::template right<16>(bits)};
+        return mix<V>(V::add(bits, key1));
     }
 };
+
+template <class V>
+ALWAYS_INLINE typename Twice<V>::I halves_of(typename V::I words) {
+    return {V::bit_and(words, V::set_int(0xffff)), V::template right<16>(words)};
+}
 
 // Of the elements of a batch.
 template <class V>
@@ -88,28 +92,20 @@ struct Uniform16<Batch<V, 1>> : Uniform16<V> {
 
 #if defined(__AVX512F__)
 template <>
-struct Uniform16<Twice<Avx512>> : Uniform16Pairs<Avx512> {
-    using Uniform16Pairs<Avx512>::Uniform16Pairs;
-};
+struct Uniform16<Twice<Avx512>> : Words16<Avx512> {
+    using Words16<Avx512>::Words16;
 
-template <>
-struct Uniform16<Batch<Avx512, 4>> : Uniform16Pairs<Avx512> {
-    using Uniform16Pairs<Avx512>::Uniform16Pairs;
-
-    ALWAYS_INLINE void operator()(uint64_t index, Avx512::I* to) const {
-        for (int k = 0; k < 4; k += 2) {
-            auto found = static_cast<const Uniform16Pairs<Avx512>&>(*this)(index + 16 * k);
-            to[k] = found.a, to[k + 1] = found.b;
-        }
+    ALWAYS_INLINE Twice<Avx512>::I operator()(uint64_t index) const {
+        return halves_of<Avx512>(static_cast<const Words16<Avx512>&>(*this)(index));
     }
 };
 #elif defined(__AVX2__)
 template <>
-struct Uniform16<Batch<Avx2, 4>> : Uniform16Pairs<Twice<Avx2>> {
-    using Uniform16Pairs<Twice<Avx2>>::Uniform16Pairs;
+struct Uniform16<Batch<Avx2, 4>> : Words16<Twice<Avx2>> {
+    using Words16<Twice<Avx2>>::Words16;
 
     ALWAYS_INLINE void operator()(uint64_t index, Avx2::I* to) const {
-        auto found = static_cast<const Uniform16Pairs<Twice<Avx2>>&>(*this)(index);
+        auto found = halves_of<Twice<Avx2>>(static_cast<const Words16<Twice<Avx2>>&>(*this)(index));
         to[0] = found.a.a, to[1] = found.a.b, to[2] = found.b.a, to[3] = found.b.b;
     }
 };

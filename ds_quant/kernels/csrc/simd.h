@@ -76,6 +76,7 @@ struct Scalar {
     template <int count> static I right(I x) { return x >> count; }
     static I right(I x, int count) { return x >> count; }
     static I max_int(I a, I b) { return static_cast<int32_t>(a) > static_cast<int32_t>(b) ? a : b; }
+    static I max_unsigned(I a, I b) { return a > b ? a : b; }
     static uint32_t reduce_max(I x) { return x; }
     static M greater_int(I a, I b) { return static_cast<int32_t>(a) > static_cast<int32_t>(b); }
     static I add_if(M m, I a, I b) { return m ? a + b : a; }
@@ -178,6 +179,7 @@ struct Avx2 {
     template <int count> static I right(I x) { return _mm256_srli_epi32(x, count); }
     static I right(I x, int count) { return _mm256_srl_epi32(x, _mm_cvtsi32_si128(count)); }
     static I max_int(I a, I b) { return _mm256_max_epi32(a, b); }
+    static I max_unsigned(I a, I b) { return _mm256_max_epu32(a, b); }
     static uint32_t reduce_max(I x) {
         __m128i y = _mm_max_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
         y = _mm_max_epi32(y, _mm_shuffle_epi32(y, 0x4e));
@@ -337,6 +339,7 @@ struct Avx512 {
     template <int count> static I right(I x) { return _mm512_srli_epi32(x, count); }
     static I right(I x, int count) { return _mm512_srl_epi32(x, _mm_cvtsi32_si128(count)); }
     static I max_int(I a, I b) { return _mm512_max_epi32(a, b); }
+    static I max_unsigned(I a, I b) { return _mm512_max_epu32(a, b); }
     static uint32_t reduce_max(I x) { return static_cast<uint32_t>(_mm512_reduce_max_epi32(x)); }
     static M greater_int(I a, I b) { return _mm512_cmpgt_epi32_mask(a, b); }
     static I add_if(M m, I a, I b) { return _mm512_mask_add_epi32(a, m, a, b); }
@@ -400,6 +403,7 @@ struct Twice {
     static I load_u8(const uint8_t* p) { return {V::load_u8(p), V::load_u8(p + half)}; }
     static I load_s8(const uint8_t* p) { return {V::load_s8(p), V::load_s8(p + half)}; }
     static void store_u8(uint8_t* p, I x) { V::store_u8(p, x.a), V::store_u8(p + half, x.b); }
+    static I load_int(const uint32_t* p) { return {V::load_int(p), V::load_int(p + half)}; }
     static void store_int(uint32_t* p, I x) { V::store_int(p, x.a), V::store_int(p + half, x.b); }
     static I set_int(uint32_t x) { return {V::set_int(x), V::set_int(x)}; }
     static I iota() { return {V::iota(), V::add(V::iota(), V::set_int(half))}; }
@@ -414,6 +418,8 @@ struct Twice {
     template <int count> static I right(I x) { return {V::template right<count>(x.a), V::template right<count>(x.b)}; }
     static I right(I x, int count) { return {V::right(x.a, count), V::right(x.b, count)}; }
     static I max_int(I x, I y) { return {V::max_int(x.a, y.a), V::max_int(x.b, y.b)}; }
+    static I max_unsigned(I x, I y) { return {V::max_unsigned(x.a, y.a), V::max_unsigned(x.b, y.b)}; }
+    static bool all(M m) { return V::all(m.a) && V::all(m.b); }
     static uint32_t reduce_max(I x) { return V::reduce_max(V::max_int(x.a, x.b)); }
     static M greater_int(I x, I y) { return {V::greater_int(x.a, y.a), V::greater_int(x.b, y.b)}; }
     static I add_if(M m, I x, I y) { return {V::add_if(m.a, x.a, y.a), V::add_if(m.b, x.b, y.b)}; }
@@ -463,10 +469,12 @@ struct Batch<V, 1> {
 using Widest = Avx512;
 using Wide = Twice<Avx512>;
 using Widest32 = Batch<Twice<Avx512>, 1>;
+using Lanes16 = Avx512;
 #elif defined(__AVX2__)
 using Widest = Avx2;
 using Wide = Twice<Twice<Avx2>>;
 using Widest32 = Batch<Avx2, 4>;
+using Lanes16 = Twice<Avx2>;
 #else
 using Widest = Scalar;
 using Wide = Scalar;

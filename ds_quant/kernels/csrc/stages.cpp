@@ -26,12 +26,17 @@ struct Step {
           eps(V::set(s.eps)), decay(V::set(s.decay)),
           step_size(V::set(s.step_size)), correction(V::set(s.correction)) {}
 
-    ALWAYS_INLINE void moments(typename V::F grad, typename V::F& first, typename V::F& second) const {
-        // Finite moments of finite gradients; the product is a NaN where there is an Inf or a NaN.
-        auto limited = V::min(V::max(grad, V::set(-LARGEST_GRADIENT)), V::set(LARGEST_GRADIENT));
-        grad = V::add(limited, V::mul(grad, V::set(0.0f)));
+    // Finite moments of finite gradients; the product is a NaN where there is an Inf or a NaN.
+    static ALWAYS_INLINE typename V::F limited(typename V::F grad) {
+        auto within = V::min(V::max(grad, V::set(-LARGEST_GRADIENT)), V::set(LARGEST_GRADIENT));
+        return V::add(within, V::mul(grad, V::set(0.0f)));
+    }
+
+    // Of limited gradients and their squares.
+    ALWAYS_INLINE void moments(
+        typename V::F grad, typename V::F square, typename V::F& first, typename V::F& second) const {
         first = V::add(V::mul(first, beta1), V::mul(grad, rest1));
-        second = V::add(V::mul(second, beta2), V::mul(V::mul(grad, grad), rest2));
+        second = V::add(V::mul(second, beta2), V::mul(square, rest2));
     }
 
     ALWAYS_INLINE typename V::F param(typename V::F old, typename V::F first, typename V::F second) const {
@@ -46,7 +51,8 @@ void step(float* param, const float* grad, float* exp_avg, float* exp_avg_sq, in
     int64_t i = 0;
     for (; i + V::width <= n; i += V::width) {
         auto first = V::load(exp_avg + i), second = V::load(exp_avg_sq + i);
-        step_of.moments(V::load(grad + i), first, second);
+        auto limited = step_of.limited(V::load(grad + i));
+        step_of.moments(limited, V::mul(limited, limited), first, second);
         V::store(exp_avg + i, first);
         V::store(exp_avg_sq + i, second);
         if constexpr (with_param) V::store(param + i, step_of.param(V::load(param + i), first, second));
@@ -84,8 +90,87 @@ struct Runs {
     }
 };
 
+// Limited gradients of a batch and their squares, which tell at once whether one is beyond the limit.
+template <class B>
+ALWAYS_INLINE void load_gradients(
+    const float* from, typename B::Part::F (&grad)[B::parts], typename B::Part::F (&square)[B::parts]) {
+    using V = typename B::Part;
+    auto most = V::set_int(0);
+    for (int k = 0; k < B::parts; ++k) {
+        grad[k] = V::load(from + k * V::width);
+        square[k] = V::mul(grad[k], grad[k]);
+        most = V::max_unsigned(most, V::float_to_bits(square[k]));  // NaN is above all numbers
+    }
+    if (__builtin_expect(V::all(V::at_least(V::set(LARGEST_GRADIENT * LARGEST_GRADIENT), V::bits_to_float(most))), true))
+        return;
+    for (int k = 0; k < B::parts; ++k) {
+        grad[k] = Step<V>::limited(grad[k]);
+        square[k] = V::mul(grad[k], grad[k]);
+    }
+}
+
 // Elements between what is stepped and what is fetched meanwhile: memory is busy while codes are found, too.
 constexpr int64_t AHEAD = 512;
+
+// Draws the words of random bits that the back part needs: here the processor has room for it beside the divisions.
+template <class B>
+struct Words {
+    Words(const FrontMoment&) {}
+    void operator()(int64_t) const {}
+};
+
+#if defined(__AVX2__)
+template <>
+struct Words<Widest32> {
+    Words16<Lanes16> words16;
+    uint32_t* to;
+    uint64_t index;
+
+    explicit Words(const FrontMoment& m)
+        : words16(m.draws.key, static_cast<uint32_t>(m.draws.index >> 33)), to(m.words), index(m.draws.index) {}
+
+    ALWAYS_INLINE void operator()(int64_t i) const {
+        if (to) Lanes16::store_int(to + i / 2, words16(index + i));
+    }
+};
+#endif
+
+// Steps the parameter two turns late: in a turn, the root of its batch, the division of the batch before and the sum of
+// the one before that are begun, so that no instruction waits for another of its turn that takes long.
+template <class B>
+struct Late {
+    using V = typename B::Part;
+    typename V::F first[B::parts], root[B::parts], quotient[B::parts];
+    float* param;
+    int stage = 0;
+
+    explicit Late(float* p) : param(p - 2 * B::width) {}
+
+    ALWAYS_INLINE void operator()(
+        const Step<V>& s, const typename V::F (&next)[B::parts], const typename V::F (&second)[B::parts]) {
+        if (stage >= 2) store(s);
+        if (stage >= 1) divide(s);
+        stage = stage < 2 ? stage + 1 : 2;
+        for (int k = 0; k < B::parts; ++k) first[k] = next[k], root[k] = V::sqrt(second[k]);
+        param += B::width;
+    }
+    ALWAYS_INLINE void divide(const Step<V>& s) {
+        for (int k = 0; k < B::parts; ++k)
+            quotient[k] = V::div(first[k], V::add(V::mul(root[k], s.correction), s.eps));
+    }
+    ALWAYS_INLINE void store(const Step<V>& s) {
+        for (int k = 0; k < B::parts; ++k) {
+            float* at = param + k * V::width;
+            V::store(at, V::sub(V::mul(V::load(at), s.decay), V::mul(quotient[k], s.step_size)));
+        }
+    }
+    void finish(const Step<V>& s) {
+        if (stage >= 2) store(s);
+        param += B::width;
+        divide(s);
+        store(s);
+    }
+};
 
 // Decoding, the step and the maxima in one loop: the step waits for its root and division most of the time.
 template <class B, class First, class Second>
@@ -98,6 +183,8 @@ void front_as(const Front& f) {
     int64_t run = firsts.run < seconds.run ? firsts.run : seconds.run;
     auto mask = V::set_int(0x7fffffff);
     auto first_most = V::set_int(0), second_most = first_most;
+    Late<B> late(f.param);
+    Words<B> first_words(f.moments[0]), second_words(f.moments[1]);
     for (int64_t begin = 0; begin < f.n; begin += run) {
         firsts.start(read_first);
         seconds.start(read_second);
@@ -106,34 +193,38 @@ void front_as(const Front& f) {
                 __builtin_prefetch(f.param + at + AHEAD, 1);
                 __builtin_prefetch(f.grad + at + AHEAD);
             }
-            typename V::F first[B::parts], second[B::parts];
+            first_words(begin + i);
+            second_words(begin + i);
+            typename V::F first[B::parts], second[B::parts], grad[B::parts], square[B::parts];
             read_first(i, first);
             read_second(i, second);
+            load_gradients<B>(f.grad + begin + i, grad, square);
 #pragma GCC unroll 4
             for (int k = 0; k < B::parts; ++k) {
                 int64_t at = begin + i + k * V::width;
-                step_of.moments(V::load(f.grad + at), first[k], second[k]);
+                step_of.moments(grad[k], square[k], first[k], second[k]);
                 V::store(f.moments[0].to + at, first[k]);
                 V::store(f.moments[1].to + at, second[k]);
-                V::store(f.param + at, step_of.param(V::load(f.param + at), first[k], second[k]));
                 first_most = V::max_int(first_most, V::bit_and(V::float_to_bits(first[k]), mask));
-                second_most = V::max_int(second_most, V::bit_and(V::float_to_bits(second[k]), mask));
+                second_most = V::max_unsigned(second_most, V::float_to_bits(second[k]));  // not negative, but NaN may be
             }
+            late(step_of, first, second);
         }
         if (firsts.advance(run)) {
             f.moments[0].absmax[firsts.block - 1] = V::reduce_max(first_most);
             first_most = V::set_int(0);
         }
         if (seconds.advance(run)) {
-            f.moments[1].absmax[seconds.block - 1] = V::reduce_max(second_most);
+            f.moments[1].absmax[seconds.block - 1] = V::reduce_max(V::bit_and(second_most, mask));
             second_most = V::set_int(0);
         }
     }
+    late.finish(step_of);
 }
 
 template <class First>
 FrontStage* front_with(const MomentFormat& second) {
-    if (second.bits == 4) return front_as<Widest32, First, Halves>;
+    if (second.bits == 4 && !second.is_signed) return front_as<Widest32, First, Halves>;
     if (second.map == FLOAT && !second.is_signed) return front_as<Widest32, First, Float<false>>;
     if (second.map == POWER && !second.is_signed && second.exponent == 8) return front_as<Widest32, First, Power<8, false>>;
     return nullptr;
