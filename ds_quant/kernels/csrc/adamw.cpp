@@ -229,7 +229,8 @@ struct Job {
             const float* scale = m.scale + begin / m.block_size;
             uint32_t* draw_to = m.stochastic && m.back(stages, begin, n) ? words[w] : nullptr;
             Draws draws{{m.key[0], m.key[1]}, static_cast<uint64_t>(begin)};
-            front.moments[w] = {&m.format, m.block_size, m.place(begin).codes, scale, buffers[w], absmax[w], draw_to, draws};
+            const uint8_t* codes = m.place(begin).codes;
+            front.moments[w] = {&m.format, m.block_size, codes, scale, buffers[w], absmax[w], draw_to, draws};
         }
         stage(front);
         return true;

@@ -178,7 +178,9 @@ struct HalfBatch {
     }
 
 private:
-    static ALWAYS_INLINE V::I packed(const V::I (&x)[4]) { return P::bytes(P::words(x[0], x[1]), P::words(x[2], x[3])); }
+    static ALWAYS_INLINE V::I packed(const V::I (&x)[4]) {
+        return P::bytes(P::words(x[0], x[1]), P::words(x[2], x[3]));
+    }
 
     // Eight values are looked up with integers of 32 bits.
     ALWAYS_INLINE V::I with_sign(
@@ -262,7 +264,9 @@ BackStage* back_with(const MomentFormat& f) {
     return f.mirrored ? back_of_halves<HalfBatch<true, stochastic>> : back_of_halves<HalfBatch<false, stochastic>>;
 }
 
-BackStage* back(const MomentFormat& f, bool stochastic) { return stochastic ? back_with<true>(f) : back_with<false>(f); }
+BackStage* back(const MomentFormat& f, bool stochastic) {
+    return stochastic ? back_with<true>(f) : back_with<false>(f);
+}
 #else
 BackStage* back(const MomentFormat&, bool) { return nullptr; }
 #endif

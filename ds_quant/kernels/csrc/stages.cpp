@@ -101,8 +101,8 @@ ALWAYS_INLINE void load_gradients(
         square[k] = V::mul(grad[k], grad[k]);
         most = V::max_unsigned(most, V::float_to_bits(square[k]));  // NaN is above all numbers
     }
-    if (__builtin_expect(V::all(V::at_least(V::set(LARGEST_GRADIENT * LARGEST_GRADIENT), V::bits_to_float(most))), true))
-        return;
+    auto limit = V::set(LARGEST_GRADIENT * LARGEST_GRADIENT);
+    if (__builtin_expect(V::all(V::at_least(limit, V::bits_to_float(most))), true)) return;
     for (int k = 0; k < B::parts; ++k) {
         grad[k] = Step<V>::limited(grad[k]);
         square[k] = V::mul(grad[k], grad[k]);
@@ -206,7 +206,8 @@ void front_as(const Front& f) {
                 V::store(f.moments[0].to + at, first[k]);
                 V::store(f.moments[1].to + at, second[k]);
                 first_most = V::max_int(first_most, V::bit_and(V::float_to_bits(first[k]), mask));
-                second_most = V::max_unsigned(second_most, V::float_to_bits(second[k]));  // not negative, but NaN may be
+                // Not negative, but a NaN may be.
+                second_most = V::max_unsigned(second_most, V::float_to_bits(second[k]));
             }
             late(step_of, first, second);
         }
