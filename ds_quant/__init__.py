@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from ds_quant.linear.modules import QuantizedModule, QuantLinear
     from ds_quant.linear.weight_codes import weights_changed
     from ds_quant.optim.adamw import QuantAdamW
+    from ds_quant.optim.lion import QuantLion
+    from ds_quant.optim.sgd import QuantSGD
 
 _HOMES = {
     "ConfigError": "config",
@@ -31,6 +33,8 @@ _HOMES = {
     "QuantConfig": "config",
     "QuantConv1D": "linear.conv1d",
     "QuantLinear": "linear",
+    "QuantLion": "optim",
+    "QuantSGD": "optim",
     "QuantizedModule": "linear",
     "convert": "linear.convert",
     "coverage": "linear.coverage",
@@ -48,6 +52,8 @@ __all__ = [
     "QuantConfig",
     "QuantConv1D",
     "QuantLinear",
+    "QuantLion",
+    "QuantSGD",
     "QuantizedModule",
     "convert",
     "coverage",

@@ -168,7 +168,7 @@ def misspelt_section(config: dict[str, Any]) -> list[str]:
         return problems
     optimizer = config.get("optimizer")
     stray = [key for key in ("linear", "communication") if isinstance(config.get(key), dict)]
-    if isinstance(optimizer, dict) and {"exp_avg", "exp_avg_sq"} & optimizer.keys():
+    if isinstance(optimizer, dict) and {"exp_avg", "exp_avg_sq", "momentum_buffer"} & optimizer.keys():
         stray.append("optimizer")
     if stray:
         fix = f'nest the section in a whole DeepSpeed config: {{..., "{SECTION}": {{"{stray[0]}": ...}}}}'

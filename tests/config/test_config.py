@@ -374,7 +374,13 @@ WRONG_VALUES = [
     ({"enabled": True}, "ds_quant", '{"enabled": true}', "at least one of linear", "quantizes nothing"),
     ({"linear": {}}, LINEAR, "{}", "at least one of weight, activation or gradient", "quantizes nothing"),
     ({"linear": {"backend": "int8"}}, LINEAR, '{"backend": "int8"}', "at least one of weight", "quantizes nothing"),
-    ({"optimizer": {}}, "ds_quant.optimizer", "{}", "at least one of exp_avg or exp_avg_sq", "quantizes nothing"),
+    (
+        {"optimizer": {}},
+        "ds_quant.optimizer",
+        "{}",
+        "at least one of exp_avg, exp_avg_sq or momentum_buffer",
+        "quantizes nothing",
+    ),
     ({"communication": {}}, "ds_quant.communication", "{}", "at least one of gradient", "quantizes nothing"),
     ({"enabled": False, "linear": {}}, LINEAR, "{}", "at least one of weight", "quantizes nothing"),
     # "auto"
