@@ -24,11 +24,13 @@ if TYPE_CHECKING:
     from ds_quant.linear.modules import QuantizedModule, QuantLinear
     from ds_quant.linear.weight_codes import weights_changed
     from ds_quant.optim.adamw import QuantAdamW
+    from ds_quant.optim.ademamix import QuantAdEMAMix
     from ds_quant.optim.lion import QuantLion
     from ds_quant.optim.sgd import QuantSGD
 
 _HOMES = {
     "ConfigError": "config",
+    "QuantAdEMAMix": "optim",
     "QuantAdamW": "optim",
     "QuantConfig": "config",
     "QuantConv1D": "linear.conv1d",
@@ -48,6 +50,7 @@ _HOMES = {
 
 __all__ = [
     "ConfigError",
+    "QuantAdEMAMix",
     "QuantAdamW",
     "QuantConfig",
     "QuantConv1D",

@@ -73,9 +73,13 @@ class OptimizerConfig(Section):
     exp_avg: MomentConfig | None = None
     """The first moment of Adam and AdamW; the moment of Lion. Absent: 32 bits."""
     exp_avg_sq: MomentConfig | None = None
-    """The second moment of Adam and AdamW. Absent: 32 bits."""
+    """The second moment of Adam, AdamW and AdEMAMix. Absent: 32 bits."""
     momentum_buffer: MomentConfig | None = None
     """The momentum of SGD. Absent: 32 bits."""
+    exp_avg_fast: MomentConfig | None = None
+    """The fast moment of AdEMAMix. Absent: 32 bits."""
+    exp_avg_slow: MomentConfig | None = None
+    """The slow moment of AdEMAMix, in 8 bits at least. Absent: 32 bits."""
     exclude: Patterns = ()
     """Shell patterns on parameter names: those keep 32-bit states. Default none."""
 
@@ -86,7 +90,7 @@ class OptimizerConfig(Section):
 
     def rules(self) -> Iterator[Rule]:
         if not self.states():
-            yield nothing(self, "exp_avg, exp_avg_sq or momentum_buffer")
+            yield nothing(self, "exp_avg, exp_avg_sq, momentum_buffer, exp_avg_fast or exp_avg_slow")
         for name, state in self.states().items():
             if name not in SECOND_MOMENTS and state.rounding == "nearest" and state.granularity == "block":
                 reason = (
@@ -94,3 +98,6 @@ class OptimizerConfig(Section):
                     "ended move on for ever"
                 )
                 yield f"{name}.rounding", "nearest", reason, "remove it; checkpoints written with it go on"
+        if self.exp_avg_slow and self.exp_avg_slow.bits < 8:
+            reason = "8: a step changes it by so little that rounding to fewer bits is noise beyond its size"
+            yield "exp_avg_slow.bits", self.exp_avg_slow.bits, reason, "set 8, or remove exp_avg_slow for 32 bits"

@@ -269,7 +269,7 @@ class TrainingDiagnostics:
 def _without_second_moment(choice: Choice, config: DiagnosticsConfig, engine: Any) -> Choice:
     """Where the optimizer is none of the Adam family: `moments` left out, or refused if it was asked for by name."""
     optimizer = type(engine.basic_optimizer).__name__
-    if "moments" not in choice.kinds or "adam" in optimizer.lower():
+    if "moments" not in choice.kinds or "adam" in optimizer.lower() or "ademamix" in optimizer.lower():
         return choice
     if config.kinds is not None:
         allowed = f"the other kinds: {optimizer} has no exp_avg_sq"

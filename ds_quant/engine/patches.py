@@ -115,12 +115,15 @@ def optimizer_built_by(build: Callable[[Any], torch.optim.Optimizer] | None) -> 
         yield
         return
     engine_class = deepspeed.runtime.engine.DeepSpeedEngine
-    original = engine_class._configure_basic_optimizer
+    original, is_supported = engine_class._configure_basic_optimizer, engine_class._is_supported_optimizer
     engine_class._configure_basic_optimizer = lambda engine, model_parameters: build(model_parameters)
+    # It knows no AdEMAMix; the type has been checked.
+    engine_class._is_supported_optimizer = lambda engine, name: True
     try:
         yield
     finally:
         engine_class._configure_basic_optimizer = original
+        engine_class._is_supported_optimizer = is_supported
 
 
 @contextmanager

@@ -18,6 +18,7 @@ SEAMS: tuple[tuple[str, str, str], ...] = (
     ("deepspeed.runtime.engine", "DeepSpeedEngine.forward", "names the step that stochastic rounding draws for"),
     ("deepspeed.runtime.engine", "DeepSpeedEngine._backward_epilogue", "the end of a micro step"),
     ("deepspeed.runtime.engine", "DeepSpeedEngine._configure_basic_optimizer", "makes the optimizer of the JSON"),
+    ("deepspeed.runtime.engine", "DeepSpeedEngine._is_supported_optimizer", "lets AdEMAMix pass"),
     ("deepspeed.runtime.engine", "DeepSpeedEngine.load_checkpoint", "its files are checked, its moments mended"),
     ("deepspeed.runtime.engine", "DeepSpeedEngine._get_zero_ckpt_name", "the file of a rank's moments"),
     ("deepspeed.runtime.engine", "DeepSpeedEngine._get_ckpt_name", "the file of the moments at stage 0"),

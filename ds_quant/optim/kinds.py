@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 from ds_quant.base.errors import fail
 from ds_quant.config import OptimizerConfig
 from ds_quant.optim.adamw import QuantAdamW
+from ds_quant.optim.ademamix import QuantAdEMAMix
 from ds_quant.optim.base import QuantizedOptimizer
 from ds_quant.optim.group_options import FIXED as FIXED_IN_GROUPS
 from ds_quant.optim.group_options import HYPERPARAMETERS, MOMENTS
@@ -71,7 +72,17 @@ SGD = Kind(
     ("fused", "foreach"),
     lambda params: {"momentum": 0.0},
 )
-KINDS = (ADAM, LION, SGD)
+ADEMAMIX = Kind(
+    ("AdEMAMix",),
+    False,
+    QuantAdEMAMix,
+    ("lr", "betas", "alpha", "eps", "weight_decay", "t_alpha", "t_beta3"),
+    {},
+    (),
+    lambda params: {},
+)
+"""Stock DeepSpeed knows no such type, and refuses it: a script that forgets to enable ds_quant fails."""
+KINDS = (ADAM, LION, SGD, ADEMAMIX)
 
 TYPES = tuple(name for kind in KINDS for name in kind.types)
 

@@ -378,7 +378,7 @@ WRONG_VALUES = [
         {"optimizer": {}},
         "ds_quant.optimizer",
         "{}",
-        "at least one of exp_avg, exp_avg_sq or momentum_buffer",
+        "exp_avg_fast or exp_avg_slow",
         "quantizes nothing",
     ),
     ({"communication": {}}, "ds_quant.communication", "{}", "at least one of gradient", "quantizes nothing"),

@@ -1,4 +1,4 @@
-"""How far parameters go whose gradients have ended or turned, under Lion and SGD: a table of docs/moments.md.
+"""How far parameters go whose gradients have ended or turned, under Lion, SGD and AdEMAMix: a table of docs/moments.md.
 
     python tests/convergence/optimizer_endings.py     about three minutes
 
@@ -10,9 +10,9 @@ of a thousandth of the size, from the ending on.
 import torch
 from convergence.moment_endings import AFTER, BEFORE, VICTIMS
 
-from ds_quant import QuantLion, QuantSGD
+from ds_quant import QuantAdEMAMix, QuantLion, QuantSGD
 
-LR = 1e-3
+LR, SHAPE = 1e-3, (8, 64)
 TURNED = 1500
 """Steps after the turn: gradients of a thousandth overcome an exact moment of Lion after 917, when 0.99^k is 1e-4."""
 FORMATS = {
@@ -27,7 +27,12 @@ FORMATS = {
 OPTIMIZERS = {
     "Lion": lambda params, stored: QuantLion(params, lr=LR, betas=(0.9, 0.99), exp_avg=stored),
     "SGD": lambda params, stored: QuantSGD(params, lr=LR, momentum=0.9, momentum_buffer=stored),
+    "AdEMAMix": lambda params, stored: QuantAdEMAMix(
+        params, lr=LR, betas=(0.9, 0.999, 0.99), weight_decay=0.0, **dict.fromkeys(QuantAdEMAMix.STATES, stored)
+    ),
 }
+MIX_FORMATS = {"8": {"bits": 8}, "8 power": {"bits": 8, "map": "power"}}
+"""Of AdEMAMix, whose slow moment takes 8 bits; a map with a zero is not for its second moment."""
 
 
 def turned(step, gradient):
@@ -36,7 +41,7 @@ def turned(step, gradient):
     return gradient
 
 
-def ways(name, case, formats, *, shape=(32, 64), before=BEFORE, after=AFTER, nearest=False, seed=0):
+def ways(name, case, formats, *, shape=SHAPE, before=BEFORE, after=AFTER, nearest=False, seed=0):
     """Mean (absolute, signed) way of the victims after the ending, by format and "exact", in learning rates.
 
     nearest: round to nearest, past the check that refuses it.
@@ -67,7 +72,8 @@ def main():
     for name in OPTIMIZERS:
         for case in (*VICTIMS, turned):
             for nearest in (True, False):
-                found = ways(name, case, FORMATS, after=TURNED if case is turned else AFTER, nearest=nearest)
+                formats = MIX_FORMATS if name == "AdEMAMix" else FORMATS
+                found = ways(name, case, formats, after=TURNED if case is turned else AFTER, nearest=nearest)
                 for key, (way, signed) in found.items():
                     rounding = "nearest" if nearest else "stochastic"
                     print(f"{name:5} {case.__name__:12} {rounding:10} {key:10} {way:12.4g} {signed:12.4g}")

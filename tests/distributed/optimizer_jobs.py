@@ -29,6 +29,11 @@ from moment_jobs import (
 LION = {"type": "Lion", "params": {"lr": 2e-3, "betas": [0.9, 0.98], "weight_decay": 0.1}}
 SGD = {"type": "SGD", "params": {"lr": 0.3, "momentum": 0.9, "nesterov": True, "weight_decay": 1e-3}}
 
+MIX = {
+    "type": "AdEMAMix",
+    "params": {"lr": 2e-2, "betas": [0.9, 0.95, 0.99], "alpha": 2.0, "weight_decay": 0.1, "t_alpha": 4, "t_beta3": 4},
+}
+
 
 @dataclass
 class OptimizerJob(Job):
@@ -48,6 +53,7 @@ class OptimizerJob(Job):
 
 
 EIGHT, FOUR = {"bits": 8}, {"bits": 4}
+MIXED = {"exp_avg_fast": FOUR, "exp_avg_slow": EIGHT, "exp_avg_sq": EIGHT}
 
 
 def job(optimizer, states, stage, dtype="fp32", **options):
@@ -63,6 +69,10 @@ CASES = {
     "1 SGD": job(SGD, {"momentum_buffer": EIGHT}, 1),
     "2 SGD bf16 exclude": job(SGD, {"momentum_buffer": EIGHT}, 2, "bf16", exclude=EXCLUDED),
     "3 SGD 4 bits offload": job(SGD, {"momentum_buffer": FOUR}, 3, offload=True),
+    "0 AdEMAMix": job(MIX, {"exp_avg_fast": EIGHT, "exp_avg_slow": EIGHT, "exp_avg_sq": EIGHT}, 0),
+    "1 AdEMAMix bf16": job(MIX, MIXED, 1, "bf16"),
+    "2 AdEMAMix offload exclude": job(MIX, MIXED, 2, offload=True, exclude=EXCLUDED),
+    "3 AdEMAMix": job(MIX, MIXED, 3),
 }
 CONVERTED = {"1 SGD": FOUR, "3 Lion": FOUR, "0 SGD bf16 4 bits": EIGHT}
 """Checkpoints that go on with other bits."""
@@ -77,7 +87,7 @@ def save(folder):
         report["more"] = train(engine, TRAINED, TRAINED + MORE)
         report["digest_after"] = digest(engine)
         dist.barrier()
-        if name in ("1 Lion bf16 exclude", "1 SGD") and dist.get_rank() == 0:
+        if name in ("1 Lion bf16 exclude", "1 SGD", "1 AdEMAMix bf16") and dist.get_rank() == 0:
             report["converter"] = stock_converter(f"{folder}/{name}", job.stage)
         dist.barrier()
         engine.destroy()
@@ -121,7 +131,18 @@ def resume(folder):
         engine.destroy()
     universal = job(LION, {"exp_avg": EIGHT}, 1, universal=True)
     found["universal"] = refusal(universal.start)
+    found["stock"] = stock_refusal()
     return found
+
+
+def stock_refusal():
+    """What DeepSpeed says by itself of an optimizer that only ds_quant has."""
+    plain = Job(1, recipe="plain")
+    try:
+        plain.start(config=plain.config(dist.get_world_size()) | {"optimizer": MIX})
+    except AssertionError as error:
+        return str(error)
+    return None
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Lion and SGD with few-bit states under real DeepSpeed: every stage, two real ranks, processes that start again."""
+"""Lion, SGD and AdEMAMix with few-bit states under DeepSpeed: every stage, two ranks, processes that start again."""
 
 import json
 
@@ -9,12 +9,12 @@ from moment_jobs import ACCUMULATION, CLIPPING, ROWS, TRAINED, tiny, tokens
 from optimizer_jobs import CASES, CONVERTED
 from test_moments import ELEMENTS, EXCLUDED, num_bytes
 
-from ds_quant import QuantLion, QuantSGD
+from ds_quant import QuantAdEMAMix, QuantLion, QuantSGD
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
 
 TIMEOUT = 280
-CLASSES = {"Lion": QuantLion, "SGD": QuantSGD}
+CLASSES = {"Lion": QuantLion, "SGD": QuantSGD, "AdEMAMix": QuantAdEMAMix}
 
 
 @pytest.fixture(scope="module")
@@ -61,14 +61,14 @@ def test_state_is_what_was_promised(saved, case):
     assert got["optimizer"] == CLASSES[job.optimizer["type"]].__name__
     assert got["ranks"] == ([1, 2] if job.stage else [0, 0])
     assert got["steps"] == [[TRAINED]] * 2
-    (state,) = job.states.values()
+    bits = [state["bits"] for state in job.states.values()]
     full = quantized = 0
     for rows in got["stored"]:
-        for numel, moment in rows:
-            if moment == ["Tensor", 4 * numel]:
+        for numel, *moments in rows:
+            if moments == [["Tensor", 4 * numel]] * len(bits):
                 full += numel
             else:
-                assert moment == ["QuantizedState", num_bytes(numel, state["bits"])]
+                assert moments == [["QuantizedState", num_bytes(numel, count)] for count in bits]
                 quantized += numel
     copies, padding = (1, 16) if job.stage else (2, 0)
     excluded = EXCLUDED if job.exclude else 0
@@ -107,6 +107,7 @@ def test_offloading_states_that_deepspeed_does_not_know_is_refused(resumed):
     assert resumed["1 Lion bf16 exclude"]["offloading"] is None
     for case in ("1 SGD", "2 SGD bf16 exclude"):
         assert 'got "optim_states with momentum_buffer of QuantSGD"' in resumed[case]["offloading"]
+    assert "exp_avg_fast of QuantAdEMAMix" in resumed["1 AdEMAMix bf16"]["offloading"]
 
 
 @pytest.mark.parametrize("case", CONVERTED)
@@ -120,5 +121,10 @@ def test_checkpoints_go_on_with_other_bits(saved, resumed, case):
 def test_universal_checkpoints_are_refused(saved, resumed):
     """By DeepSpeed's converter, which wants Adam's moments; and by name where a config asks to load one."""
     assert "checkpoint.load_universal: got true; allowed: false with Lion" in resumed["universal"]
-    for case in ("1 Lion bf16 exclude", "1 SGD"):
+    for case in ("1 Lion bf16 exclude", "1 SGD", "1 AdEMAMix bf16"):
         assert saved[case]["converter"] in ("'exp_avg'", "'exp_avg_sq'")
+
+
+def test_stock_deepspeed_refuses_ademamix(resumed):
+    """So that a script that forgets to enable ds_quant does not train with another optimizer."""
+    assert resumed["stock"] == "AdEMAMix is not a supported DeepSpeed Optimizer"

@@ -1,4 +1,4 @@
-"""QuantLion and QuantSGD: their step is the definition, and with 32-bit states that of their peers."""
+"""QuantLion, QuantSGD and QuantAdEMAMix: a step is the definition, and with 32-bit states that of their peers."""
 
 import copy
 import math
@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from ds_quant import QuantLion, QuantSGD
+from ds_quant import QuantAdEMAMix, QuantLion, QuantSGD
 from ds_quant.config import ConfigError
 from ds_quant.kernels.elementwise import reference
 from ds_quant.numerics.elementwise import elementwise_step
@@ -15,6 +15,13 @@ from ds_quant.numerics.random import derive_key, fold_key
 from ds_quant.optim.state import QuantizedState
 
 ULP = 2.0**-23
+
+
+def slow(stored):
+    """The slow moment in the same format, but with 8 bits."""
+    return stored and {**stored, "bits": 8}
+
+
 MAKE = {
     "lion": lambda params, stored, **options: QuantLion(
         params, lr=0.01, betas=(0.9, 0.98), weight_decay=0.1, exp_avg=stored, **options
@@ -24,6 +31,17 @@ MAKE = {
     ),
     "sgd damped": lambda params, stored, **options: QuantSGD(
         params, lr=0.1, momentum=0.8, dampening=0.5, momentum_buffer=stored, **options
+    ),
+    "ademamix": lambda params, stored, **options: QuantAdEMAMix(
+        params,
+        lr=0.01,
+        betas=(0.9, 0.95, 0.99),
+        t_alpha=5,
+        t_beta3=4,
+        exp_avg_fast=stored,
+        exp_avg_slow=slow(stored),
+        exp_avg_sq=stored,
+        **options,
     ),
 }
 FORMATS = {
@@ -56,13 +74,14 @@ def set_grads(rng, *lists):
 
 def bits(optimizer):
     """What a step depends on, parameter by parameter."""
-    (name,) = optimizer.STATES
     rows = []
     for group in optimizer.param_groups:
         for param in group["params"]:
-            state = optimizer.state[param][name]
-            blocks = state.blocks[:2] if isinstance(state, QuantizedState) else [state]
-            rows.append([param.detach(), *blocks, optimizer.state[param]["step"]])
+            row = [param.detach()]
+            for name in optimizer.STATES:
+                state = optimizer.state[param][name]
+                row += state.blocks[:2] if isinstance(state, QuantizedState) else [state]
+            rows.append([*row, optimizer.state[param]["step"]])
     return rows
 
 
@@ -83,7 +102,7 @@ def test_a_step_is_the_definition(name, stored, dtype, rng, monkeypatch):
     params = parameters(rng, dtype)
     optimizer = MAKE[name](params, copy.deepcopy(FORMATS[stored]), seed=5)
     optimizer.rank = 3
-    (state_name,) = optimizer.STATES
+    names = list(optimizer.STATES)
     set_grads(rng, params)
     optimizer.step()  # makes the states
     for step in (2, 3):
@@ -92,16 +111,21 @@ def test_a_step_is_the_definition(name, stored, dtype, rng, monkeypatch):
             params[0].grad[2, 5], params[1].grad[3], params[1].grad[500] = math.inf, math.nan, 3e38
         wanted = []
         for param in params:
-            state = optimizer.state[param][state_name]
-            is_quantized = isinstance(state, QuantizedState)
-            old = state.blocks if is_quantized else state.reshape(-1)
-            key = None
-            if is_quantized and stored != "tensor":
-                key = derive_key(fold_key(5, step, rank=3), state.stream)
+            states = [optimizer.state[param][name] for name in names]
+            old, keys = [], []
+            for number, state in enumerate(states):
+                is_quantized = isinstance(state, QuantizedState)
+                old.append(state.blocks if is_quantized else state.reshape(-1))
+                if is_quantized and stored != "tensor":
+                    keys.append(derive_key(fold_key(5, step, rank=3), len(names) * state.stream + number))
+                else:
+                    keys.append(None)
             scalars = optimizer.scalars(optimizer.param_groups[0], step)
             flat = param.detach().reshape(-1), param.grad.reshape(-1)
-            new, (fresh,) = elementwise_step(optimizer.rule, *flat, [old], scalars, [key])
-            blocks = fresh[:2] if is_quantized else [fresh.view(param.shape)]
+            new, fresh = elementwise_step(optimizer.rule, *flat, old, scalars, keys)
+            blocks = []
+            for value in fresh:
+                blocks += [value.view(param.shape)] if isinstance(value, torch.Tensor) else value[:2]
             wanted.append([new.view(param.shape), *blocks, torch.tensor(float(step))])
         optimizer.step()
         assert_same_bits(bits(optimizer), wanted)
@@ -186,6 +210,34 @@ def test_lion_with_a_32_bit_moment_is_the_papers(rng):
         assert ((optimizer.state[param]["exp_avg"] - moment).abs() <= 3 * ULP * 5 / 0.02).all()
 
 
+@pytest.mark.parametrize("warm_up", [None, 7])
+def test_ademamix_with_32_bit_moments_is_that_of_bitsandbytes(warm_up, rng):
+    """Its definition in torch. Square roots and quotients are exact to an ulp or two, an update is 6 at most here."""
+    reference_class = pytest.importorskip("bitsandbytes.optim.ademamix")._ReferenceAdEMAMix
+    ours = parameters(rng)
+    theirs = twins(ours)
+    options = {"lr": 0.01, "betas": (0.9, 0.99, 0.999), "alpha": 4.0, "weight_decay": 0.1}
+    options |= {"t_alpha": warm_up, "t_beta3": warm_up}
+    exact = dict.fromkeys(QuantAdEMAMix.STATES)
+    # Within a group it warms up once more for each parameter: give each a group.
+    groups = [{"params": [param]} for param in theirs]
+    optimizers = QuantAdEMAMix(ours, **options, **exact), reference_class(groups, **options)
+    for _ in range(20):
+        set_grads(rng, ours, theirs)
+        for optimizer in optimizers:
+            optimizer.step()
+    for param, other in zip(ours, theirs, strict=True):
+        state, wanted = optimizers[0].state[param], optimizers[1].state[other]
+        # Gradients are below 5: three roundings a step, of which the slowest moment forgets nothing in 20 steps.
+        for name, value, size in (
+            ("exp_avg_fast", wanted["m1_m2"][0], 5),
+            ("exp_avg_slow", wanted["m1_m2"][1], 5),
+            ("exp_avg_sq", wanted["nu"], 25),
+        ):
+            torch.testing.assert_close(state[name], value, rtol=0, atol=20 * 3 * ULP * size)
+        torch.testing.assert_close(param, other, rtol=0, atol=20 * (0.01 * 6 * 60 * ULP + 3 * ULP * 5))
+
+
 @pytest.mark.parametrize("name", ["lion", "sgd"])
 @pytest.mark.parametrize("stored", ["8", "4", "dynamic"])
 def test_the_moment_is_right_on_average(name, stored, rng):
@@ -233,6 +285,10 @@ def test_checkpoints_go_on_bit_for_bit(name, stored, rng):
     assert_same_bits(bits(optimizer), bits(again))
 
 
+def mix(params, **options):
+    return QuantAdEMAMix(params, **{**dict.fromkeys(QuantAdEMAMix.STATES), **options})
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -241,6 +297,12 @@ def test_checkpoints_go_on_bit_for_bit(name, stored, rng):
         (lambda p: QuantLion(p, exp_avg={"bits": 3}), r"QuantLion\(exp_avg\).bits: got 3; allowed: 4 or 8"),
         (lambda p: QuantLion(p, exp_avg={"bits": 8, "rounding": "nearest"}), r"QuantLion\(exp_avg\).rounding: got"),
         (lambda p: QuantSGD(p, momentum=0, momentum_buffer=None), r"QuantSGD\(momentum\): got 0; allowed: above 0"),
+        (lambda p: mix(p, betas=(0.9, 0.99)), r"QuantAdEMAMix\(betas\): got \[0.9, 0.99\]; allowed: three"),
+        (lambda p: mix(p, t_alpha=0), r"QuantAdEMAMix\(t_alpha\): got 0; allowed: a number of steps, 1 or more"),
+        (
+            lambda p: mix(p, exp_avg_slow={"bits": 4}),
+            r"QuantAdEMAMix\(exp_avg_slow\).bits: got 4; allowed: 8: .*; fix: set 8, or remove",
+        ),
         (
             lambda p: QuantSGD(p, momentum=0.9, nesterov=True, dampening=0.1, momentum_buffer=None),
             r"QuantSGD\(dampening\): got 0.1; allowed: 0 with nesterov",

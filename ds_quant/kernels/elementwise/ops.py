@@ -8,7 +8,7 @@ from ds_quant.kernels.registry import Family, operation
 
 FAMILY = Family(
     package=__name__.rpartition(".")[0],
-    title="steps of Lion and SGD",
+    title="steps of Lion, SGD and AdEMAMix",
     caller="a parameter",
     without_cpp="",
 )
