@@ -26,7 +26,7 @@ def elementwise_step(
     states: Sequence[State],
     scalars: Any,
     keys: Sequence[Tensor | None],
-    offset: int = 0,
+    offset: int | Tensor = 0,
 ) -> tuple[Tensor, list[State]]:
     """(param, states) after the step, new tensors in the dtypes and layouts of the arguments.
 
@@ -44,7 +44,7 @@ def load(state: State) -> Tensor:
     return state if isinstance(state, Tensor) else dequantize_blockwise(state)
 
 
-def store(value: Tensor, like: State, key: Tensor | None, offset: int = 0) -> State:
+def store(value: Tensor, like: State, key: Tensor | None, offset: int | Tensor = 0) -> State:
     """`value`, fp32 [numel], in the format of `like`."""
     if isinstance(like, Tensor):
         return value

@@ -20,21 +20,35 @@ PIECE = {"cpu": 2**15, "cuda": 2**22}
 def elementwise_(works: Sequence[ElementwiseWork]) -> None:
     """Do the works in place, one after the other. The pieces have the bits that the whole would have."""
     for work in works:
-        number = len(work.states) * work.stream
-        keys = [subkey(key, number + i, work.param.device) for i, key in enumerate(work.keys)]
-        for offset, param, grad, states in pieces(work):
-            updated, fresh = elementwise_step(work.rule, param, grad, states, work.scalars, keys, offset)
-            param.copy_(updated)
-            for old, new in zip(states, fresh, strict=True):
-                overwrite(old, new)
+        keys = subkeys(work)
+        for piece in pieces(work, PIECE.get(work.param.device.type, PIECE["cuda"])):
+            step_piece(work, *piece, keys)
 
 
-def pieces(work: ElementwiseWork) -> Iterator[tuple[int, Tensor, Tensor, list[State]]]:
-    """(number of the first element, param, grad, states) of runs of whole blocks, views of the work's tensors."""
+def step_piece(
+    work: ElementwiseWork,
+    offset: int,
+    param: Tensor,
+    grad: Tensor,
+    states: Sequence[State],
+    keys: Sequence[Tensor | None],
+) -> None:
+    """Step one of `pieces` in place."""
+    updated, fresh = elementwise_step(work.rule, param, grad, states, work.scalars, keys, offset)
+    param.copy_(updated)
+    for old, new in zip(states, fresh, strict=True):
+        overwrite(old, new)
+
+
+def pieces(work: ElementwiseWork, length: int) -> Iterator[tuple[int, Tensor, Tensor, list[State]]]:
+    """(number of the first element, param, grad, states) of runs of whole blocks, views of the work's tensors.
+
+    They have `length` elements, or a block where one is longer; the last one has what is left.
+    """
     numel = work.param.numel()
     sizes = [state.block_size for state in work.states if isinstance(state, QuantizedBlocks)]
     least = math.lcm(*sizes)
-    size = least * max(1, PIECE.get(work.param.device.type, PIECE["cuda"]) // least)
+    size = least * max(1, length // least)
     param, grad = work.param.view(-1), work.grad.view(-1)
     for start in range(0, numel, size):
         end = min(start + size, numel)
@@ -52,9 +66,13 @@ def part(state: State, start: int, end: int) -> State:
     )
 
 
-def subkey(key: tuple[int, int] | None, stream: int, device: torch.device) -> Tensor | None:
-    """The key of a state."""
-    return None if key is None else derive_key(torch.tensor(key, dtype=torch.int64, device=device), stream)
+def subkeys(work: ElementwiseWork) -> tuple[Tensor | None, ...]:
+    """The keys of the states."""
+    number, device = len(work.states) * work.stream, work.param.device
+    return tuple(
+        None if key is None else derive_key(torch.tensor(key, dtype=torch.int64, device=device), number + i)
+        for i, key in enumerate(work.keys)
+    )
 
 
 def overwrite(old: State, new: State) -> None:
