@@ -252,6 +252,31 @@ def test_optimizers_passed_in_that_are_refused(make, message):
             start(config=made, optimizer=passed)
 
 
+def test_other_optimizers_that_are_passed_in():
+    """One of ours trains as it is, and its section must agree; functions that make one, too."""
+    made = config({"optimizer": {"exp_avg": {"bits": 4}}})
+    del made["optimizer"]
+    net = model()
+    lion = ds_quant.QuantLion(net.parameters(), lr=1e-3, exp_avg={"bits": 4})
+    engine, *_ = start(model=net, config=made, optimizer=lion)
+    assert engine.basic_optimizer is lion
+    losses(engine, 1)
+    (state,) = lion.state.values()
+    assert (type(state["exp_avg"]).__name__, state["exp_avg"].blocks.code_map.bits) == ("QuantizedState", 4)
+
+    def make(params):
+        return ds_quant.QuantLion(params, lr=1e-3, exp_avg={"bits": 8})
+
+    for passed in (make, make(model().parameters())):
+        with pytest.raises(ConfigError, match=r"ds_quant\.optimizer\.exp_avg: got .*a QuantLion with .*8.*; fix: "):
+            start(config=made, optimizer=passed)
+    made["ds_quant"]["optimizer"] = {"exp_avg": {"bits": 8}, "exp_avg_sq": {"bits": 8}}
+    with pytest.raises(
+        ConfigError, match=r"exp_avg_sq: got .*; allowed: exp_avg with QuantLion, which has no exp_avg_sq"
+    ):
+        start(config=made, optimizer=make)
+
+
 @pytest.mark.parametrize(
     ("overrides", "where"),
     [
