@@ -126,7 +126,7 @@ def test_the_whole_benchmark(tmp_path, capsys):
     ("arguments", "message"),
     [
         (["--rounds", "1"], "--rounds: got 1; allowed: 2 or more"),
-        (["--only", "sgd"], "--only: got 'sgd'; allowed: parts of torch AdamW, fused"),
+        (["--only", "adagrad"], "--only: got 'adagrad'; allowed: parts of torch AdamW, fused"),
         (["--sizes", "big"], "--sizes: got 'big'"),
     ],
 )
