@@ -252,6 +252,19 @@ def test_optimizers_passed_in_that_are_refused(make, message):
             start(config=made, optimizer=passed)
 
 
+def test_second_moments_are_looked_at_where_there_are_any(tmp_path):
+    looks = {"output_dir": str(tmp_path / "looks"), "every": 1, "kinds": ["moments"], "report": False}
+    mix = {"type": "AdEMAMix", "params": {"lr": 1e-3}}
+    lion = {"type": "Lion", "params": {"lr": 1e-3}}
+    made = config({"optimizer": {"exp_avg_fast": {"bits": 8}}, "diagnostics": looks}, optimizer=mix)
+    engine, *_ = start(config=made)
+    losses(engine, 2)
+    assert "exp_avg_sq" in (tmp_path / "looks" / "step-00000002.json").read_text()
+    made = config({"optimizer": {"exp_avg": {"bits": 8}}, "diagnostics": looks}, optimizer=lion)
+    with pytest.raises(ConfigError, match=r"diagnostics\.kinds: got \"moments\"; .* QuantLion has no exp_avg_sq"):
+        start(config=made)
+
+
 def test_other_optimizers_that_are_passed_in():
     """One of ours trains as it is, and its section must agree; functions that make one, too."""
     made = config({"optimizer": {"exp_avg": {"bits": 4}}})
