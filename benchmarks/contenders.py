@@ -1,4 +1,4 @@
-"""AdamW by many hands: QuantAdamW and the optimizers that it is measured against."""
+"""AdamW by many hands: QuantAdamW and the optimizers that it is measured against; and ours of other kinds."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ds_quant.optim import QuantAdamW
+from ds_quant.optim import QuantAdamW, QuantAdEMAMix, QuantLion, QuantSGD
 from ds_quant.optim.state import QuantizedState
 
 Make = Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer]
@@ -28,6 +28,11 @@ class Contender(NamedTuple):
 
 def _quant(exp_avg: dict | None, exp_avg_sq: dict | None) -> Make:
     return lambda params: QuantAdamW(params, lr=LR, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)
+
+
+def _other(optimizer: Callable[..., torch.optim.Optimizer], **bits: int | None) -> Make:
+    states = {name: count and {"bits": count} for name, count in bits.items()}
+    return lambda params: optimizer(params, lr=LR, **states)
 
 
 def _deepspeed(params: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
@@ -53,6 +58,12 @@ ALL = (
     Contender("QuantAdamW, 8 bits", _quant({"bits": 8}, {"bits": 8})),
     Contender("QuantAdamW, m 4 v 8 bits", _quant({"bits": 4}, {"bits": 8})),
     Contender("QuantAdamW, 4 bits", _quant({"bits": 4}, {"bits": 4})),
+    Contender("QuantLion 8-bit", _other(QuantLion, exp_avg=8)),
+    Contender("QuantLion 4-bit", _other(QuantLion, exp_avg=4)),
+    Contender("QuantSGD 8-bit", _other(QuantSGD, momentum_buffer=8)),
+    Contender("QuantSGD 4-bit", _other(QuantSGD, momentum_buffer=4)),
+    Contender("QuantAdEMAMix 8/32/8-bit", _other(QuantAdEMAMix, exp_avg_fast=8, exp_avg_slow=None, exp_avg_sq=8)),
+    Contender("QuantAdEMAMix 8-bit", _other(QuantAdEMAMix, exp_avg_fast=8, exp_avg_slow=8, exp_avg_sq=8)),
 )
 
 

@@ -24,13 +24,19 @@ if TYPE_CHECKING:
     from ds_quant.linear.modules import QuantizedModule, QuantLinear
     from ds_quant.linear.weight_codes import weights_changed
     from ds_quant.optim.adamw import QuantAdamW
+    from ds_quant.optim.ademamix import QuantAdEMAMix
+    from ds_quant.optim.lion import QuantLion
+    from ds_quant.optim.sgd import QuantSGD
 
 _HOMES = {
     "ConfigError": "config",
+    "QuantAdEMAMix": "optim",
     "QuantAdamW": "optim",
     "QuantConfig": "config",
     "QuantConv1D": "linear.conv1d",
     "QuantLinear": "linear",
+    "QuantLion": "optim",
+    "QuantSGD": "optim",
     "QuantizedModule": "linear",
     "convert": "linear.convert",
     "coverage": "linear.coverage",
@@ -44,10 +50,13 @@ _HOMES = {
 
 __all__ = [
     "ConfigError",
+    "QuantAdEMAMix",
     "QuantAdamW",
     "QuantConfig",
     "QuantConv1D",
     "QuantLinear",
+    "QuantLion",
+    "QuantSGD",
     "QuantizedModule",
     "convert",
     "coverage",

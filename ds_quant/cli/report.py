@@ -131,14 +131,18 @@ def _diagnostics(quant: QuantConfig) -> list[tuple[str, str]]:
 
 
 def _moments(config: OptimizerConfig, raw: dict[str, Any]) -> list[tuple[str, str]]:
+    from ds_quant.optim.kinds import kind_of
     from ds_quant.optim.setup import bytes_a_parameter, describe_moments
 
+    kind = kind_of(raw)
+    if any(name not in kind.optimizer.STATES for name in config.states()):
+        return []  # it is refused
     source = "the config's optimizer section"
     if "optimizer" not in raw:
         source = "none in the config: pass torch.optim.AdamW to initialize; Hugging Face's Trainer passes its own"
     return [
-        ("AdamW's moments", describe_moments(config)),
-        ("  bytes a parameter", f"{bytes_a_parameter(config):.2f} instead of 8"),
+        (kind.label, describe_moments(config, kind)),
+        ("  bytes a parameter", f"{bytes_a_parameter(config, kind):.2f} instead of {4 * len(kind.optimizer.STATES)}"),
         *([("master weights", f"{config.master.bits}-bit, rounded {config.master.rounding}")] if config.master else []),
         ("  exclude", ", ".join(config.exclude) or "nothing"),
         ("  optimizer", source),
@@ -160,13 +164,17 @@ def _wire(config: GradientCommunicationConfig, raw: dict[str, Any], stage: Any) 
 
 def _moment_checks(config: OptimizerConfig, raw: dict[str, Any], stage: Any) -> list[Callable[[], Any]]:
     from ds_quant.engine.masters import check_masters
+    from ds_quant.optim.kinds import check_states, check_universal, kind_of
     from ds_quant.optim.setup import check_granularity, json_hyperparameters
 
+    kind = kind_of(raw)
     checks: list[Callable[[], Any]] = []
     if isinstance(stage, int):  # what else it may be is refused elsewhere
         checks.append(lambda: check_granularity(config, stage))
     if "optimizer" in raw:
         checks.append(lambda: json_hyperparameters(raw))
+        checks.append(lambda: check_states(config, kind.optimizer, kind.name))
+        checks.append(lambda: check_universal(raw, kind))
     if config.master:
         checks.append(lambda: check_masters(raw))
     return checks

@@ -44,6 +44,9 @@ TOP_LEVEL_KEYS = frozenset(
 OTHER_TOP_LEVEL_KEYS = frozenset({SECTION, "sequence_parallel_size", "data_parallel_size", "inference", "msamp"})
 """Top-level keys that are read elsewhere: here, by `deepspeed.initialize`, transformers and accelerate."""
 
+_STATES = {"exp_avg", "exp_avg_sq", "momentum_buffer", "exp_avg_fast", "exp_avg_slow"}
+"""Keys by which a misplaced `optimizer` section of this package is known."""
+
 NATIVE_AUTO = ("data_types.keep_in_fp32_modules", "pipeline", "expert_parallel", "zero_optimization.zenflow")
 """Where `"auto"` is a value of DeepSpeed's own."""
 
@@ -168,7 +171,7 @@ def misspelt_section(config: dict[str, Any]) -> list[str]:
         return problems
     optimizer = config.get("optimizer")
     stray = [key for key in ("linear", "communication") if isinstance(config.get(key), dict)]
-    if isinstance(optimizer, dict) and {"exp_avg", "exp_avg_sq"} & optimizer.keys():
+    if isinstance(optimizer, dict) and _STATES & optimizer.keys():
         stray.append("optimizer")
     if stray:
         fix = f'nest the section in a whole DeepSpeed config: {{..., "{SECTION}": {{"{stray[0]}": ...}}}}'

@@ -1,4 +1,4 @@
-"""`ds_quant.optimizer`: how Adam's moments are stored."""
+"""`ds_quant.optimizer`: how the optimizer's states are stored."""
 
 from collections.abc import Iterator
 from typing import Annotated, Any, ClassVar, Literal
@@ -29,7 +29,7 @@ MapName = Annotated[str, OneOf(lambda: tuple(MAP_BITS), lambda values: ", ".join
 
 
 class MomentConfig(BlockSection):
-    """How a moment of Adam is stored."""
+    """How a state of the optimizer is stored."""
 
     where: ClassVar[str] = f"{SECTION}.optimizer.exp_avg(_sq)"
 
@@ -38,14 +38,15 @@ class MomentConfig(BlockSection):
     map: MapName = Field(default_factory=_moment_map)
     """What a code means: `float` (8 bits only) exponent and three bits of mantissa; `power` a power of it (8 bits:
     exp_avg its signed fourth power, exp_avg_sq its eighth; 4 bits: exp_avg its signed square, exp_avg_sq the eighth
-    power of (c + 3) / 18); `linear` itself; `dynamic` bitsandbytes' map. Default `float` at 8 bits, `power` at 4."""
+    power of (c + 3) / 18; other states as exp_avg); `linear` itself; `dynamic` bitsandbytes' map. Default `float` at 8
+    bits, `power` at 4."""
     granularity: Literal["block", "tensor", "channel"] = "block"
     """What shares a scale. `tensor` and `channel` are the paper's: map `linear`, and whole parameters only."""
     block_size: FlatBlock = Field(default_factory=flat_block_size)
     """Consecutive elements that share a scale, for granularity `block`. Default 256 at 8 bits, 128 at 4."""
     rounding: Rounding | None = None
-    """`stochastic` or `nearest`. Null (default): stochastic. `nearest` is refused for exp_avg per block, where it keeps
-    moving what no longer has a gradient."""
+    """`stochastic` or `nearest`. Null (default): stochastic. `nearest` is refused per block for all but exp_avg_sq: it
+    keeps moving what no longer has a gradient."""
 
     def rules(self) -> Iterator[Rule]:
         yield from super().rules()
@@ -60,6 +61,9 @@ class MomentConfig(BlockSection):
                 'set it, or use granularity "block"',
             )
 
+
+SECOND_MOMENTS = ("exp_avg_sq",)
+"""States without a sign, which only scale updates."""
 
 MasterBits = Annotated[Literal[16, 24], BeforeValidator(exact_int), Allowed("24 or 16")]
 
@@ -78,25 +82,40 @@ class MasterConfig(Section):
 
 
 class OptimizerConfig(Section):
-    """Which moments of Adam are stored in few bits."""
+    """Which states of the optimizer are stored in few bits: those that `optimizer.type` has."""
 
     where: ClassVar[str] = f"{SECTION}.optimizer"
 
     exp_avg: MomentConfig | None = None
-    """The first moment. Absent: 32 bits."""
+    """The first moment of Adam and AdamW; the moment of Lion. Absent: 32 bits."""
     exp_avg_sq: MomentConfig | None = None
-    """The second moment. Absent: 32 bits."""
+    """The second moment of Adam, AdamW and AdEMAMix. Absent: 32 bits."""
+    momentum_buffer: MomentConfig | None = None
+    """The momentum of SGD. Absent: 32 bits."""
+    exp_avg_fast: MomentConfig | None = None
+    """The fast moment of AdEMAMix. Absent: 32 bits."""
+    exp_avg_slow: MomentConfig | None = None
+    """The slow moment of AdEMAMix, in 8 bits at least. Absent: 32 bits."""
     master: MasterConfig | None = None
     """The master weights, at ZeRO stages 1 to 3 with bf16. Absent: fp32, as DeepSpeed keeps them."""
     exclude: Patterns = ()
-    """Shell patterns on parameter names: those keep 32-bit moments. Default none."""
+    """Shell patterns on parameter names: those keep 32-bit states. Default none."""
+
+    def states(self) -> dict[str, MomentConfig]:
+        """Those that are stored in few bits."""
+        found = {name: getattr(self, name) for name in type(self).model_fields}
+        return {name: value for name, value in found.items() if isinstance(value, MomentConfig)}
 
     def rules(self) -> Iterator[Rule]:
-        if not (self.exp_avg or self.exp_avg_sq or self.master):
-            yield nothing(self, "exp_avg, exp_avg_sq or master")
-        if self.exp_avg and self.exp_avg.rounding == "nearest" and self.exp_avg.granularity == "block":
-            reason = (
-                '"stochastic": rounded to nearest, small values never decay, and parameters whose gradients have ended '
-                "move on for ever"
-            )
-            yield "exp_avg.rounding", "nearest", reason, "remove it; checkpoints written with it go on"
+        if not (self.states() or self.master):
+            yield nothing(self, "exp_avg, exp_avg_sq, momentum_buffer, exp_avg_fast, exp_avg_slow or master")
+        for name, state in self.states().items():
+            if name not in SECOND_MOMENTS and state.rounding == "nearest" and state.granularity == "block":
+                reason = (
+                    '"stochastic": rounded to nearest, small values never decay, and parameters whose gradients have '
+                    "ended move on for ever"
+                )
+                yield f"{name}.rounding", "nearest", reason, "remove it; checkpoints written with it go on"
+        if self.exp_avg_slow and self.exp_avg_slow.bits < 8:
+            reason = "8: a step changes it by so little that rounding to fewer bits is noise beyond its size"
+            yield "exp_avg_slow.bits", self.exp_avg_slow.bits, reason, "set 8, or remove exp_avg_slow for 32 bits"

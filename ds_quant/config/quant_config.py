@@ -25,7 +25,7 @@ class QuantConfig(Section):
     linear: LinearConfig | None = None
     """The operands of the linears. Absent: full precision."""
     optimizer: OptimizerConfig | None = None
-    """The moments of Adam. Absent: 32 bits."""
+    """The states of the optimizer. Absent: 32 bits."""
     communication: CommunicationConfig | None = None
     """The gradients on the wire. Absent: DeepSpeed's own reduction."""
     diagnostics: DiagnosticsConfig | None = None

@@ -267,9 +267,10 @@ class TrainingDiagnostics:
 
 
 def _without_second_moment(choice: Choice, config: DiagnosticsConfig, engine: Any) -> Choice:
-    """Where the optimizer is none of the Adam family: `moments` left out, or refused if it was asked for by name."""
+    """Where the optimizer has no second moment: `moments` left out, or refused if it was asked for by name."""
     optimizer = type(engine.basic_optimizer).__name__
-    if "moments" not in choice.kinds or "adam" in optimizer.lower():
+    has_it = "exp_avg_sq" in getattr(engine.basic_optimizer, "STATES", ()) or "adam" in optimizer.lower()
+    if "moments" not in choice.kinds or has_it:
         return choice
     if config.kinds is not None:
         allowed = f"the other kinds: {optimizer} has no exp_avg_sq"

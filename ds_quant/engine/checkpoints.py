@@ -102,10 +102,11 @@ def _check_partition(engine: Any, path: str) -> list[float]:
     steps = []
     for number, size in zip(numbers, sizes, strict=True):
         moments = saved["state"].get(number) or {}
-        if "exp_avg" in moments and moments["exp_avg"].numel() != size:
+        sizes_saved = [moments[name].numel() for name in engine.basic_optimizer.STATES if moments.get(name) is not None]
+        if any(saved_size != size for saved_size in sizes_saved):
             raise fail(
                 path,
-                f"a moment of {moments['exp_avg'].numel()} elements",
+                f"a moment of {sizes_saved[0]} elements",
                 f"{size} elements, which this rank has of this model",
                 "load a checkpoint of this model",
             )

@@ -53,7 +53,8 @@ from ds_quant.kernels.integer_units import integer_units
 from ds_quant.linear.convert import check_still_converted, convert, coverage, step_key_of, write_to_model_config
 from ds_quant.linear.modules import QuantizedModule
 from ds_quant.optim import setup
-from ds_quant.optim.adamw import QuantAdamW
+from ds_quant.optim.base import QuantizedOptimizer
+from ds_quant.optim.kinds import check_states, check_universal, kind_of, kind_of_client
 
 _undo_enable: list[Callable[[], None]] = []
 _models: list[str] = []
@@ -253,32 +254,38 @@ def _config_source(args: Any, config: Any, config_params: Any) -> Any:
 
 @dataclass
 class _Moments:
-    build: Callable[[Any], QuantAdamW] | None
+    build: Callable[[Any], QuantizedOptimizer] | None
     """What makes the optimizer from the JSON's section; None where one was passed in."""
     lines: list[str]
 
 
 def _prepare_moments(raw: dict[str, Any], config: OptimizerConfig, forwarded: dict[str, Any]) -> _Moments:
-    """Check what the optimizer section needs, and have `forwarded` carry a QuantAdamW or the groups for one."""
+    """Check what the optimizer section needs, and have `forwarded` carry an optimizer or the groups for one."""
     zero_section = raw.get("zero_optimization") or {}
     setup.check_granularity(config, zero_section.get("stage", 0))
     client = forwarded["optimizer"]
     hyperparameters = setup.json_hyperparameters(raw) if client is None else {}
+    kind = kind_of(raw) if client is None else kind_of_client(client)
+    if client is None:
+        check_states(config, kind.optimizer, kind.name)
+    check_universal(raw, kind)
     names = setup.ParameterNames(forwarded["model"], config.exclude)
     build = None
     if client is None:
-        forwarded["model_parameters"] = names.split(forwarded["model_parameters"])
-        build = setup.builder(config, hyperparameters)
+        forwarded["model_parameters"] = names.split(forwarded["model_parameters"], kind.optimizer.STATES)
+        build = setup.builder(config, hyperparameters, kind)
     else:
         forwarded["optimizer"] = setup.adopt(config, names, client)
         offload = zero_section.get("offload_optimizer") or {}
         if offload.get("device", "none") != "none" and "zero_force_ds_cpu_optimizer" not in raw:
             # DeepSpeed refuses optimizers that are passed in for being slow on a CPU; this one is not.
             _replace_config(forwarded, {**strip_tripwire(raw), "zero_force_ds_cpu_optimizer": False})
-    lines = [f"AdamW's moments: {setup.describe_moments(config)}"]
+    lines = [f"{kind.label}: {setup.describe_moments(config, kind)}"]
     share = 100 * (1 - names.num_excluded / names.num_elements) if names.num_elements else 0.0
-    size = setup.bytes_a_parameter(config)
-    lines.append(f"they take {size:.2f} bytes a parameter instead of 8, for {share:.1f}% of the trainable parameters")
+    size, full = setup.bytes_a_parameter(config, kind), 4 * len(kind.optimizer.STATES)
+    lines.append(
+        f"they take {size:.2f} bytes a parameter instead of {full}, for {share:.1f}% of the trainable parameters"
+    )
     if config.master:
         kept = "1 byte beside a bf16 weight" if config.master.bits == 24 else "nothing beside a bf16 weight"
         lines.append(f"{config.master.bits}-bit masters, rounded {config.master.rounding}: {kept}, instead of 4 bytes")

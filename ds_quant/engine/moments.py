@@ -13,14 +13,17 @@ from ds_quant.comm.agreement import raise_together
 from ds_quant.engine.checkpoints import check_checkpoint, moment_files, stepped_tensors
 from ds_quant.engine.parts import Loading, Part
 from ds_quant.engine.seams import check_live
-from ds_quant.optim import MOMENTS, QuantAdamW
+from ds_quant.optim.base import QuantizedOptimizer
+
+_OFFLOADED = ("exp_avg", "exp_avg_sq")
+"""States that DeepSpeed's offload_states knows."""
 
 
 class Moments(Part):
     """Moments of a live engine survive loading and offloading with their bits.
 
     Raises:
-        ConfigError: the engine's optimizer is no QuantAdamW.
+        ConfigError: the engine's optimizer is none of QuantizedOptimizer.
     """
 
     # DeepSpeed's pinned buffers are fp32: four times the codes, and the codes would be lost.
@@ -29,11 +32,11 @@ class Moments(Part):
     def __init__(self, engine: Any) -> None:
         super().__init__(engine)
         optimizer = engine.basic_optimizer
-        if not isinstance(optimizer, QuantAdamW):
+        if not isinstance(optimizer, QuantizedOptimizer):
             raise fail(
                 "ds_quant.optimizer",
                 f"an engine with {type(optimizer).__qualname__}",
-                "QuantAdamW",
+                "an optimizer of ds_quant",
                 "another library has replaced the optimizer: remove it, or remove ds_quant.optimizer",
             )
         _check_live(engine)
@@ -62,7 +65,8 @@ class Moments(Part):
         # Universal checkpoints bring the options of the groups that they were saved with, in their order (at stage 3
         # those of the first group, for all), and this run may have split its groups. How moments are stored and what
         # decays is this run's business.
-        kept = (*MOMENTS, "weight_decay") if engine.load_universal_checkpoint() else MOMENTS
+        states = tuple(engine.basic_optimizer.STATES)
+        kept = (*states, "weight_decay") if engine.load_universal_checkpoint() else states
         for group, options in zip(engine.basic_optimizer.param_groups, self._own_options, strict=True):
             group.update({name: options[name] for name in kept})
         if loading.with_moments and path is not None:
@@ -77,6 +81,14 @@ class Moments(Part):
                 "optim_states or hp_params at ZeRO stage 3 with ds_quant.optimizer",
                 "stages 1 and 2, since DeepSpeed takes its own FusedAdam only at stage 3",
                 "leave them out of include, or use zero_optimization.stage 2",
+            )
+        unknown = [name for name in self.engine.basic_optimizer.STATES if name not in _OFFLOADED]
+        if OffloadStateTypeEnum.optim_states in states and unknown:
+            raise fail(
+                "offload_states(include)",
+                f"optim_states with {unknown[0]} of {type(self.engine.basic_optimizer).__name__}",
+                f"{' and '.join(_OFFLOADED)}, which are all that DeepSpeed moves",
+                "leave optim_states out of include",
             )
 
     def after_reload(self) -> None:

@@ -12,11 +12,12 @@ from torch import nn
 
 from ds_quant.config import ConfigError, read_deepspeed_config, strip_tripwire
 from ds_quant.config.batch_sizes import check_filled
-from ds_quant.optim.adamw import QuantAdamW
+from ds_quant.optim.base import QuantizedOptimizer
+from ds_quant.optim.kinds import KINDS
 
 # ZeRO compares exact types.
-if QuantAdamW not in deepspeed.runtime.zero.utils.ZERO_SUPPORTED_OPTIMIZERS:
-    deepspeed.runtime.zero.utils.ZERO_SUPPORTED_OPTIMIZERS.append(QuantAdamW)
+_supported = deepspeed.runtime.zero.utils.ZERO_SUPPORTED_OPTIMIZERS
+_supported.extend(kind.optimizer for kind in KINDS if kind.optimizer not in _supported)
 
 _wrapped: list[Callable] = []
 
@@ -114,17 +115,20 @@ def optimizer_built_by(build: Callable[[Any], torch.optim.Optimizer] | None) -> 
         yield
         return
     engine_class = deepspeed.runtime.engine.DeepSpeedEngine
-    original = engine_class._configure_basic_optimizer
+    original, is_supported = engine_class._configure_basic_optimizer, engine_class._is_supported_optimizer
     engine_class._configure_basic_optimizer = lambda engine, model_parameters: build(model_parameters)
+    # It knows no AdEMAMix; the type has been checked.
+    engine_class._is_supported_optimizer = lambda engine, name: True
     try:
         yield
     finally:
         engine_class._configure_basic_optimizer = original
+        engine_class._is_supported_optimizer = is_supported
 
 
 @contextmanager
 def no_step_at_start() -> Iterator[None]:
-    """While it lasts, engines leave the step of a QuantAdamW at 0.
+    """While it lasts, engines leave the step of a quantized optimizer at 0.
 
     DeepSpeed's wrapper for stage 0 in bf16 takes a step without gradients to have the state made: weights would decay
     once, and the moments' bias correction would count one step too many.
@@ -133,7 +137,7 @@ def no_step_at_start() -> Iterator[None]:
     original = wrapper.initialize_optimizer_states
 
     def initialize_optimizer_states(self: Any) -> None:
-        if not isinstance(self.optimizer, QuantAdamW):
+        if not isinstance(self.optimizer, QuantizedOptimizer):
             original(self)
 
     wrapper.initialize_optimizer_states = initialize_optimizer_states

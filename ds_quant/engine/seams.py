@@ -17,7 +17,8 @@ SEAMS: tuple[tuple[str, str, str], ...] = (
     ("deepspeed.runtime.zero.partition_parameters", "Init.__init__", "parses the JSON under HF's ZeRO-3"),
     ("deepspeed.runtime.engine", "DeepSpeedEngine.forward", "names the step that stochastic rounding draws for"),
     ("deepspeed.runtime.engine", "DeepSpeedEngine._backward_epilogue", "the end of a micro step"),
-    ("deepspeed.runtime.engine", "DeepSpeedEngine._configure_basic_optimizer", "makes the QuantAdamW of the JSON"),
+    ("deepspeed.runtime.engine", "DeepSpeedEngine._configure_basic_optimizer", "makes the optimizer of the JSON"),
+    ("deepspeed.runtime.engine", "DeepSpeedEngine._is_supported_optimizer", "lets AdEMAMix pass"),
     ("deepspeed.runtime.engine", "DeepSpeedEngine.load_checkpoint", "its files are checked, its moments mended"),
     ("deepspeed.runtime.engine", "DeepSpeedEngine._get_zero_ckpt_name", "the file of a rank's moments"),
     ("deepspeed.runtime.engine", "DeepSpeedEngine._get_ckpt_name", "the file of the moments at stage 0"),
@@ -37,9 +38,9 @@ SEAMS: tuple[tuple[str, str, str], ...] = (
     (
         "deepspeed.runtime.fp16.unfused_optimizer",
         "FP16_UnfusedOptimizer.initialize_optimizer_states",
-        "takes a step, which a QuantAdamW needs not",
+        "takes a step, which quantized optimizers need not",
     ),
-    ("deepspeed.runtime.zero.utils", "ZERO_SUPPORTED_OPTIMIZERS", "QuantAdamW joins it"),
+    ("deepspeed.runtime.zero.utils", "ZERO_SUPPORTED_OPTIMIZERS", "optimizers with quantized states join it"),
     (
         "deepspeed.runtime.zero.stage_1_and_2",
         "DeepSpeedZeroOptimizer._lazy_init_hp_params_optimizer_state",

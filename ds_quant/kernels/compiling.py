@@ -1,4 +1,4 @@
-"""torch.compile as the CUDA kernels use it, on each torch that is supported."""
+"""torch.compile as kernels use it, on each torch that is supported."""
 
 import functools
 import inspect
@@ -16,8 +16,11 @@ def compile_whole(
     recompile_limit: int,
     backend: str | Callable = "inductor",
     options: dict[str, Any] | None = None,
+    dynamic: bool = True,
 ) -> Callable[..., Any]:
-    """`function` compiled for all shapes as one graph. It is compiled `recompile_limit` times at most, then it raises.
+    """`function` compiled as one graph for all shapes, or without `dynamic` for each shape by itself.
+
+    It is compiled `recompile_limit` times at most, then it raises.
 
     Functions that share their code, as those that are defined in one place do, do not share that limit: `function` gets
     a copy of its code. `options` are Inductor's.
@@ -25,7 +28,7 @@ def compile_whole(
     function.__code__ = function.__code__.replace()
     if backend == "inductor":
         options = {**(options or {}), **_rounded_divisions()}
-    how: dict[str, Any] = {"fullgraph": True, "dynamic": True, "backend": backend, "options": options or None}
+    how: dict[str, Any] = {"fullgraph": True, "dynamic": dynamic, "backend": backend, "options": options or None}
     if _TAKES_LIMIT:
         how["recompile_limit"] = recompile_limit
     compiled: Callable[..., Any] = torch.compile(function, **how)

@@ -86,7 +86,7 @@ BACKENDS = [
     Backend("compiled", ("cuda",)),
 ]
 """In the order in which they are asked."""
-FAMILIES = ("adamw", "masters", "int8", "wire")
+FAMILIES = ("adamw", "elementwise", "masters", "int8", "wire")
 
 
 class Operation(Generic[P, R]):

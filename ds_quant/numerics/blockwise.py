@@ -66,7 +66,7 @@ def quantize_blockwise(
     block_size: int,
     rounding: str = "nearest",
     key: Tensor | None = None,
-    offset: int = 0,
+    offset: int | Tensor = 0,
 ) -> QuantizedBlocks:
     """Codes and scales of the 1-D tensor `x` (fp32, bf16 or fp16, any length), as the module docstring defines them.
 
@@ -75,7 +75,7 @@ def quantize_blockwise(
     the whole. A value that a code stands for moves at most once in 2^16 times, which is what the reciprocal costs.
 
     Gradients do not flow. The bits are the same under torch.compile(fullgraph=True), which is not called again for new
-    values of `key`; a new `offset` may compile once more.
+    values of `key`; a new `offset` may compile once more, unless it is an int64 tensor [].
 
     Raises ValueError for arguments out of range. block_size is a power of two, or any divisor of the length (for the
     granularities "tensor" and "channel": see `group_size`).

@@ -141,7 +141,7 @@ def random_bits(
     return bits_at(key.to(index.device), index)
 
 
-def _indices(shape: int | Sequence[int], device: torch.device | str, offset: int) -> Tensor:
+def _indices(shape: int | Sequence[int], device: torch.device | str, offset: int | Tensor) -> Tensor:
     """The row-major index of each element, plus `offset`: int64 of `shape`."""
     shape = (shape,) if isinstance(shape, int) else tuple(shape)
     return torch.arange(math.prod(shape), dtype=torch.int64, device=device).reshape(shape) + offset
@@ -162,7 +162,7 @@ def uniform(
 
 
 def uniform16(
-    key: Tensor, shape: int | Sequence[int], device: torch.device | str | None = None, *, offset: int = 0
+    key: Tensor, shape: int | Sequence[int], device: torch.device | str | None = None, *, offset: int | Tensor = 0
 ) -> Tensor:
     """fp32 multiples of 2^-16 in [0, 1), two from each 32 random bits: half the price of `uniform`.
 

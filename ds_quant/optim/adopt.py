@@ -6,6 +6,7 @@ import torch
 
 from ds_quant.base.errors import fail
 from ds_quant.optim.adamw import QuantAdamW
+from ds_quant.optim.base import QuantizedOptimizer
 from ds_quant.optim.group_options import MOMENTS, check_hyperparameters, check_parameters, moment_options, state_option
 
 
@@ -20,13 +21,13 @@ def convert_adamw(optimizer: torch.optim.Optimizer, *, exp_avg: Any, exp_avg_sq:
     """
     where = "ds_quant.optimizer"
     if isinstance(optimizer, QuantAdamW):
-        _check_agreement(optimizer, moment_options(exp_avg, exp_avg_sq))
+        check_agreement(optimizer, {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq})
         return optimizer
     if type(optimizer) not in (torch.optim.AdamW, torch.optim.Adam):
         raise fail(
             where,
             f"an optimizer of type {type(optimizer).__module__}.{type(optimizer).__qualname__}",
-            "torch.optim.AdamW, or Adam or AdamW in the config's optimizer section",
+            "torch.optim.AdamW, an optimizer of ds_quant, or one that the config's optimizer section names",
             "pass torch.optim.AdamW, or remove ds_quant.optimizer",
         )
     moments = moment_options(exp_avg, exp_avg_sq)
@@ -64,15 +65,16 @@ def convert_adamw(optimizer: torch.optim.Optimizer, *, exp_avg: Any, exp_avg_sq:
     return converted
 
 
-def _check_agreement(optimizer: QuantAdamW, moments: dict[str, dict[str, Any] | None]) -> None:
-    """Raise ConfigError unless each moment is stored as `moments` has it in one group, and so or in 32 bits in all."""
-    for name, wanted in moments.items():
+def check_agreement(optimizer: QuantizedOptimizer, states: dict[str, Any]) -> None:
+    """Raise ConfigError unless each state is stored as `states` has it in one group, and so or in 32 bits in all."""
+    for name, value in states.items():
+        wanted = state_option(value, name)
         found = [group[name] for group in optimizer.param_groups]
         other = next((option for option in found if option not in (None, wanted)), None)
         if other is not None or wanted not in found:
             raise fail(
                 f"ds_quant.optimizer.{name}",
-                f"a QuantAdamW with {other}",
+                f"a {type(optimizer).__name__} with {other}",
                 "the moments of the optimizer that was passed in",
                 "make the section and the optimizer agree, or remove ds_quant.optimizer",
             )

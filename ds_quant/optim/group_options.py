@@ -17,7 +17,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 HYPERPARAMETERS = ("lr", "betas", "eps", "weight_decay")
 
 FIXED = {"amsgrad": False, "bias_correction": True, "differentiable": False, "maximize": False}
-"""Options of other AdamWs that change the function, and what QuantAdamW computes."""
+"""Options of other AdamWs (and SGDs) that change the function, and what the optimizers here compute."""
 
 DEFAULT_ROUNDING = "stochastic"
 """What `"rounding": null` means: of either moment, and whatever its bits (docs/moments.md has the measurements)."""
@@ -81,16 +81,32 @@ def state_option(value: Any, name: str, owner: str = "QuantAdamW") -> dict[str, 
 
 def check_hyperparameters(options: dict[str, Any], where: str = "QuantAdamW") -> None:
     """Raise ConfigError where lr, betas, eps or weight_decay is out of range, or where an option is not as in FIXED."""
-    for name in ("lr", "eps", "weight_decay"):
+    check_numbers(options, where, ("lr", "eps", "weight_decay"))
+    check_betas(options, where)
+    check_fixed(options, where)
+
+
+def check_numbers(options: dict[str, Any], where: str, names: Iterable[str]) -> None:
+    """Raise ConfigError where an option is no number from 0 on, or a tensor of one."""
+    for name in names:
         value = options[name]
         if isinstance(value, Tensor) and value.numel() != 1:
             raise fail(f"{where}({name})", f"a tensor of {value.numel()} elements", "one element", "pass a number")
         if not _number(value) >= 0:
             raise fail(f"{where}({name})", _shown(value), "a number, 0 or more", "set it so")
+
+
+def check_betas(options: dict[str, Any], where: str, count: int = 2) -> None:
+    """Raise ConfigError unless `betas` are `count` numbers from 0 to below 1."""
     betas = options["betas"]
-    pair = isinstance(betas, tuple | list) and len(betas) == 2
-    if not pair or not all(0 <= _number(beta) < 1 for beta in betas):
-        raise fail(f"{where}(betas)", _shown(betas), "two numbers from 0 to below 1", "set them so")
+    as_many = isinstance(betas, tuple | list) and len(betas) == count
+    if not as_many or not all(0 <= _number(beta) < 1 for beta in betas):
+        words = {2: "two", 3: "three"}
+        raise fail(f"{where}(betas)", _shown(betas), f"{words[count]} numbers from 0 to below 1", "set them so")
+
+
+def check_fixed(options: dict[str, Any], where: str) -> None:
+    """Raise ConfigError where an option is not as in FIXED."""
     for name, wanted in FIXED.items():
         if bool(options.get(name, wanted)) != wanted:
             raise fail(f"{where}({name})", options[name], str(wanted), "leave it out: it computes another function")

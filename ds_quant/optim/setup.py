@@ -1,5 +1,6 @@
-"""From the JSON and the user's arguments to a QuantAdamW: what is checked, which parameters keep 32-bit moments."""
+"""From the JSON and the user's arguments to an optimizer: what is checked, which parameters keep 32-bit states."""
 
+import json
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -10,62 +11,57 @@ from ds_quant.base.errors import fail
 from ds_quant.base.log import warn
 from ds_quant.base.patterns import check_patterns, matches
 from ds_quant.config import MomentConfig, OptimizerConfig
-from ds_quant.optim.adamw import QuantAdamW
-from ds_quant.optim.adopt import convert_adamw
-from ds_quant.optim.group_options import DEFAULT_ROUNDING, HYPERPARAMETERS, MOMENTS
-from ds_quant.optim.group_options import FIXED as FIXED_IN_GROUPS
-
-IMPLEMENTATIONS = ("torch_adam", "fused", "foreach", "capturable")
-"""Keys of DeepSpeed's and torch's AdamW that choose between implementations of one function: QuantAdamW is another."""
-
-FIXED = {**FIXED_IN_GROUPS, "adam_w_mode": True, "fp32_optimizer_states": True}
-"""Keys that change the function, and what QuantAdamW computes."""
+from ds_quant.optim.adopt import check_agreement, convert_adamw
+from ds_quant.optim.base import QuantizedOptimizer
+from ds_quant.optim.group_options import DEFAULT_ROUNDING, MOMENTS
+from ds_quant.optim.kinds import ADAM, SGD, TYPES, Kind, check_states, kind_named
 
 
 def json_hyperparameters(raw: dict[str, Any]) -> dict[str, Any]:
-    """lr, betas, eps and weight_decay of the JSON's `optimizer` section, as far as they are there.
+    """The arguments of the JSON's `optimizer` section, as far as they are there: of AdamW lr, betas, eps, weight_decay.
 
-    weight_decay is always there: its default is that of the implementation which DeepSpeed would have taken.
+    Those whose default is another one in what DeepSpeed would have taken, as AdamW's weight_decay, are always there.
 
     Raises:
-        ConfigError: no such section, a type other than Adam or AdamW, a parameter that QuantAdamW does not have.
+        ConfigError: no such section, a type that is not in TYPES, a parameter that the optimizer does not have.
     """
     section = raw.get("optimizer")
     if not isinstance(section, dict) or not section.get("type"):
         raise fail(
             "optimizer",
             section,
-            "an optimizer of type Adam or AdamW with ds_quant.optimizer",
+            f"an optimizer of type {', '.join(TYPES[:-1])} or {TYPES[-1]} with ds_quant.optimizer",
             'add "optimizer": {"type": "AdamW", "params": {...}}, or pass torch.optim.AdamW to initialize',
         )
-    kind = section["type"]
-    if str(kind).lower() not in ("adam", "adamw"):
+    kind = kind_named(section["type"])
+    if kind is None:
         raise fail(
             "optimizer.type",
-            kind,
-            '"Adam", "AdamW" with ds_quant.optimizer (it quantizes the moments of Adam)',
+            section["type"],
+            ", ".join(json.dumps(name) for name in TYPES) + " with ds_quant.optimizer",
             'set "AdamW", or remove ds_quant.optimizer',
         )
     found: dict[str, Any] = {}
     params = section.get("params") or {}
     for key, value in params.items():
         where = f"optimizer.params.{key}"
-        if key in HYPERPARAMETERS:
+        if key in kind.hyperparameters:
             found[key] = value
-        elif key == "adam_w_mode" and str(kind).lower() == "adamw":
+        elif key == "adam_w_mode" and str(section["type"]).lower() == "adamw":
             continue  # DeepSpeed decouples the weight decay of "AdamW" whatever this says
-        elif key in FIXED:
-            if bool(value) != FIXED[key]:
-                raise fail(
-                    where, value, f"{str(FIXED[key]).lower()} with ds_quant.optimizer", "set it so, or remove it"
-                )
-        elif key not in IMPLEMENTATIONS:
-            allowed = ", ".join((*HYPERPARAMETERS, *FIXED, *IMPLEMENTATIONS))
-            raise fail(where, value, f"{allowed} with ds_quant.optimizer", "remove it")
+        elif key in kind.fixed:
+            if bool(value) != kind.fixed[key]:
+                allowed = f"{str(kind.fixed[key]).lower()} with ds_quant.optimizer"
+                raise fail(where, value, allowed, "set it so, or remove it")
+        elif key not in kind.implementations:
+            keys = ", ".join((*kind.hyperparameters, *kind.fixed, *kind.implementations))
+            raise fail(where, value, f"{keys} with ds_quant.optimizer", "remove it")
     if isinstance(found.get("betas"), list):
         found["betas"] = tuple(found["betas"])
-    # DeepSpeed's own implementations leave the weights alone where no decay is set; torch's takes 0.01.
-    found.setdefault("weight_decay", 0.01 if params.get("torch_adam") else 0.0)
+    found = kind.defaults(params) | found
+    if kind is SGD and not found["momentum"]:
+        where, reason = "optimizer.params.momentum", "without momentum SGD has no state to quantize"
+        raise fail(where, found["momentum"], "above 0 with ds_quant.optimizer", f"set it: {reason}")
     return found
 
 
@@ -77,20 +73,19 @@ def check_granularity(config: OptimizerConfig, stage: int) -> None:
     Raises:
         ConfigError: granularity "tensor" or "channel" at a stage above 0.
     """
-    for name in MOMENTS:
-        moment: MomentConfig | None = getattr(config, name)
-        if moment and moment.granularity != "block" and stage > 0:
+    for name, moment in config.states().items():
+        if moment.granularity != "block" and stage > 0:
             raise fail(
                 f"ds_quant.optimizer.{name}.granularity",
                 moment.granularity,
                 f'"block" at ZeRO stage {stage}, which flattens the parameters and cuts them up',
                 'set "block", or zero_optimization.stage to 0',
             )
-    if config.exp_avg and config.exp_avg.rounding == "nearest":
-        warn(
-            "ds_quant.optimizer.exp_avg is rounded to nearest, as in the paper: small values never decay, so that "
-            "parameters whose gradients end move on for ever"
-        )
+        if moment.rounding == "nearest" and name != "exp_avg_sq":
+            warn(
+                f"ds_quant.optimizer.{name} is rounded to nearest, as in the paper: small values never decay, so that "
+                "parameters whose gradients end move on for ever"
+            )
 
 
 class ParameterNames:
@@ -117,8 +112,8 @@ class ParameterNames:
             )
         self._trainable: list[Any] = list(trainable.values())
 
-    def split(self, model_parameters: Any) -> Any:
-        """`model_parameters` of initialize, as groups in which the excluded parameters keep 32-bit moments.
+    def split(self, model_parameters: Any, states: Iterable[str] = MOMENTS) -> Any:
+        """`model_parameters` of initialize, as groups in which the excluded parameters keep 32-bit `states`.
 
         Without excluded parameters it is returned as it is.
         """
@@ -138,7 +133,7 @@ class ParameterNames:
             if excluded:
                 # DeepSpeed keys the groups of a mixture of experts by their names.
                 named = {"name": f"{group['name']}-32-bit-moments"} if "name" in group else {}
-                split.append({**group, "params": excluded, "exp_avg": None, "exp_avg_sq": None, **named})
+                split.append({**group, "params": excluded, **dict.fromkeys(states), **named})
         return split
 
     def _excludes(self, param: Any) -> bool:
@@ -154,7 +149,7 @@ class ParameterNames:
         for number, group in enumerate(optimizer.param_groups):
             inside = [id(param) in self._ids for param in group["params"]]
             if all(inside) and inside:
-                group["exp_avg"] = group["exp_avg_sq"] = None
+                group.update(dict.fromkeys(optimizer.STATES if isinstance(optimizer, QuantizedOptimizer) else MOMENTS))
             elif any(inside):
                 names = [name for name, param in self.excluded.items() if any(param is p for p in group["params"])]
                 raise fail(
@@ -165,35 +160,44 @@ class ParameterNames:
                 )
 
 
-def builder(config: OptimizerConfig, hyperparameters: dict[str, Any]) -> Callable[[Any], QuantAdamW]:
-    """A function from parameters or groups to a QuantAdamW."""
+def builder(
+    config: OptimizerConfig, hyperparameters: dict[str, Any], kind: Kind = ADAM
+) -> Callable[[Any], QuantizedOptimizer]:
+    """A function from parameters or groups to the optimizer of the JSON."""
 
-    def build(params: Any) -> QuantAdamW:
-        return QuantAdamW(params, **hyperparameters, exp_avg=config.exp_avg, exp_avg_sq=config.exp_avg_sq)
+    def build(params: Any) -> QuantizedOptimizer:
+        states = {name: getattr(config, name) for name in kind.optimizer.STATES}
+        made: Callable[..., QuantizedOptimizer] = kind.optimizer
+        return made(params, **hyperparameters, **states)
 
     return build
 
 
 def adopt(config: OptimizerConfig, names: ParameterNames, client: Any) -> Any:
-    """The `optimizer` argument of initialize, an optimizer or a function that makes one, as a QuantAdamW or so."""
+    """The `optimizer` argument of initialize, an optimizer or a function that makes one, with quantized states."""
     if isinstance(client, torch.optim.Optimizer):
         return _adopt_optimizer(config, names, client)
 
-    def call(*args: Any, **kwargs: Any) -> QuantAdamW:
+    def call(*args: Any, **kwargs: Any) -> QuantizedOptimizer:
         return _adopt_optimizer(config, names, client(*args, **kwargs))
 
     return call
 
 
-def _adopt_optimizer(config: OptimizerConfig, names: ParameterNames, optimizer: Any) -> QuantAdamW:
+def _adopt_optimizer(config: OptimizerConfig, names: ParameterNames, optimizer: Any) -> QuantizedOptimizer:
     names.mark(optimizer)
+    if isinstance(optimizer, QuantizedOptimizer):
+        check_states(config, type(optimizer), type(optimizer).__name__)
+        check_agreement(optimizer, {name: getattr(config, name, None) for name in optimizer.STATES})
+        return optimizer
+    check_states(config, ADAM.optimizer, ADAM.name)
     return convert_adamw(optimizer, exp_avg=config.exp_avg, exp_avg_sq=config.exp_avg_sq)
 
 
-def describe_moments(config: OptimizerConfig) -> str:
+def describe_moments(config: OptimizerConfig, kind: Kind = ADAM) -> str:
     """The optimizer section in a line."""
     parts = []
-    for name in MOMENTS:
+    for name in kind.optimizer.STATES:
         moment: MomentConfig | None = getattr(config, name)
         if moment is None:
             parts.append(f"{name} 32-bit")
@@ -203,10 +207,10 @@ def describe_moments(config: OptimizerConfig) -> str:
     return "; ".join(parts)
 
 
-def bytes_a_parameter(config: OptimizerConfig) -> float:
-    """Bytes of both moments of a quantized parameter, scales included, where a scale covers a block."""
+def bytes_a_parameter(config: OptimizerConfig, kind: Kind = ADAM) -> float:
+    """Bytes of all states of a quantized parameter, scales included, where a scale covers a block."""
     total = 0.0
-    for name in MOMENTS:
+    for name in kind.optimizer.STATES:
         moment: MomentConfig | None = getattr(config, name)
         if moment is None:
             total += 4

@@ -22,6 +22,7 @@ from ds_quant.base.commit import commit
 from ds_quant.cli import report
 from ds_quant.cli.shared import terminal
 from ds_quant.comm.reducer import describe_wire
+from ds_quant.optim.kinds import kind_of
 from ds_quant.optim.setup import describe_moments
 from pretraining import arguments, data, diagnostics, documents, environment, metrics, model, outputs
 from pretraining.arguments import Arguments
@@ -182,7 +183,7 @@ def _train(trainer: PretrainTrainer, args: Arguments, config: DeepSpeedJson, res
         "converted_modules": dict(coverage.converted),
         "share": coverage.share,
         "left_out": {name: list(shape) for name, shape in coverage.left_out.items()},
-        "moments": describe_moments(quant.optimizer) if quant.optimizer else None,
+        "moments": describe_moments(quant.optimizer, kind_of(config.content)) if quant.optimizer else None,
         "communication": _communication(trainer, quant),
         "dtype": str(trainer.deepspeed.get_data_types()[0]).removeprefix("torch."),
         "zero_stage": trainer.deepspeed.zero_optimization_stage(),

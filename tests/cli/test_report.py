@@ -64,7 +64,7 @@ def test_what_happens_on_the_wire(root):
 def test_problems_of_the_moments(root):
     config = json.loads((root / "ds_configs" / "adam8.json").read_text())
     config["ds_quant"]["optimizer"] = {"exp_avg": {"bits": 8, "map": "linear", "granularity": "tensor"}}
-    config["optimizer"]["type"] = "Lion"
+    config["optimizer"]["type"] = "Lamb"
     _, problems = explain(config)
     assert [problem.split(":")[0] for problem in problems] == [
         "ds_quant.optimizer.exp_avg.granularity",
@@ -75,6 +75,18 @@ def test_problems_of_the_moments(root):
     rows, problems = explain(config)
     assert problems == []
     assert dict(rows)["  optimizer"].startswith("none in the config: pass torch.optim.AdamW")
+
+
+def test_states_of_other_optimizers(root):
+    config = json.loads((root / "ds_configs" / "adam8.json").read_text())
+    config["optimizer"] = {"type": "Lion", "params": {"lr": 1e-4}}
+    assert "ds_quant.optimizer.exp_avg_sq: got" in explain(config)[1][0]
+    config["ds_quant"]["optimizer"] = {"exp_avg": {"bits": 4}}
+    config["checkpoint"] = {"load_universal": True}
+    rows, problems = explain(config)
+    assert dict(rows)["Lion's moments"] == "exp_avg 4-bit power per block of 128, stochastic"
+    assert dict(rows)["  bytes a parameter"] == "0.53 instead of 4"
+    assert [problem.split(":")[0] for problem in problems] == ["checkpoint.load_universal"]
 
 
 def test_every_problem_of_a_config(root, tmp_path, capsys):

@@ -383,7 +383,7 @@ WRONG_VALUES = [
         {"optimizer": {}},
         "ds_quant.optimizer",
         "{}",
-        "at least one of exp_avg, exp_avg_sq or master",
+        "exp_avg_fast, exp_avg_slow or master",
         "quantizes nothing",
     ),
     ({"communication": {}}, "ds_quant.communication", "{}", "at least one of gradient", "quantizes nothing"),

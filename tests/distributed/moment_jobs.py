@@ -146,6 +146,11 @@ def trained(engine):
     return [param for group in engine.basic_optimizer.param_groups for param in group["params"]]
 
 
+def state_names(engine):
+    """Names of the states of the basic optimizer."""
+    return tuple(getattr(engine.basic_optimizer, "STATES", MOMENTS))
+
+
 def digest(engine):
     """Hashes over fp32 weights, codes and scales, and steps, one a rank."""
     bits = hashlib.sha256()
@@ -153,7 +158,7 @@ def digest(engine):
         bits.update(param.detach().float().contiguous().numpy().tobytes())
         state = engine.basic_optimizer.state[param]
         bits.update(f"{float(state['step'])}".encode())
-        for name in MOMENTS:
+        for name in state_names(engine):
             moment = state[name]
             quantized = isinstance(moment, QuantizedState)
             for part in (moment.blocks.codes, moment.blocks.scale) if quantized else (moment,):
@@ -165,11 +170,11 @@ def digest(engine):
 
 
 def stored(engine):
-    """For each tensor stepped on this rank: its elements, and class and bytes of either moment."""
+    """For each tensor stepped on this rank: its elements, and class and bytes of each moment."""
     rows = []
     for param in trained(engine):
         row = [param.numel()]
-        for name in MOMENTS:
+        for name in state_names(engine):
             moment = engine.basic_optimizer.state[param].get(name)
             row.append([type(moment).__name__, getattr(moment, "stored_bytes", None) or moment.nbytes])
         rows.append(row)
@@ -184,7 +189,7 @@ def settable(param):
 def safe_get(engine):
     """Whether DeepSpeed reads the moments as they are; that writing back what was read changes no bit."""
     before, wrong = digest(engine), []
-    for name in MOMENTS:
+    for name in state_names(engine):
         want = whole_moments(engine, name)
         for key, param in engine.module.named_parameters():
             got = safe_get_full_optimizer_state(param, name)

@@ -210,11 +210,16 @@ def test_the_optimizer_of_the_json_is_quantized(caplog):
 @pytest.mark.parametrize(
     ("optimizer", "message"),
     [
-        (None, r"optimizer: got null; allowed: an optimizer of type Adam or AdamW"),
-        ({}, r"optimizer: got \{\}; allowed: an optimizer of type Adam or AdamW"),
-        ({"type": "Lion", "params": {"lr": 1e-3}}, r'optimizer\.type: got "Lion"; allowed: "Adam", "AdamW"'),
+        (None, r"optimizer: got null; allowed: an optimizer of type Adam, AdamW, "),
+        ({}, r"optimizer: got \{\}; allowed: an optimizer of type Adam, AdamW, "),
+        ({"type": "Lamb", "params": {"lr": 1e-3}}, r'optimizer\.type: got "Lamb"; allowed: "Adam", "AdamW", "Lion"'),
+        ({"type": "Lion", "params": {"lr": 1e-3}}, r"optimizer\.exp_avg_sq: got .*; allowed: exp_avg with Lion"),
         ({"type": "Muon", "params": {"lr": 1e-3}}, r'optimizer\.type: got "Muon"'),
-        ({"type": "SGD", "params": {"lr": 1e-3}}, r'optimizer\.type: got "SGD"'),
+        ({"type": "SGD", "params": {"lr": 1e-3}}, r"optimizer\.params\.momentum: got 0\.0; allowed: above 0"),
+        (
+            {"type": "SGD", "params": {"lr": 1e-3, "momentum": 0.9}},
+            r"optimizer\.exp_avg: got .*; allowed: momentum_buffer with SGD",
+        ),
         ({"type": "AdamW", "params": {"amsgrad": True}}, r"optimizer\.params\.amsgrad: got true; allowed: false"),
         ({"type": "AdamW", "params": {"maximize": True}}, r"optimizer\.params\.maximize: got true"),
         ({"type": "Adam", "params": {"adam_w_mode": False}}, r"optimizer\.params\.adam_w_mode: got false"),
@@ -245,6 +250,44 @@ def test_optimizers_passed_in_that_are_refused(make, message):
         del made["optimizer"]
         with pytest.raises(ConfigError, match=rf"ds_quant\.optimizer.*{message}.*; fix: "):
             start(config=made, optimizer=passed)
+
+
+def test_second_moments_are_looked_at_where_there_are_any(tmp_path):
+    looks = {"output_dir": str(tmp_path / "looks"), "every": 1, "kinds": ["moments"], "report": False}
+    mix = {"type": "AdEMAMix", "params": {"lr": 1e-3}}
+    lion = {"type": "Lion", "params": {"lr": 1e-3}}
+    made = config({"optimizer": {"exp_avg_fast": {"bits": 8}}, "diagnostics": looks}, optimizer=mix)
+    engine, *_ = start(config=made)
+    losses(engine, 2)
+    assert "exp_avg_sq" in (tmp_path / "looks" / "step-00000002.json").read_text()
+    made = config({"optimizer": {"exp_avg": {"bits": 8}}, "diagnostics": looks}, optimizer=lion)
+    with pytest.raises(ConfigError, match=r"diagnostics\.kinds: got \"moments\"; .* QuantLion has no exp_avg_sq"):
+        start(config=made)
+
+
+def test_other_optimizers_that_are_passed_in():
+    """One of ours trains as it is, and its section must agree; functions that make one, too."""
+    made = config({"optimizer": {"exp_avg": {"bits": 4}}})
+    del made["optimizer"]
+    net = model()
+    lion = ds_quant.QuantLion(net.parameters(), lr=1e-3, exp_avg={"bits": 4})
+    engine, *_ = start(model=net, config=made, optimizer=lion)
+    assert engine.basic_optimizer is lion
+    losses(engine, 1)
+    (state,) = lion.state.values()
+    assert (type(state["exp_avg"]).__name__, state["exp_avg"].blocks.code_map.bits) == ("QuantizedState", 4)
+
+    def make(params):
+        return ds_quant.QuantLion(params, lr=1e-3, exp_avg={"bits": 8})
+
+    for passed in (make, make(model().parameters())):
+        with pytest.raises(ConfigError, match=r"ds_quant\.optimizer\.exp_avg: got .*a QuantLion with .*8.*; fix: "):
+            start(config=made, optimizer=passed)
+    made["ds_quant"]["optimizer"] = {"exp_avg": {"bits": 8}, "exp_avg_sq": {"bits": 8}}
+    with pytest.raises(
+        ConfigError, match=r"exp_avg_sq: got .*; allowed: exp_avg with QuantLion, which has no exp_avg_sq"
+    ):
+        start(config=made, optimizer=make)
 
 
 @pytest.mark.parametrize(

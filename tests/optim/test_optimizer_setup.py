@@ -7,9 +7,8 @@ from torch import nn
 
 from ds_quant.config import ConfigError, OptimizerConfig
 from ds_quant.optim import QuantAdamW
+from ds_quant.optim.kinds import FIXED, IMPLEMENTATIONS
 from ds_quant.optim.setup import (
-    FIXED,
-    IMPLEMENTATIONS,
     ParameterNames,
     adopt,
     builder,
@@ -105,11 +104,12 @@ def test_fixed_keys():
 @pytest.mark.parametrize(
     ("raw", "message"),
     [
-        ({}, r"optimizer: got null; allowed: an optimizer of type Adam or AdamW .*; fix: add \"optimizer\""),
+        ({}, r"optimizer: got null; allowed: an optimizer of type Adam, AdamW, .*; fix: add \"optimizer\""),
         ({"optimizer": {}}, r"optimizer: got \{\}; "),
         ({"optimizer": {"params": {}}}, r"optimizer: got "),
         ({"optimizer": "AdamW"}, r'optimizer: got "AdamW"; '),
-        (section("Lion"), r'optimizer.type: got "Lion"; allowed: "Adam", "AdamW" .*; fix: set "AdamW"'),
+        (section("Lamb"), r'optimizer.type: got "Lamb"; allowed: "Adam", "AdamW", "Lion", .*; fix: set "AdamW"'),
+        (section("sgd"), r'optimizer.type: got "sgd"; '),
         (section("OneBitAdam"), r'optimizer.type: got "OneBitAdam"; '),
         (
             section(momentum=0.9),
