@@ -1,4 +1,4 @@
-"""A state of an optimizer as a tensor: fp32 to whoever looks at it, codes of few bits and scales in memory.
+"""An optimizer state as a tensor: it reads as fp32, and is stored as low-bit codes and scales.
 
 DeepSpeed's checkpoints, universal checkpoints and `safe_get_full_optimizer_state` handle `state["exp_avg"]` as an fp32
 tensor of the parameter's shape: they detach, narrow, copy and pickle it. `QuantizedState` answers so that no bit is
