@@ -1,11 +1,11 @@
 """Diagnostics inside training: a look every so many optimizer steps, on the batches that the run itself trains on.
 
 A look covers the first micro-batch of a step, on all ranks. Before its forward the recorders' hooks are attached, after
-its backward they are removed; after the step the second moments are looked at, what the ranks saw is added up, and rank
+its backward they are removed; after the step the second moments are measured, what the ranks saw is added up, and rank
 0 hands the figures to DeepSpeed's monitor and writes them.
 No value of the run is changed and no random bit is drawn, so that the training is bit for bit that without.
 
-A diagnostic that fails is told of and left out, on all ranks alike: training goes on.
+A diagnostic that fails is reported and left out on all ranks: training goes on.
 """
 
 import time
@@ -79,7 +79,7 @@ class TrainingDiagnostics:
     # ---- what the engine tells
 
     def before_forward(self) -> None:
-        """Attach the hooks where this is the first forward of a step that is looked at."""
+        """Attach the hooks where this is the first forward of a step that is measured."""
         engine = self._engine
         if not (engine.module.training and torch.is_grad_enabled()):
             return
@@ -267,7 +267,7 @@ class TrainingDiagnostics:
 
 
 def _without_second_moment(choice: Choice, config: DiagnosticsConfig, engine: Any) -> Choice:
-    """Where the optimizer is none of the Adam family: `moments` left out, or refused if it was asked for by name."""
+    """If the optimizer is not of the Adam family: `moments` left out, or refused if it was asked for by name."""
     optimizer = type(engine.basic_optimizer).__name__
     if "moments" not in choice.kinds or "adam" in optimizer.lower():
         return choice

@@ -1,6 +1,6 @@
 """Weights that swing between two codes: the paper's explanation of why 4-bit weights fail (arXiv 2407.11722).
 
-The codes of a fixed sample of each layer's weights are looked at every so many steps. Between two looks a code has
+The codes of a fixed sample of each layer's weights are sampled every so many steps. Between two looks a code has
 changed or not; a change in the direction against that of the weight's last change is a reversal, as in Nagel et al.
 2022 (arXiv 2203.11086, equations 4 and 5, there step by step). A weight that learns crosses thresholds in one
 direction; one that oscillates sits at a threshold and reverses. The distance to the nearest decision threshold (where
@@ -114,7 +114,7 @@ class OscillationRecorder(Recorder):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from `state_dict`; layers whose sample was another are begun anew."""
+        """Continue from `state_dict`; layers with a different sample start over."""
         self._history = {name: list(history) for name, history in state["codes"].items()}
         self._direction = dict(state["directions"])
 
