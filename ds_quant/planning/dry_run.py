@@ -38,7 +38,7 @@ _FILLS = (aten.copy_.default, aten.fill_.Scalar, aten.fill_.Tensor, aten.zero_.d
 
 
 class DryRun(TorchDispatchMode):
-    """While it lasts, this thread's operators allocate and do nothing else. Make and train models of any size in it."""
+    """Context in which this thread's operators only allocate. Models of any size can be made and trained in it."""
 
     def __init__(self) -> None:
         super().__init__()
