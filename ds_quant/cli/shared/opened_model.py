@@ -46,7 +46,7 @@ class OpenedModel:
 
 
 def open_model(folder: str | Path) -> OpenedModel:
-    """Find the model that `folder` stands for, and look whether its files are there and whole.
+    """Find the model in `folder`, and check that its files exist and are complete.
 
     Raises:
         ConfigError: something is missing, cut short or broken.

@@ -22,7 +22,7 @@ def peak_extra_bytes(call: Callable[[], object], device: torch.device) -> int | 
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
     try:
-        _CLEAR.write_text("5")  # the peak of the resident set starts anew
+        _CLEAR.write_text("5")  # reset the peak of the resident set
     except OSError:
         return None
     before = _kilobytes("VmRSS")

@@ -1,4 +1,4 @@
-"""Signals that end the process, where something has to be put away first."""
+"""Clean up before a signal ends the process."""
 
 from __future__ import annotations
 
