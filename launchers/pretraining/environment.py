@@ -25,7 +25,7 @@ def ensure_process_group_variables() -> None:
 
 
 def _of_slurm_step() -> dict[str, str]:
-    """What torch wants to know, in a task that srun started: `deepspeed --launcher slurm` sets none of it.
+    """The variables that torch needs in a task that srun started: `deepspeed --launcher slurm` sets none of it.
 
     MASTER_ADDR and MASTER_PORT stay where they are set.
     """

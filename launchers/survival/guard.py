@@ -165,5 +165,5 @@ class Guard(TrainerCallback):
 
 
 def _looks(control: TrainerControl) -> bool:
-    """Whether the losses are looked at: that waits for the device, which logging and saving do anyway."""
+    """Whether to check the losses: that waits for the device, which logging and saving do anyway."""
     return bool(control.should_log or control.should_save)
