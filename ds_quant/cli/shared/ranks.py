@@ -1,4 +1,4 @@
-"""Runs a program as one process a rank, over loopback or over a link, and leaves none of them running."""
+"""Runs a program as one process a rank, over loopback or over a link, and stops all of them at the end."""
 
 from __future__ import annotations
 
