@@ -107,7 +107,7 @@ class OscillationRecorder(Recorder):
         self._sums[name] += counts
 
     def state_dict(self) -> dict[str, Any]:
-        """What the next look is compared with, as CPU tensors: what a resumed run needs."""
+        """The state that the next look is compared with, as CPU tensors, for a resumed run."""
         return {
             "codes": {name: [codes.cpu() for codes in history] for name, history in self._history.items()},
             "directions": {name: direction.cpu() for name, direction in self._direction.items()},
