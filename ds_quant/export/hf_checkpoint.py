@@ -33,7 +33,7 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class HFCheckpoint:
-    """A folder that was looked through: every file is there and has its whole length."""
+    """A folder that has been checked: every file exists and has its full length."""
 
     folder: Path
     config: dict[str, Any]
