@@ -95,7 +95,7 @@ def attempt(name: str, base: str, call: Callable[[], object]) -> bool:
     except Exception as error:
         reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
         if name == base:
-            allowed = "what others are compared with runs; mend that"
+            allowed = "a baseline that runs; fix that error"
             raise CommandError(f"{base}: got {reason}; allowed: {allowed}") from error
         print(f"left out: {name}: {reason}")
         return False

@@ -155,7 +155,7 @@ def _report(
         print(f"left out: {who}: {problem}")
     for base in BASE.values():
         if base in failed:
-            raise CommandError(f"{base}: got {failed[base]}; allowed: what others are compared with runs; mend that")
+            raise CommandError(f"{base}: got {failed[base]}; allowed: a baseline that runs; fix that error")
     # A collective is over when the last rank has its result.
     seconds = {
         who: [max(turn) for turn in zip(*(m.seconds[who] for m in measured), strict=True)]

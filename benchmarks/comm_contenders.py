@@ -164,7 +164,7 @@ class _DDP:
             # DDP takes the mean over the ranks.
             return torch.cat([p.grad.flatten() for p in ddp.parameters() if p.grad is not None]) * dist.get_world_size()
 
-        # DDP makes its buckets anew after the first backward, and PowerSGD sends the first two as they are.
+        # DDP rebuilds its buckets after the first backward, and PowerSGD sends the first two as they are.
         for _ in range(3):
             before()
             loss[0].backward()

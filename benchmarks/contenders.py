@@ -23,7 +23,7 @@ class Contender(NamedTuple):
     name: str
     make: Make
     needs: str | None = None
-    """The package that it comes from, if it is none of ours."""
+    """The package that it comes from, if it is not ours."""
 
 
 def _quant(exp_avg: dict | None, exp_avg_sq: dict | None) -> Make:

@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "torch._int_mm on codes that are there already, over its own. `saved` is what the layer holds between forward "
         "and backward for the latter, bytes for each element of X; `kept` what it keeps beside that and its "
         "parameters, from step to step; `extra` the peak of memory during a call, gradients included. Codes of weights "
-        "are made anew in every call, as after a step of the optimizer. On cuda, times are those of the device, by "
+        "are made again in every call, as after a step of the optimizer. On cuda, times are those of the device, by "
         "replay of a CUDA graph (by events where none can be captured, as a line says); the host's stand beside them. "
         "Competitors: pip install 'ds_quant[bench]'."
     )

@@ -66,7 +66,7 @@ class Contender(NamedTuple):
     name: str
     make: Callable[[Operands], Layer]
     needs: str | None = None
-    """The package that it comes from, if it is none of ours."""
+    """The package that it comes from, if it is not ours."""
 
 
 BASE = "bf16 nn.Linear"

@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "in the same round, median and 20th to 80th percentile, `speed-up` one over it. `saved` is what the forward "
         "leaves for the backward, parameters apart, `linears` the part of it that linear layers saved; `kept` is what "
         "layers keep beside that from step to step; `extra` the peak of memory during a step, gradients included. "
-        "Codes of weights are made anew in every step. lm_head is quantized only where it says so. On cuda, times are "
+        "Codes of weights are made again in every step. lm_head is quantized only where it says so. On cuda, times are "
         "those of the device between events, and the host's stand beside them: a step of more launches than a queue "
         "holds is as slow as its host. Competitors: pip install 'ds_quant[bench]'."
     )

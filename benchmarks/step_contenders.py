@@ -61,7 +61,7 @@ class Contender(NamedTuple):
     autocast: bool = False
     compiled: bool = False
     needs: str | None = None
-    """The package that it comes from, if it is none of ours."""
+    """The package that it comes from, if it is not ours."""
 
     def make(self, model: nn.Module, batch: Tensor, *, with_optimizer: bool, backend: str = "inductor") -> Step:
         return Step(

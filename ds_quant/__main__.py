@@ -3,8 +3,8 @@
     python -m ds_quant train.py ARGS              deepspeed --module ds_quant train.py ARGS
     python -m ds_quant -m package.train ARGS      accelerate launch -m ds_quant train.py ARGS
 
-Launchers put options of their own, such as DeepSpeed's --local_rank=N, before the script's name: those are handed on to
-the script, in front of its own.
+Launchers put options of their own, such as DeepSpeed's --local_rank=N, before the script's name: those are passed on
+to the script, in front of its own.
 """
 
 import atexit
@@ -38,13 +38,13 @@ def _one_rank_without_a_launcher() -> None:
 
 
 def _say_if_nothing_was_quantized(target: str) -> None:
-    """At the end of a process whose script never came to deepspeed.initialize: it may have trained all the same."""
+    """Warn at exit if the script never called deepspeed.initialize: it may have trained unquantized."""
     from ds_quant import engine
     from ds_quant.base.log import warn
 
     if not engine.was_called():
         warn(
-            f"nothing was quantized by a config: {target} never called deepspeed.initialize, so that the ds_quant "
+            f"nothing was quantized by a config: {target} never called deepspeed.initialize, so the ds_quant "
             "section of its config, if it has one, was not read. Hand the config to the Trainer (--deepspeed FILE), to "
             "accelerate (deepspeed_config_file) or to deepspeed.initialize"
         )

@@ -15,7 +15,7 @@ A run is
     running   status.json says so or is not there, and it or metrics.csv changed in the last --stale-after seconds
     stopped   a signal ended it after a checkpoint: to be started again
     diverged  status.json says so, or a loss in metrics.csv or summary.json is NaN or Inf
-    failed    it has begun, and is none of these
+    failed    it has started and is in no other state
     missing   --expect names it, and it is not there
 
 The table of runs gives the reason of what is stopped, diverged or failed.
@@ -102,7 +102,7 @@ def _collect(options: argparse.Namespace) -> int:
 def _check(options: argparse.Namespace, output: Path) -> None:
     for root in options.roots:
         if not root.is_dir():
-            raise CommandError(f"ROOT: got {names.shown(root)}; allowed: folders that are there; correct it")
+            raise CommandError(f"ROOT: got {names.shown(root)}; allowed: existing folders; fix: correct the path")
     if not options.stale_after >= 0:
         raise CommandError(f"--stale-after: got {options.stale_after}; allowed: seconds, 0 or more; correct it")
     if runs.is_run(output):

@@ -182,7 +182,7 @@ def _positive(name: str, text: str, *, whole: bool = False) -> float:
 
 
 def _world_size() -> int:
-    """How many ranks a run will have; 1 where nobody knows yet."""
+    """How many ranks a run will have; 1 if not known yet."""
     gpus = os.environ.get("SLURM_GPUS_ON_NODE") or os.environ.get("SLURM_GPUS_PER_NODE") or "1"
     ranks = os.environ.get("RANKS_PER_NODE") or gpus.rpartition(":")[2]
     nodes = os.environ.get("SLURM_JOB_NUM_NODES") or "1"

@@ -1,4 +1,4 @@
-"""Whether the files of a checkpoint are there and whole, and reading them, before anything is loaded from them."""
+"""Check that the files of a checkpoint exist and are complete, and read them, before anything is loaded."""
 
 import importlib
 import os
@@ -21,7 +21,7 @@ TRUSTED = (
     "ds_quant.moment.rebuild_moment",
     "ds_quant.optim.state.rebuild_moment",
 )
-"""What DeepSpeed's files name besides what torch trusts by itself: holders of values, whose making runs nothing."""
+"""Classes in DeepSpeed's files, besides those that torch trusts, that only hold values and run no code when made."""
 
 
 def check_files(paths: Iterable[str]) -> None:
@@ -35,7 +35,7 @@ def check_files(paths: Iterable[str]) -> None:
             fix = f"load another tag; if the number of ranks has changed, {universal_fix(path)}"
             lines.append(problem(path, "no such file", "the moments of this rank", fix))
         elif not zipfile.is_zipfile(path):
-            got = f"a file of {os.path.getsize(path)} bytes that ends too early or is none of torch.save's"
+            got = f"a file of {os.path.getsize(path)} bytes that is truncated or was not written by torch.save"
             lines.append(problem(path, got, "a whole file", "load another tag, or copy the checkpoint again"))
     if lines:
         raise ConfigError("\n".join(lines))
@@ -59,7 +59,7 @@ def universal_fix(path: str) -> str:
 
 
 def to_universal(states: Path, out: Path) -> str | None:
-    """Convert the folder of DeepSpeed's files to its universal format; what went wrong, in a line, or None."""
+    """Convert a folder of DeepSpeed's files to its universal format. Returns the error in one line, or None."""
     command = [
         *(sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"),
         *("--input_folder", str(states), "--output_folder", str(out)),
@@ -75,14 +75,14 @@ def to_universal(states: Path, out: Path) -> str | None:
 
 
 def read_checkpoint_file(path: str, *, mmap: bool = False) -> Any:
-    """What torch.save put there, on the CPU, without running code that the file names (weights_only).
+    """Load a file of torch.save to the CPU without running code that it names (weights_only).
 
     mmap: leave the tensors on the disk.
 
     Raises:
         ConfigError: the file is broken, or names anything besides tensors, plain values and TRUSTED.
     """
-    import torch  # what only looks for files does not need it
+    import torch  # not needed to look for files
 
     try:
         named = torch.serialization.get_unsafe_globals_in_checkpoint(path)

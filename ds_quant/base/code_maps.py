@@ -1,6 +1,6 @@
-"""Which maps of an optimizer's states there are, for the JSON: their definitions are in `numerics.codes`.
+"""The names and bits of the maps of optimizer states, for the JSON. Their definitions are in `numerics.codes`.
 
-Apart from those, so that a config is checked without importing torch.
+They are kept here so that a config can be checked without importing torch.
 """
 
 MAP_BITS: dict[str, tuple[int, ...]] = {"float": (8,), "power": (8, 4), "linear": (8, 4), "dynamic": (8, 4)}

@@ -1,4 +1,4 @@
-"""What a user is told when a setting cannot be followed: where, what was got, what is allowed, the fix."""
+"""Errors for settings that cannot be followed: where, what was got, what is allowed, the fix."""
 
 import difflib
 import json
@@ -26,7 +26,7 @@ def fail(where: str, got: Any, allowed: str, fix: str) -> ConfigError:
 
 
 def closest(name: object, names: Iterable[str], cutoff: float = 0.6) -> str | None:
-    """The one of `names` that `name` is most likely a slip of."""
+    """The closest match to a misspelled `name` among `names`."""
     if not isinstance(name, str):
         return None
     lowered = {candidate.lower(): candidate for candidate in names}

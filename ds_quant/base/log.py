@@ -1,6 +1,6 @@
 """What ds_quant tells the user: one line each, from rank 0, on stderr.
 
-Apart from DeepSpeed's logger, which is silent below warnings by default; `logging.getLogger("ds_quant")` takes the
+Separate from DeepSpeed's logger, which is silent below warnings by default; `logging.getLogger("ds_quant")` takes the
 usual settings.
 """
 

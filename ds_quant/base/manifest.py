@@ -41,7 +41,7 @@ def share(paths: list[str], rank: int, world_size: int) -> list[str]:
 
 
 def digest(folder: Path, paths: Iterable[str]) -> list[FileEntry]:
-    """Read files and hash them; each is on the disk, and not only in memory, when this returns."""
+    """Read files and hash them. When this returns, each has been flushed to disk."""
     entries = []
     for path in paths:
         with (folder / path).open("rb") as file:
@@ -60,7 +60,7 @@ def write(folder: Path, entries: Iterable[FileEntry], about: dict[str, Any]) -> 
 
 
 def read(folder: Path) -> dict[str, Any] | None:
-    """The manifest; None where there is none. Raises ValueError for one that cannot be understood."""
+    """The manifest, or None if there is none. Raises ValueError if it cannot be understood."""
     try:
         text = (folder / NAME).read_text()
     except FileNotFoundError:
@@ -71,7 +71,7 @@ def read(folder: Path) -> dict[str, Any] | None:
         found = json.loads(text)
         entries = [FileEntry(**entry) for entry in found["files"]]
     except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise ValueError(f"its {NAME} was cut short or is none of this program") from error
+        raise ValueError(f"its {NAME} was cut short or was not written by this program") from error
     if found.get("format") != FORMAT:
         raise ValueError(f"its {NAME} has format {found.get('format')!r}, and this program knows {FORMAT}")
     return {**found, "files": entries}

@@ -1,6 +1,6 @@
 """Modules under the names that they had in version 0.1: pickles, and so checkpoints, name them.
 
-An old name gives the very module of today, so that classes are the same under both.
+An old name gives the current module itself, so classes are the same under both names.
 """
 
 import importlib
@@ -88,6 +88,6 @@ class _Finder(MetaPathFinder):
 
 
 def keep() -> None:
-    """From now on in this process the old names can be imported."""
+    """Make the old names importable in this process."""
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())  # before those of editable installs

@@ -1,4 +1,4 @@
-"""The ranks of a job: one that no launcher started, the ports where ranks meet, and how they part."""
+"""Process groups: a single rank without a launcher, free ports, and a clean shutdown."""
 
 import contextlib
 import os
@@ -7,13 +7,13 @@ import socket
 from pathlib import Path
 
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
-"""By any of these a process knows that a launcher started it."""
+"""Any of these variables shows that a launcher started this process."""
 
 
 def free_port() -> int:
     """A TCP port for a program that is started next.
 
-    Below 32768: from there on systems hand out ports to any connection, and one may begin before that program does.
+    Below 32768: higher ports may be assigned to any outgoing connection before that program starts.
 
     Raises:
         OSError: a hundred ports in a row were taken.
@@ -33,7 +33,7 @@ def become_one_rank() -> None:
 
 
 def leave_process_group() -> None:
-    """End the process group of a rank that has done its work; without one, nothing happens.
+    """Destroy the process group of a rank that has finished, if there is one.
 
     Gloo's threads may still hold the tensors of the last collective. A thread that frees one while the interpreter ends
     aborts the process ("terminate called without an active exception", PyTorch issue 190489); this waits for them. Not

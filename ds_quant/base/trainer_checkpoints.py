@@ -28,7 +28,7 @@ def step_of(checkpoint: Path) -> int:
 
 
 def newest_whole(output_dir: Path, *, contents: bool = False, say: Callable[[str], None] = print) -> Path | None:
-    """The newest checkpoint of this program that nothing is wrong with; `say` is told of those passed over."""
+    """The newest valid checkpoint of this program; `say` is called for each one that is skipped."""
     for path in reversed(listed(output_dir)):
         problem = defect(path, contents=contents, ours=True)
         if problem is None:
@@ -38,11 +38,11 @@ def newest_whole(output_dir: Path, *, contents: bool = False, say: Callable[[str
 
 
 def defect(checkpoint: Path, *, contents: bool = False, ours: bool = False) -> str | None:
-    """What is wrong with a checkpoint folder, in words; None if it is whole.
+    """What is wrong with a checkpoint folder; None if it is complete.
 
     Args:
         contents: whether to read every byte and compare it with the manifest.
-        ours: whether a folder without a manifest is broken; otherwise it is looked at for what the Trainer writes.
+        ours: whether a folder without a manifest is broken; otherwise it is checked for the Trainer's own files.
     """
     if not checkpoint.is_dir():
         return "there is no such folder"

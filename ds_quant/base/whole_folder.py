@@ -1,4 +1,4 @@
-"""Folders and files that are there whole or not at all: written beside their place and renamed into it."""
+"""Atomic writing of folders and files: written beside their place and renamed into it."""
 
 import contextlib
 import json
@@ -23,7 +23,7 @@ def check_new(out: Path) -> Path:
 
 @contextlib.contextmanager
 def whole_folder(out: Path) -> Iterator[Path]:
-    """A folder to write into that becomes `out` at the end, or vanishes."""
+    """A folder to write into that becomes `out` at the end, or is removed on an error."""
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     temporary.mkdir()
     try:
@@ -67,7 +67,7 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def sync(path: Path) -> None:
-    """Bring a file, or a folder's own entries, to the disk: a rename survives a power cut only then."""
+    """Flush a file, or a folder's entries, to disk: only then does a rename survive a power cut."""
     opened = os.open(path, os.O_RDONLY)
     try:
         os.fsync(opened)

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 def main(argv: list[str] | None = None, *, prog: str = "ds_quant evaluate") -> int:
-    """Evaluate once; returns the exit status. `prog`: what was called, as the record of it says."""
+    """Evaluate once and return the exit status. `prog`: the command name to record."""
     terminal.let_threads_sleep()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # Forks of a process in which torch's threads run may hang: lm-eval is to bootstrap in this one.

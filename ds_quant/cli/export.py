@@ -2,7 +2,7 @@
 
 With linears trained in W8A8 (or with 4- or 8-bit weights alone) OUT is a compressed-tensors checkpoint: codes times
 scale is the very weight that training multiplied by, bit for bit, and nothing is calibrated. With `--format bf16` it is
-the same checkpoint in bf16, without quantizers. docs/export.md tells what each server makes of it.
+the same checkpoint in bf16, without quantizers. docs/export.md says how each server handles it.
 
 OUT is written beside its place and renamed into it at the end.
 """
@@ -30,7 +30,7 @@ def main(arguments: list[str] | None = None, *, prog: str = "ds_quant_export") -
     parser.add_argument("--config", help="the DeepSpeed JSON of the training, where the checkpoint has no section")
     parser.add_argument("--format", choices=FORMATS, default=FORMATS[0], help="default: %(default)s")
     options = parser.parse_args(arguments)
-    signal.signal(signal.SIGTERM, _leave)  # by an exception, which removes what was begun
+    signal.signal(signal.SIGTERM, _leave)  # by an exception, which removes the unfinished output
     try:
         report = export(options.checkpoint, options.out, config=options.config, format=options.format)
     except ConfigError as error:

@@ -66,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Plan and print; 1 where it does not fit. Raises ConfigError for what makes no sense."""
+    """Plan and print; returns 1 if it does not fit. Raises ConfigError for invalid requests."""
     from ds_quant.planning.configs import job_config
     from ds_quant.planning.plan import MAX_RANKS, Planner, Request, Setting, check_batch
     from ds_quant.planning.predict import Predictor
@@ -158,7 +158,7 @@ def fitting(planner: Planner, predictor: Predictor, setting: Setting, memory: in
     most = setting.world_size
     least = planner.least_hardware(memory, most)
     if least is None:
-        # Not on what there is: on more of it?
+        # It does not fit: would it on more hardware?
         least = planner.least_hardware(memory, MAX_RANKS)
     if least is not None:
         report["least_hardware"] = describe(planner.outcome(least), least, planner.request)

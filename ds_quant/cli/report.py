@@ -189,7 +189,7 @@ def main(arguments: list[str] | None = None, *, prog: str = "ds_quant_report") -
     parser = argparse.ArgumentParser(prog=prog, description=__doc__)
     parser.add_argument("config", nargs="?", help="a DeepSpeed JSON; the report then says what it will do")
     parser.add_argument("--schema", action="store_true", help="print the JSON schema of the ds_quant section and stop")
-    parser.add_argument("--for", dest="way", choices=WAYS, help="print the config as this way in wants it, and stop")
+    parser.add_argument("--for", dest="way", choices=WAYS, help="print the config for this front end and exit")
     parser.add_argument("--output", help="with --for: the file to write instead")
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help='with --for: the value of an "auto", as JSON'

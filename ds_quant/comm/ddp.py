@@ -67,7 +67,7 @@ class DDPState:
         self._reduced: list[tuple[Exchange, Tensor, torch.futures.Future[Tensor]]] = []
 
     def traffic(self) -> Traffic:
-        """What this rank sent since the last call, and what quantizing cost."""
+        """Bytes sent and quantization error of this rank since the last call."""
         return self._reducer.statistics.take()
 
     def state_dict(self) -> dict[str, Any]:
@@ -91,7 +91,7 @@ class DDPState:
         """Take a bucket (torch.distributed.GradBucket) one step on, and those before it."""
         buffer = bucket.buffer()
         if bucket.index() == 0:
-            self._sent, self._reduced = [], []  # of a backward that failed
+            self._sent, self._reduced = [], []  # left by a backward that failed
         future: torch.futures.Future[Tensor] = torch.futures.Future(
             devices=[] if buffer.device.type == "cpu" else [buffer.device]
         )
@@ -120,7 +120,7 @@ class DDPState:
         return future
 
     def _advance(self) -> None:
-        """Take every bucket under way one step on, the eldest first."""
+        """Take every bucket under way one step on, the oldest first."""
         for exchange, buffer, future in self._reduced:
             exchange.finish()
             future.set_result(buffer)

@@ -63,7 +63,7 @@ class ErrorFeedback:
         self.transactional = transactional
         self._segments: dict[str, dict[Key, _Segment]] = {}
         self._older: dict[str, list[Key]] = {}
-        """Segments of parameters that this step has cut anew, as they were before: in order."""
+        """Segments of parameters that this step has cut differently, as they were before: in order."""
 
     def slots(self, sent: Iterable[Piece], device: torch.device) -> Slots:
         """Residuals to add to pieces, and where to write what is owed next."""
@@ -105,7 +105,7 @@ class ErrorFeedback:
                 if segment.is_pending and segment.pending is not None:
                     segment.committed, segment.pending = segment.pending, segment.committed
                     segment.is_pending = False
-            # Older cuts of elements that have been cut anew have given what they owed.
+            # Older segments of recut elements have passed on their residuals.
             for key in [key for key in self._older.get(name, ()) if not segments[key].in_use]:
                 if any(_overlap(key, other) for other, segment in segments.items() if segment.in_use):
                     del segments[key]
@@ -118,7 +118,7 @@ class ErrorFeedback:
         for name, segments in self._segments.items():
             older = set(self._older.get(name, ()))
             for key in [key for key, segment in segments.items() if segment.in_use and older and key not in older]:
-                del segments[key]  # cut anew in this step: what it collected is still with the older ones
+                del segments[key]  # new in this step: the older segments still hold its residuals
             for segment in segments.values():
                 segment.is_pending = segment.in_use = False
         self._older.clear()

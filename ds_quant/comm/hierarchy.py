@@ -73,7 +73,7 @@ def make_nodes(group: backend.Group, size: int) -> Nodes:
 
 @contextmanager
 def _unbound(world: Any) -> Iterator[None]:
-    """While it lasts, the group of all ranks is bound to no device.
+    """Context in which the group of all ranks is bound to no device.
 
     Where it is (`init_process_group(device_id=...)`, as DeepSpeed calls it on CUDA), torch splits new groups off from
     its communicator, for which it waits for all ranks of the job: also for those that are in none of these groups.

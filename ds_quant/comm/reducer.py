@@ -37,7 +37,7 @@ class Reducer:
     Args:
         config: what the JSON says.
         group: a process group; None: all ranks.
-        feedback: where residuals are kept; made here where the config wants them and None is given.
+        feedback: where residuals are kept; made here if the config asks for them and None is given.
         statistics: where traffic is counted; own ones if None.
         seed: of stochastic rounding; each rank draws for itself.
 

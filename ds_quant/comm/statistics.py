@@ -1,4 +1,4 @@
-"""What crossed the wire, and what that cost in accuracy."""
+"""Bytes sent over the wire, and the quantization error of what was sent."""
 
 import math
 from typing import NamedTuple
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class Traffic(NamedTuple):
-    """What one rank sent, and what that cost, since the last `take`."""
+    """Bytes sent and quantization error of one rank since the last `take`."""
 
     sent_bytes: int
     """What this rank put on the wire for the exchanges of gradients, scales included; of two levels, between nodes."""
@@ -66,7 +66,7 @@ class Statistics:
         return self._on_devices[device, stream]
 
     def take(self) -> Traffic:
-        """What was counted, and start anew. Waits for the devices where errors were counted on some."""
+        """Return the counts and reset them. Waits for devices on which errors were counted."""
         if self.errors is not None:
             for counted in self._on_devices.values():
                 self.errors += counted.cpu().numpy()

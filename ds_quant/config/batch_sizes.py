@@ -1,4 +1,4 @@
-"""The three batch sizes of a DeepSpeed config, where DeepSpeed's own errors do not say what mends them."""
+"""The three batch sizes of a DeepSpeed config, with the fixes that DeepSpeed's own errors leave out."""
 
 import os
 from typing import Any
@@ -9,7 +9,7 @@ BATCH_SIZES = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_a
 
 
 def check_filled(config: dict[str, Any]) -> None:
-    """Raise ConfigError where `deepspeed.zero.Init` would meet an "auto" among them: it wants numbers, before anybody
+    """Raise ConfigError where `deepspeed.zero.Init` would meet an "auto" among them: it needs numbers, before anything
     has filled them in."""
     left = [key for key in BATCH_SIZES if config.get(key) == "auto"]
     if left:
@@ -32,10 +32,10 @@ def check_ranks(config: dict[str, Any], num_ranks: int, *, on_cpu: bool) -> None
         return
     fix = f"write {total * num_ranks}, or leave it out: DeepSpeed computes it"
     if on_cpu:
-        # Without an accelerator and unless it is told, accelerate takes every process for the only one.
+        # Without an accelerator, accelerate assumes by default that each process is the only one.
         fix = (
-            "if you did not write it, then accelerate takes each process for the only one, as it does on CPUs that it "
-            "was not told of: give the Trainer --use_cpu, or a loop of your own "
+            "if you did not write it, accelerate assumed that each process is the only one, as it does on CPUs "
+            "by default: give the Trainer --use_cpu, or a loop of your own "
             'Accelerator(kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")]); else ' + fix
         )
     raise fail(
@@ -48,5 +48,5 @@ def check_ranks(config: dict[str, Any], num_ranks: int, *, on_cpu: bool) -> None
 
 
 def num_ranks() -> int:
-    """As the launcher set it; 1 without one."""
+    """The world size that the launcher set; 1 without a launcher."""
     return int(os.environ.get("WORLD_SIZE", "1"))

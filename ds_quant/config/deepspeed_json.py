@@ -194,7 +194,7 @@ def near_miss_keys(config: dict[str, Any]) -> list[str]:
 
 
 def _leaves(node: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """(path, value) of everything that is not an object; the section is none of DeepSpeed's business."""
+    """(path, value) of everything that is not an object; without the ds_quant section."""
     if not isinstance(node, dict):
         yield path, node
         return

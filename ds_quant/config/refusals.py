@@ -1,7 +1,7 @@
 """What of DeepSpeed's JSON cannot be combined with the section, and why.
 
 Each row names a setting by its path; its value is looked up in the raw JSON, before DeepSpeed reads it. Model classes
-that are refused (PipelineModule) are not the JSON's business: the engine checks those.
+that are refused (PipelineModule) are not in the JSON: the engine checks those.
 """
 
 from collections.abc import Callable

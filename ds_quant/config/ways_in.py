@@ -1,4 +1,4 @@
-"""A DeepSpeed config as each way into DeepSpeed wants it: who fills which `"auto"`, and who brings the optimizer."""
+"""A DeepSpeed config for each front end: who fills in which `"auto"`, and who provides the optimizer."""
 
 import copy
 from typing import Any

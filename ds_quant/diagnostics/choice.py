@@ -1,4 +1,4 @@
-"""What the JSON's diagnostics come to in a run: the kinds, the quantizers that they measure, and what is left out."""
+"""Resolves the JSON's diagnostics for a run: the kinds, the quantizers that they measure, and what is left out."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ TRAINING_KINDS = ("outliers", "gradient_error", "gradient_norms", "moments", "qu
 """What can be measured inside training."""
 
 _MOMENTS = ({"bits": 8}, {"bits": 4}, {"bits": 8, "map": "linear"})
-"""What a second moment in 32 bits is measured with: this package's own storage, and the map that the paper saw fail."""
+"""Storage to measure a second moment of 32 bits with: this package's own, and the map that failed in the paper."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Choice:
     wire: GradientCommunicationConfig | None
     """What the weight gradients go through afterwards."""
     moments: tuple[MomentConfig, ...]
-    """How the second moment is stored, or might be, that is measured."""
+    """The storage of the second moment to measure, whether or not the run uses it."""
     left_out: tuple[str, ...]
     """A line for each kind that this run has no component for, where none was asked for by name."""
 

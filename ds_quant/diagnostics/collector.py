@@ -1,11 +1,11 @@
 """Diagnostics inside training: a look every so many optimizer steps, on the batches that the run itself trains on.
 
 A look covers the first micro-batch of a step, on all ranks. Before its forward the recorders' hooks are attached, after
-its backward they are removed; after the step the second moments are looked at, what the ranks saw is added up, and rank
-0 hands the figures to DeepSpeed's monitor and writes them.
-No value of the run is changed and no random bit is drawn, so that the training is bit for bit that without.
+its backward they are removed; after the step the second moments are measured, what the ranks saw is added up, and rank
+0 passes the figures to DeepSpeed's monitor and writes them.
+No value of the run is changed and no random bit is drawn, so training is bit for bit the same as without diagnostics.
 
-A diagnostic that fails is told of and left out, on all ranks alike: training goes on.
+A diagnostic that fails is reported and left out on all ranks: training goes on.
 """
 
 import time
@@ -76,10 +76,10 @@ class TrainingDiagnostics:
         for line in self._lines():
             say(line)
 
-    # ---- what the engine tells
+    # ---- called by the engine
 
     def before_forward(self) -> None:
-        """Attach the hooks where this is the first forward of a step that is looked at."""
+        """Attach the hooks where this is the first forward of a step that is measured."""
         engine = self._engine
         if not (engine.module.training and torch.is_grad_enabled()):
             return
@@ -111,7 +111,7 @@ class TrainingDiagnostics:
             self.seconds += time.perf_counter() - begin
 
     def loaded(self, state: dict[str, Any] | None) -> None:
-        """Go on from a checkpoint: what diagnostics remember between two looks is what they remembered then."""
+        """Resume from a checkpoint: restore what diagnostics keep between two looks."""
         self._detach()
         self._recorders = self._make()
         state = state or {}
@@ -165,7 +165,7 @@ class TrainingDiagnostics:
                 recorder.observe(name, moment)
 
     def _join(self) -> list[str]:
-        """Add up what the ranks saw; the kinds that failed on none of them."""
+        """Add up the records of the ranks; returns the kinds that failed on none of them."""
         device = torch.device(self._engine.device)
         failed = torch.tensor([guarded.error is not None for guarded in self._recorders.values()], dtype=torch.int32)
         failed = failed.to(device)
@@ -207,7 +207,7 @@ class TrainingDiagnostics:
         return {recorder.kind: Guarded(recorder) for recorder in make_recorders(self.choice)}
 
     def _begin(self) -> None:
-        """Make the folder ready at the first training step, when it is known where the run begins."""
+        """Prepare the folder at the first training step, when the starting step is known."""
         self._begun = True
         if not self._is_first or not self.may_write():
             return

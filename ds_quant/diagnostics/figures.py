@@ -85,7 +85,7 @@ def _new(columns: int = 1, *, height: float = 3.4, width: float = 9.0) -> tuple[
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    # Not pyplot: no window system is looked for, and nothing global is left behind.
+    # Not pyplot: it would look for a window system and keep global state.
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure, list(figure.subplots(1, columns, squeeze=False)[0])

@@ -1,4 +1,4 @@
-"""A recorder in training, where nothing that it does may end the run; and what several ranks saw, added up."""
+"""A recorder whose failures never end the run, and the sums of what the ranks recorded."""
 
 import time
 from collections.abc import Callable, Sequence

@@ -34,7 +34,7 @@ class Measurement:
     """One diagnostic at one step.
 
     Raises:
-        ConfigError: `kind` is none of `KINDS`.
+        ConfigError: `kind` is not in `KINDS`.
     """
 
     kind: str

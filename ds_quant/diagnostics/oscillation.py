@@ -1,6 +1,6 @@
 """Weights that swing between two codes: the paper's explanation of why 4-bit weights fail (arXiv 2407.11722).
 
-The codes of a fixed sample of each layer's weights are looked at every so many steps. Between two looks a code has
+The codes of a fixed sample of each layer's weights are sampled every so many steps. Between two looks a code has
 changed or not; a change in the direction against that of the weight's last change is a reversal, as in Nagel et al.
 2022 (arXiv 2203.11086, equations 4 and 5, there step by step). A weight that learns crosses thresholds in one
 direction; one that oscillates sits at a threshold and reverses. The distance to the nearest decision threshold (where
@@ -107,14 +107,14 @@ class OscillationRecorder(Recorder):
         self._sums[name] += counts
 
     def state_dict(self) -> dict[str, Any]:
-        """What the next look is compared with, as CPU tensors: what a resumed run needs."""
+        """The state that the next look is compared with, as CPU tensors, for a resumed run."""
         return {
             "codes": {name: [codes.cpu() for codes in history] for name, history in self._history.items()},
             "directions": {name: direction.cpu() for name, direction in self._direction.items()},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from `state_dict`; layers whose sample was another are begun anew."""
+        """Continue from `state_dict`; layers with a different sample start over."""
         self._history = {name: list(history) for name, history in state["codes"].items()}
         self._direction = dict(state["directions"])
 

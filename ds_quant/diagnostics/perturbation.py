@@ -43,7 +43,7 @@ def check_movable(model: nn.Module, where: str) -> dict[str, nn.Parameter]:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """No dropout, so that losses differ by what was moved alone."""
+    """Disable dropout, so that losses differ only by the perturbation."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:

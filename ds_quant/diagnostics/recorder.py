@@ -45,7 +45,7 @@ class Recorder:
         """The gradient of one parameter from one micro-batch on this rank, before any reduction or clipping."""
 
     def reset(self) -> None:
-        """Begin anew: what follows is another measurement."""
+        """Reset: start a new measurement."""
         for tensor in (*self._sums.values(), *self._maxima.values()):
             tensor.zero_()
 

@@ -1,6 +1,6 @@
 """A live engine tells a collector of diagnostics when its steps begin and end, and keeps its state in checkpoints.
 
-The collector itself (`ds_quant.diagnostics.collector`) lies above this package and is handed in.
+The collector itself (`ds_quant.diagnostics.collector`) lies above this package and is passed in.
 """
 
 from collections.abc import Iterator
@@ -139,7 +139,7 @@ def _load(folder: Path, device: torch.device) -> dict[str, Any] | None:
             try:
                 found[0] = torch.load(path, map_location="cpu", weights_only=True)
             except Exception as error:  # torch raises many kinds for a file cut short
-                fix = "copy the checkpoint again, or delete this file to begin the diagnostics anew"
+                fix = "copy the checkpoint again, or delete this file to restart the diagnostics"
                 raise fail(str(path), f"a file that cannot be read ({error})", "a whole one", fix) from error
 
     raise_together(read, device)

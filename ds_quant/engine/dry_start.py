@@ -17,7 +17,7 @@ def preload() -> None:
 
 @contextmanager
 def dry_start(config: dict[str, Any]) -> Iterator[None]:
-    """While it lasts, engines start without compiling anything, and without shared memory of their own.
+    """Context in which engines start without compiling anything, and without shared memory of their own.
 
     The optimizer of the JSON is torch's AdamW, which has the state of DeepSpeed's fused and CPU ones.
     """

@@ -66,7 +66,7 @@ def was_called() -> bool:
 
 
 def enable() -> None:
-    """Wrap `deepspeed.initialize`, once, so that Hugging Face's Trainer, accelerate and unchanged scripts obey the
+    """Wrap `deepspeed.initialize`, once, so that Hugging Face's Trainer, accelerate and unchanged scripts apply the
     `ds_quant` section. Call it before the Trainer or its TrainingArguments exist.
 
     Raises:
@@ -99,13 +99,13 @@ def initialize(
     mesh_param: Any = None,
     config_params: Any = None,
 ) -> tuple[Any, Any, Any, Any]:
-    """deepspeed.initialize that obeys the `ds_quant` section of the config. Same arguments, same 4-tuple.
+    """deepspeed.initialize that applies the `ds_quant` section of the config. Same arguments, same 4-tuple.
 
     Without the section, or with `"enabled": false`, it is deepspeed.initialize.
 
     Raises:
         ConfigError: the section, the config around it or the model asks for what cannot be done; the message says
-            where, what was got, what is allowed and what mends it.
+            where, what was got, what is allowed and the fix.
     """
     forwarded = {
         "args": args,

@@ -49,7 +49,7 @@ class GradientCommunication:
 
     @contextmanager
     def naming(self, tensors: Iterable[tuple[Tensor, Any]]) -> Iterator[None]:
-        """While it lasts, memory of each tensor is known to hold the gradient of the parameter beside it."""
+        """Context in which the memory of each tensor is known to hold the gradient of the parameter beside it."""
         before = self._places
         self._places = sorted(
             (tensor.data_ptr(), tensor.data_ptr() + tensor.numel() * tensor.element_size(), self.names[id(parameter)])

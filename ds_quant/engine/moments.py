@@ -20,10 +20,10 @@ _OFFLOADED = ("exp_avg", "exp_avg_sq")
 
 
 class Moments(Part):
-    """Moments of a live engine survive loading and offloading with their bits.
+    """Keep the moments of a live engine bit-exact through loading and offloading.
 
     Raises:
-        ConfigError: the engine's optimizer is none of QuantizedOptimizer.
+        ConfigError: the engine's optimizer is no QuantizedOptimizer.
     """
 
     # DeepSpeed's pinned buffers are fp32: four times the codes, and the codes would be lost.
@@ -64,7 +64,7 @@ class Moments(Part):
         engine = self.engine
         # Universal checkpoints bring the options of the groups that they were saved with, in their order (at stage 3
         # those of the first group, for all), and this run may have split its groups. How moments are stored and what
-        # decays is this run's business.
+        # decays is decided by this run.
         states = tuple(engine.basic_optimizer.STATES)
         kept = (*states, "weight_decay") if engine.load_universal_checkpoint() else states
         for group, options in zip(engine.basic_optimizer.param_groups, self._own_options, strict=True):
@@ -107,7 +107,7 @@ def _check_live(engine: Any) -> None:
 
 @contextmanager
 def _every_group_loaded(engine: Any, own: list[dict[str, Any]]) -> Iterator[None]:
-    """While it lasts, universal checkpoints load into all groups of stages 1 and 2, however many were saved.
+    """Context in which universal checkpoints load into all groups of stages 1 and 2, however many were saved.
 
     DeepSpeed goes through the saved groups and this run's in pairs, and leaves the weights and moments of groups that
     have no partner as they were: those of `exclude`, where a run without it was saved.
@@ -155,7 +155,7 @@ def _mend(engine: Any, files: list[str]) -> None:
 
 
 def _link_moments(engine: Any) -> bool:
-    """Point safe_get_full_optimizer_state at the moments as they are now; whether there is no more to link.
+    """Point safe_get_full_optimizer_state at the moments as they are now. Returns whether all are linked.
 
     Only the wrappers of stages 1 and 2 and BF16_Optimizer keep links.
     """

@@ -49,7 +49,7 @@ def op_names() -> set[str]:
 
 
 def check_model(model: nn.Module) -> None:
-    """Refuse models whose layers are laid out by something that a class swap would not reach.
+    """Refuse models whose layers are laid out by something that swapping the class would not affect.
 
     Raises:
         ConfigError: a pipeline module, Domino layers, or a model that tensor parallelism already went through.
@@ -107,7 +107,7 @@ def strip_tripwire_in_zero_init() -> Callable[[], None]:
 
 @contextmanager
 def optimizer_built_by(build: Callable[[Any], torch.optim.Optimizer] | None) -> Iterator[None]:
-    """While it lasts, engines make the optimizer of their JSON by `build`, called with parameters or groups.
+    """Context in which engines make the optimizer of their JSON with `build`, called with parameters or groups.
 
     None: by DeepSpeed itself. This is the one place where offloading to the CPU makes no difference.
     """
@@ -128,7 +128,7 @@ def optimizer_built_by(build: Callable[[Any], torch.optim.Optimizer] | None) -> 
 
 @contextmanager
 def no_step_at_start() -> Iterator[None]:
-    """While it lasts, engines leave the step of a quantized optimizer at 0.
+    """Context in which engines leave the step of a quantized optimizer at 0.
 
     DeepSpeed's wrapper for stage 0 in bf16 takes a step without gradients to have the state made: weights would decay
     once, and the moments' bias correction would count one step too many.

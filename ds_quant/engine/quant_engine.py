@@ -1,4 +1,4 @@
-"""The class of an engine that obeys the section: DeepSpeed's own, which calls the parts around its methods."""
+"""The engine class that applies the section: DeepSpeed's own, which calls the parts around its methods."""
 
 import functools
 from collections.abc import Iterable
@@ -22,7 +22,7 @@ from ds_quant.engine.steps import Steps
 from ds_quant.engine.weights import Weights
 
 ORDER: tuple[type[Part], ...] = (MicroSteps, Masters, Moments, Steps, Weights, Communication, Diagnostics)
-"""In this order parts are called, by every hook.
+"""The order in which every hook calls the parts.
 
 The count of micro steps comes first, since others read it; diagnostics look at what the others have done.
 """
@@ -67,7 +67,7 @@ class QuantEngine(_Base):
         may_have_written = True
         try:
             result = super().step(*args, **kwargs)
-            may_have_written = self.global_steps != steps  # else in the midst of an accumulation
+            may_have_written = self.global_steps != steps  # otherwise in the middle of an accumulation
         finally:
             if may_have_written:
                 self._ds_quant_weights_written()

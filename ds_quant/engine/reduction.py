@@ -132,7 +132,7 @@ class QuantizedReductionStage1And2:
         slices = [(entry[0], entry[1], entry[2] if len(entry) > 2 else None) for entry in bucket]
         owners = [min(to) if isinstance(to, frozenset) else to for to, _, _ in slices]
         several = [entry for entry in bucket if isinstance(entry[0], frozenset) and len(entry[0]) > 1]
-        if several:  # Muon wants whole matrices on several ranks
+        if several:  # Muon needs whole matrices on several ranks
             super().allreduce_and_scatter(  # type: ignore[misc]
                 several, communication_data_type, numel_per_bucket, log, divide, process_group
             )

@@ -15,7 +15,7 @@ from ds_quant.base.whole_folder import whole_file
 from ds_quant.comm.agreement import raise_together
 
 FORMAT = "1"
-_REMEDY = "copy the checkpoint again, or delete its files ds_quant_residuals_* to begin anew"
+_FIX = "copy the checkpoint again, or delete its files ds_quant_residuals_* to start from zero residuals"
 
 
 def _file(folder: str | Path, rank: int) -> Path:
@@ -37,7 +37,7 @@ def read_residuals(engine: Any, load_dir: str, tag: str | None) -> dict[str, Any
     Raises ConfigError on all ranks for a file that is broken, missing among others, or of another step.
     """
     if engine.load_universal_checkpoint():
-        warn("universal checkpoints hold no residuals of error feedback: it begins anew")
+        warn("universal checkpoints hold no residuals of error feedback: it starts from zero")
         return {}
     if tag is None:
         latest = Path(load_dir) / "latest"
@@ -53,18 +53,18 @@ def read_residuals(engine: Any, load_dir: str, tag: str | None) -> dict[str, Any
     sizes = sorted({found["world_size"] for _, found in everywhere if found})
     if not sizes:
         if tag:
-            warn(f"{folder} holds no residuals of error feedback: it begins anew")
+            warn(f"{folder} holds no residuals of error feedback: it starts from zero")
         return {}
     if sizes != [str(world_size)]:
-        warn(f"{folder} is of {' and '.join(sizes)} ranks: error feedback begins anew")
+        warn(f"{folder} is of {' and '.join(sizes)} ranks: error feedback starts from zero")
         return {}
     missing = [name for name, found in everywhere if not found]
     if missing:
-        raise fail(", ".join(missing), "no such file", "one for each rank", _REMEDY)
+        raise fail(", ".join(missing), "no such file", "one for each rank", _FIX)
     steps = {found["step"]: name for name, found in everywhere}
     if len(steps) > 1:
         got = f"residuals of the steps {', '.join(steps)}"
-        raise fail(", ".join(steps.values()), got, "files of one checkpoint", _REMEDY)
+        raise fail(", ".join(steps.values()), got, "files of one checkpoint", _FIX)
     return residuals
 
 
@@ -78,4 +78,4 @@ def _read_file(path: Path, residuals: dict[str, Any], metadata: dict[str, str]) 
             metadata |= {"world_size": found.get("world_size", "unknown"), "step": found.get("step", "unknown")}
             residuals |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not iterable itself)
     except (SafetensorError, OSError) as error:
-        raise fail(str(path), f"a file that cannot be read ({error})", "a whole one", _REMEDY) from error
+        raise fail(str(path), f"a file that cannot be read ({error})", "a whole one", _FIX) from error

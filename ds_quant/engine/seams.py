@@ -19,7 +19,7 @@ SEAMS: tuple[tuple[str, str, str], ...] = (
     ("deepspeed.runtime.engine", "DeepSpeedEngine._backward_epilogue", "the end of a micro step"),
     ("deepspeed.runtime.engine", "DeepSpeedEngine._configure_basic_optimizer", "makes the optimizer of the JSON"),
     ("deepspeed.runtime.engine", "DeepSpeedEngine._is_supported_optimizer", "lets AdEMAMix pass"),
-    ("deepspeed.runtime.engine", "DeepSpeedEngine.load_checkpoint", "its files are checked, its moments mended"),
+    ("deepspeed.runtime.engine", "DeepSpeedEngine.load_checkpoint", "its files are checked, its moments requantized"),
     ("deepspeed.runtime.engine", "DeepSpeedEngine._get_zero_ckpt_name", "the file of a rank's moments"),
     ("deepspeed.runtime.engine", "DeepSpeedEngine._get_ckpt_name", "the file of the moments at stage 0"),
     ("deepspeed.runtime.engine", "DeepSpeedEngine._get_optimizer_ckpt_name", "the same with a mixture of experts"),
@@ -38,7 +38,7 @@ SEAMS: tuple[tuple[str, str, str], ...] = (
     (
         "deepspeed.runtime.fp16.unfused_optimizer",
         "FP16_UnfusedOptimizer.initialize_optimizer_states",
-        "takes a step, which quantized optimizers need not",
+        "takes a step, which a quantized optimizer does not need",
     ),
     ("deepspeed.runtime.zero.utils", "ZERO_SUPPORTED_OPTIMIZERS", "optimizers with quantized states join it"),
     (
@@ -54,12 +54,12 @@ SEAMS: tuple[tuple[str, str, str], ...] = (
     (
         "deepspeed.runtime.zero.stage_1_and_2",
         "DeepSpeedZeroOptimizer._load_global_state",
-        "is handed the groups of a universal checkpoint",
+        "receives the groups of a universal checkpoint",
     ),
     (
         "deepspeed.runtime.bf16_optimizer",
         "BF16_Optimizer._load_global_state",
-        "is handed the groups of a universal checkpoint",
+        "receives the groups of a universal checkpoint",
     ),
     ("deepspeed.runtime.engine", "DeepSpeedEngine.save_checkpoint", "residuals are saved beside it"),
     ("deepspeed.runtime.engine", "DeepSpeedEngine.was_step_applied", "residuals count from then on"),
@@ -102,7 +102,7 @@ SEAMS: tuple[tuple[str, str, str], ...] = (
 """(module, attribute path, what for)."""
 
 USED_WITH = {
-    # Before 0.19.8 stages 1 and 2 have no buffer of their own partition, and hand over nothing to add to.
+    # Before 0.19.8 stages 1 and 2 have no buffer of their own partition, and pass nothing to add to.
     "DeepSpeedZeroOptimizer._add_to_grad_partition_buffer": "DeepSpeedZeroOptimizer._get_compact_grad_partition_slice",
 }
 """Seams that only some releases have, with what those have that use them (in the same module)."""

@@ -40,7 +40,7 @@ class Steps(Part):
         engine.ds_quant_step_key = step_key
 
     def before_forward(self, *, trains: bool) -> None:
-        # A checkpoint holds the step, and begins the micro steps anew.
+        # A checkpoint holds the step; the micro steps restart at 0.
         step, micro_step = self.engine.global_steps, self._micro_steps.now()
         if trains:
             if (step, micro_step) != self._micro_step:

@@ -1,6 +1,6 @@
 """A live engine tells the quantized layers when their weights were written.
 
-`safe_set_full_fp32_param` needs no telling: it writes the optimizer's own copy, which the next step hands on (stages 0
+`safe_set_full_fp32_param` needs no telling: it writes the optimizer's own copy, which the next step passes on (stages 0
 to 2), or a partition (stage 3, where no layer keeps codes).
 """
 

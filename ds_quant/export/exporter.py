@@ -110,7 +110,7 @@ def export(
         copied = [path for pattern in COPIED for path in source.folder.glob(pattern) if path.is_file()]
         for path in copied:
             shutil.copyfile(path, folder / path.name)
-        for path in folder.glob("*.safetensors"):  # which safetensors lets nobody else read
+        for path in folder.glob("*.safetensors"):  # safetensors makes it readable by this user only
             path.chmod((folder / "config.json").stat().st_mode)
     if not any(path.name.startswith(("tokenizer", "vocab")) for path in copied):
         report.notes.append(f"{source.folder} holds no tokenizer: copy its files into {out}")

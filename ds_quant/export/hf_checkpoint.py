@@ -33,7 +33,7 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class HFCheckpoint:
-    """A folder that was looked through: every file is there and has its whole length."""
+    """A folder that has been checked: every file exists and has its full length."""
 
     folder: Path
     config: dict[str, Any]
@@ -129,7 +129,7 @@ def _look_into(path: Path) -> dict[str, tuple[int, ...]]:
         with safe_open(path, framework="pt") as opened:
             return {key: tuple(opened.get_slice(key).get_shape()) for key in opened.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        got = f"a file of {path.stat().st_size} bytes that was cut short or is none of safetensors ({error})"
+        got = f"a file of {path.stat().st_size} bytes that was cut short or is not in the safetensors format ({error})"
         raise fail(str(path), got, "a whole file", "copy the file again") from error
 
 

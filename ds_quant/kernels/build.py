@@ -2,8 +2,8 @@
 
 The cache is the folder `kernels` in $DS_QUANT_CACHE, or else in ds_quant in $XDG_CACHE_HOME or ~/.cache. A library's
 name holds a hash of all that it was made from, and its last bytes are a hash of the file: what a full disk or a crash
-left of one is built anew. Ranks that build at once each build for themselves and the last one wins: there is no lock
-that a killed process could leave behind.
+left of one is rebuilt. Ranks that build at the same time each build their own, and the last one wins: there is no
+lock that a killed process could leave behind.
 
 A library is code that runs as this user, and its hash can be made by anybody. So the cache is used only where this
 user (and root) alone can put a file into it; where others can, each process builds for itself and says so.
@@ -72,7 +72,7 @@ def load() -> Loaded:
             if isinstance(error, _Unsafe):
                 warn(
                     f"the cache of C++ kernels in {cache_folder()} is not used, since others can put libraries there: "
-                    f"{error}. Each process builds its own, which takes some seconds; mend the permissions, or set "
+                    f"{error}. Each process builds its own, which takes some seconds; fix the permissions, or set "
                     "DS_QUANT_CACHE to a folder of your own"
                 )
             with tempfile.TemporaryDirectory(prefix="ds_quant_kernels_") as folder:
@@ -132,7 +132,7 @@ def _load_cached(path: Path, compiler: list[str]) -> ctypes.CDLL:
         try:
             return ctypes.CDLL(str(path))
         except OSError:
-            pass  # of another libc, say: built anew, once
+            pass  # built for another libc, for example: rebuilt once
     _build(path, compiler)
     return ctypes.CDLL(str(path))
 
@@ -193,9 +193,9 @@ def _build(path: Path, compiler: list[str]) -> None:
             _run([[*command, "-o", into] for command, into in zip(commands, objects, strict=True)])
             _run([[*compiler, "-shared", *objects, "-o", unfinished]])
         content = Path(unfinished).read_bytes()
-        # Loaders take no notice of what follows the last section.
+        # Loaders ignore what follows the last section.
         Path(unfinished).write_bytes(content + hashlib.sha256(content).digest())
-        os.chmod(unfinished, 0o700)  # linkers make files anew, as the umask says
+        os.chmod(unfinished, 0o700)  # the linker creates the file with the permissions of the umask
         os.replace(unfinished, path)
     finally:
         Path(unfinished).unlink(missing_ok=True)

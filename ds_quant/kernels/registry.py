@@ -205,7 +205,7 @@ def report(device: torch.device | str) -> list[tuple[str, str]]:
 def _serving(
     asked: Operation, kind: str, choice: str, without: str | None = None
 ) -> tuple[Backend | None, Callable[..., Any]]:
-    """The backend and its function; None is the reference. Only the environment is read anew for each call."""
+    """The backend and its function; None is the reference. Only the environment is read on every call."""
     check_choice(choice)
     if choice == REFERENCE:
         return None, asked.reference

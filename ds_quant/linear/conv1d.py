@@ -1,4 +1,4 @@
-"""GPT-2's linear layer, quantized. Apart from linear.py because only this file needs transformers."""
+"""GPT-2's linear layer, quantized. In a file of its own because only this one needs transformers."""
 
 from typing import Any
 

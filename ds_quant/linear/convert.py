@@ -49,7 +49,7 @@ def convert(
     linear_config: LinearConfig | dict,
     filter: Callable[[str, nn.Module], bool] | None = None,
 ) -> list[str]:
-    """Quantize the linear layers of `model` in place, before or after it is handed to DeepSpeed.
+    """Quantize the linear layers of `model` in place, before or after it is passed to DeepSpeed.
 
     Args:
         model: any module. Layers of type nn.Linear, transformers' Conv1D, subclasses that compute the same (see

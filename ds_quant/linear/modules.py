@@ -55,7 +55,7 @@ class QuantizedModule(nn.Module):
         self._arriving_input: ArrivingInput | None = None
 
     def watch_input(self) -> None:
-        """Know inputs by the tensors that the module is called with, where hooks of others hand on aliases of them."""
+        """Identify inputs by the tensors the module is called with, where other hooks pass on aliases of them."""
         if self._arriving_input is None:
             self._arriving_input = ArrivingInput()
             self.register_forward_pre_hook(self._arriving_input, prepend=True)

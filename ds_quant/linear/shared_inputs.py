@@ -25,8 +25,8 @@ class _Entry(NamedTuple):
 class ArrivingInput:
     """Forward pre-hook that comes before all others: notes the tensor that a layer is called with.
 
-    ZeRO-3's hooks hand each layer an alias of its own. What the layer is to know the input by is the one that its
-    neighbours were called with.
+    ZeRO-3's hooks pass each layer its own alias. The layer must know the input by the tensor that its neighbours were
+    called with.
     """
 
     def __init__(self) -> None:

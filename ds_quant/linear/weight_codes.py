@@ -21,7 +21,7 @@ _epoch = 0
 
 
 def weights_changed() -> None:
-    """Have all quantized layers of this process quantize their weights anew.
+    """Make all quantized layers of this process requantize their weights.
 
     Needed after weights were written through `.data` between two training forwards without an optimizer's step.
     """

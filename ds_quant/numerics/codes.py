@@ -220,7 +220,7 @@ def _magnitude(count: Tensor, code_map: CodeMap) -> Tensor:
     """((count + offset) / levels)^exponent of fp32 counts."""
     value = (count + code_map.offset) * (1.0 / code_map.levels)
     for _ in range(code_map.exponent.bit_length() - 1):
-        # Not value * value: Inductor evaluates both operands anew, which is exponential in the exponent.
+        # Not value * value: Inductor evaluates both operands, which is exponential in the exponent.
         value = value.square()
     return value
 

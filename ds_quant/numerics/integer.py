@@ -91,7 +91,7 @@ def quantize(
     half a scale of the largest positive value).
 
     Gradients do not flow. The bits are the same under torch.compile(fullgraph=True), which is not called again for
-    new values of `key`. Note that Inductor may hand over a bf16 `x` that it computed itself without rounding it
+    new values of `key`. Note that Inductor may pass a bf16 `x` that it computed itself without rounding it
     to bf16 first (torch._inductor.config.emulate_precision_casts).
 
     Raises ValueError for arguments out of range, for a key without stochastic rounding or the reverse, and for the

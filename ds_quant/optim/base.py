@@ -263,7 +263,7 @@ class _Step:
         return found
 
     def ready(self, state: dict[str, Any], options: GroupOptions, param: Tensor) -> int:
-        """Make or mend the state of `param`, so that step and states are as the optimizer keeps them.
+        """Make or repair the state of `param`, so that step and states are as the optimizer keeps them.
 
         Returns the number of the step that comes, from 1.
         """

@@ -1,4 +1,4 @@
-"""A state of an optimizer as a tensor: fp32 to whoever looks at it, codes of few bits and scales in memory.
+"""An optimizer state as a tensor: it reads as fp32, and is stored as low-bit codes and scales.
 
 What DeepSpeed and torch do with it is `coded_tensor`'s. Beside that:
 

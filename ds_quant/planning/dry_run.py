@@ -38,7 +38,7 @@ _FILLS = (aten.copy_.default, aten.fill_.Scalar, aten.fill_.Tensor, aten.zero_.d
 
 
 class DryRun(TorchDispatchMode):
-    """While it lasts, this thread's operators allocate and do nothing else. Make and train models of any size in it."""
+    """Context in which this thread's operators only allocate. Models of any size can be made and trained in it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ class DryRun(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if not all(kind in (Tensor, torch.nn.Parameter) for kind in types):
-            return NotImplemented  # a subclass with operators of its own comes back here with plain tensors
+            return NotImplemented  # a subclass with its own operators calls this again with plain tensors
         inputs = [value for value in tree_iter((args, kwargs)) if isinstance(value, Tensor)]
         if func.namespace == "c10d":
             return self._communicated(func, args, kwargs)
@@ -150,7 +150,7 @@ def _unwritten(meta: Tensor) -> Tensor:
     size = meta.untyped_storage().nbytes()
     if size < _LARGE_BYTES or not hasattr(mmap, "MAP_ANONYMOUS"):
         return torch.empty_strided(meta.size(), meta.stride(), dtype=meta.dtype)
-    # Linux refuses one piece that exceeds its memory, unless it is told that none need be reserved.
+    # Linux refuses a mapping larger than its memory unless MAP_NORESERVE is set.
     memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE)
     return torch.frombuffer(memory, dtype=meta.dtype).as_strided(meta.size(), meta.stride())
 

@@ -62,7 +62,7 @@ class Outcome:
 
 @contextlib.contextmanager
 def flash_attention() -> Iterator[None]:
-    """While it lasts, torch's attention takes the fused kernel of CPUs, whose memory is that of the GPUs'."""
+    """Context in which torch's attention uses the fused CPU kernel, which takes the same memory as the GPUs'."""
     # Not by a TorchFunctionMode: within a backward, where checkpointed layers run again, none is in force.
     own = F.scaled_dot_product_attention
 

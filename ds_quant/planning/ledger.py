@@ -32,7 +32,7 @@ class Peak(NamedTuple):
 
 
 class Ledger(TorchDispatchMode):
-    """While it lasts, memory that this thread's operators touch is recorded. Enter it before the model is made."""
+    """Context that records the memory that this thread's operators touch. Enter it before the model is made."""
 
     def __init__(self) -> None:
         super().__init__()

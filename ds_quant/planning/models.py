@@ -1,4 +1,4 @@
-"""Models by what a user calls them, and models from their config.json."""
+"""Models by name, and models from their config.json."""
 
 from __future__ import annotations
 

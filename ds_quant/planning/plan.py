@@ -47,7 +47,7 @@ class Setting:
 
 
 class Planner:
-    """Answers for one request; what was asked before is remembered.
+    """Answers for one request; earlier answers are cached.
 
     Args:
         tell: is called with a line about each dry run.
@@ -142,7 +142,7 @@ class Planner:
         return True
 
     def variants(self) -> list[tuple[str, Request]]:
-        """What else could be tried, with what to call it: recomputing activations, offloading, or both."""
+        """Other settings to try, each with a label: recomputing activations, offloading, or both."""
         request = self.request
         offloading = copy.deepcopy(request.config)
         zero = offloading.setdefault("zero_optimization", {})

@@ -1,7 +1,7 @@
 """Dry runs of jobs, one process each: `python -m ds_quant.planning.worker`, told and answering in lines of JSON.
 
-A process that has imported everything forks for each job: DeepSpeed and torch.distributed keep what they know of the
-world in globals, and a world of thousands of ranks must leave none of it behind.
+A process that has imported everything forks for each job: DeepSpeed and torch.distributed keep their view of
+the world in globals, and a world of thousands of ranks must leave none of it behind.
 """
 
 import dataclasses

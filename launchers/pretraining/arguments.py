@@ -113,7 +113,7 @@ class Arguments:
     def build_training_arguments(self, config: DeepSpeedJson) -> TrainingArguments:
         """Build TrainingArguments; from here on the process group exists."""
         values = dict(self.training)
-        # Which checkpoint that is has been decided, and is handed to `train`.
+        # The checkpoint has been chosen already, and is passed to `train`.
         values.pop("resume_from_checkpoint", None)
         values["deepspeed"] = None if config.from_accelerate else config.filled()
         try:

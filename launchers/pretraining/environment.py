@@ -25,7 +25,7 @@ def ensure_process_group_variables() -> None:
 
 
 def _of_slurm_step() -> dict[str, str]:
-    """What torch wants to know, in a task that srun started: `deepspeed --launcher slurm` sets none of it.
+    """The variables that torch needs in a task that srun started: `deepspeed --launcher slurm` sets none of it.
 
     MASTER_ADDR and MASTER_PORT stay where they are set.
     """
@@ -49,7 +49,7 @@ def _first_host(nodes: str) -> str:
     try:
         socket.gethostbyname(name)
     except OSError:
-        # Slurm may call nodes by names that nothing else knows.
+        # Slurm may use node names that nothing else resolves.
         address = re.search(r"NodeAddr=(\S+)", _scontrol("--oneliner", "show", "node", name))
         return address[1] if address else name
     return name
@@ -102,7 +102,7 @@ def is_bf16_fast() -> bool:
 
 
 def peak_memory_bytes() -> int:
-    """The most that this process has held: of its accelerator's memory where it trains on one, else resident."""
+    """Peak memory of this process: of its accelerator if it trains on one, otherwise resident memory."""
     import torch
 
     if os.environ.get("DS_ACCELERATOR") != "cpu" and torch.accelerator.is_available():

@@ -33,12 +33,12 @@ from pretraining.trainer import PretrainTrainer, RestoreProgress, last_eval_loss
 def run(argv: list[str], *, use_cpu: bool, request: StopRequest) -> None:
     """Train, save, and report.
 
-    Raises LaunchError or ConfigError for what the user can mend, RunEnded where the run ends before its last step.
+    Raises LaunchError or ConfigError for what the user can fix, RunEnded where the run ends before its last step.
     """
     world_size = environment.world_size()
     args, config = arguments.parse(argv, world_size=world_size)
     terminal.quiet(verbose="log_level" in args.explicit)
-    _ = config.quant  # what is wrong with it is told before minutes of tokenizing
+    _ = config.quant  # reports config errors before minutes of tokenizing
     args.training.setdefault("use_cpu", use_cpu)
     documents.check_files(args.data)
     output_dir = Path(args.training["output_dir"])

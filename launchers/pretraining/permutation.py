@@ -78,7 +78,7 @@ class PermutedBatches(Sampler[list[int]]):
 
     @property
     def batch_sampler(self) -> PermutedBatches:
-        """Itself: the Trainer hands the epoch to the `batch_sampler` within a loader's batch sampler."""
+        """Itself: the Trainer passes the epoch to the `batch_sampler` within a loader's batch sampler."""
         return self
 
     def set_epoch(self, epoch: int) -> None:

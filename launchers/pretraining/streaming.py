@@ -251,7 +251,7 @@ class LaneLoader:
             *earlier, last = ids.split(self.batch_size)
             for part in earlier:
                 yield {"input_ids": part, "labels": part.clone()}
-            # The Trainer takes all micro-batches of a step before it computes: handed out is as good as used.
+            # The Trainer takes all micro-batches of a step before it computes: a batch that was yielded counts as used.
             self.positions = {share.lane: share.after for share in step}
             yield {"input_ids": last, "labels": last.clone()}
 

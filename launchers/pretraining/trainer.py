@@ -22,7 +22,7 @@ _PROGRESS = "progress_rank{}.json"
 
 
 class _FirstStep(TrainerCallback):
-    """Tells a trainer the step that it begins at; older Trainers do not know it themselves."""
+    """Gives a trainer its first step; older Trainers do not know it themselves."""
 
     def __init__(self, trainer: PretrainTrainer) -> None:
         self._trainer = trainer
@@ -58,7 +58,7 @@ class PretrainTrainer(ExactLoading):
         """As in Trainer; the parameters of DeepSpeed's own optimizer are split in two groups."""
         optimizer = super().create_optimizer(model)
         if isinstance(optimizer, DummyOptim):
-            # The Trainer hands DeepSpeed one flat list, so that its "weight_decay" would fall on biases and norms.
+            # The Trainer gives DeepSpeed one flat list, so that its "weight_decay" would fall on biases and norms.
             named = self.model if model is None else model
             optimizer.params = decay_groups(named, set(self.get_decay_parameter_names(named)))
         return optimizer

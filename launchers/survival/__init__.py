@@ -1,6 +1,6 @@
 """How a run of launchers/pretrain.py ends clearly and goes on exactly, whatever happens to it.
 
-Begin with `guard`: what is looked at between two steps, and `errors`: how a run can end, each with an exit status.
+Begin with `guard`: the checks between two steps, and `errors`: how a run can end, each with an exit status.
 
     signals     a request to stop becomes a checkpoint at the next step boundary
     control     what ranks agree on between steps; one that hears something tells the others

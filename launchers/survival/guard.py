@@ -130,7 +130,7 @@ class Guard(TrainerCallback):
         return "the training loss was NaN or Inf since the last log"
 
     def _rise(self, state: TrainerState) -> str | None:
-        """How far the logged losses have risen, in words; None where they have not, or nobody asked."""
+        """How far the logged losses have risen, in words; None if they have not, or if this is not checked."""
         if self._max_loss_rise is None:
             return None
         losses = [float(entry["loss"]) for entry in state.log_history if "loss" in entry]
@@ -165,5 +165,5 @@ class Guard(TrainerCallback):
 
 
 def _looks(control: TrainerControl) -> bool:
-    """Whether the losses are looked at: that waits for the device, which logging and saving do anyway."""
+    """Whether to check the losses: that waits for the device, which logging and saving do anyway."""
     return bool(control.should_log or control.should_save)

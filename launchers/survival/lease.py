@@ -143,7 +143,7 @@ def not_writable(output_dir: Path, error: OSError) -> LaunchError:
 
 
 def newest(output_dir: Path) -> int | None:
-    """The generation that owns the folder; None if nobody ever did."""
+    """The generation that owns the folder; None if it never had an owner."""
     try:
         names = os.listdir(output_dir)
     except OSError:

@@ -9,7 +9,7 @@ SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
 
 
 class StopAtOnce(BaseException):
-    """A signal came while no steps are taken, when there is nothing to save. No Exception: libraries swallow those."""
+    """A signal came outside of training steps: nothing to save. Not an Exception, since libraries swallow those."""
 
 
 class StopRequest:

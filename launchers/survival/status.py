@@ -45,7 +45,7 @@ def write(output_dir: Path, state: str, *, reason: str = "", step: int = 0, retr
 
 
 def read(output_dir: Path) -> dict[str, Any] | None:
-    """What status.json says; None where there is none that can be understood."""
+    """The content of status.json; None if it is missing or cannot be understood."""
     try:
         found = json.loads((output_dir / NAME).read_text())
     except (OSError, ValueError, RecursionError):

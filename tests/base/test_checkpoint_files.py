@@ -37,7 +37,7 @@ def test_each_file_that_is_missing_or_cut_is_named(paths):
             f'{missing}: got "no such file"; allowed: the moments of this rank; fix: load another'
         )
         assert "ds_to_universal" in lines[0]
-        assert lines[1].startswith(f'{cut}: got "a file of {length} bytes that ends too early')
+        assert lines[1].startswith(f'{cut}: got "a file of {length} bytes that is truncated')
         assert lines[1].endswith("fix: load another tag, or copy the checkpoint again")
 
 

@@ -82,7 +82,7 @@ def test_broken_files_are_refused_on_all_ranks_by_name(broken, what, rank):
 
 def test_where_there_are_none_it_begins_anew(broken):
     assert broken["absent"] == {"errors": [None], "numel": [0, 0], "step": [TRAINED + MORE] * 2}
-    assert "/absent/global_step6 holds no residuals of error feedback: it begins anew" in broken["printed"]
+    assert "/absent/global_step6 holds no residuals of error feedback: it starts from zero" in broken["printed"]
     assert broken["no checkpoint"] == {"errors": [None], "numel": [0, 0], "step": [0, 0]}
     # Files that are not wanted are not looked at.
     assert broken["weights only"]["numel"] == [0, 0]
@@ -92,7 +92,7 @@ def test_another_number_of_ranks_begins_anew(folder, saved):
     """With a third rank, for which there is no file."""
     got = run(folder, "others", 3)
     assert got["stage 0"] == {"errors": [None], "numel": [0] * 3, "step": [TRAINED] * 3}
-    assert "global_step3 is of 2 ranks: error feedback begins anew" in got["printed"]
+    assert "global_step3 is of 2 ranks: error feedback starts from zero" in got["printed"]
 
 
 def test_a_skipped_step_leaves_no_trace(rest):

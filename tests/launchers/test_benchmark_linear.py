@@ -125,7 +125,7 @@ def test_a_competitor_that_fails_is_left_out_and_the_base_is_not(capsys):
 
     assert not choices.attempt("theirs", BASE, fail)
     assert capsys.readouterr().out == "left out: theirs: RuntimeError: no kernel\n"
-    with pytest.raises(CommandError, match=r"bf16 nn.Linear: got RuntimeError: no kernel; allowed: .*; mend that"):
+    with pytest.raises(CommandError, match=r"bf16 nn.Linear: got RuntimeError: no kernel; allowed: .*; fix that error"):
         choices.attempt(BASE, BASE, fail)
 
 

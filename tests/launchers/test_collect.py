@@ -231,7 +231,7 @@ def test_exit_codes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     capsys.readouterr()
     (tmp_path / "empty").mkdir()
     for wrong, said in {
-        (str(tmp_path / "none"),): "ROOT: got .*none; allowed: folders that are there",
+        (str(tmp_path / "none"),): "ROOT: got .*none; allowed: existing folders",
         (str(tmp_path / "empty"),): "ROOT: got .*empty, with no run below; allowed: folders with runs",
         (*arguments, "--baseline", "base"): "--baseline: got 'base'; allowed: baseline; correct it",
         (*arguments, "--stale-after", "-1"): "--stale-after: got -1.0; allowed: seconds",

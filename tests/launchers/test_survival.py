@@ -100,6 +100,15 @@ def start(corpus: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
         process.wait()
 
 
+def forked(command: list[object], *, ranks: int, expect: int = 0, **env: str) -> str:
+    """Run the script on forked ranks to its end, which must have the status `expect`. Returns what was printed."""
+    environment = {"OMP_WAIT_POLICY": "PASSIVE", **env}
+    ranks = ranks if ranks > 1 else 0  # one starts without a launcher
+    ended, output = run_ranks(SCRIPT, *command, ranks=ranks, timeout=200, env=environment, check=False)
+    assert ended == expect, output
+    return output
+
+
 @pytest.fixture
 def run_to_end(corpus: Path) -> Callable[..., str]:
     """Runs as `start` does, on forked ranks, to the end; what was printed. For runs that nothing is done to."""
@@ -115,11 +124,7 @@ def run_to_end(corpus: Path) -> Callable[..., str]:
         **env: str,
     ) -> str:
         command = arguments(out, corpus if text else None, *flags, steps=steps, config=config)
-        environment = {"OMP_WAIT_POLICY": "PASSIVE", **env}
-        ranks = ranks if ranks > 1 else 0  # one starts without a launcher
-        ended, output = run_ranks(SCRIPT, *command, ranks=ranks, timeout=200, env=environment, check=False)
-        assert ended == expect, output
-        return output
+        return forked(command, expect=expect, ranks=ranks, **env)
 
     return run
 
@@ -159,7 +164,7 @@ def metrics_of(out: Path) -> str:
 def undisturbed(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run of two ranks that all others are compared with."""
     out = tmp_path_factory.mktemp("undisturbed") / "run"
-    run_ranks(SCRIPT, *arguments(out, corpus), timeout=200, env={"OMP_WAIT_POLICY": "PASSIVE"})
+    forked(arguments(out, corpus), ranks=2)
     return out
 
 

@@ -91,11 +91,11 @@ def json_object(text: str) -> dict[str, Any]:
     return found
 
 
-# ---- what is measured
+# ---- models and inputs
 
 
 class Subject(NamedTuple):
-    """A model to measure, and what is run through it."""
+    """A model to measure, and its input."""
 
     loaded: LoadedModel
     batches: list[dict[str, torch.Tensor]]
@@ -122,7 +122,7 @@ def subjects(options: argparse.Namespace) -> Iterator[Subject]:
 
 
 def load_all(options: argparse.Namespace) -> Iterator[LoadedModel]:
-    """The checkpoints as the options say, all looked through at once, each loaded when it is its turn.
+    """The checkpoints as the options say, all inspected at the start, each loaded in its turn.
 
     Raises:
         ConfigError: something is missing, broken or does not fit together.

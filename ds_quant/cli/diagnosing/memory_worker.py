@@ -1,7 +1,7 @@
 """One rank of `diagnose memory`, started as a module with the path of SPEC.json and a launcher's variables.
 
-Trains for real and writes rank-R.json beside the specification: for each job what the ledger of operators says, and
-what torch's allocator has counted by itself, in the events of torch's profiler.
+Trains for real and writes rank-R.json beside the specification: for each job the figures of the ledger of operators,
+and those of torch's own allocator, in the events of torch's profiler.
 """
 
 from __future__ import annotations

@@ -51,7 +51,7 @@ def stored_moments(checkpoint: Path, moment: str) -> Iterator[tuple[str, Tensor]
     """
     states = trainer_checkpoints.states_of(checkpoint)
     for path in sorted(states.rglob("*.pt")):
-        _read(path)  # DeepSpeed's conversion would run what is in them
+        _read(path)  # DeepSpeed's conversion would run the code in them
     if not trainer_checkpoints.optimizer_ranks(checkpoint):
         yield from _replicated(checkpoint, states, moment)
         return

@@ -42,7 +42,7 @@ class Perplexity:
     bits_per_byte: float
     """loss / ln 2 times the tokens a byte of UTF-8: comparable between tokenizers."""
     word_perplexity: float
-    """exp(loss times the tokens a word), words being what white space separates: likewise."""
+    """exp(loss times the tokens a word), words being separated by white space: likewise."""
     tokens: int
     """Of the whole text."""
     scored_tokens: int

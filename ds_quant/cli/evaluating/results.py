@@ -32,7 +32,7 @@ class Row:
     quantizers: str
     """`trained`, `off`, or the JSON's name."""
     about: dict[str, Any]
-    """Folder, step, files with hashes, the quantizers in full: what tells exactly what was measured."""
+    """Folder, step, files with hashes, the quantizers in full: an exact record of what was measured."""
     perplexity: dict[str, Perplexity] = field(default_factory=dict)
     tasks: dict[str, Figures] = field(default_factory=dict)
 

@@ -25,7 +25,7 @@ PAPER_FEWSHOT = 5
 PAPER_SEEDS = (0, 1, 2, 3, 4)
 """Five, as in the paper; which ones it took is not known."""
 BOOTSTRAP_ITERATIONS = 1000
-"""For standard errors of what is no mean, such as a perplexity."""
+"""For standard errors of metrics that are not means, such as perplexity."""
 
 Figures = dict[str, Any]
 """By metric: mean and deviation over the seeds, the value of each seed, lm-eval's standard error over the samples."""

@@ -34,7 +34,7 @@ class _Job:
 
 @dataclass(frozen=True)
 class Work:
-    """What will be measured, after everything that can be wrong before was looked at."""
+    """The planned measurements, after everything that can be checked beforehand."""
 
     asked: Options
     jobs: list[_Job]
@@ -45,7 +45,7 @@ class Work:
     notes: list[str]
 
     def run(self, say: Callable[[str], None]) -> list[Row]:
-        """All rows; `say` is told of each that begins.
+        """All rows; `say` is called as each one begins.
 
         Raises:
             CommandError, ConfigError: a model cannot be loaded, or does not go with a text or task.

@@ -2,6 +2,6 @@
 
 
 class CommandError(Exception):
-    """A mistake in what was asked for; the message says where, what was got and how to fix it."""
+    """An error in the command line or its files; the message says where, what was got and how to fix it."""
 
     exit_status = 2

@@ -1,4 +1,4 @@
-"""A model's folder before anything of it is loaded: what is in it, whether it is whole, how it was trained."""
+"""Inspects a model's folder before loading: what it contains, whether it is complete, how it was trained."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ds_quant.export.hf_checkpoint import A_CHECKPOINT, INDEX, SINGLE, HFCheckpo
 
 @dataclass(frozen=True)
 class OpenedModel:
-    """A folder that was looked through and not loaded yet."""
+    """A folder that has been inspected but not loaded."""
 
     path: Path
     """The folder with config.json and the weights."""
@@ -46,7 +46,7 @@ class OpenedModel:
 
 
 def open_model(folder: str | Path) -> OpenedModel:
-    """Find the model that `folder` stands for, and look whether its files are there and whole.
+    """Find the model in `folder`, and check that its files exist and are complete.
 
     Raises:
         ConfigError: something is missing, cut short or broken.
@@ -142,7 +142,7 @@ def step_of(path: Path) -> int | None:
 
 
 def _configs(path: Path) -> tuple[dict[str, Any], PretrainedConfig]:
-    """config.json, and what transformers makes of it."""
+    """config.json, and the configuration that transformers builds from it."""
     file = path / "config.json"
     try:
         config = json.loads(file.read_text(encoding="utf-8"))

@@ -19,7 +19,7 @@ def new_figure(*, width: float, height: float) -> Any:
         from matplotlib.figure import Figure
     except ImportError:
         return None
-    # Not pyplot: no window system is looked for, and nothing global is left behind.
+    # Not pyplot: it would look for a window system and keep global state.
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure

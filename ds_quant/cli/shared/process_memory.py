@@ -1,4 +1,4 @@
-"""How much memory a call needs beside what is there before it."""
+"""How much additional memory a call needs at its peak."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def peak_extra_bytes(call: Callable[[], object], device: torch.device) -> int | 
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
     try:
-        _CLEAR.write_text("5")  # the peak of the resident set starts anew
+        _CLEAR.write_text("5")  # reset the peak of the resident set
     except OSError:
         return None
     before = _kilobytes("VmRSS")
@@ -31,7 +31,7 @@ def peak_extra_bytes(call: Callable[[], object], device: torch.device) -> int | 
 
 
 def peak_bytes(call: Callable[[], object], device: torch.device) -> int | None:
-    """`peak_extra_bytes` of a process that has first given back what it does not use."""
+    """`peak_extra_bytes` after the process has returned its unused memory to the system."""
     gc.collect()
     # What glibc keeps of freed memory would be used again unseen.
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if device.type == "cpu" else None

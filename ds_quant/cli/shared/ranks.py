@@ -1,4 +1,4 @@
-"""Runs a program as one process a rank, over loopback or over a link, and leaves none of them running."""
+"""Runs a program as one process a rank, over loopback or over a link, and stops all of them at the end."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def run_ranks(
     shared = {
         **os.environ,
         "OMP_WAIT_POLICY": "PASSIVE",
-        # Another ninja than this environment's would build DeepSpeed's op anew, and that one again the next time.
+        # A ninja from outside this environment would rebuild DeepSpeed's op, and this one would rebuild it again later.
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]),
         "PYTHONWARNINGS": "ignore",
         "TORCH_CPP_LOG_LEVEL": "ERROR",

@@ -13,7 +13,7 @@ _CONFIG_AND_SEED = re.compile(r"(.+)-s([0-9]+)")
 
 def of_folder(folder: Path, root: Path) -> tuple[str, int | None]:
     """Config and seed of a run found below `root`; None where the folder's name tells no seed."""
-    # Not resolved: what a link is called here counts, not what it points to.
+    # Not resolved: the link's own name counts, not its target's.
     own, above = Path(os.path.abspath(folder)), Path(os.path.abspath(root))
     if match := _SEED.fullmatch(own.name):
         return shown(own.parent.name), int(match[1])

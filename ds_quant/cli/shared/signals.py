@@ -1,4 +1,4 @@
-"""Signals that end the process, where something has to be put away first."""
+"""Clean up before a signal ends the process."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 @contextmanager
 def raise_on_signals() -> Iterator[None]:
-    """Let signals that end the process end it by an exception, so that `finally` is reached."""
+    """Turn signals that end the process into an exception, so that `finally` blocks run."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -34,7 +34,7 @@ def raise_on_signals() -> Iterator[None]:
 
 @contextmanager
 def hold_signals() -> Iterator[None]:
-    """Let them wait until what is within is done."""
+    """Defer signals until the body is done."""
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)
     try:
         yield

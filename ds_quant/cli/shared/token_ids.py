@@ -1,4 +1,4 @@
-"""Texts to token ids, and what tells one tokenizer from another."""
+"""Tokenizing texts, and telling tokenizers apart."""
 
 from __future__ import annotations
 

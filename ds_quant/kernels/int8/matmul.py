@@ -22,7 +22,7 @@ MAX_CONTRACTION = 131_072
 _FP32_CONTRACTION = 1024
 """So many products of codes sum up exactly in fp32, in any order: 1024 * 128 * 127 < 2^24."""
 _CUDA_MULTIPLE = 16
-"""torch._int_mm on CUDA wants more than 16 rows, and multiples of 8 in the other sizes; 16 keeps rows aligned."""
+"""torch._int_mm on CUDA needs more than 16 rows, and multiples of 8 in the other sizes; 16 keeps rows aligned."""
 _SCRATCH_BYTES = 128 * 2**20
 """Of int32 products at a time, on a CPU; more where `_LEAST_ROWS` take more."""
 _LEAST_ROWS = 128

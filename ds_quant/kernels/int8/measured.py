@@ -66,7 +66,7 @@ class Measured:
                 self._said = True
                 warn(
                     f"times of int8 products cannot be kept in {self._path.parent} ({error}): each run measures them "
-                    "anew, which takes milliseconds for each shape; set DS_QUANT_CACHE to a folder of your own"
+                    "again, which takes milliseconds for each shape; set DS_QUANT_CACHE to a folder of your own"
                 )
 
 

@@ -48,7 +48,7 @@ class Check:
         if is_wrong.any():
             piece = int(is_wrong.argmax())
             where = f"{self.where}(parts.{name}[{piece}])"
-            raise error(where, got[piece], allowed, fix or "lay the message out anew")
+            raise error(where, got[piece], allowed, fix or "lay out the message again")
 
     def tensors(self, tensors: Sequence[Tensor]) -> None:
         parts = self.parts
@@ -68,7 +68,7 @@ class Check:
             return
         lengths = np.array([tensor.numel() for tensor in tensors], dtype=np.int64)[parts.source]
         beyond = (parts.start < 0) | (parts.start > lengths - parts.numel)
-        self._piece("start", beyond, parts.start, "pieces within their tensor", "cut the pieces anew")
+        self._piece("start", beyond, parts.start, "pieces within their tensor", "cut the pieces again")
 
     def message(self, message: Tensor) -> None:
         if not self._is_tensor(message, torch.uint8, 1):

@@ -147,7 +147,7 @@ def _send(
     residuals: Residuals | None,
     errors: np.ndarray | Tensor | None,
 ) -> None:
-    """Have what is `given` of each group of places quantized, and put away what that cost."""
+    """Quantize what is `given` of each group of places, and record the residuals and errors."""
     written = None
     inverse = torch.full((), 1.0 if residuals is None else residuals.inverse, device=message.device)
     if residuals is not None and any(residual is not None for residual in residuals.write):

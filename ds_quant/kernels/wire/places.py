@@ -83,12 +83,12 @@ def _forget(key: tuple) -> None:
 def _make(parts: Parts, fmt: WireFormat, device: torch.device) -> Kept:
     numel = parts.numel
     whole, tail = np.divmod(numel, fmt.block_size)
-    # Two pieces at least: a size of one would be compiled anew.
+    # Two pieces at least: a size of one would be recompiled.
     empty = np.zeros(max(0, 2 - len(numel)), np.int64)
     begin, scale_at, codes_at = np.cumsum(numel) - numel, parts.scale_at, parts.codes_at
     columns = (begin, scale_at, codes_at, np.cumsum(whole) - whole, whole, tail)
     groups = []
-    # Views of normal tensors: those that inference mode makes would be compiled anew.
+    # Views of normal tensors: those made in inference mode would cause a recompilation.
     with torch.inference_mode(False):
         table = sent(np.stack([np.concatenate((column, empty)) for column in columns]), device)
         starts, scales, codes, first_row, num_whole, tails = (row.data for row in table.unbind())
