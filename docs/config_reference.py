@@ -16,6 +16,7 @@ from ds_quant.config import (
     MomentConfig,
     OptimizerConfig,
     QuantConfig,
+    WeightCommunicationConfig,
     WeightConfig,
 )
 from ds_quant.config.section import Section, allowed_values
@@ -36,6 +37,7 @@ OBJECTS: tuple[type[Section], ...] = (
     MomentConfig,
     CommunicationConfig,
     GradientCommunicationConfig,
+    WeightCommunicationConfig,
     DiagnosticsConfig,
 )
 

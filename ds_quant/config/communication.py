@@ -1,4 +1,4 @@
-"""`ds_quant.communication`: how gradients cross the wire."""
+"""`ds_quant.communication`: how gradients and weights cross the wire."""
 
 from collections.abc import Iterator
 from typing import ClassVar, Literal
@@ -38,6 +38,16 @@ class GradientCommunicationConfig(Section):
     ranks in a node."""
 
 
+class WeightCommunicationConfig(Section):
+    """How updated weights cross the wire, once a step at ZeRO stages 1 and 2."""
+
+    where: ClassVar[str] = f"{SECTION}.communication.weight"
+
+    mode: Literal["codes"]
+    """`codes`: of a weight that its layers quantize by channel, the codes that they compute with, and scales: training
+    stays what it is, bit for bit. All other parameters cross the wire in their dtype. Required."""
+
+
 class CommunicationConfig(Section):
     """What crosses the wire in few bits."""
 
@@ -45,7 +55,9 @@ class CommunicationConfig(Section):
 
     gradient: GradientCommunicationConfig | None = None
     """Absent: gradients are reduced by DeepSpeed."""
+    weight: WeightCommunicationConfig | None = None
+    """Absent: updated weights are gathered by DeepSpeed."""
 
     def rules(self) -> Iterator[Rule]:
-        if not self.gradient:
-            yield nothing(self, "gradient")
+        if not (self.gradient or self.weight):
+            yield nothing(self, "gradient or weight")

@@ -147,6 +147,9 @@ def test_configs_are_frozen_and_comparable():
 # ---- one wrong value: (section, where, got, allowed, fix)
 
 LINEAR = "ds_quant.linear"
+ON_WIRE = "ds_quant.communication.weight"
+W8_LINEAR = {"linear": {"weight": {"bits": 8}, "activation": {"bits": 8}}}
+CODES = {"weight": {"mode": "codes"}}
 WRONG_VALUES = [
     *(
         (
@@ -367,6 +370,39 @@ WRONG_VALUES = [
             ("hierarchical", 0, NODE),
             ("hierarchical", 1, NODE),
             ("hierarchical", 2.0, NODE),
+        ]
+    ),
+    # weights on the wire
+    ({**W8_LINEAR, "communication": {"weight": {}}}, f"{ON_WIRE}.mode", "nothing", '"codes"', "add it"),
+    (
+        {**W8_LINEAR, "communication": {"weight": {"mode": "code"}}},
+        f"{ON_WIRE}.mode",
+        '"code"',
+        '"codes"',
+        "did you mean",
+    ),
+    (
+        {**W8_LINEAR, "communication": {"weight": {"mode": "codes", "hierarchical": True}}},
+        f"{ON_WIRE}.hierarchical",
+        "true",
+        "the keys mode",
+        "remove it",
+    ),
+    ({"communication": CODES}, f"{ON_WIRE}.mode", '"codes"', "only with linear.weight:", "or remove"),
+    *(
+        (
+            {"linear": {"weight": {"bits": 8}, "activation": {"bits": 8}, **change}, "communication": CODES},
+            f"{ON_WIRE}.mode",
+            '"codes"',
+            f"only with linear.{needed}: layers must compute with the codes alone",
+            "change that",
+        )
+        for change, needed in [
+            ({"weight": {"bits": 8, "granularity": "tensor"}}, 'weight.granularity "channel"'),
+            ({"weight": {"bits": 8, "granularity": "block"}}, 'weight.granularity "channel"'),
+            ({"weight": {"bits": 8, "symmetric": False}}, "weight.symmetric true"),
+            ({"weight": {"bits": 8, "rounding": "stochastic"}}, 'weight.rounding "nearest"'),
+            ({"backward_operands": "original"}, 'backward_operands "quantized"'),
         ]
     ),
     # what quantizes nothing
