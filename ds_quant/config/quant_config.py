@@ -35,7 +35,7 @@ class QuantConfig(Section):
         if self.enabled and not (self.linear or self.optimizer or self.communication or self.diagnostics):
             keys = "at least one of linear, optimizer, communication or diagnostics"
             yield "", self.model_dump(exclude_unset=True), keys, "it quantizes nothing, and measures nothing: say what"
-        if self.communication and self.communication.weight:
+        if self.communication and self.communication.weight and self.communication.weight.mode == "codes":
             yield from self._weight_rules()
 
     def _weight_rules(self) -> Iterator[Rule]:

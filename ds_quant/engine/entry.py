@@ -47,7 +47,8 @@ from ds_quant.engine.patches import (
 )
 from ds_quant.engine.quant_engine import extend
 from ds_quant.engine.steps import Steps
-from ds_quant.engine.weight_communication import WeightCommunication, check_whole
+from ds_quant.engine.weight_communication import WeightCommunication
+from ds_quant.engine.weight_guards import check_whole
 from ds_quant.engine.weights import Weights
 from ds_quant.engine.whole_weights import gather_elsewhere
 from ds_quant.kernels.integer_units import integer_units

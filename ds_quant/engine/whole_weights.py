@@ -2,11 +2,13 @@
 
 import functools
 import sys
+from collections.abc import Iterable
 from typing import Any
 
 import deepspeed
+import torch
 
-from ds_quant.engine.weight_communication import gather_all
+from ds_quant.engine.weight_communication import gather_whole_of
 
 _Gathered = deepspeed.zero.GatheredParameters
 
@@ -27,13 +29,15 @@ def _gather_for_gathered_parameters() -> None:
     def __init__(
         self: Any, params: Any, modifier_rank: Any = None, fwd_module: Any = None, enabled: bool = True
     ) -> None:
-        self._ds_quant_is_wanted = enabled
+        if isinstance(params, Iterable) and not isinstance(params, torch.Tensor):
+            params = list(params)
+        self._ds_quant_wanted = (params if isinstance(params, list) else [params]) if enabled else []
         begin(self, params, modifier_rank, fwd_module, enabled)
 
     @functools.wraps(enter)
     def __enter__(self: Any) -> Any:
-        if self._ds_quant_is_wanted:
-            gather_all()
+        gather_whole_of(self._ds_quant_wanted)
+        self._ds_quant_wanted = []
         return enter(self)
 
     _Gathered.__init__, _Gathered.__enter__ = __init__, __enter__

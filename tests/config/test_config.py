@@ -373,7 +373,7 @@ WRONG_VALUES = [
         ]
     ),
     # weights on the wire
-    ({**W8_LINEAR, "communication": {"weight": {}}}, f"{ON_WIRE}.mode", "nothing", '"codes"', "add it"),
+    ({**W8_LINEAR, "communication": {"weight": {}}}, f"{ON_WIRE}.mode", "nothing", '"codes", ', "add it"),
     (
         {**W8_LINEAR, "communication": {"weight": {"mode": "code"}}},
         f"{ON_WIRE}.mode",
@@ -387,6 +387,39 @@ WRONG_VALUES = [
         "true",
         "the keys mode",
         "remove it",
+    ),
+    ({"communication": {"weight": {"mode": "difference"}}}, f"{ON_WIRE}.bits", "null", "4 or 8", "add it"),
+    *(
+        (
+            {**W8_LINEAR, "communication": {"weight": {"mode": "codes", key: value}}},
+            f"{ON_WIRE}.{key}",
+            json.dumps(value),
+            'only with mode "difference"',
+            "remove it",
+        )
+        for key, value in [
+            ("bits", 8),
+            ("block_size", 256),
+            ("rounding", "nearest"),
+            ("rotation", "hadamard"),
+            ("whole_every", 10),
+        ]
+    ),
+    *(
+        (
+            {"communication": {"weight": {"mode": "difference", "bits": 8, key: value}}},
+            f"{ON_WIRE}.{key}",
+            json.dumps(value),
+            allowed,
+            "",
+        )
+        for key, value, allowed in [
+            ("bits", 5, "4 or 8"),
+            ("block_size", 100, "a power of two from 32 to 4096"),
+            ("rounding", "down", '"nearest", "stochastic"'),
+            ("rotation", "fourier", '"none", "hadamard"'),
+            ("whole_every", 0, "an integer, 1 or more"),
+        ]
     ),
     ({"communication": CODES}, f"{ON_WIRE}.mode", '"codes"', "only with linear.weight:", "or remove"),
     *(

@@ -75,7 +75,7 @@ def config_of(case, gathered):
     if case.startswith("odd"):
         quantized["linear"]["exclude"] = []
     if gathered:
-        quantized["communication"]["weight"] = {"mode": "codes"}
+        quantized["communication"]["weight"] = {"mode": "codes"} if gathered is True else gathered
     config = {
         "train_micro_batch_size_per_gpu": ROWS,
         "gradient_accumulation_steps": ACCUMULATION,
