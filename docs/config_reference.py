@@ -17,6 +17,7 @@ from ds_quant.config import (
     MomentConfig,
     OptimizerConfig,
     QuantConfig,
+    WeightCommunicationConfig,
     WeightConfig,
 )
 from ds_quant.config.section import Section, allowed_values
@@ -38,6 +39,7 @@ OBJECTS: tuple[type[Section], ...] = (
     MasterConfig,
     CommunicationConfig,
     GradientCommunicationConfig,
+    WeightCommunicationConfig,
     DiagnosticsConfig,
 )
 

@@ -16,6 +16,7 @@ from ds_quant.config import (
     GradientCommunicationConfig,
     OptimizerConfig,
     QuantConfig,
+    WeightCommunicationConfig,
     has_tripwire,
     near_miss_keys,
     read_deepspeed_config,
@@ -103,6 +104,8 @@ def explain(source: Any) -> tuple[list[tuple[str, str]], list[str]]:
         rows += _wire(quant.communication.gradient, raw, stage)
     else:
         rows.append(("gradients on the wire", "full precision"))
+    if quant.communication and quant.communication.weight:
+        rows += _weights(quant.communication.weight)
     if quant.diagnostics:
         checks.append(lambda: rows.extend(_diagnostics(quant)))
     for check in checks:
@@ -160,6 +163,16 @@ def _wire(config: GradientCommunicationConfig, raw: dict[str, Any], stage: Any) 
         ("  bytes an element", f"{bytes_an_element(config):.3f} instead of 4 or 2"),
         ("  by", way),
     ]
+
+
+def _weights(config: WeightCommunicationConfig) -> list[tuple[str, str]]:
+    from ds_quant.comm.weight_difference import describe_weights, wire_format
+
+    rows = [("weights on the wire", describe_weights(config))]
+    if config.mode == "difference":
+        fmt = wire_format(config)
+        rows.append(("  bytes an element", f"{fmt.bits / 8 + 4 / fmt.block_size:.3f} instead of 4 or 2"))
+    return rows
 
 
 def _moment_checks(config: OptimizerConfig, raw: dict[str, Any], stage: Any) -> list[Callable[[], Any]]:

@@ -59,6 +59,30 @@ def all_gather(output: Tensor, message: Tensor, group: Group) -> Any:
     return _module().all_gather_into_tensor(output, message, group=group, async_op=True)
 
 
+def all_gather_uneven(slots: list[Tensor], message: Tensor, group: Group) -> Any:
+    """Start it: `message` of each rank, of any size, into its slot; that of this rank is `message` itself.
+
+    Returns a work, None where that is over already.
+    """
+    if _sends_by_itself(group):
+        return _exchange([message] * len(slots), slots, group)
+    if torch_dist.get_backend(group) == "gloo":  # which knows equal slots only
+        size = max(slot.numel() for slot in slots)
+        own = message.new_zeros(size)
+        own[: message.numel()] = message
+        found = message.new_empty(len(slots) * size)
+        _module().all_gather_into_tensor(found, own, group=group)
+        for slot, part in zip(slots, found.split(size), strict=True):
+            slot.copy_(part[: slot.numel()])
+        return None
+    return _module().all_gather(slots, message, group=group, async_op=True)
+
+
+def all_reduce_max(values: Tensor, group: Group) -> None:
+    """The largest of each element over the ranks, in place; no NaN."""
+    _module().all_reduce(values, op=torch_dist.ReduceOp.MAX, group=group)
+
+
 IN_FLIGHT = 2**22
 """Bytes of a message that are sent at once."""
 

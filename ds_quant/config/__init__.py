@@ -6,7 +6,7 @@ what it means. `refusals` lists what of DeepSpeed cannot be combined with it, `d
 """
 
 from ds_quant.base.errors import ConfigError, problem
-from ds_quant.config.communication import CommunicationConfig, GradientCommunicationConfig
+from ds_quant.config.communication import CommunicationConfig, GradientCommunicationConfig, WeightCommunicationConfig
 from ds_quant.config.deepspeed_json import (
     SECTION,
     TRIPWIRE,
@@ -36,6 +36,7 @@ __all__ = [
     "MomentConfig",
     "OptimizerConfig",
     "QuantConfig",
+    "WeightCommunicationConfig",
     "WeightConfig",
     "has_tripwire",
     "json_schema",

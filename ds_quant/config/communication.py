@@ -1,12 +1,12 @@
-"""`ds_quant.communication`: how gradients cross the wire."""
+"""`ds_quant.communication`: how gradients and weights cross the wire."""
 
 from collections.abc import Iterator
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
 from ds_quant.config.deepspeed_json import SECTION
-from ds_quant.config.section import Rule, Section
+from ds_quant.config.section import Allowed, Rule, Section
 from ds_quant.config.values import (
     FlatBlock,
     RanksPerNode,
@@ -38,6 +38,37 @@ class GradientCommunicationConfig(Section):
     ranks in a node."""
 
 
+class WeightCommunicationConfig(Section):
+    """How updated weights cross the wire, once a step at ZeRO stages 1 and 2."""
+
+    where: ClassVar[str] = f"{SECTION}.communication.weight"
+
+    mode: Literal["codes", "difference"]
+    """`codes`: of a weight that its layers quantize by channel, the codes that they compute with, and scales: training
+    stays what it is, bit for bit. All other parameters cross the wire in their dtype. `difference`: of all parameters,
+    codes of what the owner's fp32 weights are above what the ranks have. Required."""
+    bits: WireBits | None = None
+    """Of `difference`: bits of a code, 4 or 8. Required there."""
+    block_size: FlatBlock | None = None
+    """Of `difference`: consecutive elements that share a scale. Default 256 at 8 bits, 128 at 4."""
+    rounding: Rounding | None = None
+    """Of `difference`: `nearest` (ties to even) or `stochastic`. Default `nearest` at 8 bits, `stochastic` at 4."""
+    rotation: Literal["none", "hadamard"] = "none"
+    """Of `difference`: `hadamard` rotates each block before it is quantized, which spreads outliers over the block."""
+    whole_every: Annotated[int, Field(ge=1), Allowed("an integer, 1 or more: steps of the optimizer")] | None = None
+    """Of `difference`: the first step and each of so many sends whole weights. Default 1000."""
+
+    def rules(self) -> Iterator[Rule]:
+        if self.mode == "difference":
+            if self.bits is None:
+                yield "bits", None, "4 or 8", "add it"
+            return
+        for key in ("bits", "block_size", "rounding", "rotation", "whole_every"):
+            value = getattr(self, key)
+            if value is not None and value != "none":
+                yield key, value, 'only with mode "difference"', "remove it: codes are those of ds_quant.linear.weight"
+
+
 class CommunicationConfig(Section):
     """What crosses the wire in few bits."""
 
@@ -45,7 +76,9 @@ class CommunicationConfig(Section):
 
     gradient: GradientCommunicationConfig | None = None
     """Absent: gradients are reduced by DeepSpeed."""
+    weight: WeightCommunicationConfig | None = None
+    """Absent: updated weights are gathered by DeepSpeed."""
 
     def rules(self) -> Iterator[Rule]:
-        if not self.gradient:
-            yield nothing(self, "gradient")
+        if not (self.gradient or self.weight):
+            yield nothing(self, "gradient or weight")

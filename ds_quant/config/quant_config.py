@@ -27,7 +27,7 @@ class QuantConfig(Section):
     optimizer: OptimizerConfig | None = None
     """The states of the optimizer. Absent: 32 bits."""
     communication: CommunicationConfig | None = None
-    """The gradients on the wire. Absent: DeepSpeed's own reduction."""
+    """Gradients and weights on the wire. Absent: DeepSpeed's own collectives."""
     diagnostics: DiagnosticsConfig | None = None
     """What is measured inside training. Absent: nothing, at no cost."""
 
@@ -35,6 +35,23 @@ class QuantConfig(Section):
         if self.enabled and not (self.linear or self.optimizer or self.communication or self.diagnostics):
             keys = "at least one of linear, optimizer, communication or diagnostics"
             yield "", self.model_dump(exclude_unset=True), keys, "it quantizes nothing, and measures nothing: say what"
+        if self.communication and self.communication.weight and self.communication.weight.mode == "codes":
+            yield from self._weight_rules()
+
+    def _weight_rules(self) -> Iterator[Rule]:
+        """What a gather of codes needs: layers that see W in no other way, and find the same codes again."""
+        where, fix = "communication.weight.mode", 'change that, or remove "weight" from communication'
+        linear = self.linear
+        problems = {
+            "linear.weight": not (linear and linear.weight),
+            'linear.weight.granularity "channel"': linear and linear.weight and linear.weight.granularity != "channel",
+            "linear.weight.symmetric true": linear and linear.weight and not linear.weight.symmetric,
+            'linear.weight.rounding "nearest"': linear and linear.weight and linear.weight.rounding != "nearest",
+            'linear.backward_operands "quantized"': linear and linear.backward_operands != "quantized",
+        }
+        needs = [need for need, is_missing in problems.items() if is_missing]
+        if needs:
+            yield where, "codes", f"only with {', '.join(needs)}: layers must compute with the codes alone", fix
 
     @classmethod
     def load(cls, source: Any) -> Self:

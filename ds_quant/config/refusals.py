@@ -38,6 +38,10 @@ def _is_no_stage(value: Any) -> bool:
     return value is not None and not (type(value) is int and 0 <= value <= 3)
 
 
+def _gathers_no_updates(value: Any) -> bool:
+    return value is None or (type(value) is int and value in (0, 3))
+
+
 @dataclass(frozen=True)
 class Refusal:
     """A setting that some parts of the section refuse."""
@@ -61,6 +65,14 @@ REFUSALS = (
         "0, 1, 2 or 3, written out",
         "DeepSpeed has no other stage, and takes anything unresolved for stage 0",
         "write the stage; 1 is recommended",
+    ),
+    Refusal(
+        "zero_optimization.stage",
+        _gathers_no_updates,
+        ("communication.weight",),
+        "1 or 2",
+        "at stage 0 nothing is gathered, and at stage 3 weights are gathered for each layer, not in few bits",
+        'use stage 1 if the model fits, or remove "weight" from communication',
     ),
     Refusal(
         "tensor_parallel.autotp_size",

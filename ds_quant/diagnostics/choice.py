@@ -35,6 +35,9 @@ class Choice:
     """A line for each kind that this run has no component for, where none was asked for by name."""
 
 
+_READ_WEIGHTS = ("quantization_error", "oscillation")
+
+
 def choose(config: DiagnosticsConfig, quant: QuantConfig) -> Choice:
     """Which kinds `quant`, the whole section, has the components for.
 
@@ -57,6 +60,10 @@ def choose(config: DiagnosticsConfig, quant: QuantConfig) -> Choice:
         missing["quantization_error"] = ("no quantizer of weights or inputs", fix)
     if not (linear and linear.weight):
         missing["oscillation"] = ("no quantizer of weights", "add ds_quant.linear.weight")
+    if quant.communication and quant.communication.weight:
+        for kind in _READ_WEIGHTS:
+            what = "communication.weight, after which a rank holds most weights in few bits"
+            missing.setdefault(kind, (what, "remove communication.weight"))
     if config.kinds is None:
         kinds = tuple(kind for kind in TRAINING_KINDS if kind not in missing)
         left_out = tuple(f"{kind}: the section has {what}" for kind, (what, _) in missing.items())

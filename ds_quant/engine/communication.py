@@ -13,12 +13,12 @@ from ds_quant.engine import reduction
 from ds_quant.engine.engine_class import mix_in
 from ds_quant.engine.gradients import GradientCommunication
 from ds_quant.engine.parts import Loading, Part
+from ds_quant.engine.rank_files import RESIDUALS, read_tensors, save_tensors
 from ds_quant.engine.reduction import (
     QuantizedReductionEngine,
     QuantizedReductionStage1And2,
     QuantizedReductionStage3,
 )
-from ds_quant.engine.residual_files import read_residuals, save_residuals
 from ds_quant.engine.seams import check_live
 
 
@@ -57,13 +57,13 @@ class Communication(Part):
 
     def before_save(self, folder: Path) -> None:
         if self._gradients.feedback is not None:
-            save_residuals(self.engine, folder)
+            save_tensors(self.engine, folder, RESIDUALS, self._gradients.feedback.state_dict())
 
     def before_load(self, loading: Loading) -> None:
         self._loaded_residuals = {}
         if self._gradients.feedback is not None and not loading.load_module_only:
             # A file that is broken is found before anything is changed.
-            self._loaded_residuals = read_residuals(self.engine, loading.load_dir, loading.tag)
+            self._loaded_residuals = read_tensors(self.engine, loading.load_dir, loading.tag, RESIDUALS)
 
     def after_load(self, loading: Loading, path: str | None) -> None:
         feedback, residuals = self._gradients.feedback, self._loaded_residuals

@@ -48,7 +48,10 @@ from ds_quant.engine.patches import (
 )
 from ds_quant.engine.quant_engine import extend
 from ds_quant.engine.steps import Steps
+from ds_quant.engine.weight_communication import WeightCommunication
+from ds_quant.engine.weight_guards import check_whole
 from ds_quant.engine.weights import Weights
+from ds_quant.engine.whole_weights import gather_elsewhere
 from ds_quant.kernels.integer_units import integer_units
 from ds_quant.linear.convert import check_still_converted, convert, coverage, step_key_of, write_to_model_config
 from ds_quant.linear.modules import QuantizedModule
@@ -160,6 +163,7 @@ def initialize(
     if mpu is None and mesh_param is None and not {"sequence_parallel_size", "data_parallel_size"} & raw.keys():
         check_ranks(raw, num_ranks(), on_cpu=accelerator()[0] == "cpu")
     check_model(model)
+    check_whole(model)
     if not _is_trained(raw, optimizer):
         quant = _for_evaluation(quant, model)
     choice = choose(quant.diagnostics, quant) if quant.diagnostics else None
@@ -198,6 +202,9 @@ def initialize(
             say(line)
     if quant.communication and quant.communication.gradient:
         parts.append(Communication(engine, quant.communication.gradient))
+    if quant.communication and quant.communication.weight:
+        parts.append(WeightCommunication(engine, quant.communication.weight))
+        gather_elsewhere()
     if quant.diagnostics and choice:
         collector = TrainingDiagnostics(engine, quant.diagnostics, choice, second_moments)
         parts.append(Diagnostics(engine, collector))

@@ -53,6 +53,9 @@ class Part:
     def after_writing(self) -> None:
         """Weights may have been written: by a step or by loading, also by one that raised."""
 
+    def before_reading(self) -> None:
+        """All ranks are about to read the weights, together; nothing that fails on one rank alone comes in between."""
+
     def before_save(self, folder: Path) -> None:
         """A checkpoint is about to be written into `folder`, which may not exist yet. An error reaches all ranks."""
 

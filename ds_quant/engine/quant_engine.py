@@ -19,9 +19,19 @@ from ds_quant.engine.moments import Moments
 from ds_quant.engine.parts import Loading, Part
 from ds_quant.engine.seams import check_live
 from ds_quant.engine.steps import Steps
+from ds_quant.engine.weight_communication import WeightCommunication
 from ds_quant.engine.weights import Weights
 
-ORDER: tuple[type[Part], ...] = (MicroSteps, Masters, Moments, Steps, Weights, Communication, Diagnostics)
+ORDER: tuple[type[Part], ...] = (
+    MicroSteps,
+    Masters,
+    Moments,
+    Steps,
+    Weights,
+    Communication,
+    WeightCommunication,
+    Diagnostics,
+)
 """The order in which every hook calls the parts.
 
 The count of micro steps comes first, since others read it; diagnostics look at what the others have done.
@@ -88,11 +98,26 @@ class QuantEngine(_Base):
                 part.before_save(Path(save_dir) / tag)
 
         if save_dir:
+            self.gather_weights()
             tag = f"global_step{self.global_steps}" if tag is None else str(tag)
             # Before DeepSpeed writes `latest`: what that names is whole.
             raise_together(before_save, self.device)
         client_state = {} if client_state is None else client_state
         return super().save_checkpoint(save_dir, tag, client_state, save_latest, exclude_frozen_parameters)
+
+    @functools.wraps(_Engine.save_16bit_model)
+    def save_16bit_model(self, *args: Any, **kwargs: Any) -> Any:
+        self.gather_weights()
+        return super().save_16bit_model(*args, **kwargs)
+
+    def gather_weights(self) -> None:
+        """Have every rank hold the whole weights in the model's dtype, as their owners do. All ranks call it.
+
+        Needed under `ds_quant.communication.weight`, before one rank reads them by itself (`state_dict`,
+        `save_pretrained`); until the next step. Training goes on as it would have. Elsewhere it does nothing.
+        """
+        for part in self.ds_quant_parts:
+            part.before_reading()
 
     def load_checkpoint(
         self,

@@ -43,7 +43,8 @@ class _Collectives:
 
 
 @contextmanager
-def _replaced(module: ModuleType, name: str, value: Any) -> Iterator[None]:
+def replaced(module: ModuleType, name: str, value: Any) -> Iterator[None]:
+    """While it lasts, `name` of a module is `value`."""
     original = getattr(module, name)
     setattr(module, name, value)
     try:
@@ -54,7 +55,7 @@ def _replaced(module: ModuleType, name: str, value: Any) -> Iterator[None]:
 
 def _quantized(module: ModuleType, gradients: GradientCommunication, spans: Sequence[Span]) -> Any:
     """While it lasts, `module` reduces tensors quantized, in which the parameters lie as `spans` say."""
-    return _replaced(module, "dist", _Collectives(gradients, spans))
+    return replaced(module, "dist", _Collectives(gradients, spans))
 
 
 class QuantizedReductionEngine:
@@ -186,7 +187,7 @@ class QuantizedReductionStage3:
         def reduce_scatter_coalesced(tensors: list[Tensor], group: Any = None) -> list[Tensor]:
             return gradients.reduce_scatter_coalesced(tensors, names, group)
 
-        with _replaced(stage3, "reduce_scatter_coalesced", reduce_scatter_coalesced):
+        with replaced(stage3, "reduce_scatter_coalesced", reduce_scatter_coalesced):
             return super()._DeepSpeedZeroOptimizer_Stage3__avg_scatter_grads(  # type: ignore[misc]
                 params_to_reduce, communication_data_type
             )

@@ -106,7 +106,7 @@ def quantize(
     x = x.detach().float()
     if symmetric:
         levels = symmetric_levels(bits, full_range=full_range)
-        scale = _symmetric_scale(_reduce(x.abs(), torch.amax, granularity, block_size), levels)
+        scale = symmetric_scale(_reduce(x.abs(), torch.amax, granularity, block_size), levels)
         steps = _round(_steps(x, expand_groups(scale, x, granularity, block_size)), rounding, key)
         codes = steps.clamp(math.floor(-levels), math.floor(levels)).to(torch.int8)
         return Quantized(codes, scale, None, granularity, block_size)
@@ -124,6 +124,15 @@ def quantize(
 def symmetric_levels(bits: int, *, full_range: bool) -> float:
     """The scales that the largest magnitude of a group takes: codes lie from floor(-levels) to floor(levels)."""
     return ((1 << bits) - 1) / 2 if full_range else (1 << (bits - 1)) - 1
+
+
+def symmetric_codes(x: Tensor, scale: Tensor, bits: int) -> Tensor:
+    """int8 codes of x, rounded to nearest, at scales that broadcast against it: what `quantize` makes of them.
+
+    For a part of a group, whose scale is that of the whole group.
+    """
+    levels = symmetric_levels(bits, full_range=False)
+    return torch.round(_steps(x.detach().float(), scale)).clamp(-levels, levels).to(torch.int8)
 
 
 def integer_values(q: Quantized) -> Tensor:
@@ -195,7 +204,8 @@ def _divide_to_fit(extent: Tensor, levels: float) -> Tensor:
     return torch.where(short, scale + SMALLEST_DENORMAL, scale)
 
 
-def _symmetric_scale(absmax: Tensor, levels: float) -> Tensor:
+def symmetric_scale(absmax: Tensor, levels: float) -> Tensor:
+    """The scale of symmetric groups by their largest magnitudes, fp32; NaN where that is not finite."""
     return torch.where(absmax.isfinite(), _divide_to_fit(absmax, levels), torch.nan)
 
 

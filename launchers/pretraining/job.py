@@ -22,6 +22,7 @@ from ds_quant.base.commit import commit
 from ds_quant.cli import report
 from ds_quant.cli.shared import terminal
 from ds_quant.comm.reducer import describe_wire
+from ds_quant.comm.weight_difference import describe_weights
 from ds_quant.optim.kinds import kind_of
 from ds_quant.optim.setup import describe_moments
 from pretraining import arguments, data, diagnostics, documents, environment, metrics, model, outputs
@@ -200,10 +201,14 @@ def _train(trainer: PretrainTrainer, args: Arguments, config: DeepSpeedJson, res
 
 
 def _communication(trainer: PretrainTrainer, quant: ds_quant.QuantConfig) -> dict[str, Any] | None:
-    """How gradients crossed the wire, and what rank 0 sent a step; None: in full precision."""
-    if not quant.communication or not quant.communication.gradient:
+    """How gradients and weights crossed the wire, and what rank 0 sent a step; None: in full precision."""
+    if not quant.communication:
         return None
-    return {
-        "gradient": describe_wire(quant.communication.gradient),
-        **trainer.deepspeed.ds_quant_gradients.summary(),
-    }
+    found: dict[str, Any] = {}
+    if quant.communication.gradient:
+        found |= {"gradient": describe_wire(quant.communication.gradient)}
+        found |= trainer.deepspeed.ds_quant_gradients.summary()
+    if quant.communication.weight:
+        found |= {"weight": describe_weights(quant.communication.weight)}
+        found |= trainer.deepspeed.ds_quant_weight_communication.summary()
+    return found

@@ -63,9 +63,22 @@ def print_table(summary: dict[str, Any], output_dir: Path) -> None:
         table.add_row("quantized", "nothing: full precision")
     if summary["moments"]:
         table.add_row("Adam's moments", summary["moments"].replace("; ", "\n"))
-    if summary["communication"]:
-        table.add_row("gradients on the wire", _wire(summary["communication"]))
+    communication = summary["communication"] or {}
+    if "gradient" in communication:
+        table.add_row("gradients on the wire", _wire(communication))
+    if "weight" in communication:
+        table.add_row("weights on the wire", _weights(communication))
     Console().print(table)
+
+
+def _weights(communication: dict[str, Any]) -> str:
+    if communication["weight_wire_bytes_per_step"] is None:
+        return f"{communication['weight']}\none rank: nothing crossed a wire"
+    sent = communication["weight_wire_bytes_per_step"] / 2**20
+    return (
+        f"{communication['weight']}\n{sent:.2f} MiB a step from rank 0, "
+        f"{communication['weight_compression_ratio']:.2f} times fewer than in the weights' dtype"
+    )
 
 
 def _wire(communication: dict[str, Any]) -> str:

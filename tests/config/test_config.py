@@ -147,6 +147,9 @@ def test_configs_are_frozen_and_comparable():
 # ---- one wrong value: (section, where, got, allowed, fix)
 
 LINEAR = "ds_quant.linear"
+ON_WIRE = "ds_quant.communication.weight"
+W8_LINEAR = {"linear": {"weight": {"bits": 8}, "activation": {"bits": 8}}}
+CODES = {"weight": {"mode": "codes"}}
 WRONG_VALUES = [
     *(
         (
@@ -372,6 +375,72 @@ WRONG_VALUES = [
             ("hierarchical", 0, NODE),
             ("hierarchical", 1, NODE),
             ("hierarchical", 2.0, NODE),
+        ]
+    ),
+    # weights on the wire
+    ({**W8_LINEAR, "communication": {"weight": {}}}, f"{ON_WIRE}.mode", "nothing", '"codes", ', "add it"),
+    (
+        {**W8_LINEAR, "communication": {"weight": {"mode": "code"}}},
+        f"{ON_WIRE}.mode",
+        '"code"',
+        '"codes"',
+        "did you mean",
+    ),
+    (
+        {**W8_LINEAR, "communication": {"weight": {"mode": "codes", "hierarchical": True}}},
+        f"{ON_WIRE}.hierarchical",
+        "true",
+        "the keys mode",
+        "remove it",
+    ),
+    ({"communication": {"weight": {"mode": "difference"}}}, f"{ON_WIRE}.bits", "null", "4 or 8", "add it"),
+    *(
+        (
+            {**W8_LINEAR, "communication": {"weight": {"mode": "codes", key: value}}},
+            f"{ON_WIRE}.{key}",
+            json.dumps(value),
+            'only with mode "difference"',
+            "remove it",
+        )
+        for key, value in [
+            ("bits", 8),
+            ("block_size", 256),
+            ("rounding", "nearest"),
+            ("rotation", "hadamard"),
+            ("whole_every", 10),
+        ]
+    ),
+    *(
+        (
+            {"communication": {"weight": {"mode": "difference", "bits": 8, key: value}}},
+            f"{ON_WIRE}.{key}",
+            json.dumps(value),
+            allowed,
+            "",
+        )
+        for key, value, allowed in [
+            ("bits", 5, "4 or 8"),
+            ("block_size", 100, "a power of two from 32 to 4096"),
+            ("rounding", "down", '"nearest", "stochastic"'),
+            ("rotation", "fourier", '"none", "hadamard"'),
+            ("whole_every", 0, "an integer, 1 or more"),
+        ]
+    ),
+    ({"communication": CODES}, f"{ON_WIRE}.mode", '"codes"', "only with linear.weight:", "or remove"),
+    *(
+        (
+            {"linear": {"weight": {"bits": 8}, "activation": {"bits": 8}, **change}, "communication": CODES},
+            f"{ON_WIRE}.mode",
+            '"codes"',
+            f"only with linear.{needed}: layers must compute with the codes alone",
+            "change that",
+        )
+        for change, needed in [
+            ({"weight": {"bits": 8, "granularity": "tensor"}}, 'weight.granularity "channel"'),
+            ({"weight": {"bits": 8, "granularity": "block"}}, 'weight.granularity "channel"'),
+            ({"weight": {"bits": 8, "symmetric": False}}, "weight.symmetric true"),
+            ({"weight": {"bits": 8, "rounding": "stochastic"}}, 'weight.rounding "nearest"'),
+            ({"backward_operands": "original"}, 'backward_operands "quantized"'),
         ]
     ),
     # what quantizes nothing

@@ -76,6 +76,11 @@ INT8_ROWS = {
     "w8a8g8_int8": ("w8a8g8", None, None),
     "full_int8": ("w8a8g8", "adam8", "comm8"),
 }
+# Rows of which weights cross the wire in few bits, too: another row, whose gradients, and what is said of the weights.
+WEIGHT_ROWS = {
+    "wire8": ("full_int8", "comm8", {"mode": "codes"}),
+    "wire4": ("full_int8", "comm4", {"mode": "difference", "bits": 4}),
+}
 # Rows whose training is looked at: a row of ROWS, and steps between two looks.
 DIAGNOSED_ROWS = {"w8a8_diagnostics": ("w8a8", 20)}
 STAGE_0 = [name for name in MOMENT_ROWS if name.startswith("paper_")]
@@ -103,7 +108,16 @@ def load(name):
 
 
 def test_the_matrix_is_complete():
-    assert set(NAMES) == {"baseline", *ROWS, *PAPER_ROWS, *MOMENT_ROWS, *WIRE_ROWS, *INT8_ROWS, *DIAGNOSED_ROWS}
+    assert set(NAMES) == {
+        "baseline",
+        *ROWS,
+        *PAPER_ROWS,
+        *MOMENT_ROWS,
+        *WIRE_ROWS,
+        *INT8_ROWS,
+        *WEIGHT_ROWS,
+        *DIAGNOSED_ROWS,
+    }
     assert len(list((ROOT / "ds_configs").rglob("*.json"))) == len(NAMES), "one name, one file"
 
 
@@ -123,6 +137,14 @@ def test_each_diagnosed_row_is_another_that_is_looked_at(name):
     assert quant.model_copy(update={"diagnostics": None}) == load(linear)
     assert quant.diagnostics.every == every
     assert quant.diagnostics.kinds is None
+
+
+@pytest.mark.parametrize("name", WEIGHT_ROWS)
+def test_each_row_with_weights_on_the_wire_is_another_but_for_them(name):
+    quant, (other, wire, weight) = load(name), WEIGHT_ROWS[name]
+    assert quant.communication.model_copy(update={"weight": None}) == load(wire).communication
+    assert quant.model_copy(update={"communication": None}) == load(other).model_copy(update={"communication": None})
+    assert quant.communication.weight.model_dump(exclude_unset=True) == weight
 
 
 @pytest.mark.parametrize("name", INT8_ROWS)
@@ -343,7 +365,8 @@ def test_every_config_trains_a_step(tmp_path):
         assert result["moved"], name
         # two layers of seven linears; the paper quantized lm_head too
         linear, moments_row = WIRE_ROWS.get(name, (None, None, None))[1:]
-        linear, moments_row, wire = INT8_ROWS.get(name, (linear, moments_row, name if name in WIRE_ROWS else None))
+        row = WEIGHT_ROWS[name][0] if name in WEIGHT_ROWS else name
+        linear, moments_row, wire = INT8_ROWS.get(row, (linear, moments_row, name if name in WIRE_ROWS else None))
         without = name == "baseline" or (name in MOMENT_ROWS and name != "w8a8_adam8")
         without |= name in WIRE_ROWS and not linear
         expected = 0 if without else 14 + name.startswith("paper_")

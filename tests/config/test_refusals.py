@@ -58,7 +58,7 @@ def check(path, value, section):
 
 def test_every_row_has_a_case():
     assert {row.path for row in REFUSALS} == {path for path, *_ in CASES}
-    assert len({row.path for row in REFUSALS}) == len(REFUSALS)
+    assert len({(row.path, row.parts) for row in REFUSALS}) == len(REFUSALS)
 
 
 @pytest.mark.parametrize("part", PARTS)
@@ -72,10 +72,22 @@ def test_rows(path, value, passing, refused_with, part):
     with pytest.raises(ConfigError) as caught:
         check(path, value, PARTS[part])
     (line,) = str(caught.value).splitlines()
-    (row,) = [row for row in REFUSALS if row.path == path]
+    (row,) = [row for row in REFUSALS if row.path == path and row.parts != ("communication.weight",)]
     assert line.startswith(f"{path}: got ")
     named = part if part in row.parts else part.split(".")[0]
     assert f"; allowed: {row.allowed} with ds_quant.{named} ({row.reason}); fix: {row.fix}" in line
+
+
+@pytest.mark.parametrize("stage", [None, 0, 3])
+def test_weights_are_gathered_at_stages_1_and_2(stage):
+    section = PARTS["linear.weight"] | {"communication": {"weight": {"mode": "codes"}}}
+    for passing in (1, 2):
+        check("zero_optimization.stage", passing, section)
+    with pytest.raises(ConfigError, match="nothing is gathered") as caught:
+        check("zero_optimization.stage", stage, section)
+    assert str(caught.value).startswith("zero_optimization.stage: got ")
+    assert "; allowed: 1 or 2 with ds_quant.communication.weight (" in str(caught.value)
+    assert 'fix: use stage 1 if the model fits, or remove "weight"' in str(caught.value)
 
 
 def test_all_hits_are_listed():

@@ -77,6 +77,7 @@ def test_a_section_of_diagnostics_alone_is_enough():
         ({"linear": G8}, {"gradient_error"}),
         ({"linear": {"gradient": {"bits": 8, "used_for": ["input"]}}}, set()),
         ({"communication": {"gradient": {"bits": 8}}}, {"gradient_error"}),
+        ({"linear": W8 | A8, "communication": {"weight": {"mode": "codes"}}}, {"gradient_error"}),
         ({"optimizer": {"exp_avg": {"bits": 8}}}, set()),
         ({"linear": {**W8, **A8, **G8}}, {"quantization_error", "oscillation", "gradient_error"}),
     ],
@@ -128,3 +129,9 @@ def test_what_the_engine_does_not_do_with_hooks_is_refused():
     with pytest.raises(ConfigError, match=r"compile.deepcompile: got true; .*ds_quant.diagnostics"):
         check_refusals({"compile": {"deepcompile": True}}, quant)
     assert any("diagnostics" in row.parts for row in REFUSALS)
+
+
+@pytest.mark.parametrize("kind", ["quantization_error", "oscillation"])
+def test_weights_in_few_bits_are_not_looked_at(kind):
+    with pytest.raises(ConfigError, match=r"communication\.weight, after which .* or remove communication\.weight"):
+        chosen({"kinds": [kind]}, linear=W8, communication={"weight": {"mode": "codes"}})

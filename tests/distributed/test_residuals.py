@@ -82,7 +82,10 @@ def test_broken_files_are_refused_on_all_ranks_by_name(broken, what, rank):
 
 def test_where_there_are_none_it_begins_anew(broken):
     assert broken["absent"] == {"errors": [None], "numel": [0, 0], "step": [TRAINED + MORE] * 2}
-    assert "/absent/global_step6 holds no residuals of error feedback: it starts from zero" in broken["printed"]
+    assert (
+        "/absent/global_step6 holds no residuals of error feedback: error feedback starts from zero"
+        in broken["printed"]
+    )
     assert broken["no checkpoint"] == {"errors": [None], "numel": [0, 0], "step": [0, 0]}
     # Files that are not wanted are not looked at.
     assert broken["weights only"]["numel"] == [0, 0]

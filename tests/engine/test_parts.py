@@ -50,7 +50,7 @@ def start(folder, **overrides):
             "gradient": {"bits": 8, "rounding": "stochastic"},
         },
         "optimizer": {"exp_avg": {"bits": 8}, "exp_avg_sq": {"bits": 8}},
-        "communication": {"gradient": {"bits": 8, "error_feedback": True}},
+        "communication": {"gradient": {"bits": 8, "error_feedback": True}, "weight": {"mode": "codes"}},
         "diagnostics": {"every": 1, "kinds": ["outliers"], "output_dir": str(folder), "report": False},
     }
     config = {
@@ -85,7 +85,8 @@ def test_parts_are_called_in_one_order(tmp_path, called):
     engine.reload_states()
     micro = ["before_forward", "after_forward", "after_backward"]
     expected = [*micro, "after_step", *micro, "after_writing", "after_step", "before_forward", "after_forward"]
-    expected += ["before_save", "before_load", "after_writing", "after_writing", "after_load", "after_writing"]
+    expected += ["before_reading", "before_save"]
+    expected += ["before_load", "after_writing", "after_writing", "after_load", "after_writing"]
     expected += ["before_offload", "after_reload"]
     assert [(name, part) for name, part, *_ in called] == [(name, p) for name in expected for p in quant_engine.ORDER]
     arguments = {

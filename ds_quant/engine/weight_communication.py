@@ -1,0 +1,295 @@
+"""Quantized gathers of updated weights in a live engine at stages 1 and 2, and whole weights for whoever reads them.
+
+After a step each rank holds its own partition as it is, and of the others what layers compute the same with (see
+`comm.weight_codes`); or all ranks hold a replica that is near to the owners' weights (`comm.weight_difference`). Nobody
+else may read that: before weights leave the job, the partitions are gathered as they are,
+by all ranks in calls that all ranks make. Calls that one rank may make by itself would wait for the others for ever:
+they are refused until the weights are whole.
+"""
+
+import weakref
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from deepspeed import comm as dist
+from deepspeed.runtime.utils import all_gather_dp_groups
+from deepspeed.runtime.zero import stage_1_and_2
+from torch import Tensor
+
+from ds_quant.base.errors import fail
+from ds_quant.base.log import say
+from ds_quant.comm.agreement import check_agreement
+from ds_quant.comm.buffers import Buffers
+from ds_quant.comm.statistics import Statistics, Traffic
+from ds_quant.comm.weight_difference import WHOLE_EVERY, DifferenceGather, describe_weights, rounding_of, wire_format
+from ds_quant.comm.weight_gather import WeightGather
+from ds_quant.comm.weight_layout import Weight, build
+from ds_quant.config import WeightCommunicationConfig
+from ds_quant.engine.coded_weights import coded_weights
+from ds_quant.engine.engine_class import mix_in
+from ds_quant.engine.parts import Loading, Part
+from ds_quant.engine.rank_files import REPLICAS, read_tensors, save_tensors
+from ds_quant.engine.reduction import replaced
+from ds_quant.engine.replicas import Replicas
+from ds_quant.engine.seams import check_live
+from ds_quant.engine.steps import seed_of_first_rank
+from ds_quant.engine.weight_guards import CodedWeights, Guard
+from ds_quant.linear.weight_codes import weights_changed
+from ds_quant.numerics.random import fold_words
+
+STREAM = 0x77656967
+"""Sets the random bits of weights on the wire apart from others."""
+
+
+class GatheredStage1And2:
+    """Mixed into the class of a live DeepSpeedZeroOptimizer."""
+
+    ds_quant_weights: "WeightCommunication"
+
+    def step(self, closure: Any = None) -> Any:
+        self.ds_quant_weights.before_update()
+        with replaced(stage_1_and_2, "all_gather_dp_groups", self.ds_quant_weights.gather_updated):
+            return super().step(closure)  # type: ignore[misc]
+
+
+def gather_whole_of(parameters: Iterable[Any]) -> None:
+    """Make the weights whole of the engines that train these Parameters. All ranks call it, with the same ones.
+
+    Engines are found by the Parameters: which others still live may differ between ranks.
+    """
+    for parameter in parameters:
+        part = getattr(parameter, "ds_quant_weights", None)
+        if part is not None and part() is not None:
+            part().gather_whole()
+
+
+class WeightCommunication(Part):
+    """Has a live engine gather its updated weights by `config`. All ranks make it.
+
+    Raises:
+        ConfigError: there is nothing to gather in few bits, DeepSpeed chose an optimizer that gathers otherwise, or the
+            ranks differ in config or model.
+        ImportError: the live engine or its wrapper lacks what is used here.
+    """
+
+    def __init__(self, engine: Any, config: WeightCommunicationConfig) -> None:
+        super().__init__(engine)
+        wrapper = engine.optimizer
+        if not hasattr(wrapper, "ipg_buckets"):
+            raise fail(
+                "ds_quant.communication.weight",
+                type(wrapper).__name__,
+                "ZeRO stage 1 or 2 with DeepSpeedZeroOptimizer",
+                "remove data_types.grad_accum_dtype, or communication.weight",
+            )
+        _check_live(engine)
+        self.config = config
+        # On an accelerator, reading errors has the host wait for it at the end of a step: only where somebody looks.
+        with_errors = torch.device(engine.device).type == "cpu" or engine.monitor.enabled
+        self.statistics = Statistics(with_errors=with_errors and config.mode == "difference")
+        self.last_step = self.total = Traffic(0, 0, 0.0, 0.0)
+        self.num_steps = 0
+        self._weights = CodedWeights()
+        self._wrapper: Any = weakref.proxy(wrapper)
+        groups = _groups(engine, config)
+        sizes = [flat.numel() for flat in wrapper.bit16_groups_flat]
+        description = [config.model_dump(), sizes, groups]  # what all layouts are made of
+        device = torch.device(engine.device)
+        check_agreement("ds_quant.communication.weight", description, dist.get_world_group(), device)
+        self._seed = seed_of_first_rank(engine, torch.initial_seed())
+        self._replicas: Replicas | None = None
+        self._loaded: dict[str, Tensor] = {}
+        self._gathers: list[Any] = self._make_gathers(groups)
+        if config.mode == "difference":
+            self._replicas = Replicas(wrapper)
+        sent = {
+            id(parameter)
+            for parameters, group in zip(wrapper.round_robin_bit16_groups, groups, strict=True)
+            for parameter, weight in zip([p for p in parameters if p.numel()], group, strict=True)
+            if weight.coding or self._replicas
+        }
+        for module in engine.module.modules():
+            if any(id(parameter) in sent for parameter in module.parameters(recurse=False)):
+                module.register_state_dict_pre_hook(Guard(self._weights))
+        for parameters in wrapper.bit16_groups:
+            for parameter in parameters:
+                parameter.ds_quant_weights = weakref.ref(self)
+        wrapper.ds_quant_weights = self
+        mix_in(wrapper, GatheredStage1And2)
+        engine.ds_quant_weight_communication = self
+        _tell(config, [weight for group in groups for weight in group])
+
+    def _make_gathers(self, groups: Sequence[Sequence[Weight]]) -> list[Any]:
+        buffers, wrapper = Buffers(), self._wrapper
+        made: list[Any] = []
+        for group, flat, process_group in zip(
+            groups, wrapper.bit16_groups_flat, wrapper.real_dp_process_group, strict=True
+        ):
+            if self.config.mode == "difference":
+                fmt = wire_format(self.config)
+                made.append(DifferenceGather(group, flat.numel(), fmt, process_group, buffers, self.statistics))
+            else:
+                layout = build(group, flat.numel(), dist.get_world_size(process_group), flat.element_size())
+                made.append(WeightGather(layout, process_group, buffers, self.statistics))
+        return made
+
+    # ---- a step
+
+    def before_update(self) -> None:
+        """DeepSpeed's optimizer is about to take a step, and to write the own partitions."""
+        if self._replicas:
+            self._restore()
+            self._replicas.keep_own()
+
+    def gather_updated(self, groups_flat: Sequence[Tensor], *args: Any, **kwargs: Any) -> None:
+        """What DeepSpeed's `all_gather_dp_groups` does, in few bits."""
+        if self._replicas and self.engine.global_steps % (self.config.whole_every or WHOLE_EVERY) == 0:
+            self._gather_partitions()
+            for gather, flat in zip(self._gathers, groups_flat, strict=True):
+                numel = flat.numel() // gather.world_size * (gather.world_size - 1)
+                self.statistics.count(numel * flat.element_size(), numel, flat.element_size())
+            self._weights.whole = True
+            return
+        for number, (gather, flat) in enumerate(zip(self._gathers, groups_flat, strict=True)):
+            if self._replicas:
+                master = self._wrapper.single_partition_of_fp32_groups[number]
+                gather.gather(flat, master, self._replicas.own(number), self._key(gather.rank, number))
+            else:
+                gather.gather(flat)
+            self._weights.whole &= gather.world_size == 1
+
+    def _key(self, rank: int, group: int) -> Any:
+        if rounding_of(self.config) == "nearest":
+            return None
+        return fold_words(self._seed, self.engine.global_steps, 0, rank + 1, STREAM << 32 | group)
+
+    # ---- whole weights
+
+    def before_reading(self) -> None:
+        self.gather_whole()
+
+    def gather_whole(self) -> None:
+        """Gather the partitions as their owners have them, unless that is done already. All ranks call it."""
+        if self._weights.whole:
+            return
+        if self._replicas:
+            self._replicas.put_by()
+        self._gather_partitions()
+        self._weights.whole = True
+        weights_changed()
+
+    def before_forward(self, *, trains: bool) -> None:
+        self._restore()
+
+    def _restore(self) -> None:
+        if self._replicas and self._replicas.restore():
+            self._weights.whole = False
+            weights_changed()
+
+    def _gather_partitions(self) -> None:
+        wrapper = self._wrapper
+        all_gather_dp_groups(
+            groups_flat=wrapper.bit16_groups_flat,
+            partitioned_param_groups=wrapper.parallel_partitioned_bit16_groups,
+            dp_process_group=wrapper.real_dp_process_group,
+            start_alignment_factor=wrapper.nccl_start_alignment_factor,
+            allgather_bucket_size=wrapper.allgather_bucket_size,
+        )
+
+    # ---- checkpoints
+
+    def before_save(self, folder: Path) -> None:
+        if self._replicas:
+            save_tensors(self.engine, folder, REPLICAS, self._replicas.state_dict())
+
+    def before_load(self, loading: Loading) -> None:
+        self.gather_whole()  # what a checkpoint leaves as it is stays whole, and what it writes is
+        self._loaded = {}
+        if self._replicas and not loading.load_module_only:
+            # A file that is broken is found before anything is changed.
+            self._loaded = read_tensors(self.engine, loading.load_dir, loading.tag, REPLICAS)
+
+    def after_load(self, loading: Loading, path: str | None) -> None:
+        loaded, self._loaded = self._loaded, {}
+        if self._replicas and path is not None:
+            self._replicas.load(loaded)
+
+    # ---- the end of a step
+
+    def after_step(self, *, is_whole: bool) -> None:
+        if not is_whole:
+            return
+        self.last_step = self.statistics.take()
+        self.total = self.total.plus(self.last_step)
+        self.num_steps += 1
+        if self.engine.monitor.enabled and self.last_step.sent_bytes:
+            figures: dict[str, float] = {"weight_wire_bytes": self.last_step.sent_bytes}
+            if self.last_step.squared_norm:
+                figures["weight_quantization_error"] = self.last_step.relative_error
+            samples = self.engine.global_samples
+            events = [(f"Train/ds_quant/{name}", value, samples) for name, value in figures.items()]
+            self.engine.monitor.write_events(events)
+
+    def summary(self) -> dict[str, Any]:
+        """Of the steps of this process, for its rank: figures for a report; None where nothing crossed a wire."""
+        sent = self.total.sent_bytes
+        return {
+            "weight_wire_bytes_per_step": round(sent / self.num_steps) if sent else None,
+            "weight_compression_ratio": self.total.compression if sent else None,
+            "weight_quantization_error": self.total.relative_error if self.total.squared_norm else None,
+        }
+
+
+def _groups(engine: Any, config: WeightCommunicationConfig) -> list[list[Weight]]:
+    """The weights of each flat group, in the order in which they lie there."""
+    wrapper = engine.optimizer
+    codings = coded_weights(engine.module) if config.mode == "codes" else {}
+    names = {id(parameter): name for name, parameter in engine.module.named_parameters()}
+    groups = [
+        [
+            Weight(names[id(parameter)], offset, tuple(parameter.shape), codings.get(id(parameter)))
+            for parameter, offset in zip(parameters, offsets, strict=True)
+            if parameter.numel()
+        ]
+        for parameters, offsets in zip(wrapper.round_robin_bit16_groups, wrapper.round_robin_bit16_offsets, strict=True)
+    ]
+    if config.mode == "codes" and not any(weight.coding for group in groups for weight in group):
+        raise fail(
+            "ds_quant.communication.weight.mode",
+            config.mode,
+            "a model with trained weights that only quantized layers read",
+            'see ds_quant.linear.include and exclude, or use mode "difference"',
+        )
+    return groups
+
+
+def _check_live(engine: Any) -> None:
+    """Raise ImportError for what is read off a live wrapper, and has moved."""
+    names = ["bit16_groups", "bit16_groups_flat", "parallel_partitioned_bit16_groups", "real_dp_process_group"]
+    names += ["round_robin_bit16_groups", "round_robin_bit16_offsets", "nccl_start_alignment_factor"]
+    names += ["single_partition_of_fp32_groups", "allgather_bucket_size"]
+    check_live([(engine.optimizer, name) for name in names])
+
+
+def _tell(config: WeightCommunicationConfig, weights: Sequence[Weight]) -> None:
+    def numel(of: Iterable[Weight]) -> int:
+        return sum(torch.Size(weight.shape).numel() for weight in of)
+
+    if config.mode == "codes":
+        share = 100 * numel(weight for weight in weights if weight.coding) / numel(weights)
+        bits = sorted({weight.coding.bits for weight in weights if weight.coding})
+        whole = [weight.name for weight in weights if weight.coding is None and len(weight.shape) > 1]
+        say(
+            f"weights cross the wire as {describe_weights(config)}, in {' and '.join(map(str, bits))} bits: "
+            f"{share:.1f}% of the trainable elements"
+        )
+        if whole:
+            more = f" and {len(whole) - 3} more" if len(whole) > 3 else ""
+            say(f"in their dtype, since not only quantized layers read them: {', '.join(whole[:3])}{more}")
+    else:
+        every = config.whole_every or WHOLE_EVERY
+        say(f"weights cross the wire as {describe_weights(config)}; whole at the first step and every {every} steps")
+    if dist.get_world_size() == 1:
+        say("there is one rank: no weights cross a wire")

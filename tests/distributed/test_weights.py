@@ -1,0 +1,167 @@
+"""Weights gathered as codes: training is bit for bit what it is without, and what leaves the job is whole."""
+
+import json
+
+import pytest
+from conftest import ROOT
+from launching import PROGRAMS, run_ranks
+
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
+
+TIMEOUT = 400
+CASES = {
+    1: ["odd:simulated:8:1:bf16"],
+    2: [
+        "llama:int8:8:1:bf16",
+        "gpt2:simulated:4:2:bf16",
+        "odd:int8:8:1:fp32",
+        "odd:simulated:5:2:autocast",
+        "gpt2:int8:8:1:bf16:round_robin_gradients=true",
+    ],
+    3: ["odd:int8:4:1:bf16", "gpt2:int8:8:2:fp32", "llama:simulated:8:2:bf16:offload_optimizer=true"],
+}
+ALL = [(ranks, case) for ranks, cases in CASES.items() for case in cases]
+CROSSING = [(ranks, case) for ranks, case in ALL if ranks > 1]
+
+
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory):
+    """Of each number of ranks, those of its ranks."""
+    found = {}
+    for ranks, cases in CASES.items():
+        output = tmp_path_factory.mktemp("weights") / "report.json"
+        run_ranks(PROGRAMS / "weights.py", output, *cases, ranks=ranks, timeout=TIMEOUT)
+        found[ranks] = json.loads(output.read_text())
+    return found
+
+
+@pytest.mark.parametrize(("ranks", "case"), ALL)
+def test_training_is_the_same(reports, ranks, case):
+    """Losses, masters, moments and norms of every step, evaluations, and going on from a checkpoint."""
+    for report in reports[ranks]:
+        none, codes = (report[case][how] for how in ("none", "codes"))
+        for part in ("early", "middle", "late", "resumed", "evaluated", "full"):
+            assert codes[part] == none[part], part
+        assert codes["resumed"] == codes["late"]
+        masters = [step[1] for part in ("early", "middle", "late") for step in codes[part]]
+        assert len(set(masters)) == len(masters), "nothing was trained"
+
+
+@pytest.mark.parametrize(("ranks", "case"), ALL)
+def test_what_leaves_is_whole(reports, ranks, case):
+    for report in reports[ranks]:
+        none, codes = (report[case][how] for how in ("none", "codes"))
+        for part in ("whole", "saved", "state_dict", "saved again"):
+            assert codes[part] == none[part], part
+
+
+@pytest.mark.parametrize(("ranks", "case"), CROSSING)
+def test_what_one_rank_reads_is_refused(reports, ranks, case):
+    """After a step weights are coarse, and nobody is handed them who might take them for whole."""
+    for report in reports[ranks]:
+        codes = report[case]["codes"]
+        assert codes["coarse"] != codes["whole"]
+        assert len(codes["refusals"]) == 4
+        for error in codes["refusals"]:
+            assert "engine.gather_weights() on all ranks" in error
+
+
+def test_one_rank_has_whole_weights(reports):
+    codes = reports[1][0][CASES[1][0]]["codes"]
+    assert codes["coarse"] == codes["whole"]
+    assert codes["refusals"] == [None] * 3
+    assert codes["counted"] == 0
+    assert codes["wire"] == [0, 0]
+
+
+@pytest.mark.parametrize(("ranks", "case"), CROSSING)
+def test_bytes(reports, ranks, case):
+    """Those at the collectives are those of the layout, and of the statistics."""
+    early = 2
+    for report in reports[ranks]:
+        codes = report[case]["codes"]
+        assert sum(codes["wire"]) == codes["counted"] == early * sum(codes["layout"]) > 0
+        assert report[case]["none"]["wire"] == [0, 0]
+
+
+def test_the_trainer_saves_whole_weights(tmp_path):
+    """Its checkpoints and its model are those of a run without, and it goes on from them as it would have."""
+    configs = [ROOT / "ds_configs" / f"{name}.json" for name in ("full_int8", "wire8")]
+    run_ranks(PROGRAMS / "weights_trainer.py", tmp_path / "report.json", *configs, timeout=TIMEOUT)
+    none, codes = json.loads((tmp_path / "report.json").read_text()).values()
+    assert codes["losses"] == none["losses"]
+    assert codes["resumed"] == none["resumed"] == none["losses"]
+    assert codes["saved"] == none["saved"]
+    assert len(set(codes["saved"].values())) == 3
+    assert none["refused"] is None
+    assert "engine.gather_weights() on all ranks" in codes["refused"]
+
+
+DIFFERENCES = {
+    2: [
+        ("llama:int8:8:1:bf16", {"mode": "difference", "bits": 8, "whole_every": 4}),
+        ("odd:simulated:8:2:bf16", {"mode": "difference", "bits": 8, "rotation": "hadamard"}),
+    ],
+    3: [
+        ("odd:int8:8:1:bf16", {"mode": "difference", "bits": 8, "block_size": 32, "rounding": "stochastic"}),
+        ("gpt2:simulated:8:1:fp32", {"mode": "difference", "bits": 4, "whole_every": 3}),
+    ],
+}
+EACH = [(ranks, number) for ranks, cases in DIFFERENCES.items() for number in range(len(cases))]
+
+
+@pytest.fixture(scope="module")
+def differences(tmp_path_factory):
+    """Of each number of ranks, those of its ranks, a report for each case."""
+    found = {}
+    for ranks, cases in DIFFERENCES.items():
+        output = tmp_path_factory.mktemp("differences") / "report.json"
+        texts = [json.dumps(case) for case in cases]
+        run_ranks(PROGRAMS / "weights_difference.py", output, *texts, ranks=ranks, timeout=TIMEOUT)
+        found[ranks] = json.loads(output.read_text())
+    return found
+
+
+@pytest.mark.parametrize(("ranks", "number"), EACH)
+def test_replicas(differences, ranks, number):
+    """The same on all ranks; what they were once whole weights were saved; and what they were in checkpoints."""
+    reports = [report[number] for report in differences[ranks]]
+    for report in reports:
+        for part in ("replica", "replica after saving", "last replica", "resumed replica", "whole", "saved"):
+            assert report[part] == reports[0][part], part
+        assert report["replica"] == report["replica after saving"]
+        assert report["last replica"] == report["resumed replica"]
+        assert report["resumed"] == report["late"]
+        assert report["straight"] == report["trained"] + report["late"], "saving moved the training"
+
+
+@pytest.mark.parametrize(("ranks", "number"), EACH)
+def test_what_leaves_of_replicas_is_whole(differences, ranks, number):
+    for report in (report[number] for report in differences[ranks]):
+        assert report["whole"] == report["masters"]
+        assert report["replica"] != report["whole"]
+        assert "engine.gather_weights() on all ranks" in report["refused"]
+        assert len(set(report["saved"].values())) == 1
+
+
+@pytest.mark.parametrize(("ranks", "number"), EACH)
+def test_replicas_drift_no_further_than_one_gather_lets_them(differences, ranks, number):
+    for report in (report[number] for report in differences[ranks]):
+        assert len(report["drifts"]) == 24 * len(report["numel"])
+        for drift, bound, difference in report["drifts"]:
+            assert drift <= bound
+            assert difference > 0
+        assert any(drift > 0 for drift, _, _ in report["drifts"])
+
+
+@pytest.mark.parametrize(("ranks", "number"), EACH)
+def test_bytes_of_differences(differences, ranks, number):
+    case, weight = DIFFERENCES[ranks][number]
+    size = 4 if ":fp32" in case else 2
+    for report in (report[number] for report in differences[ranks]):
+        whole = [step for step in range(3) if step % weight.get("whole_every", 1000) == 0]
+        of_a_step = sum(report["layout"])
+        assert report["wire"] == of_a_step * (3 - len(whole))
+        of_whole = sum(report["numel"]) * size * (ranks - 1) // ranks
+        assert report["counted"] == report["wire"] + of_whole * len(whole)
+        assert 0 < report["error"] < 0.5
