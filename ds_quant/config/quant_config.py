@@ -37,6 +37,10 @@ class QuantConfig(Section):
             yield "", self.model_dump(exclude_unset=True), keys, "it quantizes nothing, and measures nothing: say what"
         if self.communication and self.communication.weight and self.communication.weight.mode == "codes":
             yield from self._weight_rules()
+        weight = self.communication.weight if self.communication else None
+        if self.optimizer and self.optimizer.master and weight and weight.mode == "difference":
+            allowed = '"codes" with optimizer.master, whose masters are in the weights that a replica would replace'
+            yield "communication.weight.mode", "difference", allowed, "remove optimizer.master, or use mode codes"
 
     def _weight_rules(self) -> Iterator[Rule]:
         """What a gather of codes needs: layers that see W in no other way, and find the same codes again."""

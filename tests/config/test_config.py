@@ -393,6 +393,16 @@ WRONG_VALUES = [
         "the keys mode",
         "remove it",
     ),
+    (
+        {
+            "optimizer": {"master": {"bits": 24}},
+            "communication": {"weight": {"mode": "difference", "bits": 8}},
+        },
+        f"{ON_WIRE}.mode",
+        '"difference"',
+        '"codes" with optimizer.master',
+        "remove optimizer.master",
+    ),
     ({"communication": {"weight": {"mode": "difference"}}}, f"{ON_WIRE}.bits", "null", "4 or 8", "add it"),
     *(
         (
