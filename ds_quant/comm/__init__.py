@@ -1,4 +1,4 @@
-"""Gradients in 8 or 4 bits on the wire: collectives, and a communication hook for DistributedDataParallel.
+"""Gradients and weights in few bits on the wire: collectives, and a communication hook for DistributedDataParallel.
 
 Works with torch.distributed alone; under DeepSpeed the JSON's `communication` section does it all.
 """

@@ -41,7 +41,7 @@ def shared_absmax(flat: Tensor, runs: tuple[Run, ...], num_shared: int) -> Tenso
             after = -(before + run.numel) % run.width
             rows = torch.nn.functional.pad(magnitudes, (before, after)).view(-1, run.width)
             largest = rows.amax(0)
-        torch.maximum(channels, largest, out=channels)
+        channels.copy_(largest)  # an owner has one run of each
     return torch.where(found.isfinite(), found, torch.inf)
 
 

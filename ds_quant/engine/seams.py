@@ -44,6 +44,7 @@ SEAMS: tuple[tuple[str, str, str], ...] = (
     ("deepspeed.runtime.engine", "DeepSpeedEngine.save_16bit_model", "gathers whole weights"),
     ("deepspeed.runtime.zero.stage_1_and_2", "DeepSpeedZeroOptimizer.step", "weights are gathered in it"),
     ("deepspeed.runtime.zero.stage_1_and_2", "all_gather_dp_groups", "what stages 1 and 2 gather with"),
+    ("deepspeed.runtime.utils", "all_gather_dp_groups", "gathers whole weights"),
     ("deepspeed.runtime.engine", "DeepSpeedEngine.offload_states", "refused at stage 3"),
     ("deepspeed.runtime.engine", "DeepSpeedEngine.reload_states", "links the moments again"),
     (

@@ -153,12 +153,12 @@ class WeightCommunication(Part):
             self._weights.whole = True
             return
         for number, (gather, flat) in enumerate(zip(self._gathers, groups_flat, strict=True)):
+            self._weights.whole &= gather.world_size == 1  # before, should it fail half-way
             if self._replicas:
                 master = self._wrapper.single_partition_of_fp32_groups[number]
                 gather.gather(flat, master, self._replicas.own(number), self._key(gather.rank, number))
             else:
                 gather.gather(flat)
-            self._weights.whole &= gather.world_size == 1
 
     def _key(self, rank: int, group: int) -> Any:
         if rounding_of(self.config) == "nearest":
