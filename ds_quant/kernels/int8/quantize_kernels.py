@@ -57,7 +57,7 @@ def _numbers(first_row, first_column, C, ROWS: tl.constexpr, COLUMNS: tl.constex
 
 @triton.jit
 def _scale(maximum, LEVELS: tl.constexpr):
-    """`numerics.integer._symmetric_scale`."""
+    """`numerics.integer.symmetric_scale`."""
     scale = tl.math.div_rn(maximum, LEVELS)
     short = (scale < 1.1754943508222875e-38) & (scale * LEVELS < maximum)  # 2^-126
     scale = (scale.to(tl.int32, bitcast=True) + short.to(tl.int32)).to(tl.float32, bitcast=True)  # 2^-149 more
