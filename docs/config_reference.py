@@ -67,7 +67,10 @@ def default(field: FieldInfo) -> str:
     if field.is_required():
         return "required"
     if field.default_factory is not None:
-        return "by `bits`"
+        try:
+            return f"`{as_json(field.default_factory({}))}`"  # type: ignore[call-arg]
+        except KeyError:
+            return "by `bits`"
     return f"`{as_json(field.default)}`"
 
 

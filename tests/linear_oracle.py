@@ -2,9 +2,10 @@
 
 import numpy as np
 import torch
-from numerics import oracle
+from numerics import format_oracle, oracle
 
 import ds_quant
+from ds_quant.base.number_formats import FORMATS
 
 TOKENS, IN, OUT = 11, 37, 19
 W8A8G8_INT8 = {
@@ -30,6 +31,22 @@ class Side:
         """Quantize x [rows, features]; contracted over the features, or over the rows if transposed."""
         block = config.get("block_size", 128)
         array = x.float().numpy()
+        if "format" in config:
+            rows, rule = config.get("block_rows", 1), config.get("scale_rule", "floor")
+            steps, scales = (
+                torch.from_numpy(found).double()
+                for found in format_oracle.quantize(
+                    array, config["format"], granularity=granularity, block_size=block, rows=rows, rule=rule
+                )
+            )
+            contracted = granularity == "block" or granularity == ("column" if not transposed else "row")
+            if granularity == "tensor":
+                scales = scales.reshape(-1)[0]
+            if granularity == "row":
+                scales = scales[:, :1]
+            elif granularity == "column":
+                scales = scales[:1]
+            return cls(steps.t(), scales.t(), contracted) if transposed else cls(steps, scales, contracted)
         codes, scale, zero = oracle.quantize(
             array,
             config["bits"],
@@ -95,23 +112,26 @@ def expected(x, w, bias, g, config, dtype):
     names_x = {"tensor": "tensor", "token": "row", "channel": "column", "block": "block"}
     weight, activation, gradient = config.get("weight"), config.get("activation"), config.get("gradient")
     integer = config.get("backend") == "int8"
+    parts = (weight, activation, gradient)
+    in_blocks = [bool(part and "format" in part and FORMATS[part["format"]].block_size) for part in parts]
+    default_w, default_x = "block" if in_blocks[0] else "channel", "block" if in_blocks[1] else "token"
 
     def of_weight(transposed):
         if not weight:
             return Side.plain(w.t() if transposed else w)
-        return Side.quantized(w, weight, names_w[weight.get("granularity", "channel")], transposed=transposed)
+        return Side.quantized(w, weight, names_w[weight.get("granularity", default_w)], transposed=transposed)
 
     def of_activation(transposed):
         if not activation:
             return Side.plain(x.t() if transposed else x)
-        return Side.quantized(x, activation, names_x[activation.get("granularity", "token")], transposed=transposed)
+        return Side.quantized(x, activation, names_x[activation.get("granularity", default_x)], transposed=transposed)
 
     y = product(of_activation(False), of_weight(False), dtype, bias, integer=integer)
     original = config.get("backward_operands") == "original"
     other_w = Side.plain(w.t()) if original else of_weight(True)
     other_x = Side.plain(x.t()) if original else of_activation(True)
     used = gradient.get("used_for", ("weight", "input")) if gradient else ()
-    granularity = gradient.get("granularity", "outer") if gradient else None
+    granularity = gradient.get("granularity", "block" if in_blocks[2] else "outer") if gradient else None
 
     def with_gradient(other, other_is_quantized, outer_name, transposed):
         """other [free, contracted]; g is contracted over its features, or over its rows if transposed."""
@@ -120,6 +140,9 @@ def expected(x, w, bias, g, config, dtype):
             scale = other.scale[0].float()  # the same for every free index: it belongs to the contracted one
             folded = folded * (scale.reshape(-1, 1) if transposed else scale)
             other = Side(other.steps, torch.ones((), dtype=torch.float64), False)
+        if granularity == "block":  # of what is contracted
+            side = Side.quantized(folded.t().contiguous() if transposed else folded, gradient, "block")
+            return product(side, other, dtype, integer=integer)
         name = outer_name if granularity == "outer" else names_x[granularity]
         return product(Side.quantized(folded, gradient, name, transposed=transposed), other, dtype, integer=integer)
 

@@ -23,6 +23,7 @@ COMMANDS = {
     "gradient-norms": "norms and spikes of gradients, and how much of them is near zero",
     "moments": "histograms of Adam's moments, and what becomes zero in few bits",
     "quantization-error": "what quantizing loses of weights and activations",
+    "formats": "what each number format loses of the same numbers",
     "oscillation": "weights that swing between two codes, over checkpoints",
     "memory": "the peak of a real training step, split by what holds it",
     "all": "every diagnostic that a checkpoint allows, and the report",

@@ -48,6 +48,7 @@ class QuantConfig(Section):
         linear = self.linear
         problems = {
             "linear.weight": not (linear and linear.weight),
+            "linear.weight.bits": linear and linear.weight and linear.weight.format,
             'linear.weight.granularity "channel"': linear and linear.weight and linear.weight.granularity != "channel",
             "linear.weight.symmetric true": linear and linear.weight and not linear.weight.symmetric,
             'linear.weight.rounding "nearest"': linear and linear.weight and linear.weight.rounding != "nearest",

@@ -53,6 +53,14 @@ class OneOf:
         return value
 
 
+class _Nothing:
+    def __repr__(self) -> str:
+        return "nothing"
+
+
+NOTHING = _Nothing()
+"""What a rule got where a key is missing."""
+
 Rule = tuple[str, Any, str, str]
 """A broken rule: the key (empty for the whole object), what was got, what is allowed, the fix."""
 

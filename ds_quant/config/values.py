@@ -5,13 +5,21 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
-from ds_quant.config.section import Allowed, Rule, Section
+from ds_quant.base.number_formats import FORMATS
+from ds_quant.config.section import Allowed, OneOf, Rule, Section
 
 
 def exact_int(value: Any) -> Any:
     # A Literal of integers would take 8.0, and a union with False would take 0.
     if type(value) is not int:
         raise PydanticCustomError("exact_int", "an integer is wanted")
+    return value
+
+
+def not_null(value: Any) -> Any:
+    """Of a key that may be absent, but not null."""
+    if value is None:
+        raise PydanticCustomError("not_null", "a value is wanted")
     return value
 
 
@@ -40,6 +48,7 @@ def _class_name(value: str) -> str:
 
 
 Bits = Annotated[int, Field(ge=2, le=8), Allowed("an integer from 2 to 8")]
+FormatName = Annotated[str, OneOf(lambda: tuple(FORMATS), lambda names: ", ".join(f'"{name}"' for name in names))]
 WireBits = Annotated[Literal[4, 8], BeforeValidator(exact_int), Allowed("4 or 8")]
 LinearBlock = Annotated[
     int, Field(ge=16, le=4096), AfterValidator(_power_of_two), Allowed("a power of two from 16 to 4096")

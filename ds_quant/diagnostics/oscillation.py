@@ -19,6 +19,7 @@ from ds_quant.diagnostics.measurement import Measurement, Row
 from ds_quant.diagnostics.recorder import Recorder, weight_matrix, zeros
 from ds_quant.linear.modules import QuantizedModule
 from ds_quant.linear.recipe import Quantizer
+from ds_quant.numerics.format import Integers
 from ds_quant.numerics.integer import divide, expand_scale
 from ds_quant.numerics.random import fold_key, random_bits
 
@@ -74,6 +75,13 @@ class OscillationRecorder(Recorder):
 
     def prepare(self, name: str, module: nn.Module) -> None:
         if isinstance(module, QuantizedModule) and module._quant_plan.weight is not None:
+            if not isinstance(module._quant_plan.weight.format.elements, Integers):
+                raise fail(
+                    "diagnostics: oscillation",
+                    module._quant_plan.weight.format_name,
+                    "weights in integers (bits, mxint8, nvint4), whose thresholds are evenly spaced",
+                    "leave oscillation out",
+                )
             self._quantizers[name] = module._quant_plan.weight
             self._sums.setdefault(name, zeros(len(_SUMS), module.weight))
 

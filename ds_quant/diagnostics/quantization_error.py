@@ -12,6 +12,7 @@ from ds_quant.diagnostics.recorder import Recorder, weight_matrix, zeros
 from ds_quant.linear.modules import QuantizedModule
 from ds_quant.linear.recipe import Quantizer
 from ds_quant.numerics.integer import Quantized, dequantize, integer_values, symmetric_levels
+from ds_quant.numerics.minifloat import MINIFLOATS
 
 _SUMS = ("error", "square", "zeroed", "nonzero", "ends", "numel")
 _OPERANDS = ("weight", "activation")
@@ -26,8 +27,12 @@ def error_sums(x: Tensor, q: Quantized, bits: int, *, full_range: bool = False) 
     values = x.detach().float()
     kept = dequantize(q)
     error = (values - kept).double()
-    levels = symmetric_levels(bits, full_range=full_range)
-    ends = (math.floor(-levels), math.floor(levels)) if q.zero_point is None else (0, (1 << bits) - 1)
+    if q.elements != "integer":
+        at_ends = integer_values(q).abs() >= MINIFLOATS[q.elements].largest
+    else:
+        levels = symmetric_levels(bits, full_range=full_range)
+        ends = (math.floor(-levels), math.floor(levels)) if q.zero_point is None else (0, (1 << bits) - 1)
+        at_ends = (q.codes <= ends[0]) | (q.codes >= ends[1])
     present = values != 0
     sums = torch.stack(
         [
@@ -35,7 +40,7 @@ def error_sums(x: Tensor, q: Quantized, bits: int, *, full_range: bool = False) 
             values.double().square().sum(),
             ((integer_values(q) == 0) & present).sum(),
             present.sum(),
-            (((q.codes <= ends[0]) | (q.codes >= ends[1])) & present).sum(),
+            (at_ends & present).sum(),
             torch.tensor(values.numel(), device=values.device),
         ]
     )

@@ -26,7 +26,9 @@ def _coding(module: nn.Module) -> Coding | None:
         return None
     plan = module._quant_plan
     quantizer = plan.weight
-    if quantizer is None or plan.original_operands or not quantizer.symmetric or quantizer.full_range:
+    if quantizer is None or quantizer.format_name or plan.original_operands:
+        return None
+    if not quantizer.symmetric or quantizer.full_range:
         return None
     if quantizer.granularity != "row" or quantizer.rounding != "nearest":
         return None

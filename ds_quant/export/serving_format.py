@@ -72,7 +72,10 @@ def _what_cannot_be_said(config: LinearConfig) -> list[str]:
     zero_point = "true: the server's integer products have no zero point here"
     drawn = '"nearest": a server draws no random bits'
     bits = (8,) if activation else (4, 8)
-    if weight.bits not in bits:
+    for name, operand in (("weight", weight), ("activation", activation)):
+        if operand and operand.format:
+            broken.append((f"{name}.format", operand.format, "bits: only integers are exported"))
+    if weight.bits is not None and weight.bits not in bits:
         allowed = "8 beside a quantized activation" if activation else "4 or 8"
         broken.append(("weight.bits", weight.bits, allowed))
     if not weight.symmetric:
@@ -83,7 +86,7 @@ def _what_cannot_be_said(config: LinearConfig) -> list[str]:
         allowed = '"channel" or "tensor" beside a quantized activation: other scales lie on the contraction axis'
         broken.append(("weight.granularity", "block", allowed))
     if activation:
-        if activation.bits != 8:
+        if activation.bits is not None and activation.bits != 8:
             broken.append(("activation.bits", activation.bits, "8"))
         if activation.granularity != "token":
             allowed = '"token": a server computes the scale of each token on its own'

@@ -18,6 +18,7 @@ from ds_quant.kernels.choice import REFERENCE, chosen
 from ds_quant.kernels.compiling import compile_whole
 from ds_quant.numerics.format import Format, Integers, quantize_to
 from ds_quant.numerics.integer import Quantized
+from ds_quant.numerics.minifloat import Minifloat
 from ds_quant.numerics.random import derive_key
 
 _BF16_CAPABILITY = (8, 0)
@@ -32,7 +33,7 @@ def multiplies_narrow(device: torch.device) -> bool:
 
 
 def quantize(
-    x: Tensor, factor: Tensor | None, to: Format[Integers], rounding: str, key: Tensor | None, stream: int
+    x: Tensor, factor: Tensor | None, to: Format[Integers | Minifloat], rounding: str, key: Tensor | None, stream: int
 ) -> Quantized:
     """`quantize_to` of x, in fp32 times `factor` where there is one, by the subkey number `stream` of the key.
 
@@ -69,13 +70,13 @@ def _compiles(x: Tensor) -> bool:
 
 
 def _quantize(
-    x: Tensor, factor: Tensor | None, to: Format[Integers], rounding: str, subkey: Tensor | None
+    x: Tensor, factor: Tensor | None, to: Format[Integers | Minifloat], rounding: str, subkey: Tensor | None
 ) -> Quantized:
     return quantize_to(x if factor is None else x.float() * factor, to, rounding=rounding, key=subkey)
 
 
 def _quantize_as(
-    how: tuple[Format[Integers], str], x: Tensor, factor: Tensor | None, subkey: Tensor | None
+    how: tuple[Format[Integers | Minifloat], str], x: Tensor, factor: Tensor | None, subkey: Tensor | None
 ) -> tuple[Any, ...]:
     return tuple(_quantize(x, factor, *how, subkey))
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ds_quant.config import ActivationConfig, GradientConfig, LinearConfig
+from ds_quant.config import ActivationConfig, GradientConfig, LinearConfig, WeightConfig
 from ds_quant.linear import recomputation
 from ds_quant.linear.int8 import Int8Linear
 from ds_quant.linear.operands import input_ways, quantize_input, quantize_weight, weight_ways
@@ -159,9 +159,13 @@ def describe(config: LinearConfig) -> str:
     for letter, operand in (("W", config.weight), ("A", config.activation), ("G", config.gradient)):
         if operand is None:
             continue
-        text = f"{letter}{operand.bits} {operand.granularity}"
+        text = f"{letter}{operand.bits or ' ' + str(operand.format)} {operand.granularity}"
         if not isinstance(operand, GradientConfig) and operand.granularity == "block":
             text += f" of {operand.block_size}"
+        if isinstance(operand, WeightConfig) and operand.block_rows > 1:
+            text += f" x {operand.block_rows}"
+        if operand.scale_rule == "up":
+            text += " scales up"
         if not operand.symmetric:
             text += " asymmetric"
         if isinstance(operand, ActivationConfig) and operand.range == "full":

@@ -21,13 +21,15 @@ the quantizers of X and W unchanged (straight-through estimator without a clippi
 `simulated` and `int8` compute these products.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from ds_quant.config import LinearConfig
-from ds_quant.numerics.format import Format, Group, Integers, quantize_to
+from ds_quant.config.linear import OperandConfig
+from ds_quant.numerics.format import Format, Group, Integers, named_format, quantize_to
 from ds_quant.numerics.integer import Quantized
+from ds_quant.numerics.minifloat import Minifloat
 from ds_quant.numerics.random import derive_key
 
 # The four quantizers of one layer draw from streams of their own.
@@ -37,13 +39,14 @@ NUM_STREAMS = 4
 # The JSON's granularities as those of a matrix: W [out, in], X and G [tokens, features].
 _WEIGHT = {"tensor": "tensor", "channel": "row", "block": "block"}
 _ACTIVATION = {"tensor": "tensor", "token": "row", "channel": "column", "block": "block"}
-_GRADIENT = {"tensor": "tensor", "token": "row", "channel": "column"}
+_GRADIENT = {"tensor": "tensor", "token": "row", "channel": "column", "block": "block"}
 
 
 class Quantizer(NamedTuple):
     """How one operand is quantized; `fold`: after the other operand's scale was multiplied in.
 
-    The fields are those of layers that were pickled by version 0.1.
+    `format_name`: of `base.number_formats`, "" for integers; `turned`: of the transposed matrix, whose blocks are
+    of consecutive rows. The first fields are those of layers that were pickled by version 0.1.
     """
 
     bits: int
@@ -53,10 +56,22 @@ class Quantizer(NamedTuple):
     block_size: int = 128
     fold: bool = False
     full_range: bool = False
+    format_name: str = ""
+    block_rows: int = 1
+    scale_rule: str = "floor"
+    turned: bool = False
 
     @property
-    def format(self) -> Format[Integers]:
+    def format(self) -> Format[Integers | Minifloat]:
         """What its codes and scales are."""
+        if self.format_name:
+            return named_format(
+                self.format_name,
+                self.granularity,
+                self.block_size,
+                block_rows=self.block_rows,
+                scale_rule=self.scale_rule,
+            )
         elements = Integers(self.bits, self.symmetric, self.full_range)
         return Format(elements, Group(self.granularity, self.block_size))
 
@@ -113,27 +128,52 @@ class Plan(NamedTuple):
         return tuple(name for name, both in found.items() if both)
 
 
+def _elements(operand: OperandConfig) -> dict[str, Any]:
+    """The fields of a Quantizer that say what a code is."""
+    named = operand.named_format
+    if named is None:
+        assert operand.bits is not None
+        return {"bits": operand.bits}
+    return {"bits": named.bits, "format_name": operand.format, "scale_rule": operand.scale_rule or "floor"}
+
+
 def plan_of(config: LinearConfig, *, transposed: bool, stream: int) -> Plan:
     """The plan of a layer whose weight is [in, out] if `transposed`. It draws from `stream` and the next three."""
     w, a, g = config.weight, config.activation, config.gradient
     weight = activation = grad_input = grad_weight = None
     if w:
-        weight = Quantizer(w.bits, _WEIGHT[w.granularity], w.symmetric, w.rounding, w.block_size)
+        weight = Quantizer(
+            granularity=_WEIGHT[w.granularity],
+            symmetric=w.symmetric,
+            rounding=w.rounding,
+            block_size=w.block_size,
+            block_rows=w.block_rows,
+            **_elements(w),
+        )
     if a:
         activation = Quantizer(
-            a.bits,
-            _ACTIVATION[a.granularity],
-            a.symmetric,
-            a.rounding,
-            a.block_size,
+            granularity=_ACTIVATION[a.granularity],
+            symmetric=a.symmetric,
+            rounding=a.rounding,
+            block_size=a.block_size,
             full_range=a.range == "full",
+            **_elements(a),
         )
     if g:
         outer = g.granularity == "outer"
         if "input" in g.used_for:
             rows = "row" if outer else _GRADIENT[g.granularity]
-            grad_input = Quantizer(g.bits, rows, g.symmetric, g.rounding, fold=outer)
+            grad_input = Quantizer(
+                granularity=rows, symmetric=g.symmetric, rounding=g.rounding, fold=outer, **_elements(g)
+            )
         if "weight" in g.used_for:
             columns = "column" if outer else _GRADIENT[g.granularity]
-            grad_weight = Quantizer(g.bits, columns, g.symmetric, g.rounding, fold=outer)
+            grad_weight = Quantizer(
+                granularity=columns,
+                symmetric=g.symmetric,
+                rounding=g.rounding,
+                fold=outer,
+                turned=columns == "block",
+                **_elements(g),
+            )
     return Plan(weight, activation, grad_input, grad_weight, config.backward_operands == "original", transposed, stream)

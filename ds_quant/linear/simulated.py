@@ -72,8 +72,10 @@ class _Operand(NamedTuple):
             value = self.value.to(dtype)
         elif dtype == torch.float32:
             value = integer_values(self.value)
-        else:
+        elif self.value.elements == "integer":
             value = self.value.codes.to(dtype)
+        else:
+            value = integer_values(self.value).to(dtype)
         return self._contracted_last(value)
 
     def narrow_dtypes(self) -> tuple[torch.dtype, ...]:
@@ -146,7 +148,7 @@ class SimulatedLinear(torch.autograd.Function):
             x_saved: tuple[Tensor | None, ...] = (x2, None, None)
         else:
             # One byte an element instead of the activation itself.
-            ctx.x_rebuild = (qx.granularity, qx.block_size)
+            ctx.x_rebuild = (qx.granularity, qx.block_size, qx.elements)
             x_saved = (qx.codes, qx.scale, qx.zero_point)
         ctx.save_for_backward(weight, local_key, replicated_key, *x_saved)
         return y
@@ -184,6 +186,8 @@ def _gradient_product(
     """The two operands of dX (G contracted over dimension 1) or dW (over dimension 0)."""
     if quantizer is None:
         return _Operand(g, contracted), _Operand(other, 0)
+    if quantizer.turned:  # blocks of consecutive tokens, which are contracted
+        return _Operand(_quantized(g.t(), quantizer, key, stream), 1), _Operand(other, 0)
     if not (quantizer.fold and isinstance(other, Quantized)):
         return _Operand(_quantized(g, quantizer, key, stream), contracted), _Operand(other, 0)
     # `other` is [contracted, free] with one scale per contracted index, or one scale in all.

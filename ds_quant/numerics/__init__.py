@@ -9,6 +9,7 @@ from ds_quant.numerics.blockwise import (
     to_bitsandbytes,
 )
 from ds_quant.numerics.codes import CodeMap, code_map, code_values
+from ds_quant.numerics.format import fake_quantize_to, named_format, quantize_to
 from ds_quant.numerics.integer import Quantized, dequantize, expand_scale, fake_quantize, integer_values, quantize
 from ds_quant.numerics.random import derive_key, fold_key, random_bits, uniform, uniform16
 
@@ -23,12 +24,15 @@ __all__ = [
     "derive_key",
     "expand_scale",
     "fake_quantize",
+    "fake_quantize_to",
     "fold_key",
     "from_bitsandbytes",
     "group_size",
     "integer_values",
+    "named_format",
     "quantize",
     "quantize_blockwise",
+    "quantize_to",
     "random_bits",
     "to_bitsandbytes",
     "uniform",

@@ -48,6 +48,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ds_quant.numerics.minifloat import MINIFLOATS, decode
 from ds_quant.numerics.random import check_key, uniform
 
 GRANULARITIES = ("tensor", "row", "column", "block")
@@ -62,13 +63,15 @@ class Quantized(NamedTuple):
     """A quantized tensor. The module docstring has the shapes of `scale` and `zero_point`."""
 
     codes: Tensor
-    """int8 (symmetric) or uint8 (asymmetric), of the shape of x."""
+    """int8 (symmetric) or uint8 (asymmetric, floating point), of the shape of x."""
     scale: Tensor
     """fp32, not negative; NaN for a group with an Inf or a NaN."""
     zero_point: Tensor | None
     """fp32 holding integers, of the shape of `scale`; None when symmetric."""
     granularity: str
     block_size: int
+    elements: str = "integer"
+    """Or the name of a format in `minifloat`, whose codes these are."""
 
 
 def quantize(
@@ -97,7 +100,7 @@ def quantize(
     Raises ValueError for arguments out of range, for a key without stochastic rounding or the reverse, and for the
     full range of asymmetric codes, which have no other.
     """
-    _check_arguments(x, bits, granularity, block_size, rounding, key)
+    check_arguments(x, bits, granularity, block_size, rounding, key)
     if full_range and not symmetric:
         raise ValueError(
             "quantize(full_range): got True; allowed: with symmetric codes, as asymmetric ones use all levels anyway; "
@@ -106,17 +109,17 @@ def quantize(
     x = x.detach().float()
     if symmetric:
         levels = symmetric_levels(bits, full_range=full_range)
-        scale = symmetric_scale(_reduce(x.abs(), torch.amax, granularity, block_size), levels)
-        steps = _round(_steps(x, expand_groups(scale, x, granularity, block_size)), rounding, key)
+        scale = symmetric_scale(reduce_groups(x.abs(), torch.amax, granularity, block_size), levels)
+        steps = round_steps(in_steps(x, expand_groups(scale, x, granularity, block_size)), rounding, key)
         codes = steps.clamp(math.floor(-levels), math.floor(levels)).to(torch.int8)
         return Quantized(codes, scale, None, granularity, block_size)
     levels = (1 << bits) - 1
-    low = _reduce(x, torch.amin, granularity, block_size)
-    high = _reduce(x, torch.amax, granularity, block_size)
+    low = reduce_groups(x, torch.amin, granularity, block_size)
+    high = reduce_groups(x, torch.amax, granularity, block_size)
     scale = _asymmetric_scale(low, high, levels)
     # Subtracted from zero rather than negated: no -0.0.
-    zero_point = 0.0 - torch.round(_steps(low, scale))
-    steps = _round(_steps(x, expand_groups(scale, x, granularity, block_size)), rounding, key)
+    zero_point = 0.0 - torch.round(in_steps(low, scale))
+    steps = round_steps(in_steps(x, expand_groups(scale, x, granularity, block_size)), rounding, key)
     codes = (steps + expand_groups(zero_point, x, granularity, block_size)).clamp(0, levels)
     return Quantized(codes.to(torch.uint8), scale, zero_point, granularity, block_size)
 
@@ -132,11 +135,14 @@ def symmetric_codes(x: Tensor, scale: Tensor, bits: int) -> Tensor:
     For a part of a group, whose scale is that of the whole group.
     """
     levels = symmetric_levels(bits, full_range=False)
-    return torch.round(_steps(x.detach().float(), scale)).clamp(-levels, levels).to(torch.int8)
+    return torch.round(in_steps(x.detach().float(), scale)).clamp(-levels, levels).to(torch.int8)
 
 
 def integer_values(q: Quantized) -> Tensor:
-    """The values in units of their scale, fp32 of the shape of x: codes, minus the zero point where there is one."""
+    """The values in units of their scale, fp32 of the shape of x: codes, minus the zero point where there is one, or
+    what they stand for in floating point."""
+    if q.elements != "integer":
+        return decode(q.codes, MINIFLOATS[q.elements])
     values = q.codes.float()
     if q.zero_point is None:
         return values
@@ -159,6 +165,8 @@ def dequantize(q: Quantized, dtype: torch.dtype = torch.float32) -> Tensor:
     limit = torch.finfo(dtype).max
     # One step (and the few ulp of a far offset) nearer to zero, in halves because a whole one may overflow.
     nearer = (steps.abs() * (1 - 2.0**-20) - 1) * (scale * 0.5)
+    if q.elements != "integer":
+        nearer = steps.abs() * (1 - 2.0 ** -MINIFLOATS[q.elements].mantissa_bits) * (scale * 0.5)
     return torch.where(nearer <= limit * 0.5, values.clamp(-limit, limit), values).to(dtype)
 
 
@@ -197,7 +205,7 @@ def divide(a: Tensor, b: Tensor | float) -> Tensor:
     return torch.addcdiv(a.new_zeros(()), a, divisor)
 
 
-def _divide_to_fit(extent: Tensor, levels: float) -> Tensor:
+def divide_to_fit(extent: Tensor, levels: float) -> Tensor:
     """extent / levels; where that is denormal, at least so large that `levels` scales cover the extent."""
     scale = divide(extent, levels)
     short = (scale < SMALLEST_NORMAL) & (scale * levels < extent)
@@ -206,30 +214,30 @@ def _divide_to_fit(extent: Tensor, levels: float) -> Tensor:
 
 def symmetric_scale(absmax: Tensor, levels: float) -> Tensor:
     """The scale of symmetric groups by their largest magnitudes, fp32; NaN where that is not finite."""
-    return torch.where(absmax.isfinite(), _divide_to_fit(absmax, levels), torch.nan)
+    return torch.where(absmax.isfinite(), divide_to_fit(absmax, levels), torch.nan)
 
 
 def _asymmetric_scale(low: Tensor, high: Tensor, levels: int) -> Tensor:
     extent = high - low
     doubled_halves = divide(high * 0.5 - low * 0.5, levels) * 2.0
-    scale = torch.where(extent.isinf(), doubled_halves, _divide_to_fit(extent, levels))
+    scale = torch.where(extent.isinf(), doubled_halves, divide_to_fit(extent, levels))
     scale = torch.where(extent > 0, scale, high.abs())
     return torch.where(low.isfinite() & high.isfinite(), scale, torch.nan)
 
 
-def _steps(x: Tensor, scale: Tensor) -> Tensor:
+def in_steps(x: Tensor, scale: Tensor) -> Tensor:
     """x / scale, and 0 where the scale is 0 or NaN: casting a NaN or an Inf to an integer is undefined."""
     return torch.where(scale > 0, divide(x, scale), 0.0)
 
 
-def _round(steps: Tensor, rounding: str, key: Tensor | None) -> Tensor:
+def round_steps(steps: Tensor, rounding: str, key: Tensor | None) -> Tensor:
     if key is None:
         return torch.round(steps)
     floor = torch.floor(steps)
     return floor + (uniform(key, steps.shape, steps.device) < steps - floor)
 
 
-def _reduce(x: Tensor, extremum: Callable[..., Tensor], granularity: str, block_size: int) -> Tensor:
+def reduce_groups(x: Tensor, extremum: Callable[..., Tensor], granularity: str, block_size: int) -> Tensor:
     """torch.amin or torch.amax of each group, in the shape of the scale; 0 for a group without elements."""
     if granularity == "block":
         return reduce_blocks(x.reshape(1) if x.dim() == 0 else x, extremum, block_size)
@@ -271,9 +279,7 @@ def expand_groups(per_group: Tensor, x: Tensor, granularity: str, block_size: in
     return per_group[..., block]
 
 
-def _check_arguments(
-    x: Tensor, bits: int, granularity: str, block_size: int, rounding: str, key: Tensor | None
-) -> None:
+def check_arguments(x: Tensor, bits: int, granularity: str, block_size: int, rounding: str, key: Tensor | None) -> None:
     if x.dtype not in DTYPES:
         raise ValueError(
             f"quantize(x): got {x.dtype}; allowed: float32, bfloat16, float16; cast it first, for scales and codes "

@@ -14,6 +14,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from ds_quant import config as config_module
+from ds_quant.base.number_formats import FORMATS
 from ds_quant.config import (
     ConfigError,
     GradientConfig,
@@ -95,9 +96,9 @@ def test_defaults():
         }
     )
     assert quant.enabled is True
-    operand = {"symmetric": True, "rounding": "nearest"}
+    operand = {"symmetric": True, "rounding": "nearest", "format": None, "scale_rule": None}
     block = {"block_size": 128}
-    assert vars(quant.linear.weight) == {"bits": 8, "granularity": "channel", **block, **operand}
+    assert vars(quant.linear.weight) == {"bits": 8, "granularity": "channel", "block_rows": 1, **block, **operand}
     assert vars(quant.linear.activation) == {
         "bits": 7,
         "granularity": "token",
@@ -193,14 +194,14 @@ WRONG_VALUES = [
         {"linear": {"gradient": {"bits": 8, "granularity": "block"}}},
         f"{LINEAR}.gradient.granularity",
         '"block"',
-        '"tensor", "token", "channel", "outer"',
-        "write",
+        "only with a format of fixed blocks (mxfp8, mxfp6, mxfp4, mxint8, nvfp4, nvint4)",
+        'remove it for "outer"',
     ),
     (
         {"linear": {"gradient": {"bits": 8, "block_size": 128}}},
         f"{LINEAR}.gradient.block_size",
         "128",
-        "the keys bits, granularity, used_for",
+        "the keys bits, format, scale_rule, granularity, used_for",
         "remove it",
     ),
     (
@@ -451,7 +452,43 @@ WRONG_VALUES = [
             ({"weight": {"bits": 8, "symmetric": False}}, "weight.symmetric true"),
             ({"weight": {"bits": 8, "rounding": "stochastic"}}, 'weight.rounding "nearest"'),
             ({"backward_operands": "original"}, 'backward_operands "quantized"'),
+            ({"weight": {"format": "fp8_e4m3"}}, "weight.bits"),
         ]
+    ),
+    # formats
+    *(
+        ({"linear": {part: {"format": "mxfp8", **keys}}}, f"{LINEAR}.{part}.{where}", got, allowed, fix)
+        for part, keys, where, got, allowed, fix in (
+            ("weight", {"bits": 8}, "format", '"mxfp8"', 'absent beside "bits"', "remove one of the two"),
+            ("weight", {"format": "mxfp9"}, "format", '"mxfp9"', '"nvint4"', 'did you mean "mxfp8"?'),
+            ("weight", {"format": None}, "format", "null", '"fp8_e4m3"', "write what is allowed"),
+            ("weight", {"granularity": "channel"}, "granularity", '"channel"', '"block" with format', "remove it"),
+            ("activation", {"block_size": 16}, "block_size", "16", '32 with format "mxfp8"', "remove it"),
+            ("gradient", {"granularity": "outer"}, "granularity", '"outer"', '"block" with format', "remove it"),
+            ("gradient", {"symmetric": False}, "symmetric", "false", 'true with format "mxfp8"', "remove it"),
+            ("activation", {"range": "full"}, "range", '"full"', '"narrow" with format', "remove it, or use bits"),
+            ("weight", {"scale_rule": "ceil"}, "scale_rule", '"ceil"', '"floor" or "up"', "write what is allowed"),
+            ("weight", {"format": "nvfp4", "scale_rule": "up"}, "scale_rule", '"up"', "powers of two", "remove it"),
+            ("weight", {"block_rows": 16}, "block_rows", "16", '16 with format "nvfp4"', "remove it"),
+            ("weight", {"format": "nvfp4", "block_rows": 8}, "block_rows", "8", "1 or 16", "write what is allowed"),
+        )
+    ),
+    *(
+        (
+            {"linear": {"weight": {"format": name}, "backend": "int8"}},
+            f"{LINEAR}.weight.format",
+            f'"{name}"',
+            'bits with backend "int8"',
+            'backend "simulated"',
+        )
+        for name in FORMATS
+    ),
+    (
+        {"linear": {"weight": {"format": "mxfp8"}, "gradient": {"format": "fp8_e4m3"}}},
+        f"{LINEAR}.weight.granularity",
+        '"block"',
+        'a gradient of granularity "outer" cannot fold a scale per block',
+        "set gradient.granularity",
     ),
     # what quantizes nothing
     ({}, "ds_quant", "{}", "at least one of linear, optimizer, communication or diagnostics", "quantizes nothing"),
@@ -979,6 +1016,10 @@ def optional(required, **keys):
 
 
 def operand(*granularities, **keys):
+    return integers(*granularities, **keys) | optional({"format": st.sampled_from(list(FORMATS))}, **keys)
+
+
+def integers(*granularities, **keys):
     plain = optional(
         {"bits": st.integers(2, 8)},
         granularity=st.sampled_from([g for g in granularities if g != "block"]),

@@ -90,6 +90,30 @@ def test_stages_agree(native):
                 assert abs(a - b) < tolerance
 
 
+FORMATS = {
+    "weight": {"format": "fp8_e4m3"},
+    "activation": {"format": "mxint8"},
+    "gradient": {"format": "mxfp8", "scale_rule": "up", "rounding": "stochastic"},
+}
+
+
+def test_formats_at_every_stage(tmp_path):
+    """The stages agree as they do for integers, and a resumed run is the one that went on."""
+    settings = json.loads(CONFIG.read_text())
+    settings["ds_quant"]["linear"] = FORMATS
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    cases = [f"{stage}:fp32" for stage in STAGES]
+    output = tmp_path / "report.json"
+    launch(deepspeed(PROGRAMS / "native.py", output, tmp_path / "config.json", *cases), timeout=TIMEOUT)
+    report = json.loads(output.read_text())
+    want, plain = reference_losses(FORMATS, 1)[0], reference_losses(None, 1)[0]
+    for got in report.values():
+        assert len(got["converted"]) == NUM_LINEARS
+        assert got["resumed"] == got["undisturbed"]
+        assert got["losses"] == pytest.approx(report["0:fp32"]["losses"], abs=1e-5)
+        assert abs(got["losses"][0] - want) < 2e-6 < abs(plain - want) / 2
+
+
 ACCELERATE = """\
 compute_environment: LOCAL_MACHINE
 distributed_type: DEEPSPEED

@@ -1,0 +1,42 @@
+"""Which number formats there are, for the JSON: their definitions are in `numerics.format` and `numerics.minifloat`.
+
+Apart from those, so that a config is checked without importing torch.
+"""
+
+from typing import NamedTuple
+
+
+class NamedFormat(NamedTuple):
+    """What the name of a format says of it."""
+
+    bits: int
+    """Of an element."""
+    elements: str
+    """Of floating point: its name in `numerics.minifloat`. "integer": evenly spaced, symmetric."""
+    scale: str = "float"
+    """How a scale is stored: "float" (fp32), "e8m0" (a power of two) or "e4m3" (with one fp32 for the tensor)."""
+    block_size: int = 0
+    """Consecutive elements that share a scale; 0: any granularity."""
+
+
+FORMATS = {
+    "fp8_e4m3": NamedFormat(8, "e4m3"),
+    "fp8_e5m2": NamedFormat(8, "e5m2"),
+    "fp6_e2m3": NamedFormat(6, "e2m3"),
+    "fp6_e3m2": NamedFormat(6, "e3m2"),
+    "fp4_e2m1": NamedFormat(4, "e2m1"),
+    "mxfp8": NamedFormat(8, "e4m3", "e8m0", 32),
+    "mxfp6": NamedFormat(6, "e2m3", "e8m0", 32),
+    "mxfp4": NamedFormat(4, "e2m1", "e8m0", 32),
+    "mxint8": NamedFormat(8, "integer", "e8m0", 32),
+    "nvfp4": NamedFormat(4, "e2m1", "e4m3", 16),
+    "nvint4": NamedFormat(4, "integer", "e4m3", 16),
+}
+
+SCALE_RULES = ("floor", "up")
+"""How the exponent of an E8M0 scale is found; see `numerics.scales`."""
+
+
+def scale_bits(fmt: NamedFormat) -> int:
+    """Of one stored scale."""
+    return 32 if fmt.scale == "float" else 8
