@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/.cache/torch_extensions
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help venv pretrain baseline compare moments communication int8 test test-all test-kills test-stack stack-tests check docs lint pytest clean
+.PHONY: help venv pretrain baseline compare moments masters communication int8 test test-all test-kills test-stack stack-tests check docs lint pytest clean
 
 help:
 	@echo "make pretrain   pre-train the tiny model in W8A8 (sets everything up first)"
@@ -16,6 +16,7 @@ help:
 	@echo "make baseline   the same run in full precision, into runs/tiny-baseline"
 	@echo "make compare    both runs and their curves in one picture"
 	@echo "make moments    losses of the recipes of the moments, some 30 runs of two minutes"
+	@echo "make masters    losses with masters of 24 and 16 bits, 12 runs of two minutes"
 	@echo "make communication   losses with gradients in few bits on the wire, 4 ranks, some 15 runs"
 	@echo "make int8       losses with int8 linear layers, 15 runs of two minutes"
 	@echo "make test-kills  kill a run of two ranks at 200 points drawn from a seed, 15 minutes"
@@ -43,6 +44,9 @@ compare: pretrain baseline
 
 moments: venv
 	python tests/convergence/moment_losses.py
+
+masters: venv
+	python tests/convergence/master_losses.py
 
 communication: venv
 	python tests/convergence/communication_losses.py
