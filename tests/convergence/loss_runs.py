@@ -75,15 +75,17 @@ def gap_table(
     seeds: Sequence[int],
     baseline: str,
     columns: Mapping[str, Callable[[Path], float]] | None = None,
+    first: str = "full precision",
 ) -> str:
-    """Losses of runs RECIPE-sSEED, their gaps to the baseline with the same seed, and the means of `columns`."""
+    """Losses of runs RECIPE-sSEED, their gaps to the baseline with the same seed, and the means of `columns`.
+
+    `first` is what the baseline is called.
+    """
     columns = columns or {}
     base = {seed: loss for seed in seeds if (loss := final(runs / f"{baseline}-s{seed}")) is not None}
     lines = ["| | " + " | ".join([*(f"seed {seed}" for seed in base), "mean gap", *columns]) + " |"]
     lines.append("|---|" + "---|" * (len(base) + 1 + len(columns)))
-    lines.append(
-        "| full precision | " + " | ".join(f"{loss:.4f}" for loss in base.values()) + " |" * (2 + len(columns))
-    )
+    lines.append(f"| {first} | " + " | ".join(f"{loss:.4f}" for loss in base.values()) + " |" * (2 + len(columns)))
     for recipe, name in recipes.items():
         losses = {seed: final(runs / f"{recipe}-s{seed}") for seed in base}
         found = [seed for seed in base if losses[seed] is not None]

@@ -36,7 +36,7 @@ def main() -> int:
                 flags = ("--seed", str(seed), "--bf16", "true", "--save_strategy", "no")
                 train(arguments.runs / f"{recipe}-s{seed}", config, *flags)
     names = {recipe: name for recipe, (name, _) in RECIPES.items()}
-    print(gap_table(arguments.runs, names, arguments.seeds, BASELINE))
+    print(gap_table(arguments.runs, names, arguments.seeds, BASELINE, first="fp32 masters"))
     return 0
 
 
