@@ -38,7 +38,7 @@ def called(monkeypatch):
     return calls
 
 
-def start(folder, **overrides):
+def start(folder, *, with_masters=True, **overrides):
     """An engine with every part, of two micro steps a step."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 32))
@@ -53,9 +53,12 @@ def start(folder, **overrides):
         "communication": {"gradient": {"bits": 8, "error_feedback": True}, "weight": {"mode": "codes"}},
         "diagnostics": {"every": 1, "kinds": ["outliers"], "output_dir": str(folder), "report": False},
     }
+    if with_masters:
+        section["optimizer"]["master"] = {"bits": 24}
     config = {
         "train_micro_batch_size_per_gpu": 2,
         "gradient_accumulation_steps": 2,
+        "bf16": {"enabled": True},
         "optimizer": {"type": "AdamW", "params": {"lr": 1e-3}},
         "zero_optimization": {"stage": 1, "ds_quant_required": True},
         "ds_quant": section,
@@ -65,7 +68,7 @@ def start(folder, **overrides):
 
 
 def micro_step(engine):
-    engine.backward(engine(torch.ones(2, 32)).square().mean())
+    engine.backward(engine(torch.ones(2, 32, dtype=torch.bfloat16)).float().square().mean())
     engine.step()
 
 
@@ -76,12 +79,12 @@ def test_parts_are_called_in_one_order(tmp_path, called):
     micro_step(engine)
     engine.eval()
     with torch.no_grad():
-        engine(torch.ones(2, 32))
+        engine(torch.ones(2, 32, dtype=torch.bfloat16))
     engine.train()
     engine.save_checkpoint(tmp_path, tag="x")
     engine.load_checkpoint(tmp_path, tag="x")
     engine.load_module_state_dict({"module": engine.module.state_dict()})  # loading a checkpoint calls it, too
-    engine.offload_states()
+    engine.offload_states(include=[quant_engine.OffloadStateTypeEnum.optim_states])
     engine.reload_states()
     micro = ["before_forward", "after_forward", "after_backward"]
     expected = [*micro, "after_step", *micro, "after_writing", "after_step", "before_forward", "after_forward"]
@@ -147,7 +150,7 @@ def test_a_part_that_fails_before_a_forward_ends_it_for_all(tmp_path, monkeypatc
 
 
 def test_only_moments_are_offloaded_unpinned(tmp_path, monkeypatch):
-    engine, seen = start(tmp_path), []
+    engine, seen = start(tmp_path, with_masters=False), []  # with them offload_states() is refused
 
     def offload(self, include=None, device=None, pin_memory=True, non_blocking=False):
         seen.append((None if include is None else set(include), pin_memory))
