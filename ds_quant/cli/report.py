@@ -176,7 +176,6 @@ def _weights(config: WeightCommunicationConfig) -> list[tuple[str, str]]:
 
 
 def _moment_checks(config: OptimizerConfig, raw: dict[str, Any], stage: Any) -> list[Callable[[], Any]]:
-    from ds_quant.engine.masters import check_masters
     from ds_quant.optim.kinds import check_states, check_universal, kind_of
     from ds_quant.optim.setup import check_granularity, json_hyperparameters
 
@@ -188,8 +187,6 @@ def _moment_checks(config: OptimizerConfig, raw: dict[str, Any], stage: Any) -> 
         checks.append(lambda: json_hyperparameters(raw))
         checks.append(lambda: check_states(config, kind.optimizer, kind.name))
         checks.append(lambda: check_universal(raw, kind))
-    if config.master:
-        checks.append(lambda: check_masters(raw))
     return checks
 
 

@@ -12,6 +12,7 @@ from ds_quant.base.errors import ConfigError, problem
 from ds_quant.config import QuantConfig
 
 ALL = ("linear", "optimizer", "communication", "diagnostics")
+MASTER = ("optimizer.master",)
 
 
 def _is_on(value: Any) -> bool:
@@ -32,6 +33,22 @@ def _is_nvme(value: Any) -> bool:
 
 def _is_above_one(value: Any) -> bool:
     return isinstance(value, int | float) and value > 1
+
+
+def _is_no_partition(value: Any) -> bool:
+    return value in (None, 0)
+
+
+def _is_off(value: Any) -> bool:
+    return value not in (True, "auto")
+
+
+def _is_elsewhere(value: Any) -> bool:
+    return value not in (None, "none")
+
+
+def _is_not_bf16(value: Any) -> bool:
+    return value not in (None, "bf16", "bfloat16")
 
 
 def _is_no_stage(value: Any) -> bool:
@@ -55,6 +72,8 @@ class Refusal:
     allowed: str
     reason: str
     fix: str = "remove it, or that part of the section"
+    alias: str = ""
+    """Another path, which DeepSpeed reads where there is nothing at the first."""
 
 
 REFUSALS = (
@@ -190,6 +209,47 @@ REFUSALS = (
         "false",
         "DeepSpeed would keep the moments in bf16, in silence",
     ),
+    Refusal(
+        "zero_optimization.stage",
+        _is_no_partition,
+        MASTER,
+        "1, 2 or 3",
+        "at stage 0 DeepSpeed has no switch for masters of bf16",
+        "set 1, or remove optimizer.master",
+    ),
+    Refusal(
+        "bf16.enabled",
+        _is_off,
+        MASTER,
+        "true",
+        "a master of few bits is a bf16 weight and what it lacks",
+        "set it, or remove optimizer.master",
+        alias="bfloat16.enabled",
+    ),
+    Refusal(
+        "data_types.grad_accum_dtype",
+        _is_not_bf16,
+        MASTER,
+        '"bf16"',
+        "with others DeepSpeed keeps fp32 masters",
+        "remove it, or optimizer.master",
+    ),
+    Refusal(
+        "zero_optimization.offload_optimizer.device",
+        _is_elsewhere,
+        MASTER,
+        '"none"',
+        "DeepSpeed offloads masters of bf16 with its own CPU optimizer only",
+        "remove it, or optimizer.master",
+    ),
+    Refusal(
+        "zero_optimization.offload_param.device",
+        _is_elsewhere,
+        MASTER,
+        '"none"',
+        "the masters share the memory of the weights, which would not be where the step is done",
+        "remove it, or optimizer.master",
+    ),
 )
 
 
@@ -216,6 +276,8 @@ def check_refusals(raw: dict[str, Any], quant: QuantConfig) -> None:
     lines = []
     for row in REFUSALS:
         value = _look_up(raw, row.path)
+        if value is None and row.alias:
+            value = _look_up(raw, row.alias)
         parts = _parts_in_use(quant, row.parts)
         if parts and row.refused(value):
             allowed = f"{row.allowed} with {', '.join(f'ds_quant.{part}' for part in parts)} ({row.reason})"

@@ -32,7 +32,7 @@ from ds_quant.diagnostics.collector import TrainingDiagnostics
 from ds_quant.engine.communication import Communication
 from ds_quant.engine.diagnostics import Diagnostics, second_moments
 from ds_quant.engine.extension_locks import check_extension_locks
-from ds_quant.engine.masters import Masters, check_masters, in_json
+from ds_quant.engine.masters import Masters, in_json
 from ds_quant.engine.micro_steps import MicroSteps
 from ds_quant.engine.moments import Moments
 from ds_quant.engine.parts import Part
@@ -169,8 +169,6 @@ def initialize(
     choice = choose(quant.diagnostics, quant) if quant.diagnostics else None
 
     master = quant.optimizer.master if quant.optimizer else None
-    if master:
-        check_masters(raw)
     moments = _prepare_moments(raw, quant.optimizer, forwarded) if quant.optimizer else None
     if master:
         _replace_config(forwarded, in_json(strip_tripwire(raw)))

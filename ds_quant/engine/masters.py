@@ -22,38 +22,11 @@ from ds_quant.optim.master import MasterTensor
 _WHERE = "ds_quant.optimizer.master"
 
 
-def check_masters(raw: dict[str, Any]) -> None:
-    """Raise ConfigError for a config around `optimizer.master` under which DeepSpeed keeps other masters."""
-    zero = raw.get("zero_optimization") or {}
-    if zero.get("stage", 0) not in (1, 2, 3):
-        allowed = "stages 1, 2 and 3: at stage 0 DeepSpeed has no switch for masters of bf16"
-        raise fail(f"zero_optimization.stage with {_WHERE}", zero.get("stage", 0), allowed, "set 1")
-    if not _bf16(raw)[1].get("enabled"):
-        allowed = "true: a master of few bits is a bf16 weight and what it lacks"
-        raise fail(f"bf16.enabled with {_WHERE}", False, allowed, f"set it, or remove {_WHERE}")
-    accumulated = (raw.get("data_types") or {}).get("grad_accum_dtype")
-    if accumulated not in (None, "bf16", "bfloat16"):
-        allowed = '"bf16": with others DeepSpeed keeps fp32 masters'
-        raise fail(f"data_types.grad_accum_dtype with {_WHERE}", accumulated, allowed, f"remove it, or {_WHERE}")
-    device = (zero.get("offload_optimizer") or {}).get("device", "none")
-    if device != "none":
-        allowed = '"none": DeepSpeed offloads masters of bf16 with its own CPU optimizer only'
-        raise fail(
-            f"zero_optimization.offload_optimizer.device with {_WHERE}", device, allowed, f"remove it, or {_WHERE}"
-        )
-
-
 def in_json(raw: dict[str, Any]) -> dict[str, Any]:
     """The config with DeepSpeed's switches for masters and gradients of bf16."""
-    name, section = _bf16(raw)
-    # The second switch is what lets DeepSpeed have the first one without offloading; the moments are not its business.
-    return {**raw, name: {**section, "bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}}
-
-
-def _bf16(raw: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    """Name and value of the section that DeepSpeed reads."""
     name = "bf16" if "bf16" in raw else "bfloat16"
-    return name, raw.get(name) or {}
+    # The second switch is what lets DeepSpeed have the first one without offloading; the moments are not its business.
+    return {**raw, name: {**raw[name], "bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}}
 
 
 class Masters(Part):

@@ -16,6 +16,8 @@ PARTS = {
     "communication": {"communication": {"gradient": {"bits": 8}}},
 }
 ALL = set(PARTS)
+OTHER_PARTS = (("communication.weight",), ("optimizer.master",))
+"""Of rows that have tests of their own, since another part stands for the same path."""
 
 # path, a value that is refused, values that pass, the parts of the section it is refused with
 CASES = [
@@ -43,6 +45,15 @@ CASES = [
     ("bfloat16.bf16_optimizer_states", True, [False, None], {"optimizer"}),
 ]
 
+# path, values that are refused with optimizer.master, values that pass
+MASTER_CASES = [
+    ("zero_optimization.stage", [0, None], [1, 2, 3]),
+    ("bf16.enabled", [False, None], [True, "auto"]),
+    ("data_types.grad_accum_dtype", ["fp32", "fp16"], ["bf16", None]),
+    ("zero_optimization.offload_optimizer.device", ["cpu"], ["none", None]),
+    ("zero_optimization.offload_param.device", ["cpu"], ["none", None]),
+]
+
 
 def config(path, value, section):
     node = value
@@ -57,7 +68,7 @@ def check(path, value, section):
 
 
 def test_every_row_has_a_case():
-    assert {row.path for row in REFUSALS} == {path for path, *_ in CASES}
+    assert {row.path for row in REFUSALS} == {path for path, *_ in CASES + MASTER_CASES}
     assert len({(row.path, row.parts) for row in REFUSALS}) == len(REFUSALS)
 
 
@@ -72,7 +83,7 @@ def test_rows(path, value, passing, refused_with, part):
     with pytest.raises(ConfigError) as caught:
         check(path, value, PARTS[part])
     (line,) = str(caught.value).splitlines()
-    (row,) = [row for row in REFUSALS if row.path == path and row.parts != ("communication.weight",)]
+    (row,) = [row for row in REFUSALS if row.path == path and row.parts not in OTHER_PARTS]
     assert line.startswith(f"{path}: got ")
     named = part if part in row.parts else part.split(".")[0]
     assert f"; allowed: {row.allowed} with ds_quant.{named} ({row.reason}); fix: {row.fix}" in line
@@ -88,6 +99,39 @@ def test_weights_are_gathered_at_stages_1_and_2(stage):
     assert str(caught.value).startswith("zero_optimization.stage: got ")
     assert "; allowed: 1 or 2 with ds_quant.communication.weight (" in str(caught.value)
     assert 'fix: use stage 1 if the model fits, or remove "weight"' in str(caught.value)
+
+
+@pytest.mark.parametrize(("path", "refused", "passing"), MASTER_CASES)
+def test_masters_are_refused_where_deepspeed_would_keep_others(path, refused, passing):
+    section = {"optimizer": {"master": {"bits": 24}}}
+
+    def raw(value):
+        made = {"zero_optimization": {"stage": 1}, "bf16": {"enabled": True}, "data_types": {}, "ds_quant": section}
+        *outer, last = path.split(".")
+        node = made
+        for key in outer:
+            node = node.setdefault(key, {})
+        node[last] = value
+        return made
+
+    for value in passing:
+        check_refusals(raw(value), QuantConfig.load(raw(value)))
+    (row,) = [row for row in REFUSALS if row.path == path and row.parts == ("optimizer.master",)]
+    for value in refused:
+        with pytest.raises(ConfigError) as caught:
+            check_refusals(raw(value), QuantConfig.load(raw(value)))
+        (line,) = str(caught.value).splitlines()
+        assert line.startswith(f"{path}: got ")
+        assert f"; allowed: {row.allowed} with ds_quant.optimizer.master ({row.reason}); fix: {row.fix}" in line
+
+
+def test_masters_find_bf16_by_its_old_name():
+    raw = {"zero_optimization": {"stage": 1}, "bfloat16": {"enabled": True}}
+    raw["ds_quant"] = {"optimizer": {"master": {"bits": 24}}}
+    check_refusals(raw, QuantConfig.load(raw))
+    raw["bfloat16"]["enabled"] = False
+    with pytest.raises(ConfigError, match=r"bf16\.enabled: got false"):
+        check_refusals(raw, QuantConfig.load(raw))
 
 
 def test_all_hits_are_listed():
@@ -141,9 +185,12 @@ owners = {
     "bf16": DeepSpeedBF16Config,
     "bfloat16": DeepSpeedBF16Config,
 }
+from deepspeed.runtime.config import get_data_types_params
+from deepspeed.runtime.constants import GRAD_ACCUM_DTYPE
+assert get_data_types_params({"data_types": GRAD_ACCUM_DTYPE}) == "grad_accum_dtype"  # they have no model
 for path in sys.argv[1:]:
     owner, _, key = path.rpartition(".")
-    if owner:
+    if owner and owner != "data_types":
         assert key in owners[owner].model_fields, path
 assert "enabled" in HybridEngineConfig.model_fields
 assert hasattr(AutoEPConfig(), "enabled")
