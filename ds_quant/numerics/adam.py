@@ -22,12 +22,12 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from ds_quant.numerics.blockwise import QuantizedBlocks, dequantize_blockwise, quantize_blockwise
+from ds_quant.numerics.stored_states import State, load, store
 
 LARGEST_GRADIENT = 2.0**63
 """Larger finite gradients count as this, whose square is below the largest fp32 number whatever moments add up."""
 
-Moment = Tensor | QuantizedBlocks
+Moment = State
 """A moment as it is stored: an fp32 tensor [numel], or codes and scales."""
 
 
@@ -64,14 +64,14 @@ def adamw_step(
     stochastic rounding; without one it is rounded to nearest.
     """
     grad = _limited(grad.float())
-    first = _load(exp_avg) * scalars.beta1 + grad * (1 - scalars.beta1)
-    second = _load(exp_avg_sq) * scalars.beta2 + grad.square() * (1 - scalars.beta2)
+    first = load(exp_avg) * scalars.beta1 + grad * (1 - scalars.beta1)
+    second = load(exp_avg_sq) * scalars.beta2 + grad.square() * (1 - scalars.beta2)
     denominator = _sqrt(second) * scalars.correction + scalars.eps
     updated = param.float() * scalars.decay - (first / denominator) * scalars.step_size
     return (
         updated.to(param.dtype),
-        _store(first, exp_avg, exp_avg_key),
-        _store(second, exp_avg_sq, exp_avg_sq_key),
+        store(first, exp_avg, exp_avg_key),
+        store(second, exp_avg_sq, exp_avg_sq_key),
     )
 
 
@@ -83,14 +83,3 @@ def _limited(grad: Tensor) -> Tensor:
 def _sqrt(x: Tensor) -> Tensor:
     # torch's fp32 root on a CPU is an ulp off now and then; the fp64 root, rounded, is the nearest fp32 number.
     return x.double().sqrt().float() if x.device.type == "cpu" else x.sqrt()
-
-
-def _load(moment: Moment) -> Tensor:
-    return moment if isinstance(moment, Tensor) else dequantize_blockwise(moment)
-
-
-def _store(value: Tensor, like: Moment, key: Tensor | None) -> Moment:
-    if isinstance(like, Tensor):
-        return value
-    rounding = "nearest" if key is None else "stochastic"
-    return quantize_blockwise(value, like.code_map, block_size=like.block_size, rounding=rounding, key=key)

@@ -10,10 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ds_quant.numerics.blockwise import QuantizedBlocks, dequantize_blockwise, quantize_blockwise
-
-State = Tensor | QuantizedBlocks
-"""A state as it is stored: an fp32 tensor [numel], or codes and scales."""
+from ds_quant.numerics.stored_states import State, load, store
 
 Rule = Callable[[Tensor, Tensor, Sequence[Tensor], Any], tuple[Tensor, list[Tensor]]]
 """(param, grad, states, scalars) to (param, states) after the step; all tensors fp32 [numel], none written to."""
@@ -37,18 +34,3 @@ def elementwise_step(
     updated, fresh = rule(param.float(), grad.float(), [load(state) for state in states], scalars)
     stored = [store(value, like, key, offset) for value, like, key in zip(fresh, states, keys, strict=True)]
     return updated.to(param.dtype), stored
-
-
-def load(state: State) -> Tensor:
-    """The fp32 values of a state."""
-    return state if isinstance(state, Tensor) else dequantize_blockwise(state)
-
-
-def store(value: Tensor, like: State, key: Tensor | None, offset: int | Tensor = 0) -> State:
-    """`value`, fp32 [numel], in the format of `like`."""
-    if isinstance(like, Tensor):
-        return value
-    rounding = "nearest" if key is None else "stochastic"
-    return quantize_blockwise(
-        value, like.code_map, block_size=like.block_size, rounding=rounding, key=key, offset=offset
-    )

@@ -29,10 +29,11 @@ from torch import Tensor
 from ds_quant.base.errors import fail
 from ds_quant.base.log import say
 from ds_quant.config import ConfigError
-from ds_quant.numerics.blockwise import QuantizedBlocks
 from ds_quant.numerics.codes import CodeMap
 from ds_quant.numerics.format import Format, Group
 from ds_quant.numerics.random import derive_words, fold_words
+from ds_quant.numerics.stored_states import State
+from ds_quant.numerics.stored_states import part as part_of
 from ds_quant.optim.group_options import GroupOptions, check_parameters, state_option
 from ds_quant.optim.master import MasterTensor
 from ds_quant.optim.state import QuantizedState
@@ -46,7 +47,7 @@ class Item(NamedTuple):
 
     param: Tensor
     grad: Tensor
-    states: list[Tensor | QuantizedBlocks]
+    states: list[State]
     """In the order of STATES: fp32 of the parameter's shape, or codes and scales."""
     keys: list[tuple[int, int] | None]
     """One a state: of stochastic rounding, before its subkey is derived; None rounds to nearest."""
@@ -134,7 +135,7 @@ class QuantizedOptimizer(torch.optim.Optimizer):
                 strided.append((param, data))
             if not grad.is_contiguous():
                 grad = grad.contiguous()
-            states: list[Tensor | QuantizedBlocks] = []
+            states: list[State] = []
             keys: list[tuple[int, int] | None] = []
             stream = 0
             for name, is_stochastic in options.stochastic:
@@ -169,7 +170,7 @@ class QuantizedOptimizer(torch.optim.Optimizer):
         """
         for number, part in enumerate(masters.parts()):
             own = [None if drawn is None else derive_words(drawn, PART_STREAM + number) for drawn in item.keys]
-            states = [_range(state, part.begin, part.end) for state in item.states]
+            states = [part_of(state, part.begin, part.end) for state in item.states]
             grad = item.grad.view(-1)[part.begin : part.end]
             self.do_steps([item._replace(param=part.values, grad=grad, states=states, keys=own)])
             masters.put_back(part, derive_words(derive_words(key, PART_STREAM + number), MASTER_STREAM + item.stream))
@@ -328,13 +329,6 @@ class _Step:
         if text not in said:
             said.add(text)
             say(text)
-
-
-def _range(state: Tensor | QuantizedBlocks, begin: int, end: int) -> Tensor | QuantizedBlocks:
-    """Elements `begin` to `end` - 1 of a state, sharing storage; `begin` is a multiple of every block size."""
-    if isinstance(state, Tensor):
-        return state.view(-1)[begin:end]
-    return state.block_range(begin // state.block_size, -(-end // state.block_size))
 
 
 def _shown(code_map: CodeMap) -> str:

@@ -22,6 +22,7 @@ from ds_quant.numerics.adam import AdamWScalars, Moment, adamw_step
 from ds_quant.numerics.blockwise import QuantizedBlocks
 from ds_quant.numerics.codes import CodeMap
 from ds_quant.numerics.random import derive_words
+from ds_quant.numerics.stored_states import overwrite
 
 Layout = tuple[CodeMap, int] | None
 """Code map and block size of a moment; None for 32 bits."""
@@ -113,8 +114,8 @@ def _compiled(exp_avg: Layout, exp_avg_sq: Layout, backend: str | Callable = "in
             None if exp_avg_sq_key is None else torch.stack(exp_avg_sq_key),
         )
         param.copy_(new_param)
-        _overwrite(first, new_first)
-        _overwrite(second, new_second)
+        overwrite(first, new_first)
+        overwrite(second, new_second)
 
     return compile_whole(step, 64, backend)
 
@@ -124,16 +125,6 @@ def _moment(codes: Tensor, scale: Tensor | None, layout: Layout, numel: int) -> 
         return codes
     assert scale is not None
     return QuantizedBlocks(codes, scale, numel, layout[1], layout[0])
-
-
-def _overwrite(old: Moment, new: Moment) -> None:
-    if isinstance(old, Tensor):
-        assert isinstance(new, Tensor)
-        old.copy_(new)
-    else:
-        assert isinstance(new, QuantizedBlocks)
-        old.codes.copy_(new.codes)
-        old.scale.copy_(new.scale)
 
 
 def _layout(moment: Moment) -> Layout:

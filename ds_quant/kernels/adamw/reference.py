@@ -8,6 +8,7 @@ from torch import Tensor
 from ds_quant.kernels.adamw.work import AdamWWork
 from ds_quant.numerics.adam import Moment, adamw_step
 from ds_quant.numerics.random import derive_key
+from ds_quant.numerics.stored_states import overwrite
 
 
 @torch.no_grad()
@@ -24,7 +25,7 @@ def adamw_(works: Sequence[AdamWWork]) -> None:
             _subkey(work.exp_avg_sq_key, 2 * work.stream + 1, work.param.device),
         )
         for old, new in zip((work.param, work.exp_avg, work.exp_avg_sq), results, strict=True):
-            _overwrite(old, new)
+            overwrite(old, new)
 
 
 def _subkey(key: tuple[int, int] | None, stream: int, device: torch.device) -> Tensor | None:
@@ -35,11 +36,3 @@ def _flat(moment: Moment) -> Moment:
     if isinstance(moment, Tensor):
         return moment.reshape(-1)
     return moment._replace(codes=moment.codes.reshape(-1), scale=moment.scale.reshape(-1))
-
-
-def _overwrite(old: Moment, new: Moment) -> None:
-    if isinstance(old, Tensor) and isinstance(new, Tensor):
-        old.copy_(new.view(old.shape))
-    elif not isinstance(old, Tensor) and not isinstance(new, Tensor):
-        _overwrite(old.codes, new.codes)
-        _overwrite(old.scale, new.scale)

@@ -16,7 +16,8 @@ from ds_quant.kernels.elementwise import ops, reference
 from ds_quant.kernels.elementwise.work import ElementwiseWork
 from ds_quant.numerics.blockwise import QuantizedBlocks
 from ds_quant.numerics.codes import CodeMap
-from ds_quant.numerics.elementwise import Rule, State, elementwise_step
+from ds_quant.numerics.elementwise import Rule, elementwise_step
+from ds_quant.numerics.stored_states import State, overwrite
 
 LEAST = 2**22
 """Elements of a step's works together: 150 ns an element are saved, so a minute is won back in some hundred steps."""
@@ -85,7 +86,7 @@ def _compiled(rule: Rule, layouts: tuple[Layout, ...], scalars_type: type) -> Ca
         updated, fresh = elementwise_step(rule, param, grad, states, scalars_type(*scalars), keys, offset)
         param.copy_(updated)
         for old, new in zip(states, fresh, strict=True):
-            reference.overwrite(old, new)
+            overwrite(old, new)
 
     # A length for each number of threads, in each of the dtypes of parameters and gradients.
     return compile_whole(step, recompile_limit=64, dynamic=False)

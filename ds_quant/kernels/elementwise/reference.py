@@ -8,9 +8,9 @@ from torch import Tensor
 
 from ds_quant.kernels.elementwise.work import ElementwiseWork
 from ds_quant.numerics.blockwise import QuantizedBlocks
-from ds_quant.numerics.elementwise import State, elementwise_step
-from ds_quant.numerics.packing import code_bytes
+from ds_quant.numerics.elementwise import elementwise_step
 from ds_quant.numerics.random import derive_key
+from ds_quant.numerics.stored_states import State, overwrite, part
 
 PIECE = {"cpu": 2**15, "cuda": 2**22}
 """Elements at a time, more where a block is longer: temporaries that stay in a core's cache, or keep a GPU busy."""
@@ -55,17 +55,6 @@ def pieces(work: ElementwiseWork, length: int) -> Iterator[tuple[int, Tensor, Te
         yield start, param[start:end], grad[start:end], [part(state, start, end) for state in work.states]
 
 
-def part(state: State, start: int, end: int) -> State:
-    """Elements `start` to `end` - 1, whole blocks but for the last one of the state, sharing storage."""
-    if isinstance(state, Tensor):
-        return state.view(-1)[start:end]
-    codes, scale, _, size, code_map = state
-    first, last = (code_bytes(edge, size, code_map.bits) for edge in (start, end))
-    return QuantizedBlocks(
-        codes.view(-1)[first:last], scale.view(-1)[start // size : -(-end // size)], end - start, size, code_map
-    )
-
-
 def subkeys(work: ElementwiseWork) -> tuple[Tensor | None, ...]:
     """The keys of the states."""
     number, device = len(work.states) * work.stream, work.param.device
@@ -73,12 +62,3 @@ def subkeys(work: ElementwiseWork) -> tuple[Tensor | None, ...]:
         None if key is None else derive_key(torch.tensor(key, dtype=torch.int64, device=device), number + i)
         for i, key in enumerate(work.keys)
     )
-
-
-def overwrite(old: State, new: State) -> None:
-    """Put the values of `new` into the storage of `old`, of the same format."""
-    if isinstance(old, Tensor) and isinstance(new, Tensor):
-        old.copy_(new)
-    elif isinstance(old, QuantizedBlocks) and isinstance(new, QuantizedBlocks):
-        old.codes.copy_(new.codes)
-        old.scale.copy_(new.scale)

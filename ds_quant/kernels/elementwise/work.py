@@ -5,7 +5,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from ds_quant.numerics.elementwise import Rule, State
+from ds_quant.numerics.elementwise import Rule
+from ds_quant.numerics.stored_states import State
 
 
 class ElementwiseWork(NamedTuple):
