@@ -26,11 +26,11 @@ import triton.language as tl
 from torch import Tensor
 
 from ds_quant.kernels.adamw import triton_kernel
-from ds_quant.kernels.adamw.triton_kernel import TILE, mix, step_tile
+from ds_quant.kernels.adamw.triton_kernel import TILE, step_tile
 from ds_quant.kernels.adamw.work import AdamWWork
 from ds_quant.kernels.launching import Launch, run
 from ds_quant.kernels.transfers import sent
-from ds_quant.numerics.random import INCREMENT, MASK
+from ds_quant.kernels.triton_random import derive_key
 
 MOST_ELEMENTS = 2**16
 """Of a parameter that is batched. Its step moves at most some 16 bytes an element, 1 MiB: a third of a microsecond at
@@ -50,10 +50,6 @@ WIDEST = tl.constexpr(16)
 """Bytes that a thread loads at a time, to which addresses are aligned for that."""
 MAX_KEPT = 256
 """Tables on the device. A model has a few, or a few at a time where its gradients come to lie elsewhere each step."""
-
-_FIRST_LOW, _FIRST_HIGH = (tl.constexpr(number * INCREMENT[0] & MASK) for number in (11, 12))
-_SECOND_LOW, _SECOND_HIGH = (tl.constexpr(number * INCREMENT[1] & MASK) for number in (11, 12))
-"""What `derive_key` adds to the halves of a key before it absorbs the words of a stream."""
 
 
 def is_small(work: AdamWWork) -> bool:
@@ -129,10 +125,7 @@ def _signed(key: tuple[int, int] | None) -> tuple[int, int]:
 def _subkey(first, second, stream):
     """`numerics.random.derive_key`, of int32 words that stand for uint32 and an int64."""
     low, high = stream.to(tl.uint32), (stream >> 32).to(tl.uint32)
-    first, second = first.to(tl.uint32, bitcast=True), second.to(tl.uint32, bitcast=True)
-    first = mix((mix((first + _FIRST_LOW) ^ low) + _FIRST_HIGH) ^ high)
-    second = mix((mix((second + _SECOND_LOW) ^ low) + _SECOND_HIGH) ^ high)
-    return first, second
+    return derive_key(first.to(tl.uint32, bitcast=True), second.to(tl.uint32, bitcast=True), low, high)
 
 
 @triton.jit

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from ds_quant.kernels.adamw.work import AdamWWork
 from ds_quant.kernels.launching import Launch, run
+from ds_quant.kernels.triton_random import mix
 from ds_quant.numerics.adam import Moment
 from ds_quant.numerics.codes import LOWEST_FLOAT, CodeMap, code_map
 from ds_quant.numerics.random import derive_words
@@ -185,15 +186,6 @@ def _words(key: tuple[int, int] | None, stream: int) -> tuple[int, int]:
     if key is None:
         return 0, 0
     return signed_words(derive_words(key, stream))
-
-
-@triton.jit
-def mix(x):
-    x = x ^ (x >> 16)
-    x = x * 0x21F0AAAD
-    x = x ^ (x >> 15)
-    x = x * 0x735A2D97
-    return x ^ (x >> 15)
 
 
 @triton.jit

@@ -6,21 +6,10 @@
 import triton
 import triton.language as tl
 
-from ds_quant.numerics.random import INCREMENT, MASK
+from ds_quant.kernels.triton_random import derive_key, mix
 
 PARTS = tl.constexpr(32)
 """That are read at a time."""
-_FIRST_LOW, _FIRST_HIGH = (tl.constexpr(number * INCREMENT[0] & MASK) for number in (11, 12))
-_SECOND_LOW, _SECOND_HIGH = (tl.constexpr(number * INCREMENT[1] & MASK) for number in (11, 12))
-
-
-@triton.jit
-def _mix(x):
-    x = x ^ (x >> 16)
-    x = x * 0x21F0AAAD
-    x = x ^ (x >> 15)
-    x = x * 0x735A2D97
-    return x ^ (x >> 15)
 
 
 @triton.jit
@@ -32,10 +21,7 @@ def _subkey(key, stream_low, stream_high):
     else:
         low = stream_low.to(tl.uint32, bitcast=True)
         high = stream_high.to(tl.uint32, bitcast=True)
-        first = _mix((tl.load(key).to(tl.uint32) + _FIRST_LOW) ^ low)
-        first = _mix((first + _FIRST_HIGH) ^ high)
-        second = _mix((tl.load(key + 1).to(tl.uint32) + _SECOND_LOW) ^ low)
-        second = _mix((second + _SECOND_HIGH) ^ high)
+        first, second = derive_key(tl.load(key).to(tl.uint32), tl.load(key + 1).to(tl.uint32), low, high)
     return first, second
 
 
@@ -70,7 +56,7 @@ def _round(y, scale, numbers, subkey, LEVELS: tl.constexpr, STOCHASTIC: tl.const
     there = scale > 0
     steps = tl.where(there, tl.math.div_rn(y, tl.where(there, scale, 1.0)), 0.0)
     if STOCHASTIC:
-        bits = _mix(_mix(numbers[0] ^ subkey[0]) + subkey[1] + numbers[1] * 0x1E3779B1)
+        bits = mix(mix(numbers[0] ^ subkey[0]) + subkey[1] + numbers[1] * 0x1E3779B1)
         floor = tl.floor(steps)
         draw = (bits >> 8).to(tl.float32) * 5.9604644775390625e-08  # 2^-24
         steps = tl.where(draw < steps - floor, floor + 1.0, floor)
