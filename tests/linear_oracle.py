@@ -6,6 +6,7 @@ from numerics import format_oracle, oracle
 
 import ds_quant
 from ds_quant.base.number_formats import FORMATS
+from ds_quant.linear.convert import step_key_of
 
 TOKENS, IN, OUT = 11, 37, 19
 W8A8G8_INT8 = {
@@ -177,6 +178,22 @@ def assert_within(got, want, what):
     exact, bound = want
     excess = ((got.double() - exact).abs() - bound).max()
     assert excess <= 0, f"{what}: off by {(got.double() - exact).abs().max():.3e}, {excess:.3e} above the bound"
+
+
+def assert_compiles_to_the_same_bits(module, x):
+    """As one graph, in two steps whose stochastic rounding differs: outputs and gradients."""
+    compiled = torch.compile(module, fullgraph=True)
+    for step in (1, 2):
+        results = []
+        for call in (module, compiled):
+            step_key_of(module).set(step)
+            module.weight.grad = None
+            leaf = x.clone().requires_grad_()
+            y = call(leaf)
+            y.square().sum().backward()
+            results.append((y.detach(), leaf.grad, module.weight.grad))
+        for a, b in zip(*results, strict=True):
+            assert torch.equal(a, b)
 
 
 def random_case(dtype, seed):

@@ -3,7 +3,9 @@
 import gc
 import json
 import os
+import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
@@ -57,6 +59,27 @@ def run_cases(run, arguments):
     write_report(output, report)
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
+
+
+def shared_folder():
+    """A new folder, the same on all ranks."""
+    folders = [tempfile.mkdtemp() if torch.distributed.get_rank() == 0 else None]
+    torch.distributed.broadcast_object_list(folders)
+    return folders[0]
+
+
+def remove(folder):
+    """Remove it once all ranks are done with it."""
+    torch.distributed.barrier()
+    if torch.distributed.get_rank() == 0:
+        shutil.rmtree(folder)
+
+
+def write_reports(path, report):
+    """One file with the reports of all ranks, in their order."""
+    found = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(found, report)
+    write_report(path, found)
 
 
 def leave():

@@ -10,9 +10,7 @@ weights at stage 3; gradient checkpointing; and a fresh engine that goes on from
 import gc
 import hashlib
 import json
-import shutil
 import sys
-import tempfile
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -20,7 +18,7 @@ from unittest import mock
 
 import deepspeed
 import torch
-from common import batch, leave, say, tiny_llama_config, write_report
+from common import batch, leave, remove, say, shared_folder, tiny_llama_config, write_reports
 from deepspeed import comm as dist
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad, safe_set_full_fp32_param
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -174,18 +172,6 @@ def probe(engine):
     """The loss of a batch, by the module itself: no step, no gradients, but codes are kept as training keeps them."""
     with torch.no_grad():
         return forward(engine.module, PROBE).item()
-
-
-def shared_folder():
-    folders = [tempfile.mkdtemp() if dist.get_rank() == 0 else None]
-    torch.distributed.broadcast_object_list(folders)
-    return folders[0]
-
-
-def remove(folder):
-    dist.barrier()
-    if dist.get_rank() == 0:
-        shutil.rmtree(folder)
 
 
 # Weights are edited alike on all ranks: below stage 3 each holds its own copy.
@@ -508,9 +494,7 @@ def main(output, path):
     for case in CHECKPOINTED:
         for reentrant in (None, False, True):
             note("checkpointed", f"{case} {reentrant}", checkpointed, config, case, reentrant, counts)
-    found = [None] * dist.get_world_size()
-    torch.distributed.all_gather_object(found, report)
-    write_report(output, found)
+    write_reports(output, report)
     leave()
 
 

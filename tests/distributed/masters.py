@@ -7,7 +7,7 @@ import sys
 from argparse import Namespace
 
 import torch
-from common import batch, say, tiny_llama_config, write_report
+from common import batch, leave, say, tiny_llama_config, write_reports
 from deepspeed import comm as dist
 from deepspeed.runtime.zero.offload_config import OffloadStateTypeEnum
 from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param
@@ -149,11 +149,8 @@ def main(output, folder):
     for case in CASES:
         say(f"rank {dist.get_rank() if dist.is_initialized() else '?'}: {case}")
         reports[case] = run(case, f"{folder}/{case.replace(' ', '-')}")
-    everywhere = [None] * dist.get_world_size()
-    torch.distributed.all_gather_object(everywhere, reports)
-    write_report(output, everywhere)
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    write_reports(output, reports)
+    leave()
 
 
 if __name__ == "__main__":

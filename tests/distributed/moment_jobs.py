@@ -124,6 +124,19 @@ def train(engine, first, last):
     return losses
 
 
+def plain_step(model, optimizer, step):
+    """What a job does in step number `step`, in one process without DeepSpeed; the losses of its micro steps."""
+    losses = []
+    optimizer.zero_grad()
+    for micro in range(ACCUMULATION):
+        loss = model(tokens(step * ACCUMULATION + micro, ROWS))
+        (loss / ACCUMULATION).backward()
+        losses.append(loss.item())
+    torch.nn.utils.clip_grad_norm_(model.parameters(), CLIPPING)
+    optimizer.step()
+    return losses
+
+
 def gathered(value):
     """`value` of every rank."""
     found = [None] * dist.get_world_size()

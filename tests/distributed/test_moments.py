@@ -8,7 +8,7 @@ import pytest
 import torch
 from launching import PROGRAMS, launch, run_ranks
 from moment_clients import schedule
-from moment_jobs import ACCUMULATION, CLIPPING, HIDDEN, LR, ROWS, TRAINED, VOCABULARY, WIDTH, tiny, tokens
+from moment_jobs import ACCUMULATION, HIDDEN, LR, TRAINED, VOCABULARY, WIDTH, plain_step, tiny
 from moment_moves import SCALED, SWITCHED, TAG, UNIVERSAL
 from moments import CASES, OFFLOADED
 
@@ -91,13 +91,7 @@ def reference_losses():
     for step in range(TRAINED):
         cosine = 0.5 * (1 + math.cos(math.pi * (step - 2) / 98))
         optimizer.param_groups[0]["lr"] = (0.0, 0.0, LR / 2, LR)[step] if step < 4 else LR * cosine
-        optimizer.zero_grad()
-        for micro in range(ACCUMULATION):
-            loss = model(tokens(step * ACCUMULATION + micro, ROWS))
-            (loss / ACCUMULATION).backward()
-            losses.append(loss.item())
-        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIPPING)
-        optimizer.step()
+        losses += plain_step(model, optimizer, step)
     return losses
 
 

@@ -3,9 +3,8 @@
 import json
 
 import pytest
-import torch
 from launching import PROGRAMS, run_ranks
-from moment_jobs import ACCUMULATION, CLIPPING, ROWS, TRAINED, tiny, tokens
+from moment_jobs import ACCUMULATION, TRAINED, plain_step, tiny
 from optimizer_jobs import CASES, CONVERTED
 from test_moments import ELEMENTS, EXCLUDED, num_bytes
 
@@ -45,13 +44,7 @@ def exact_losses(job, rates=(0.0, 0.0, 1.0, 1.0)):
     losses = []
     for step in range(TRAINED):
         optimizer.param_groups[0]["lr"] = params["lr"] * rates[step]
-        optimizer.zero_grad()
-        for micro in range(ACCUMULATION):
-            loss = model(tokens(step * ACCUMULATION + micro, ROWS))
-            (loss / ACCUMULATION).backward()
-            losses.append(loss.item())
-        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIPPING)
-        optimizer.step()
+        losses += plain_step(model, optimizer, step)
     return losses
 
 

@@ -18,7 +18,12 @@ CASES = {
         "odd:simulated:5:2:autocast",
         "gpt2:int8:8:1:bf16:round_robin_gradients=true",
     ],
-    3: ["odd:int8:4:1:bf16", "gpt2:int8:8:2:fp32", "llama:simulated:8:2:bf16:offload_optimizer=true"],
+    3: [
+        "odd:int8:8:2:masters",
+        "odd:int8:4:1:bf16",
+        "gpt2:int8:8:2:fp32",
+        "llama:simulated:8:2:bf16:offload_optimizer=true",
+    ],
 }
 ALL = [(ranks, case) for ranks, cases in CASES.items() for case in cases]
 CROSSING = [(ranks, case) for ranks, case in ALL if ranks > 1]

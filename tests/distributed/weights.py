@@ -2,7 +2,8 @@
 
     deepspeed weights.py OUTPUT CASE ...
 
-A CASE is MODEL:BACKEND:BITS:STAGE:DTYPE and more settings of zero_optimization as `name=value`, with colons between.
+A CASE is MODEL:BACKEND:BITS:STAGE:DTYPE and more settings of zero_optimization as `name=value`, with colons between;
+the dtype `masters` is bf16 with masters of 24 bits.
 Reported are digests of what each of two engines shows after each step, one of DeepSpeed's own gathers and one of ours;
 what crossed the wire, counted at the collectives; and what leaves the job of either.
 """
@@ -11,14 +12,12 @@ import copy
 import gc
 import hashlib
 import json
-import shutil
 import sys
-import tempfile
 from pathlib import Path
 
 import deepspeed
 import torch
-from common import batch, leave, say, tiny_llama_config
+from common import batch, leave, remove, say, shared_folder, tiny_llama_config, write_reports
 from deepspeed import comm as dist
 from deepspeed.utils import safe_get_full_fp32_param
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
@@ -84,8 +83,10 @@ def config_of(case, gathered):
         "zero_optimization": {"stage": int(stage)},
         "ds_quant": quantized,
     }
-    if dtype == "bf16":
+    if dtype in ("bf16", "masters"):
         config["bf16"] = {"enabled": True}
+    if dtype == "masters":
+        quantized["optimizer"] = {"master": {"bits": 24}}
     if dtype == "autocast":
         config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
     for setting in more:
@@ -184,18 +185,6 @@ def saved_weights(engine, folder):
     return found
 
 
-def shared_folder():
-    folders = [tempfile.mkdtemp() if dist.get_rank() == 0 else None]
-    torch.distributed.broadcast_object_list(folders)
-    return folders[0]
-
-
-def remove(folder):
-    dist.barrier()
-    if dist.get_rank() == 0:
-        shutil.rmtree(folder)
-
-
 def parameters_of(engine):
     return digest(engine.module.parameters())
 
@@ -254,10 +243,7 @@ def main():
         say(f"rank {dist.get_rank()}: {case}")
         report[case] = {how: run(case, how == "codes", watch) for how in ("none", "codes")}
         gc.collect()
-    found = [None] * dist.get_world_size()
-    torch.distributed.all_gather_object(found, report)
-    if dist.get_rank() == 0:
-        Path(output).write_text(json.dumps(found))
+    write_reports(output, report)
     leave()
 
 

@@ -8,14 +8,13 @@ A JSON is [CASE, {what is said of communication.weight}], CASE as in weights.py.
 import gc
 import json
 import sys
-from pathlib import Path
 
 import deepspeed
 import torch
-from common import leave, say
+from common import leave, remove, say, shared_folder, write_reports
 from deepspeed import comm as dist
 from deepspeed.utils import safe_get_full_fp32_param
-from weights import build, digest, forward, parameters_of, refusal, remove, saved_weights, shared_folder, train
+from weights import build, digest, forward, parameters_of, refusal, saved_weights, train
 
 from ds_quant.comm import backend
 from ds_quant.comm.weight_difference import rounding_of, wire_format
@@ -117,10 +116,7 @@ def main():
         say(f"rank {dist.get_rank()}: {text}")
         report.append(run(*json.loads(text), watch))
         gc.collect()
-    found = [None] * dist.get_world_size()
-    torch.distributed.all_gather_object(found, report)
-    if dist.get_rank() == 0:
-        Path(output).write_text(json.dumps(found))
+    write_reports(output, report)
     leave()
 
 

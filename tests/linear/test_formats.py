@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from linear_oracle import IN, OUT, assert_within, expected, random_case, run
+from linear_oracle import IN, OUT, assert_compiles_to_the_same_bits, assert_within, expected, random_case, run
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -122,19 +122,7 @@ def test_compiled_gives_the_same_bits(name):
     torch._dynamo.reset()
     config = {**all_three(name), "gradient": {"format": name, "rounding": "stochastic"}}
     module = ds_quant.QuantLinear(32, 8, config=config)
-    compiled = torch.compile(module, fullgraph=True)
-    x = torch.randn(20, 32)
-    for step in (1, 2):
-        results = []
-        for call in (module, compiled):
-            step_key_of(module).set(step)
-            module.weight.grad = None
-            leaf = x.clone().requires_grad_()
-            y = call(leaf)
-            y.square().sum().backward()
-            results.append((y.detach(), leaf.grad, module.weight.grad))
-        for a, b in zip(*results, strict=True):
-            assert torch.equal(a, b)
+    assert_compiles_to_the_same_bits(module, torch.randn(20, 32))
 
 
 def test_non_finite_values_stay_visible():

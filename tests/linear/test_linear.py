@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 import torch
-from linear_oracle import IN, OUT, assert_within, expected, random_case, run
+from linear_oracle import IN, OUT, assert_compiles_to_the_same_bits, assert_within, expected, random_case, run
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
@@ -309,19 +309,7 @@ def test_copies_and_pickles(backend):
 def test_compiled_gives_the_same_bits(backend):
     torch.manual_seed(0)
     module = ds_quant.QuantLinear(16, 8, config={**W8A8G8, "backend": backend})
-    compiled = torch.compile(module, fullgraph=True)
-    x = torch.randn(4, 16)
-    for step in (1, 2):
-        results = []
-        for call in (module, compiled):
-            step_key_of(module).set(step)
-            module.weight.grad = None
-            leaf = x.clone().requires_grad_()
-            y = call(leaf)
-            y.square().sum().backward()
-            results.append((y.detach(), leaf.grad, module.weight.grad))
-        for a, b in zip(*results, strict=True):
-            assert torch.equal(a, b)
+    assert_compiles_to_the_same_bits(module, torch.randn(4, 16))
 
 
 def test_conv1d_is_still_a_conv1d():
