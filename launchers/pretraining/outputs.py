@@ -72,23 +72,24 @@ def print_table(summary: dict[str, Any], output_dir: Path) -> None:
 
 
 def _weights(communication: dict[str, Any]) -> str:
-    if communication["weight_wire_bytes_per_step"] is None:
-        return f"{communication['weight']}\none rank: nothing crossed a wire"
-    sent = communication["weight_wire_bytes_per_step"] / 2**20
-    return (
-        f"{communication['weight']}\n{sent:.2f} MiB a step from rank 0, "
-        f"{communication['weight_compression_ratio']:.2f} times fewer than in the weights' dtype"
-    )
+    return _sent(communication, "weight", "weight_", "weights")
 
 
 def _wire(communication: dict[str, Any]) -> str:
+    told = _sent(communication, "gradient", "", "gradients")
     if communication["wire_bytes_per_step"] is None:
-        return f"{communication['gradient']}\none rank: nothing crossed a wire"
-    sent = communication["wire_bytes_per_step"] / 2**20
+        return told
+    return f"{told}\nrelative quantization error {_number(communication['quantization_error'])}"
+
+
+def _sent(communication: dict[str, Any], part: str, prefix: str, what: str) -> str:
+    sent = communication[f"{prefix}wire_bytes_per_step"]
+    if sent is None:
+        return f"{communication[part]}\none rank: nothing crossed a wire"
+    ratio = communication[f"{prefix}compression_ratio"]
     return (
-        f"{communication['gradient']}\n{sent:.2f} MiB a step from rank 0, "
-        f"{communication['compression_ratio']:.2f} times fewer than in the gradients' dtype\n"
-        f"relative quantization error {_number(communication['quantization_error'])}"
+        f"{communication[part]}\n{sent / 2**20:.2f} MiB a step from rank 0, "
+        f"{ratio:.2f} times fewer than in the {what}' dtype"
     )
 
 
