@@ -199,3 +199,10 @@ def test_nodes_quantize_between_themselves_only(reports, mode):
     hierarchical, flat = (sum(r["bytes"] for r in reports(*run)[0]) for run in ((4, mode), (2, mode.split(",")[0])))
     # Each of the two ranks of a node sends a half of what a node of one rank would.
     assert hierarchical == pytest.approx(flat, rel=0.05)
+
+
+def test_the_seed_of_the_run_decides_what_is_drawn(tmp_path):
+    run_ranks(PROGRAMS / "wire_seed.py", tmp_path / "report.json", timeout=200)
+    for first, other, again in json.loads((tmp_path / "report.json").read_text()):
+        assert first == again
+        assert first != other
