@@ -49,7 +49,8 @@ class PartitionedWeight:
     def shared_absmax(self, partition: Tensor) -> Tensor:
         """fp32 [num_shared]: what this rank has of the rows or columns that lie in several partitions."""
         runs = tuple(run for run in self.own if run.kind == "shared")
-        return shared_absmax(partition.to(self.dtype), runs, self.num_shared)
+        # The largest is the largest after rounding, too.
+        return shared_absmax(partition, runs, self.num_shared).to(self.dtype).float()
 
     def encode(self, partition: Tensor, shared: Tensor, slot: Tensor) -> None:
         values = partition.to(self.dtype)
@@ -118,11 +119,15 @@ class WeightFetcher:
         self._buffers, self._statistics = buffers, statistics
         self._shared: dict[int, Tensor] = {}
 
-    def agree(self, partitions: Sequence[Tensor], *, counted: bool) -> None:
-        """Learn the largest magnitudes of rows and columns that lie in several partitions, from `partitions` of all."""
-        found = [weight.shared_absmax(part) for weight, part in zip(self.weights, partitions, strict=True)]
-        together = torch.cat(found)
-        if together.numel():
+    def agree(self, partitions: Sequence[Tensor], device: torch.device, *, counted: bool) -> None:
+        """Learn the largest magnitudes of rows and columns that lie in several partitions, from `partitions` of all.
+
+        device: where weights are fetched; partitions may be elsewhere.
+        """
+        pairs = zip(self.weights, partitions, strict=True)
+        found = [weight.shared_absmax(part).to(device) for weight, part in pairs if weight.num_shared]
+        together = torch.cat(found) if found else torch.empty(0, device=device)
+        if found:
             backend.all_reduce_max(together, self.group)
             if counted:
                 self._statistics.count(exchange_bytes(together.numel(), self.world_size), 0, 0)

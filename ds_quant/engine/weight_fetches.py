@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from deepspeed import comm as dist
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus, get_allgather_dtype
-from torch import Tensor
 
 from ds_quant.base.log import say, warn
 from ds_quant.comm.agreement import check_agreement
@@ -162,7 +161,7 @@ class WeightFetches(WeightPart):
         for together in of_fetcher.values():
             fetcher = self._fetchers[together[0].ds_id]
             weights = [self._coded[parameter.ds_id] for parameter in together]
-            partitions = [self._partition_of(parameter) for parameter in together]
+            partitions = [parameter.ds_tensor.detach().to(self._device) for parameter in together]
             fetch = fetcher.start(weights, partitions, counted=self._counts)
             self._in_codes.update(parameter.ds_id for parameter in together)
             handles.append(_Handle(fetch, together))
@@ -172,12 +171,9 @@ class WeightFetches(WeightPart):
         for fetcher in dict.fromkeys(self._fetchers.values()):
             if fetcher.world_size > 1:
                 held = [key for key, other in self._fetchers.items() if other is fetcher]
-                partitions = [self._partition_of(self._parameters[key]) for key in held]
-                fetcher.agree(partitions, counted=self._counts)
+                partitions = [self._parameters[key].ds_tensor.detach() for key in held]
+                fetcher.agree(partitions, self._device, counted=self._counts)
         self._is_stale = False
-
-    def _partition_of(self, parameter: _Parameter) -> Tensor:
-        return parameter.ds_tensor.detach().to(self._device)
 
     def _count_whole(self, parameters: Sequence[_Parameter]) -> None:
         if not self._counts:
