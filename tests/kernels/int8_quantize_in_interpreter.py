@@ -183,7 +183,7 @@ GROUPS, TILES, PRODUCT = ["group_kernel"], ["scan_kernel", "tile_kernel"], ["ker
 RECIPE = [*GROUPS, *GROUPS, *PRODUCT, *TILES, *PRODUCT, *PRODUCT]
 """X, W, the result; the gradient in both ways, and its products."""
 ONE_SCALE = [*TILES, *TILES, *PRODUCT, *TILES, *PRODUCT, *PRODUCT]
-"""A scale for a tensor is known when all of it is read. To nearest, both products take the same codes of the gradient."""
+"""A scale for a tensor is known when all of it is read. Both products have one gradient's codes, to nearest."""
 ONE_SCALE_DRAWN = [*TILES, *TILES, *PRODUCT, *TILES, *TILES, *PRODUCT, *PRODUCT]
 """Stochastic rounding draws for each product, so that the gradient is quantized twice."""
 
