@@ -1,4 +1,4 @@
-"""Tokenize a corpus once, into files that training reads with --train_shards. Needs no memory for the corpus.
+"""Tokenize a corpus once, into files that training reads with --train_shards. The corpus need not fit in memory.
 
 python launchers/tokenize_corpus.py --train_file 'corpus/*.jsonl' --tokenizer_name gpt2 --output_dir tokens
 """
@@ -14,8 +14,8 @@ from ds_quant.cli.shared import terminal
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Tokenize, or verify; returns the exit code."""
-    # Imported here: the processes that tokenize import this file too.
+    """Tokenize or verify; returns the exit code."""
+    # Imported here because the tokenizing processes also import this file.
     from pretraining import shard_writer, shards
     from pretraining.corpus import CorpusArguments
 
