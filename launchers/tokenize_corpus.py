@@ -33,10 +33,10 @@ def main(argv: list[str] | None = None) -> int:
         terminal.complain(str(error))
         return 2
     except OSError as error:
-        terminal.complain(f"{error}. Mend this and start the command again with the same arguments: it goes on.")
+        terminal.complain(f"{error}. Fix this, then run the command again with the same arguments to resume.")
         return 4
     except KeyboardInterrupt:
-        terminal.complain("Interrupted. Start the command again with the same arguments: it goes on.")
+        terminal.complain("Interrupted. Run the command again with the same arguments to resume.")
         return 130
     for part, files in (("training", index.train), ("validation", index.validation)):
         tokens, documents = sum(file.tokens for file in files), sum(file.documents for file in files)
