@@ -57,7 +57,7 @@ class DataArguments:
     )
     text_column: str = _flag("Column that holds the text of a document.", default="text")
     validation_fraction: float = _flag("Share of the documents kept for validation.", default=0.05)
-    validation_documents: int = _flag("With --streaming: keep this many documents for validation.", default=1000)
+    validation_documents: int = _flag("With --streaming: keep the first N documents for validation.", default=1000)
     context_length: int = _flag("Tokens in a training sequence.", default=1024, aliases=["--block_size"])
     max_eval_sequences: int | None = _flag("Validate on this many sequences, spread evenly. Default: all.")
     global_batch_size: int | None = _flag("Sequences per step over all ranks; sets the accumulation steps.")
