@@ -105,7 +105,7 @@ def explain(source: Any) -> tuple[list[tuple[str, str]], list[str]]:
     else:
         rows.append(("gradients on the wire", "full precision"))
     if quant.communication and quant.communication.weight:
-        rows += _weights(quant.communication.weight)
+        rows += _weights(quant.communication.weight, stage)
     if quant.diagnostics:
         checks.append(lambda: rows.extend(_diagnostics(quant)))
     for check in checks:
@@ -165,14 +165,15 @@ def _wire(config: GradientCommunicationConfig, raw: dict[str, Any], stage: Any) 
     ]
 
 
-def _weights(config: WeightCommunicationConfig) -> list[tuple[str, str]]:
+def _weights(config: WeightCommunicationConfig, stage: Any) -> list[tuple[str, str]]:
     from ds_quant.comm.weight_difference import describe_weights, wire_format
 
     rows = [("weights on the wire", describe_weights(config))]
     if config.mode == "difference":
         fmt = wire_format(config)
         rows.append(("  bytes an element", f"{fmt.bits / 8 + 4 / fmt.block_size:.3f} instead of 4 or 2"))
-    return rows
+    when = "before the forward and the backward of a layer" if stage == 3 else "once a step"
+    return [*rows, ("  gathered", when)]
 
 
 def _moment_checks(config: OptimizerConfig, raw: dict[str, Any], stage: Any) -> list[Callable[[], Any]]:

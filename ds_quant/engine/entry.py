@@ -49,6 +49,7 @@ from ds_quant.engine.patches import (
 from ds_quant.engine.quant_engine import extend
 from ds_quant.engine.steps import Steps
 from ds_quant.engine.weight_communication import WeightCommunication
+from ds_quant.engine.weight_fetches import WeightFetches
 from ds_quant.engine.weight_guards import check_whole
 from ds_quant.engine.weights import Weights
 from ds_quant.engine.whole_weights import gather_elsewhere
@@ -201,7 +202,8 @@ def initialize(
     if quant.communication and quant.communication.gradient:
         parts.append(Communication(engine, quant.communication.gradient))
     if quant.communication and quant.communication.weight:
-        parts.append(WeightCommunication(engine, quant.communication.weight))
+        part = WeightFetches if engine.zero_optimization_partition_weights() else WeightCommunication
+        parts.append(part(engine, quant.communication.weight))
         gather_elsewhere()
     if quant.diagnostics and choice:
         collector = TrainingDiagnostics(engine, quant.diagnostics, choice, second_moments)

@@ -45,6 +45,18 @@ SEAMS: tuple[tuple[str, str, str], ...] = (
     ("deepspeed.runtime.zero.stage_1_and_2", "DeepSpeedZeroOptimizer.step", "weights are gathered in it"),
     ("deepspeed.runtime.zero.stage_1_and_2", "all_gather_dp_groups", "what stages 1 and 2 gather with"),
     ("deepspeed.runtime.utils", "all_gather_dp_groups", "gathers whole weights"),
+    (
+        "deepspeed.runtime.zero.partition_parameters",
+        "Init._convert_to_deepspeed_param",
+        "gives parameters the methods that fetch them as codes",
+    ),
+    ("deepspeed.runtime.zero.partition_parameters", "ZeroParamStatus", "whether a parameter is there"),
+    ("deepspeed.runtime.zero.partition_parameters", "get_allgather_dtype", "the dtype in which one is gathered"),
+    (
+        "deepspeed.runtime.zero.partitioned_param_coordinator",
+        "PartitionedParameterCoordinator.fetch_sub_module",
+        "asks for parameters before the forward and the backward of their layers",
+    ),
     ("deepspeed.runtime.engine", "DeepSpeedEngine.offload_states", "refused at stage 3"),
     ("deepspeed.runtime.engine", "DeepSpeedEngine.reload_states", "links the moments again"),
     (
