@@ -105,8 +105,8 @@ def left_behind(config: LinearConfig) -> list[str]:
         found.append("gradient")
     if config.backward_operands != "quantized":
         found.append(f"backward_operands {config.backward_operands}")
-    if config.backend == "int8":
-        found.append("backend int8")
+    if config.backend != "simulated":
+        found.append(f"backend {config.backend}")
     return found
 
 
