@@ -5,7 +5,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, SerializerFunctionWrapHandler, WithJsonSchema, model_serializer
 
-from ds_quant.base.number_formats import FORMATS, NamedFormat
+from ds_quant.base.number_formats import FORMATS, FOUR_SIX, NamedFormat
 from ds_quant.config.deepspeed_json import SECTION
 from ds_quant.config.section import NOTHING, Allowed, BlockSection, Rule, Section, allowed_values
 from ds_quant.config.values import (
@@ -53,9 +53,12 @@ class OperandConfig(BlockSection):
     of 8, 6 or 4 bits (`fp8_e4m3`, ...) with scales as `granularity` says, or a format with blocks of its own: `mxfp8`,
     `mxfp6`, `mxfp4`, `mxint8` (32 elements, a power of two as scale), `nvfp4`, `nvint4` (16 elements, an fp8 scale and
     one fp32 for the tensor)."""
-    scale_rule: Annotated[Literal["floor", "up"] | None, Allowed('"floor" or "up"')] = None
+    scale_rule: Annotated[
+        Literal["floor", "up", "four_six"] | None, Allowed('"floor" or "up" (mx...), or "four_six" (nvfp4)')
+    ] = None
     """The power of two of a block of `mx...`: `floor` (default), as OCP MX 1.0 has it, where the largest elements may
-    saturate; `up`, the smallest one with which none does."""
+    saturate; `up`, the smallest one with which none does. Of `nvfp4`, `four_six`: each block takes that one of two
+    scales, which make its largest element 4 or 6, that loses less. Absent: 6."""
 
     @property
     def named_format(self) -> NamedFormat | None:
@@ -70,7 +73,10 @@ class OperandConfig(BlockSection):
             else:
                 yield "format", self.format, 'absent beside "bits", which says another one', "remove one of the two"
         named = self.named_format
-        if self.scale_rule is not None and (named is None or named.scale != "e8m0"):
+        if self.scale_rule == FOUR_SIX:
+            if self.format != "nvfp4":
+                yield "scale_rule", FOUR_SIX, 'only with format "nvfp4", whose elements lack a 5', "remove it"
+        elif self.scale_rule is not None and (named is None or named.scale != "e8m0"):
             allowed = "only with a format whose scales are powers of two (mxfp8, mxfp6, mxfp4, mxint8)"
             yield "scale_rule", self.scale_rule, allowed, "remove it"
         if named is not None:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ds_quant.base.number_formats import FOUR_SIX
 from ds_quant.config import ActivationConfig, GradientConfig, LinearConfig, WeightConfig
 from ds_quant.linear import recomputation
 from ds_quant.linear.int8 import Int8Linear
@@ -166,6 +167,8 @@ def describe(config: LinearConfig) -> str:
             text += f" x {operand.block_rows}"
         if operand.scale_rule == "up":
             text += " scales up"
+        if operand.scale_rule == FOUR_SIX:
+            text += " 4/6"
         if not operand.symmetric:
             text += " asymmetric"
         if isinstance(operand, ActivationConfig) and operand.range == "full":

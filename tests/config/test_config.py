@@ -469,6 +469,7 @@ WRONG_VALUES = [
             ("activation", {"range": "full"}, "range", '"full"', '"narrow" with format', "remove it, or use bits"),
             ("weight", {"scale_rule": "ceil"}, "scale_rule", '"ceil"', '"floor" or "up"', "write what is allowed"),
             ("weight", {"format": "nvfp4", "scale_rule": "up"}, "scale_rule", '"up"', "powers of two", "remove it"),
+            ("weight", {"format": "mxfp4", "scale_rule": "four_six"}, "scale_rule", '"four_six"', "nvfp4", "remove it"),
             ("weight", {"block_rows": 16}, "block_rows", "16", '16 with format "nvfp4"', "remove it"),
             ("weight", {"format": "nvfp4", "block_rows": 8}, "block_rows", "8", "1 or 16", "write what is allowed"),
         )
