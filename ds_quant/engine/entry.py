@@ -53,6 +53,7 @@ from ds_quant.engine.weight_fetches import WeightFetches
 from ds_quant.engine.weight_guards import check_whole
 from ds_quant.engine.weights import Weights
 from ds_quant.engine.whole_weights import gather_elsewhere
+from ds_quant.kernels.fp8_units import fp8_units
 from ds_quant.kernels.integer_units import integer_units
 from ds_quant.linear.convert import check_still_converted, convert, coverage, step_key_of, write_to_model_config
 from ds_quant.linear.modules import QuantizedModule
@@ -197,6 +198,8 @@ def initialize(
             units = integer_units(torch.device(engine.device))  # warns by itself where it is slow
             if units.is_fast:
                 say(units.line())
+        elif quant.linear.backend == "fp8":
+            say(fp8_units(torch.device(engine.device)).line())
         for line in coverage(engine.module).lines():
             say(line)
     if quant.communication and quant.communication.gradient:
