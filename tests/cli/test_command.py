@@ -12,7 +12,7 @@ import pytest
 
 from ds_quant.cli import report
 from ds_quant.cli.command import COMMANDS, main
-from ds_quant.cli.shared import tables, text_files
+from ds_quant.cli.shared import tables, terminal, text_files
 from ds_quant.cli.shared.errors import CommandError
 
 
@@ -109,6 +109,12 @@ def test_a_package_that_is_missing_is_named_with_its_extra(package, need, monkey
         need()
     extras = tomllib.loads((root / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     assert any(line.startswith(package) for line in extras["launch"])
+
+
+def test_ranks_are_quiet_without_a_package_that_is_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    monkeypatch.setenv("RANK", "1")
+    terminal.quiet(verbose=False)
 
 
 NOT_INSTALLED = re.compile(r"\b(launchers|benchmarks|slurm|tests|docs|ds_configs)/|\b[A-Z]{4,}\.md\b(?<!FILE\.md)")

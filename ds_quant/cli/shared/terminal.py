@@ -35,8 +35,10 @@ def quiet(*, verbose: bool) -> None:
     # The bars of saving a model cut through the one of training, which is not among these.
     transformers_logging.disable_progress_bar()
     if rank() != 0:
-        import datasets
-
+        try:
+            import datasets
+        except ImportError:  # an extra: what is not there says nothing
+            return
         datasets.disable_progress_bars()
         datasets.logging.set_verbosity_error()
 
