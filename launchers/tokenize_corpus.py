@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
         terminal.complain(str(error))
         return 2
     except OSError as error:
-        terminal.complain(f"{error}. Mend this and start the command again with the same arguments: it goes on.")
+        terminal.complain(f"{error}. Fix this, then start the command again with the same arguments: it goes on.")
         return 4
     except KeyboardInterrupt:
         terminal.complain("Interrupted. Start the command again with the same arguments: it goes on.")

@@ -19,7 +19,7 @@ def let_threads_sleep() -> None:
 
 
 def rank() -> int:
-    """The number of this process among all."""
+    """The rank of this process in its job, from the launcher's variables; 0 without a launcher."""
     return int(os.environ.get("RANK", os.environ.get("OMPI_COMM_WORLD_RANK", "0")))
 
 
