@@ -4,11 +4,13 @@
     python launchers/study.py run --rows w4_channel w4_block32 --sizes 0.7m 2m --families llama gpt2 --seeds 0-7
     python launchers/study.py plan                what `run` with the same options would train
     python launchers/study.py tables              docs/study.md and its pictures, from docs/results/study/runs.csv
+    python launchers/study.py repeat --rows w8a8 --seeds 0      train runs of the CSV again, and compare
+    python launchers/study.py smoke               some short runs, against limits that were measured
 
 Runs are those of launchers/pretrain.py, two at a time with one thread each. What is in the CSV is not trained again; a
 run that was stopped or killed goes on from its last checkpoint. docs/study.md has the protocol.
 
-Exit code: 0; 1 if a run failed or was stopped; 2 for wrong arguments.
+Exit code: 0; 1 if a run failed or was stopped, or a figure is not the expected one; 2 for wrong arguments.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -134,6 +135,11 @@ def _understood(overrides: dict[str, str], family: str) -> dict[str, str]:
     # Both families have this one.
     assert set(overrides) <= {"tie_word_embeddings"}, family
     return overrides
+
+
+def import_path() -> str:
+    """PYTHONPATH of the programs that are started: this checkout first."""
+    return os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
 def chosen(names: Sequence[str], known: Iterable[str], flag: str) -> list[str]:

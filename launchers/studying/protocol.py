@@ -17,6 +17,8 @@ SCALES = (0.5, 1.0, 2.0)
 """Learning rates of every row, as multiples of the tuned one."""
 EQUAL_WITHIN = 0.02
 """Nats a token: a row is equal when its whole interval lies within plus and minus this."""
+REPAIRED_WITHIN = 0.05
+"""Nats a token: the mean gap of a repair."""
 SMALL_EFFECT = 0.01
 """Nats a token."""
 RISE = 0.5

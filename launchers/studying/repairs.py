@@ -92,10 +92,10 @@ GRADIENT = {
     for bits in (8, 4)
     for name, what, values in (
         ("token_stochastic", "per token, stochastic", _gradient(bits, "token", "weight")),
-        ("outer_nearest", "`outer`, nearest", _gradient(bits, "outer", "weight", rounding="nearest")),
-        ("outer", "`outer`, stochastic", _gradient(bits, "outer", "weight")),
-        ("outer_both", "`outer`, stochastic, for dX and dW", _gradient(bits, "outer", *_BOTH)),
-        ("outer_input", "`outer`, stochastic, for dX only", _gradient(bits, "outer", "input")),
+        ("outer_nearest", "outer, nearest", _gradient(bits, "outer", "weight", rounding="nearest")),
+        ("outer", "outer, stochastic", _gradient(bits, "outer", "weight")),
+        ("outer_both", "outer, stochastic, for dX and dW", _gradient(bits, "outer", *_BOTH)),
+        ("outer_input", "outer, stochastic, for dX only", _gradient(bits, "outer", "input")),
     )
 } | {
     "g4_token_both": Repair(
@@ -153,11 +153,11 @@ COMBINED = {
         _all4(_CHANNEL, _TOKEN, _gradient(4, "token", *_BOTH, rounding="nearest")),
     ),
     "w4a4_block32": Repair("combined", "w4a4g4_naive", "forward only: W4A4 in blocks of 32", _all4(*_BLOCKS)),
-    "w4a4g4_outer": Repair("combined", "w4a4g4_naive", "G `outer`, stochastic", _all4(_CHANNEL, _TOKEN, dict(_OUTER))),
+    "w4a4g4_outer": Repair("combined", "w4a4g4_naive", "G outer, stochastic", _all4(_CHANNEL, _TOKEN, dict(_OUTER))),
     "w4a4g4_block32": Repair(
         "combined",
         "w4a4g4_naive",
-        "W, A in blocks of 32, G `outer`, stochastic",
+        "W, A in blocks of 32, G outer, stochastic",
         _all4(*_BLOCKS, dict(_OUTER)),
     ),
     "w4a4g4_block32_m4v8": Repair(

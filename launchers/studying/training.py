@@ -83,7 +83,7 @@ class Training:
     def _start(self, key: Key) -> subprocess.Popen[bytes]:
         settings = self.settings
         command = plan.command(key, self.rows[key.row], settings)
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(_import_paths())}
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": plan.import_path()}
         if settings.device == "cpu":
             # No row compiles anything on a CPU, and importing torch's compiler is a fifth of the start.
             environment |= {"DS_ACCELERATOR": "cpu", "TORCHDYNAMO_DISABLE": "1"}
@@ -129,10 +129,6 @@ class Training:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-
-
-def _import_paths() -> list[str]:
-    return [str(plan.ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
 
 
 @contextmanager
