@@ -65,6 +65,8 @@ class Size:
                 "num_hidden_layers": self.layers,
                 "num_attention_heads": self.heads,
                 "num_key_value_heads": self.heads,
+                # Not derived anew from the two above.
+                "head_dim": self.hidden // self.heads,
                 "tie_word_embeddings": True,
             }
         else:

@@ -143,6 +143,8 @@ def _all4(weight: Values, activation: Values, gradient: Values | None = None) ->
 _CHANNEL: Values = {"bits": 4, "granularity": "channel"}
 _TOKEN: Values = {"bits": 4, "granularity": "token"}
 _OUTER = _gradient(4, "outer", *_BOTH)
+# `outer` folds no scales of blocks.
+_STOCHASTIC = _gradient(4, "token", *_BOTH)
 _BLOCKS = (_block(4, 32), _block(4, 32))
 
 COMBINED = {
@@ -157,14 +159,14 @@ COMBINED = {
     "w4a4g4_block32": Repair(
         "combined",
         "w4a4g4_naive",
-        "W, A in blocks of 32, G outer, stochastic",
-        _all4(*_BLOCKS, dict(_OUTER)),
+        "W, A in blocks of 32, G per token, stochastic",
+        _all4(*_BLOCKS, dict(_STOCHASTIC)),
     ),
     "w4a4g4_block32_m4v8": Repair(
         "combined",
         "w4a4g4_naive",
         "the same with m in 4 and v in 8 bits",
-        {**_all4(*_BLOCKS, dict(_OUTER)), "optimizer": {"exp_avg": {"bits": 4}, "exp_avg_sq": {"bits": 8}}},
+        {**_all4(*_BLOCKS, dict(_STOCHASTIC)), "optimizer": {"exp_avg": {"bits": 4}, "exp_avg_sq": {"bits": 8}}},
     ),
     "w4a4g4_nvint4": Repair(
         "combined",
