@@ -49,6 +49,7 @@ def environment() -> tuple[list[tuple[str, str]], list[str]]:
         from ds_quant import engine
         from ds_quant.engine.extension_locks import check_extension_locks
         from ds_quant.kernels import registry
+        from ds_quant.kernels.fp8_units import fp8_units
         from ds_quant.kernels.integer_units import integer_units
     except (ConfigError, ImportError) as error:
         return [("deepspeed", "cannot be used")], [str(error)]
@@ -59,6 +60,7 @@ def environment() -> tuple[list[tuple[str, str]], list[str]]:
         rows += [(f"{title} on {device}", serving) for title, serving in registry.report(device)]
     units = integer_units(torch.device(name))
     rows.append((f"int8 products on {name}", units.line()))
+    rows.append((f"fp8 products on {name}", fp8_units(torch.device(name)).line()))
     for seam, there in engine.find_seams().items():
         rows.append((f"seam {seam}", "found" if there else "MISSING"))
     try:

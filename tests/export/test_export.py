@@ -317,7 +317,7 @@ def test_what_is_served_generates_with_its_cache(format, tmp_path):
 
 
 def test_inputs_without_a_batch_dimension_share_a_scale_in_compressed_tensors(tmp_path):
-    """What docs/export.md says of OPT, whose fc1 is called with [tokens, features]; it fails when that is mended."""
+    """What docs/export.md says of OPT, whose fc1 is called with [tokens, features]; it fails when that is fixed."""
     source = saved(tmp_path / "model", W8A8, "opt")
     export(source, tmp_path / "out")
     fc1 = served(tmp_path / "out").model.decoder.layers[0].fc1
