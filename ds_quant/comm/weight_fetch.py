@@ -8,6 +8,7 @@ The largest magnitude of a row or column that lies in several partitions is agre
 once, after weights were written.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,7 +20,15 @@ from ds_quant.comm import backend
 from ds_quant.comm.buffers import Buffers
 from ds_quant.comm.statistics import Statistics
 from ds_quant.comm.weight_codes import decode, encode, shared_absmax
-from ds_quant.comm.weight_layout import ALIGNMENT, Coding, Weight, build, exchange_bytes
+from ds_quant.comm.weight_layout import (
+    ALIGNMENT,
+    PACKED_BLOCK,
+    Coding,
+    Weight,
+    WeightLayout,
+    build,
+    exchange_bytes,
+)
 
 
 class PartitionedWeight:
@@ -30,18 +39,19 @@ class PartitionedWeight:
         world_size, rank: of the group that it is partitioned over.
     """
 
-    def __init__(
-        self, name: str, shape: Sequence[int], coding: Coding, dtype: torch.dtype, world_size: int, rank: int
-    ) -> None:
+    def __init__(self, shape: Sequence[int], coding: Coding, dtype: torch.dtype, world_size: int, rank: int) -> None:
         self.dtype, self.rank = dtype, rank
-        self.size = -(-torch.Size(shape).numel() // world_size)
+        numel = torch.Size(shape).numel()
+        self.size = -(-numel // world_size)
         """Elements of a partition, padding included."""
-        weight = Weight(name, 0, tuple(shape), coding)
-        layout = build([weight], self.size * world_size, world_size, dtype.itemsize, round_numel=self.size)
+        layout = _layout(tuple(shape), coding, dtype.itemsize, world_size)
         (self.messages,) = layout.rounds
         self.num_shared = layout.num_shared
         longest = max(message.num_bytes for message in self.messages)
         self.slot_bytes = -(-longest // ALIGNMENT) * ALIGNMENT
+        has_whole_rows = coding.side == "row" and self.size % shape[1] == 0 and self.size * world_size == numel
+        self._are_alike = has_whole_rows and (coding.bits == 8 or self.size % PACKED_BLOCK == 0)
+        """Messages of consecutive ranks can be joined to one."""
         begin = rank * self.size
         self.own = tuple(run._replace(start=run.start - begin) for run in self.messages[rank].runs)
         """The runs of this rank, by their places in its partition."""
@@ -57,15 +67,38 @@ class PartitionedWeight:
         for run in self.own:
             encode(values, run, shared, slot)
 
-    def decode(self, slots: Sequence[Tensor], partition: Tensor, shared: Tensor) -> Tensor:
-        """The weight and its padding, 1-D of `dtype`: the own part as it is, the others as their owners sent them."""
-        flat = torch.empty(self.size * len(slots), dtype=self.dtype, device=partition.device)
+    def decode(self, slots: Tensor, partition: Tensor, shared: Tensor) -> Tensor:
+        """The weight and its padding, 1-D of `dtype`: the own part as it is, the others as their owners sent them.
+
+        slots: uint8 [world_size, slot_bytes], rows may lie apart.
+        """
+        world_size = len(slots)
+        flat = torch.empty(self.size * world_size, dtype=self.dtype, device=partition.device)
         flat[self.rank * self.size : (self.rank + 1) * self.size].copy_(partition)
-        for rank, (slot, message) in enumerate(zip(slots, self.messages, strict=True)):
-            if rank != self.rank:
-                for run in message.runs:
-                    decode(slot, run, shared, flat)
+        for first, end in ((0, self.rank), (self.rank + 1, world_size)):
+            if self._are_alike and end - first > 1:
+                self._decode_together(slots[first:end], first, flat)
+            else:
+                for rank in range(first, end):
+                    for run in self.messages[rank].runs:
+                        decode(slots[rank], run, shared, flat)
         return flat
+
+    def _decode_together(self, slots: Tensor, first: int, flat: Tensor) -> None:
+        """What consecutive ranks from `first` on have sent, as one run of rows: few kernels for any number of ranks."""
+        (run,), count = self.messages[0].runs, len(slots)
+        end = self.messages[0].num_bytes
+        message = torch.cat([slots[:, : run.at].flatten(), slots[:, run.at : end].flatten()])
+        joined = run._replace(start=first * self.size, numel=count * self.size, at=count * run.at)
+        decode(message, joined, None, flat)
+
+
+@functools.lru_cache(maxsize=1024)
+def _layout(shape: tuple[int, ...], coding: Coding, itemsize: int, world_size: int) -> WeightLayout:
+    """That of any weight of this shape: a model has few shapes, and a layout a message for each rank."""
+    size = -(-torch.Size(shape).numel() // world_size)
+    weight = Weight("weight", 0, shape, coding)
+    return build([weight], size * world_size, world_size, itemsize, round_numel=size)
 
 
 class Fetch:
@@ -94,11 +127,10 @@ class Fetch:
         """Wait for all; each weight and its padding, 1-D. To be called once."""
         if self._work is not None:
             self._work.wait()
-        of_ranks = self._gathered.split(self._size)
+        of_ranks = self._gathered.view(-1, self._size)
         found, at = [], 0
         for weight, partition, shared in zip(self._weights, self._partitions, self._shared, strict=True):
-            slots = [slot[at : at + weight.slot_bytes] for slot in of_ranks]
-            found.append(weight.decode(slots, partition, shared))
+            found.append(weight.decode(of_ranks[:, at : at + weight.slot_bytes], partition, shared))
             at += weight.slot_bytes
         self._buffers.give_back(self._gathered)
         return found

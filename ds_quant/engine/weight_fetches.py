@@ -73,7 +73,7 @@ class WeightFetches(WeightPart):
             group = parameter.ds_process_group
             world_size, rank = dist.get_world_size(group), dist.get_rank(group)
             dtype = get_allgather_dtype(parameter, parameter.ds_tensor)
-            self._coded[parameter.ds_id] = PartitionedWeight(name, parameter.ds_shape, coding, dtype, world_size, rank)
+            self._coded[parameter.ds_id] = PartitionedWeight(parameter.ds_shape, coding, dtype, world_size, rank)
             self._parameters[parameter.ds_id] = parameter
             groups.setdefault(id(group), (group, []))[1].append(parameter.ds_id)
         check_any_coded(self.config, weights)

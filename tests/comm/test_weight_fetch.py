@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from ds_quant.comm import weight_fetch
+from ds_quant.comm.weight_codes import decode
 from ds_quant.comm.weight_fetch import PartitionedWeight
 from ds_quant.comm.weight_layout import Coding
 from ds_quant.numerics.integer import quantize
@@ -17,7 +19,7 @@ def partitions_of(values, world_size):
 
 def fetched(values, coding, dtype, world_size):
     """What each rank finds, in `dtype`."""
-    weights = [PartitionedWeight("w", values.shape, coding, dtype, world_size, rank) for rank in range(world_size)]
+    weights = [PartitionedWeight(values.shape, coding, dtype, world_size, rank) for rank in range(world_size)]
     parts = partitions_of(values, world_size)
     found = [weight.shared_absmax(part) for weight, part in zip(weights, parts, strict=True)]
     shared = torch.stack(found).amax(0)
@@ -26,7 +28,7 @@ def fetched(values, coding, dtype, world_size):
         weight.encode(part, shared, slot)
     numel = values.numel()
     return [
-        weight.decode(slots, part, shared)[:numel].view(values.shape)
+        weight.decode(torch.stack(slots), part, shared)[:numel].view(values.shape)
         for weight, part in zip(weights, parts, strict=True)
     ]
 
@@ -66,7 +68,34 @@ def test_layers_see_the_same(side, stored, dtype):
 @pytest.mark.parametrize(("bits", "share"), [(8, 1 / 2), (4, 1 / 4)])
 def test_bytes(bits, share):
     """A slot holds the codes of a partition and the absmax of its rows, in bf16, up to a multiple of 16 bytes."""
-    weight = PartitionedWeight("w", (64, 48), Coding(bits, "row"), torch.bfloat16, 4, 1)
+    weight = PartitionedWeight((64, 48), Coding(bits, "row"), torch.bfloat16, 4, 1)
     assert weight.num_shared == 0
     expected = 2 * 16 * 48 * share + 2 * 16
     assert expected <= weight.slot_bytes < expected + 16
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("bits", "shape", "world_size"), [(8, (20, 7), 5), (8, (4, 3), 4), (4, (3 * 512, 128), 3)])
+def test_ranks_with_whole_rows_are_decoded_together(monkeypatch, bits, shape, world_size, dtype):
+    """As one by one, and by two calls at most."""
+    values = torch.randn(shape).to(dtype)
+    coding, calls = Coding(bits, "row"), []
+
+    def counted(*args):
+        calls.append(args)
+        return decode(*args)
+
+    monkeypatch.setattr(weight_fetch, "decode", counted)
+    together = fetched(values, coding, dtype, world_size)
+    num_calls = len(calls)
+    assert num_calls <= 2 * world_size
+    original = PartitionedWeight.decode
+
+    def one_by_one(weight, *args):
+        weight._are_alike = False
+        return original(weight, *args)
+
+    monkeypatch.setattr(PartitionedWeight, "decode", one_by_one)
+    for one, other in zip(together, fetched(values, coding, dtype, world_size), strict=True):
+        assert torch.equal(one, other)
+    assert len(calls) - num_calls == world_size * (world_size - 1)
