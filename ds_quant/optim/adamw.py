@@ -66,10 +66,15 @@ class QuantAdamW(QuantizedOptimizer):
 
     def do_steps(self, items: Sequence[Item]) -> None:
         """One call of the fused kernel."""
-        works = []
-        for param, grad, (exp_avg, exp_avg_sq), keys, stream, step, options in items:
-            works.append(AdamWWork(param, grad, exp_avg, exp_avg_sq, options.scalars(step), keys[0], keys[1], stream))
-        ops.adamw_(works)
+        adamw_steps(items)
+
+
+def adamw_steps(items: Sequence[Item]) -> None:
+    """AdamW's steps of `items`, whose options are AdamWOptions, by one call of the fused kernel."""
+    works = []
+    for param, grad, (exp_avg, exp_avg_sq), keys, stream, step, options in items:
+        works.append(AdamWWork(param, grad, exp_avg, exp_avg_sq, options.scalars(step), keys[0], keys[1], stream))
+    ops.adamw_(works)
 
 
 class AdamWOptions(GroupOptions):
