@@ -1,4 +1,4 @@
-"""One run from the command line to its outputs, in the order in which mistakes are cheapest to find."""
+"""One run, from the command line to its outputs, ordered so that mistakes are found cheaply."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from pretraining.trainer import PretrainTrainer, RestoreProgress, last_eval_loss
 def run(argv: list[str], *, use_cpu: bool, request: StopRequest) -> None:
     """Train, save, and report.
 
-    Raises LaunchError or ConfigError for what the user can fix, RunEnded where the run ends before its last step.
+    Raises LaunchError or ConfigError for errors that the user can fix, RunEnded if the run ends before its last step.
     """
     world_size = environment.world_size()
     args, config = arguments.parse(argv, world_size=world_size)
@@ -44,7 +44,7 @@ def run(argv: list[str], *, use_cpu: bool, request: StopRequest) -> None:
     documents.check_files(args.data)
     output_dir = Path(args.training["output_dir"])
     wish = args.training.get("resume_from_checkpoint")
-    # A first look at the sizes of files; every byte is read when the other jobs are known to keep away.
+    # This first check compares file sizes. Every byte is read once other jobs are known to stay away.
     found = checkpoints.choose(wish, output_dir, contents=False, say=lambda _: None)
     auto = (wish or "").lower() == "auto"
     checkpoints.refuse_mixing(output_dir, resume=found is not None or auto, overwrite=args.data.overwrite_output_dir)
@@ -58,7 +58,7 @@ def run(argv: list[str], *, use_cpu: bool, request: StopRequest) -> None:
 
 
 class _Run(NamedTuple):
-    """What a run needs beside its arguments to survive and to end clearly."""
+    """What a run needs besides its arguments to survive and to end with a clear state."""
 
     lease: Lease
     control: Control
@@ -70,7 +70,7 @@ def _run(args: Arguments, config: DeepSpeedJson, wish: str | None, run: _Run) ->
     resume = control.from_first(lambda: checkpoints.choose(wish, lease.output_dir, contents=True))
     universal = False
     if resume is not None:
-        # The checkpoint's own history has this evaluation.
+        # The checkpoint's history already has this evaluation.
         args.training["eval_on_start"] = False
         terminal.say(f"Resuming from {resume}.")
         line = args.go_on_from(resume, config, world_size=control.world_size)
@@ -83,7 +83,7 @@ def _run(args: Arguments, config: DeepSpeedJson, wish: str | None, run: _Run) ->
                 f"{control.world_size}: converting its optimizer states to DeepSpeed's universal format."
             )
             control.from_first(lambda: resize.make_universal(resume, lease))
-    # Rank 0 decides for all: nodes may differ.
+    # Rank 0 decides for all, because nodes may differ.
     is_bf16_fast = control.from_first(environment.is_bf16_fast)
     device = "CPU" if args.training["use_cpu"] else "accelerator"
     if (line := args.choose_dtype(resume, is_bf16_fast=is_bf16_fast, device=device)) is not None:
@@ -105,7 +105,7 @@ def _run(args: Arguments, config: DeepSpeedJson, wish: str | None, run: _Run) ->
 
 def _start_over(lease: Lease, *, overwrite: bool) -> None:
     lease.check()
-    # Broken checkpoints alone are no reason to delete: they are replaced when their step is reached.
+    # Broken checkpoints alone are not deleted; they are replaced when the run reaches their step.
     if overwrite or not trainer_checkpoints.listed(lease.output_dir):
         checkpoints.clear(lease.output_dir)
 
@@ -201,7 +201,7 @@ def _train(trainer: PretrainTrainer, args: Arguments, config: DeepSpeedJson, res
 
 
 def _communication(trainer: PretrainTrainer, quant: ds_quant.QuantConfig) -> dict[str, Any] | None:
-    """How gradients and weights crossed the wire, and what rank 0 sent a step; None: in full precision."""
+    """How gradients and weights were sent, and the bytes rank 0 sent per step; None: all in full precision."""
     if not quant.communication:
         return None
     found: dict[str, Any] = {}

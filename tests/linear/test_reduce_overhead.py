@@ -7,12 +7,15 @@ as inputs, be on one device, write to none of its inputs and wait for nothing. `
 import pytest
 import torch
 from functorch.compile import make_boxed_func
+from linear.padded_backend import NAMES, add_padded_backend
 from linear_oracle import W8A8G8_INT8
 from test_int8 import TOKENS, step, tiny
 from torch._dynamo.backends.common import aot_autograd
 from torch._inductor.utils import get_first_incompatible_cudagraph_node
 
+from ds_quant.kernels import registry
 from ds_quant.linear.convert import convert, remove_forward_counter, step_key_of
+from ds_quant.linear.weight_codes import weights_changed
 
 SIMULATED = {**W8A8G8_INT8, "backend": "simulated"}
 CHANGES = {"resid_pdrop": 0, "attn_pdrop": 0, "embd_pdrop": 0, "use_cache": False}
@@ -62,6 +65,23 @@ def keys_in(graph):
     """The inputs that are keys: int64 [2]."""
     values = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
     return [v for v in values if isinstance(v, torch.Tensor) and v.dtype == torch.int64 and v.shape == (2,)]
+
+
+@pytest.fixture
+def padded(monkeypatch):
+    """Layers go the way of GPUs, by operations that a graph holds."""
+    calls = add_padded_backend(monkeypatch)
+    monkeypatch.setenv("DS_QUANT_KERNELS", "padded")
+    weights_changed()
+    yield calls
+    weights_changed()
+    registry._serving.cache_clear()
+
+
+def test_replays_of_padded_operations(padded):
+    """As below, with the operations that layers call on GPUs."""
+    test_replays_of_later_steps_round_as_those_steps_do(W8A8G8_INT8)
+    assert {name for name, *_ in padded} == set(NAMES)
 
 
 @pytest.mark.parametrize("config", [W8A8G8_INT8, SIMULATED], ids=["int8", "simulated"])
