@@ -22,6 +22,7 @@ from ds_quant.engine.whole_weights import gather_elsewhere
 from ds_quant.kernels.fp8_units import fp8_units
 from ds_quant.kernels.integer_units import integer_units
 from ds_quant.linear.convert import check_still_converted, coverage, step_key_of
+from ds_quant.optim.muon import QuantMuon
 
 
 def attach(engine: Any, prepared: Prepared) -> None:
@@ -35,6 +36,10 @@ def attach(engine: Any, prepared: Prepared) -> None:
     if quant.optimizer and quant.optimizer.master:
         parts.append(Masters(engine, quant.optimizer.master))
     if quant.optimizer:
+        if isinstance(engine.basic_optimizer, QuantMuon):
+            from ds_quant.engine.muon import keep_momentum  # not above: it brings torch's compiler with it
+
+            keep_momentum(engine)
         parts.append(Moments(engine))
         for line in prepared.moment_lines:
             say(line)

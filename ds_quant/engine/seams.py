@@ -114,6 +114,20 @@ SEAMS: tuple[tuple[str, str, str], ...] = (
     ),
     ("deepspeed.runtime.zero.stage3", "reduce_scatter_coalesced", "what stage 3 reduces with"),
     ("deepspeed.runtime.zero.stage3", "dist.all_reduce", "what stage 3 reduces with"),
+    *(
+        ("deepspeed.runtime.zero.stage_1_and_2", f"DeepSpeedZeroOptimizer.{name}", "momentums in few bits")
+        for name in (
+            "_muon_momentum_buffer",
+            "_muon_staging_momentum",
+            "_commit_muon_momentum",
+            "_apply_muon_updates_cpu_offload",
+        )
+    ),
+    ("deepspeed.runtime.bf16_optimizer", "BF16_Optimizer._prepare_muon_updates", "momentums in few bits"),
+    *(
+        ("deepspeed.runtime.zero.stage3", f"DeepSpeedZeroOptimizer_Stage3.{name}", "momentums in few bits")
+        for name in ("_apply_muon_to_accumulated_grads", "_muon_update_sub_group")
+    ),
     ("deepspeed.runtime.engine", "DeepSpeedEngine.get_global_grad_norm", "a diagnostic: norms before clipping"),
     ("deepspeed.runtime.engine", "DeepSpeedEngine.is_compiled", "diagnostics are refused in compiled models"),
     ("deepspeed.runtime.engine", "DeepSpeedEngine.compile", "refused with diagnostics"),

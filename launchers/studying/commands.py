@@ -96,7 +96,7 @@ def _print_plan(options: argparse.Namespace) -> int:
     for size in plan.chosen(options.sizes, protocol.SIZES, "--sizes"):
         for family in plan.chosen(options.families, protocol.FAMILIES, "--families"):
             ratio = plan.ratio_of(options.ratio)
-            rate = results.tuned_rate(results.read(options.csv).values(), size, family, ratio)
+            rate = results.tuned_rate(list(results.read(options.csv).values()), size, family, ratio)
             if rate is None:
                 for key in training.missing(_tuning(size, family, ratio, protocol.RATES)):
                     print("to tune ", plan.shown(key))
@@ -134,7 +134,7 @@ def _repeat(options: argparse.Namespace) -> int:
     for size in plan.chosen(options.sizes, protocol.SIZES, "--sizes"):
         for family in plan.chosen(options.families, protocol.FAMILIES, "--families"):
             ratio = plan.ratio_of(options.ratio)
-            rate = results.tuned_rate(known.values(), size, family, ratio)
+            rate = results.tuned_rate(list(known.values()), size, family, ratio)
             if rate is not None:
                 again += [key for key in _keys(options, size, family, rate) if key in known]
     if not again:
@@ -179,11 +179,13 @@ def _tuned(training: Training, size: str, family: str, ratio: float) -> tuple[fl
         failed = training.run(_tuning(size, family, ratio, rates))
         if failed:
             return None, failed
-        rate = results.tuned_rate(results.read(training.csv).values(), size, family, ratio)
-        assert rate is not None
-        if min(rates) < rate < max(rates):
+        known = list(results.read(training.csv).values())
+        rate = results.tuned_rate(known, size, family, ratio)
+        if rate is not None:
             return rate, []
-        rates.append(rate / 2 if rate == min(rates) else rate * 2)
+        best = results.best_rate(known, size, family, ratio)
+        assert best is not None
+        rates = [best / 2, best * 2]
 
 
 def _tuning(size: str, family: str, ratio: float, rates: Sequence[float]) -> list[Key]:

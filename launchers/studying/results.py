@@ -6,7 +6,7 @@ import csv
 import dataclasses
 import io
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -145,14 +145,24 @@ def _parameters(folder: Path) -> int | None:
     return None if summary is None else int(summary["model"]["num_parameters"])
 
 
-def tuned_rate(found: Iterable[Result], size: str, family: str, ratio: float) -> float | None:
-    """The learning rate with which the baseline of seed 0 ended lowest; None before it was tuned."""
-    losses = {
-        result.key.rate: result.loss
+def best_rate(found: Iterable[Result], size: str, family: str, ratio: float) -> float | None:
+    """The learning rate with which the baseline of seed 0 ended lowest; None without such runs."""
+    losses = _tuning_losses(found, size, family, ratio)
+    return min(losses, key=lambda rate: (losses[rate], rate)) if losses else None
+
+
+def tuned_rate(found: Sequence[Result], size: str, family: str, ratio: float) -> float | None:
+    """The best one, once half and double of it were run, too; None before."""
+    losses = _tuning_losses(found, size, family, ratio)
+    best = best_rate(found, size, family, ratio)
+    return best if best is not None and {best / 2, best * 2} <= losses.keys() else None
+
+
+def _tuning_losses(found: Iterable[Result], size: str, family: str, ratio: float) -> dict[float, float]:
+    """By rate. A run that diverged ended nowhere."""
+    return {
+        result.key.rate: result.loss if result.state == runs.DONE else math.inf
         for result in found
         if (result.key.size, result.key.family, result.key.ratio) == (size, family, ratio)
         and (result.key.row, result.key.seed) == (BASELINE, 0)
-        and result.state == runs.DONE
     }
-    # The baseline at half and double the best rate is among them: its tuning went on until it had both.
-    return min(losses, key=lambda rate: (losses[rate], rate)) if losses else None

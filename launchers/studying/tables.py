@@ -44,6 +44,7 @@ def text(found: Sequence[Result], rows: Sequence[Row]) -> str:
     for size, family, ratio in groups(found):
         rate = tuned_rate(found, size, family, ratio)
         if rate is None:
+            lines += [f"### {family}, {size}, D/N {ratio:g}", "", "The learning rate is not tuned yet.", ""]
             continue
         group = (size, family, ratio, BASELINE)
         baseline = [r for r in found if (r.key.size, r.key.family, r.key.ratio, r.key.row) == group]
@@ -58,7 +59,7 @@ def text(found: Sequence[Result], rows: Sequence[Row]) -> str:
             judged = verdicts.judge(rows, found, (size, family, ratio, scale * rate))
             if any(entry.seeds for entry in judged if entry.row.name != BASELINE):
                 lines += [*([f"At {scale:g} times that rate:", ""] if scale != 1 else []), *_judged(judged)]
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines)
 
 
 def put(page: str, made: str) -> str:

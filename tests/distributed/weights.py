@@ -10,14 +10,13 @@ what crossed the wire, counted at the collectives; and what leaves the job of ei
 
 import copy
 import gc
-import hashlib
 import json
 import sys
 from pathlib import Path
 
 import deepspeed
 import torch
-from common import batch, leave, remove, say, shared_folder, tiny_llama_config, write_reports
+from common import digest, forward, leave, remove, say, shared_folder, tiny_llama_config, write_reports
 from deepspeed import comm as dist
 from deepspeed.runtime.zero import partition_parameters
 from deepspeed.utils import safe_get_full_fp32_param
@@ -124,18 +123,6 @@ def build(case, gathered):
     return engine
 
 
-def digest(tensors):
-    found = hashlib.sha256()
-    for tensor in tensors:
-        found.update(tensor.detach().float().contiguous().numpy().tobytes())
-    return found.hexdigest()
-
-
-def forward(engine, index):
-    data = batch(index, ROWS * dist.get_world_size())[dist.get_rank() :: dist.get_world_size()]
-    return engine(input_ids=data, labels=data).loss
-
-
 def is_stage3(engine):
     return engine.zero_optimization_partition_weights()
 
@@ -162,7 +149,7 @@ def train(engine, first, last):
     for step in range(first, last):
         losses = []
         for micro in range(ACCUMULATION):
-            loss = forward(engine, step * ACCUMULATION + micro)
+            loss = forward(engine, step * ACCUMULATION + micro, ROWS)
             engine.backward(loss)
             engine.step()
             losses.append(loss.item())
@@ -255,7 +242,7 @@ def parameters_of(engine):
 def evaluated(engine):
     engine.eval()
     with torch.no_grad():
-        loss = forward(engine, 1000).item()
+        loss = forward(engine, 1000, ROWS).item()
     engine.train()
     return loss
 
