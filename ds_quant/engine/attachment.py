@@ -11,12 +11,13 @@ from ds_quant.engine.diagnostics import Diagnostics, second_moments
 from ds_quant.engine.masters import Masters
 from ds_quant.engine.micro_steps import MicroSteps
 from ds_quant.engine.moments import Moments
+from ds_quant.engine.parameter_methods import restore_methods
 from ds_quant.engine.parts import Part
 from ds_quant.engine.preparation import Prepared
 from ds_quant.engine.quant_engine import extend
 from ds_quant.engine.steps import Steps
 from ds_quant.engine.weight_communication import WeightCommunication
-from ds_quant.engine.weight_fetches import WeightFetches, restore_methods
+from ds_quant.engine.weight_fetches import WeightFetches
 from ds_quant.engine.weights import Weights
 from ds_quant.engine.whole_weights import gather_elsewhere
 from ds_quant.kernels.fp8_units import fp8_units

@@ -7,7 +7,6 @@ layer's weight by itself) asks by `all_gather`, and gets whole weights, also of 
 Partitions, which optimizers and checkpoints read, are whole always.
 """
 
-import functools
 import weakref
 from collections.abc import Sequence
 from typing import Any
@@ -15,7 +14,6 @@ from typing import Any
 import torch
 from deepspeed import comm as dist
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus, get_allgather_dtype
-from torch import nn
 
 from ds_quant.base.log import say, warn
 from ds_quant.comm.agreement import check_agreement
@@ -24,11 +22,11 @@ from ds_quant.comm.weight_fetch import Fetch, PartitionedWeight, WeightFetcher
 from ds_quant.comm.weight_layout import Weight
 from ds_quant.config import WeightCommunicationConfig
 from ds_quant.engine.coded_weights import check_any_coded, coded_weights, tell_codes
+from ds_quant.engine.parameter_methods import METHODS, replace_methods
 from ds_quant.engine.seams import check_live
 from ds_quant.engine.weight_guards import CodedWeights, Guard
 from ds_quant.engine.weight_part import WeightPart
 
-_METHODS = ("all_gather_coalesced", "all_gather", "partition")
 _Parameter = Any
 """A torch.nn.Parameter with the attributes of DeepSpeed's stage 3."""
 
@@ -60,7 +58,7 @@ class WeightFetches(WeightPart):
             if any(parameter.ds_id in self._coded for parameter in parameters):
                 module.register_state_dict_pre_hook(guard)
             for parameter in parameters:
-                _replace_methods(parameter, self)
+                replace_methods(parameter, self)
         engine.ds_quant_weight_communication = self
 
     def _make_fetchers(self, engine: Any) -> None:
@@ -192,6 +190,10 @@ class WeightFetches(WeightPart):
         held = [self._parameters[key] for key in sorted(self._in_codes)]
         return [parameter for parameter in held if parameter.ds_status is ZeroParamStatus.AVAILABLE]
 
+    def forget(self, parameter: _Parameter) -> None:
+        """Another engine gathers it now."""
+        self._in_codes.discard(parameter.ds_id)
+
     def before_reading(self) -> None:
         held = self.held_in_codes()
         if held:
@@ -250,54 +252,9 @@ class _Weights(CodedWeights):
         return part is None or not part.held_in_codes()
 
 
-def restore_methods(model: nn.Module) -> None:
-    """Have the parameters of a model that an engine before has fetched as codes be gathered by DeepSpeed again."""
-    for parameter in model.parameters():
-        if hasattr(parameter, "ds_quant_methods"):
-            for name, method in parameter.ds_quant_methods.items():
-                setattr(parameter, name, method)
-            del parameter.ds_quant_methods
-
-
-def _replace_methods(parameter: _Parameter, part: WeightFetches) -> None:
-    """Have the methods by which a parameter is gathered and partitioned go by way of `part`, while it lives."""
-    if hasattr(parameter, "ds_quant_methods"):  # of a layer before, which has it as well
-        return
-    parameter.ds_quant_methods = {name: getattr(parameter, name) for name in _METHODS}
-    fetch, gather, cut = parameter.ds_quant_methods.values()
-    owner, itself = weakref.ref(part), weakref.ref(parameter)
-
-    @functools.wraps(fetch)
-    def all_gather_coalesced(params: Any, *args: Any, **kwargs: Any) -> Any:
-        live = owner()
-        params = list(params)
-        return fetch(params, *args, **kwargs) if live is None else live.fetch(params, fetch, *args, **kwargs)
-
-    @functools.wraps(gather)
-    def all_gather(param_list: Any = None, *args: Any, **kwargs: Any) -> Any:
-        live = owner()
-        if live is None:
-            return gather(param_list, *args, **kwargs)
-        if param_list is None:
-            live.is_read_elsewhere(itself())
-            param_list = [itself()]
-        return live.gather(param_list, gather, *args, **kwargs)
-
-    @functools.wraps(cut)
-    def partition(param_list: Any = None, hierarchy: int = 0, has_been_updated: bool = False, **kwargs: Any) -> Any:
-        live = owner()
-        if live is not None and has_been_updated:
-            live.were_written()
-        return cut(param_list, hierarchy, has_been_updated, **kwargs)
-
-    parameter.all_gather_coalesced = all_gather_coalesced
-    parameter.all_gather = all_gather
-    parameter.partition = partition
-
-
 def _check_live(engine: Any) -> None:
     """Raise ImportError for what is read off a live engine and its parameters, and has moved."""
     names = ["ds_id", "ds_shape", "ds_numel", "ds_status", "ds_tensor", "ds_process_group", "ds_summary"]
-    names += _METHODS
+    names += METHODS
     parameter = next(iter(engine.module.parameters()))
     check_live([(engine.optimizer, "persistent_parameters"), *((parameter, name) for name in names)])

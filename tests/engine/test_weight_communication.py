@@ -92,8 +92,12 @@ def test_another_engine_gathers_parameters_by_its_own_ways():
     model = nn.Sequential(nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False))
     first = start(model, CODES, {"exclude": []}, **STAGE_3)
     replaced = model[0].weight.all_gather
+    fetches = first.ds_quant_weight_communication
+    fetches._in_codes.add(model[0].weight.ds_id)  # what it had fetched, and DeepSpeed has released
     plain = {"linear": {"weight": {"bits": 8}, "activation": {"bits": 8}, "exclude": []}}
     start(model, CODES, ds_quant=plain, **STAGE_3)
     assert model[0].weight.all_gather is replaced.__wrapped__
     assert not hasattr(model[0].weight, "ds_quant_methods")
-    assert first.module is model
+    model[0].weight.all_gather()
+    model[0].state_dict()
+    assert not fetches.held_in_codes()
