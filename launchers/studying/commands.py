@@ -137,7 +137,7 @@ def _write_tables(options: argparse.Namespace) -> int:
         judged = [] if rate is None else verdicts.judge(rows, found, (size, family, ratio, rate))
         name = f"{family}-{size}-{ratio:g}.png"
         if len([entry for entry in judged if entry.seeds]) > 1 and pictures.draw(
-            judged, f"{family}, {size}, {ratio:g} tokens a parameter", folder / name
+            judged, f"{family}, {size}, D/N {ratio:g}", folder / name
         ):
             link = os.path.relpath(folder / name, options.page.parent)
             made += f"\n![gaps of {family}, {size}, D/N {ratio:g}]({link})\n"
