@@ -25,11 +25,11 @@ BANDWIDTH_BYTES = 12
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Steps of one fp32 parameter (50M) or of many (2000x1024), all optimizers in turns. `ratio` is to torch's "
-        "fused AdamW in the same round, median and 20th to 80th percentile. `floor` is the time that the bytes it must "
-        "move take at the bandwidth of an in-place addition in the same run, over its own time. On cuda, times are "
-        "those of the device between events, and the host's stand beside them. Competitors: "
-        "pip install 'ds_quant[bench]'."
+        "Steps of one fp32 parameter (50M) or of many (2000x1024), all optimizers in turns; those with `master` in "
+        "their name have bf16 weights and gradients. `ratio` is to torch's fused AdamW in the same round, median and "
+        "20th to 80th percentile. `floor` is the time that the bytes it must move take at the bandwidth of an in-place "
+        "addition in the same run, over its own time. On cuda, times are those of the device between events, and the "
+        "host's stand beside them. Competitors: pip install 'ds_quant[bench]'."
     )
     parser.add_argument(
         "--sizes", default="1M,10M,50M,2000x1024", help="elements, or COUNTxELEMENTS; k, M, G (default: %(default)s)"
@@ -117,12 +117,13 @@ def _measure(
     )
     bandwidth = BANDWIDTH_BYTES * total / timing.spread(seconds[BANDWIDTH]).p50
     ratio = timing.ratios(seconds, contenders.BASE)
+    moved = {contender.name: contender.moved for contender in chosen}
     rows = []
     for name, optimizer in optimizers.items():
         state = contenders.state_bytes(optimizer)
         took = timing.spread(seconds[name])
         # Parameters are read and written, gradients read, the state read and written.
-        floor = (12 * total + 2 * state) / bandwidth
+        floor = (moved[name] * total + 2 * state) / bandwidth
         rows.append(
             {
                 "size": text,

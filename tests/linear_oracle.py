@@ -42,7 +42,7 @@ class Side:
             )
             contracted = granularity == "block" or granularity == ("column" if not transposed else "row")
             if granularity == "tensor":
-                scales = scales.reshape(-1)[0]
+                scales = scales[:1, :1]
             if granularity == "row":
                 scales = scales[:, :1]
             elif granularity == "column":

@@ -35,6 +35,8 @@ FORMATS = {
 
 SCALE_RULES = ("floor", "up")
 """How the exponent of an E8M0 scale is found; see `numerics.scales`."""
+FOUR_SIX = "four_six"
+"""How the scales of nvfp4 are found otherwise; see `numerics.four_six`."""
 
 
 def scale_bits(fmt: NamedFormat) -> int:

@@ -5,7 +5,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, SerializerFunctionWrapHandler, WithJsonSchema, model_serializer
 
-from ds_quant.base.number_formats import FORMATS, NamedFormat
+from ds_quant.base.number_formats import FORMATS, FOUR_SIX, NamedFormat
 from ds_quant.config.deepspeed_json import SECTION
 from ds_quant.config.section import NOTHING, Allowed, BlockSection, Rule, Section, allowed_values
 from ds_quant.config.values import (
@@ -22,6 +22,9 @@ from ds_quant.config.values import (
 
 # Null is no value of either, only what their absence is to Python.
 _BITS_SCHEMA = WithJsonSchema({"type": "integer", "minimum": 2, "maximum": 8})
+_OTHER_BACKEND = 'use that, or backend "simulated"'
+_FREE_SCALES = {"weight": ("channel", "tensor"), "activation": ("token", "tensor"), "gradient": ("outer", "tensor")}
+"""Granularities of which no product contracts what has scales of its own."""
 _FORMAT_SCHEMA = WithJsonSchema({"type": "string", "enum": list(FORMATS)})
 
 
@@ -46,12 +49,16 @@ class OperandConfig(BlockSection):
     bits: Annotated[Bits | None, BeforeValidator(not_null), _BITS_SCHEMA] = None
     """Bits of an integer code, 2 to 8. Either this or `format` is required."""
     format: Annotated[FormatName | None, BeforeValidator(not_null), _FORMAT_SCHEMA] = None
-    """In place of `bits`, with backend `simulated`: floating point of 8, 6 or 4 bits (`fp8_e4m3`, ...) with scales as
-    `granularity` says, or a format with blocks of its own: `mxfp8`, `mxfp6`, `mxfp4`, `mxint8` (32 elements, a power of
-    two as scale), `nvfp4`, `nvint4` (16 elements, an fp8 scale and one fp32 for the tensor)."""
-    scale_rule: Annotated[Literal["floor", "up"] | None, Allowed('"floor" or "up"')] = None
+    """In place of `bits`, with backend `simulated` (`fp8`: `fp8_e4m3`, of gradients also `fp8_e5m2`): floating point
+    of 8, 6 or 4 bits (`fp8_e4m3`, ...) with scales as `granularity` says, or a format with blocks of its own: `mxfp8`,
+    `mxfp6`, `mxfp4`, `mxint8` (32 elements, a power of two as scale), `nvfp4`, `nvint4` (16 elements, an fp8 scale and
+    one fp32 for the tensor)."""
+    scale_rule: Annotated[
+        Literal["floor", "up", "four_six"] | None, Allowed('"floor" or "up" (mx...), or "four_six" (nvfp4)')
+    ] = None
     """The power of two of a block of `mx...`: `floor` (default), as OCP MX 1.0 has it, where the largest elements may
-    saturate; `up`, the smallest one with which none does."""
+    saturate; `up`, the smallest one with which none does. Of `nvfp4`, `four_six`: each block takes that one of two
+    scales, which make its largest element 4 or 6, that loses less. Absent: 6."""
 
     @property
     def named_format(self) -> NamedFormat | None:
@@ -66,7 +73,10 @@ class OperandConfig(BlockSection):
             else:
                 yield "format", self.format, 'absent beside "bits", which says another one', "remove one of the two"
         named = self.named_format
-        if self.scale_rule is not None and (named is None or named.scale != "e8m0"):
+        if self.scale_rule == FOUR_SIX:
+            if self.format != "nvfp4":
+                yield "scale_rule", FOUR_SIX, 'only with format "nvfp4", whose elements lack a 5', "remove it"
+        elif self.scale_rule is not None and (named is None or named.scale != "e8m0"):
             allowed = "only with a format whose scales are powers of two (mxfp8, mxfp6, mxfp4, mxint8)"
             yield "scale_rule", self.scale_rule, allowed, "remove it"
         if named is not None:
@@ -185,8 +195,9 @@ class LinearConfig(Section):
     """Absent: inputs are not quantized."""
     gradient: GradientConfig | None = None
     """Absent: output gradients are not quantized."""
-    backend: Literal["simulated", "int8"] = "simulated"
-    """`int8` runs the products on integer units; `simulated` computes the same function in floating point."""
+    backend: Literal["simulated", "int8", "fp8"] = "simulated"
+    """`int8` runs the products on integer units, `fp8` on units for 8-bit floating point, where the device has them;
+    `simulated` computes the same functions in floating point."""
     backward_operands: Literal["quantized", "original"] = "quantized"
     """Whether the backward products use the quantized input and weight, or the originals."""
     include: Patterns = ("*",)
@@ -205,6 +216,8 @@ class LinearConfig(Section):
         yield from self._folding_rules()
         if self.backend == "int8":
             yield from self._int8_rules()
+        elif self.backend == "fp8":
+            yield from self._fp8_rules()
 
     def _folding_rules(self) -> Iterator[Rule]:
         if self.backward_operands == "original" or not self.gradient or self.gradient.granularity != "outer":
@@ -219,33 +232,54 @@ class LinearConfig(Section):
             yield "activation.granularity", granularity, reason, fix
 
     def _int8_rules(self) -> Iterator[Rule]:
-        fix = 'use that, or backend "simulated"'
-        operands = {"weight": ("channel", "tensor"), "activation": ("token", "tensor"), "gradient": ("outer", "tensor")}
-        for name, granularities in operands.items():
+        fitting = []
+        for name in _FREE_SCALES:
             operand = getattr(self, name)
             if operand and operand.format:
-                yield f"{name}.format", operand.format, 'bits with backend "int8", whose products are of integers', fix
+                allowed = 'bits with backend "int8", whose products are of integers'
+                yield f"{name}.format", operand.format, allowed, _OTHER_BACKEND
                 continue
             if operand and not operand.symmetric:
                 reason = 'true with backend "int8": a zero point has no place in an integer product'
-                yield f"{name}.symmetric", False, reason, fix
-            if operand and operand.granularity not in granularities:
-                words = " or ".join(f'"{granularity}"' for granularity in granularities)
-                reason = f'{words} with backend "int8": any other scale lies on a contraction axis'
-                yield f"{name}.granularity", operand.granularity, reason, fix
-        yield from self._int8_gradient_rules()
+                yield f"{name}.symmetric", False, reason, _OTHER_BACKEND
+            fitting.append(name)
+        yield from self._scale_rules(fitting)
         if self.weight and self.weight.rounding == "stochastic":
             reason = '"nearest" with backend "int8": forward and backward must find the same codes'
-            yield "weight.rounding", "stochastic", reason, fix
+            yield "weight.rounding", "stochastic", reason, _OTHER_BACKEND
 
-    def _int8_gradient_rules(self) -> Iterator[Rule]:
+    def _fp8_rules(self) -> Iterator[Rule]:
+        fitting = []
+        for name in _FREE_SCALES:
+            operand = getattr(self, name)
+            formats = ("fp8_e4m3", "fp8_e5m2") if name == "gradient" else ("fp8_e4m3",)
+            if operand and operand.format not in formats:
+                words = " or ".join(f'"{each}"' for each in formats)
+                got = operand.format or NOTHING
+                yield f"{name}.format", got, f'{words} with backend "fp8"', _OTHER_BACKEND
+                continue
+            fitting.append(name)
+        yield from self._scale_rules(fitting)
+
+    def _scale_rules(self, names: list[str]) -> Iterator[Rule]:
+        """Products on units have their scales applied at their end."""
+        for name in names:
+            operand = getattr(self, name)
+            if operand and operand.granularity not in _FREE_SCALES[name]:
+                words = " or ".join(f'"{granularity}"' for granularity in _FREE_SCALES[name])
+                reason = f'{words} with backend "{self.backend}": any other scale lies on a contraction axis'
+                yield f"{name}.granularity", operand.granularity, reason, _OTHER_BACKEND
+        if "gradient" in names:
+            yield from self._one_scale_rules()
+
+    def _one_scale_rules(self) -> Iterator[Rule]:
         """A gradient with one scale folds none in, so that the other operand's would lie on the contraction axis."""
         gradient = self.gradient
-        if not gradient or gradient.format or gradient.granularity != "tensor" or self.backward_operands == "original":
+        if not gradient or gradient.granularity != "tensor" or self.backward_operands == "original":
             return
         others = {"input": ("weight", self.weight), "weight": ("activation", self.activation)}
         for product, (name, other) in others.items():
             if product in gradient.used_for and other and other.granularity in ("channel", "token"):
-                allowed = f'"outer" with backend "int8" and {name}.granularity "{other.granularity}"'
+                allowed = f'"outer" with backend "{self.backend}" and {name}.granularity "{other.granularity}"'
                 fix = f'use that, or {name}.granularity "tensor", or backend "simulated"'
                 yield "gradient.granularity", "tensor", allowed, fix

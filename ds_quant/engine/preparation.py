@@ -19,7 +19,7 @@ from ds_quant.engine.weight_guards import check_whole
 from ds_quant.linear.convert import convert, write_to_model_config
 from ds_quant.optim import setup
 from ds_quant.optim.base import QuantizedOptimizer
-from ds_quant.optim.kinds import check_states, check_universal, kind_of, kind_of_client
+from ds_quant.optim.kinds import MUON, check_states, check_universal, check_zero, kind_of, kind_of_client
 
 
 @dataclass
@@ -136,6 +136,11 @@ def _prepare_moments(
     if client is None:
         check_states(config, kind.optimizer, kind.name)
     check_universal(raw, kind)
+    check_zero(raw, kind)
+    if kind is MUON:
+        from ds_quant.engine.muon import ZeroMuon  # not above: it brings torch's compiler with it
+
+        kind = kind._replace(optimizer=ZeroMuon)
     names = setup.ParameterNames(forwarded["model"], config.exclude)
     build = None
     if client is None:
@@ -149,10 +154,8 @@ def _prepare_moments(
             replace_config(forwarded, {**strip_tripwire(raw), "zero_force_ds_cpu_optimizer": False})
     lines = [f"{kind.label}: {setup.describe_moments(config, kind)}"]
     share = 100 * (1 - names.num_excluded / names.num_elements) if names.num_elements else 0.0
-    size, full = setup.bytes_a_parameter(config, kind), 4 * len(kind.optimizer.STATES)
-    lines.append(
-        f"they take {size:.2f} bytes a parameter instead of {full}, for {share:.1f}% of the trainable parameters"
-    )
+    size = setup.describe_size(config, kind)
+    lines.append(f"they take {size}, for {share:.1f}% of the trainable parameters")
     if config.master:
         kept = "1 byte beside a bf16 weight" if config.master.bits == 24 else "nothing beside a bf16 weight"
         lines.append(f"{config.master.bits}-bit masters, rounded {config.master.rounding}: {kept}, instead of 4 bytes")

@@ -31,7 +31,8 @@ STAGES = ("stages.cpp", "wire_stages.cpp", "products_stages.cpp", "masters_stage
 """Compiled once for each instruction set."""
 HEADERS = (
     *("common.h", "threads.h", "simd.h", "random.h", "convert.h", "absmax.h"),
-    *("adamw.h", "decode.h", "encode.h", "back.h", "wire.h", "hadamard.h", "products.h", "masters.h"),
+    *("adamw.h", "decode.h", "encode.h", "back.h", "wire.h", "hadamard.h", "products.h"),
+    *("masters.h", "masters_loops.h"),
 )
 SOURCES = (*DRIVERS, *STAGES, *HEADERS)
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno", "-w")

@@ -18,7 +18,7 @@ With `backward_operands: original` the backward sees the unquantized X and W, as
 Chitsaz et al., EMNLP 2024 (arXiv 2407.11722); the bias gradient is always the sum of the unquantized G. Gradients pass
 the quantizers of X and W unchanged (straight-through estimator without a clipping mask).
 
-`simulated` and `int8` compute these products.
+`simulated` and `int8` compute these products; with backend `fp8` it is `simulated`, on the device's units for fp8.
 """
 
 from typing import Any, NamedTuple
@@ -109,6 +109,8 @@ class Plan(NamedTuple):
     original_operands: bool
     transposed: bool
     stream: int
+    in_fp8: bool = False
+    """Products of two quantized operands are products of float8 matrices."""
 
     @property
     def stochastic(self) -> bool:
@@ -176,4 +178,6 @@ def plan_of(config: LinearConfig, *, transposed: bool, stream: int) -> Plan:
                 turned=columns == "block",
                 **_elements(g),
             )
-    return Plan(weight, activation, grad_input, grad_weight, config.backward_operands == "original", transposed, stream)
+    original = config.backward_operands == "original"
+    in_fp8 = config.backend == "fp8"
+    return Plan(weight, activation, grad_input, grad_weight, original, transposed, stream, in_fp8)

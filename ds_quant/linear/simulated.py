@@ -13,6 +13,9 @@ so are unquantized operands that are bf16 already (or fp16, and then the integer
 point has no bound, and unquantized fp32 remain fp32. Quantizers and what follows the products are compiled there
 (`kernels.simulated`), and have the same bits.
 
+With backend `fp8` products of two quantized operands, which are then e4m3 or e5m2 with no scale on the contracted axis,
+are those of `kernels.fp8`: on the device's own units where it has them. All else is as above, code for code.
+
 For the backward the codes of X are held, one byte an element, and of W nothing but the Parameter itself.
 """
 
@@ -23,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ds_quant.kernels import simulated as kernels
+from ds_quant.kernels.fp8 import ops as fp8_ops
 from ds_quant.linear.recipe import (
     STREAM_ACTIVATION,
     STREAM_GRAD_INPUT,
@@ -78,6 +82,11 @@ class _Operand(NamedTuple):
             value = integer_values(self.value).to(dtype)
         return self._contracted_last(value)
 
+    def float8(self) -> Tensor:
+        """[rows, contracted]: the codes as floating point of 8 bits."""
+        assert isinstance(self.value, Quantized)
+        return self._contracted_last(self.value.codes.view(fp8_ops.DTYPES[self.value.elements]))
+
     def narrow_dtypes(self) -> tuple[torch.dtype, ...]:
         """Dtypes of 16 bits that hold the factors."""
         if isinstance(self.value, Quantized):
@@ -90,9 +99,21 @@ class _Operand(NamedTuple):
             return None
         return self.value.scale.reshape(-1, 1)
 
+    def flat_scale(self) -> Tensor | None:
+        """fp32 scale of each row, [rows] or one element; None where there is none to apply."""
+        scale = self.scale()
+        return None if scale is None else scale.reshape(-1)
 
-def _product(a: _Operand, b: _Operand, dtype: torch.dtype, bias: Tensor | None = None) -> Tensor:
-    """a [M, K] times the transpose of b [N, K], plus bias [N], rounded once to dtype [M, N]."""
+
+def _product(
+    a: _Operand, b: _Operand, dtype: torch.dtype, bias: Tensor | None = None, *, in_fp8: bool = False
+) -> Tensor:
+    """a [M, K] times the transpose of b [N, K], plus bias [N], rounded once to dtype [M, N].
+
+    in_fp8: two quantized operands are fp8 whose scales may wait, and the device multiplies them as such.
+    """
+    if in_fp8 and isinstance(a.value, Quantized) and isinstance(b.value, Quantized):
+        return fp8_ops.fp8_matmul(a.float8(), b.float8(), a.flat_scale(), b.flat_scale(), bias, dtype)
     quantized = isinstance(a.value, Quantized) or isinstance(b.value, Quantized)
     if not quantized or a.scale_is_contracted or b.scale_is_contracted:
         return F.linear(a.dense(dtype), b.dense(dtype), None if bias is None else bias.to(dtype))
@@ -139,7 +160,9 @@ class SimulatedLinear(torch.autograd.Function):
                 y = F.linear(a.dense(dtype).reshape(x.shape), b.dense(dtype), cast_bias)
             else:
                 # No view, which a model could not go on to change in place, as Falcon's layers do.
-                y = torch.ops.aten._unsafe_view(_product(a, b, dtype, bias), (*x.shape[:-1], w.shape[0]))
+                y = torch.ops.aten._unsafe_view(
+                    _product(a, b, dtype, bias, in_fp8=plan.in_fp8), (*x.shape[:-1], w.shape[0])
+                )
         ctx.plan, ctx.dtype, ctx.x_shape = plan, dtype, x.shape
         ctx.has_bias = bias is not None
         ctx.bias_dtype = None if bias is None else bias.dtype
@@ -168,13 +191,13 @@ class SimulatedLinear(torch.autograd.Function):
                     # Made again from the Parameter: with ZeRO-3 it is gathered for this layer's backward only.
                     other = _quantized(w, plan.weight, replicated_key, plan.stream + STREAM_WEIGHT)
                 a, b = _gradient_product(g, other, plan.grad_input, local_key, plan.stream + STREAM_GRAD_INPUT, 1)
-                grad_x = _product(a, b, dtype).reshape(ctx.x_shape)
+                grad_x = _product(a, b, dtype, in_fp8=plan.in_fp8).reshape(ctx.x_shape)
             if ctx.needs_input_grad[1]:
                 x = x_saved[0] if ctx.x_rebuild is None else Quantized(*x_saved, *ctx.x_rebuild)
                 a, b = _gradient_product(g, x, plan.grad_weight, local_key, plan.stream + STREAM_GRAD_WEIGHT, 0)
                 if plan.transposed:
                     a, b = b, a
-                grad_weight = _product(a, b, dtype).to(weight.dtype)
+                grad_weight = _product(a, b, dtype, in_fp8=plan.in_fp8).to(weight.dtype)
             if ctx.has_bias and ctx.needs_input_grad[2]:
                 grad_bias = g.sum(0).to(ctx.bias_dtype)
         return grad_x, grad_weight, grad_bias, None, None, None, None

@@ -266,7 +266,7 @@ WRONG_VALUES = [
         "a list of",
         "write",
     ),
-    ({"linear": {**W8, "backend": "int9"}}, f"{LINEAR}.backend", '"int9"', '"simulated", "int8"', "int8"),
+    ({"linear": {**W8, "backend": "int9"}}, f"{LINEAR}.backend", '"int9"', '"simulated", "int8", "fp8"', "int8"),
     (
         {"linear": {**W8, "backward_operands": "orignal"}},
         f"{LINEAR}.backward_operands",
@@ -469,6 +469,7 @@ WRONG_VALUES = [
             ("activation", {"range": "full"}, "range", '"full"', '"narrow" with format', "remove it, or use bits"),
             ("weight", {"scale_rule": "ceil"}, "scale_rule", '"ceil"', '"floor" or "up"', "write what is allowed"),
             ("weight", {"format": "nvfp4", "scale_rule": "up"}, "scale_rule", '"up"', "powers of two", "remove it"),
+            ("weight", {"format": "mxfp4", "scale_rule": "four_six"}, "scale_rule", '"four_six"', "nvfp4", "remove it"),
             ("weight", {"block_rows": 16}, "block_rows", "16", '16 with format "nvfp4"', "remove it"),
             ("weight", {"format": "nvfp4", "block_rows": 8}, "block_rows", "8", "1 or 16", "write what is allowed"),
         )
@@ -633,6 +634,34 @@ def test_int8_takes_the_scales_off_the_contraction_axis():
                 check_parts(message, f"{LINEAR}.gradient.granularity", '"tensor"', '"outer"', 'backend "simulated"')
                 original = {**linear, "backward_operands": "original"}
                 assert load({"linear": original}).linear.backend == "int8"
+
+
+@pytest.mark.parametrize(
+    ("operand", "value", "key", "allowed"),
+    [
+        ("weight", {"bits": 8}, "format", '"fp8_e4m3" with backend "fp8"'),
+        ("weight", {"format": "fp8_e5m2"}, "format", '"fp8_e4m3" with backend "fp8"'),
+        ("activation", {"format": "mxfp8"}, "format", '"fp8_e4m3" with backend "fp8"'),
+        ("gradient", {"format": "fp6_e3m2"}, "format", '"fp8_e4m3" or "fp8_e5m2" with backend "fp8"'),
+        ("weight", {"format": "fp8_e4m3", "granularity": "block"}, "granularity", '"channel" or "tensor"'),
+        ("activation", {"format": "fp8_e4m3", "granularity": "channel"}, "granularity", '"token" or "tensor"'),
+        ("gradient", {"format": "fp8_e5m2", "granularity": "token"}, "granularity", '"outer" or "tensor"'),
+    ],
+)
+def test_fp8_refuses_what_fp8_units_cannot_do(operand, value, key, allowed):
+    load({"linear": {operand: value}})
+    message = errors({"linear": {operand: value, "backend": "fp8"}})
+    got = json.dumps(value[key]) if key in value else "nothing"
+    check_parts(message, f"{LINEAR}.{operand}.{key}", got, allowed, 'backend "simulated"')
+
+
+def test_fp8_takes_one_scale_for_gradients_beside_operands_with_one():
+    fp8 = {"format": "fp8_e4m3"}
+    linear = {"weight": fp8, "gradient": {**fp8, "granularity": "tensor"}, "backend": "fp8"}
+    allowed = '"outer" with backend "fp8" and weight.granularity "channel"'
+    check_parts(errors({"linear": linear}), f"{LINEAR}.gradient.granularity", '"tensor"', allowed, "simulated")
+    assert load({"linear": {**linear, "weight": {**fp8, "granularity": "tensor"}}})
+    assert load({"linear": {**linear, "backward_operands": "original"}})
 
 
 # ---- the whole config

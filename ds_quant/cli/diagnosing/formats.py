@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ds_quant.base.number_formats import FORMATS
+from ds_quant.base.number_formats import FORMATS, FOUR_SIX
 from ds_quant.cli.shared.errors import CommandError
 from ds_quant.numerics.format import Format, Group, Integers, fake_quantize_to, named_format
 from ds_quant.numerics.minifloat import Minifloat
@@ -97,6 +97,9 @@ def formats() -> Iterator[tuple[str, str, Format[Integers | Minifloat]]]:
         elif named.block_size:
             yield name, f"block of {named.block_size}", named_format(name)
             yield name, "tile of 16 x 16", named_format(name, block_rows=16)
+            if name == "nvfp4":
+                yield name, "block of 16 (4/6)", named_format(name, scale_rule=FOUR_SIX)
+                yield name, "tile of 16 x 16 (4/6)", named_format(name, block_rows=16, scale_rule=FOUR_SIX)
         else:
             size = 16 if named.bits == 4 else 32
             yield name, "row", named_format(name, "row")
