@@ -75,6 +75,8 @@ def _what_cannot_be_said(config: LinearConfig) -> list[str]:
     for name, operand in (("weight", weight), ("activation", activation)):
         if operand and operand.format:
             broken.append((f"{name}.format", operand.format, "bits: only integers are exported"))
+    if config.rotation:
+        broken.append(("rotation", config.rotation.model_dump(), "none: a server rotates nothing"))
     if weight.bits is not None and weight.bits not in bits:
         allowed = "8 beside a quantized activation" if activation else "4 or 8"
         broken.append(("weight.bits", weight.bits, allowed))
