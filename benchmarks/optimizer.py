@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import os
 import re
 from pathlib import Path
@@ -55,7 +54,7 @@ def run(options: argparse.Namespace) -> None:
     choices.at_least("--iterations", options.iterations, 1)
     torch.set_num_threads(options.threads)
     device = torch.device(options.device)
-    chosen = _choose(options.only)
+    chosen = choices.choose(contenders.ALL, options.only, contenders.BASE)
     where = environment(device)
     print(f"{where['processor']}, {where['threads']} threads, torch {where['torch']}, {where['commit']}")
     print(f"QuantAdamW is served by {adamw_.implementation(device)}")
@@ -81,25 +80,6 @@ def _number(digits: str, unit: str) -> int:
     if not unit:
         return round(float(digits))
     return -(-round(float(digits) * {"k": 10**3, "M": 10**6, "G": 10**9}[unit]) // 256) * 256
-
-
-def _choose(only: str | None) -> list[contenders.Contender]:
-    wanted = [part.strip().lower() for part in only.split(",")] if only else [""]
-    for part in wanted:
-        if not any(part in contender.name.lower() for contender in contenders.ALL):
-            names = ", ".join(contender.name for contender in contenders.ALL)
-            raise CommandError(f"--only: got {part!r}; allowed: parts of {names}; correct it")
-    chosen = []
-    for contender in contenders.ALL:
-        if contender.name != contenders.BASE and not any(part in contender.name.lower() for part in wanted):
-            continue
-        if contender.needs and importlib.util.find_spec(contender.needs) is None:
-            print(
-                f"left out: {contender.name}, since {contender.needs} is not installed (pip install 'ds_quant[bench]')"
-            )
-            continue
-        chosen.append(contender)
-    return chosen
 
 
 def _measure(

@@ -67,7 +67,7 @@ class QuantAdamW(QuantizedOptimizer):
 
     def do_steps(self, items: Sequence[Item]) -> None:
         """One call of the fused kernel."""
-        ops.adamw_([_work(item) for item in items])
+        adamw_steps(items)
 
     def do_master_steps(self, items: Sequence[MasterItem]) -> None:
         """One call of the fused kernel, where it takes masters."""
@@ -75,6 +75,11 @@ class QuantAdamW(QuantizedOptimizer):
             ops.adamw_masters_([MastersWork(_work(item), low_bits, key) for item, low_bits, key in items])
         else:
             super().do_master_steps(items)
+
+
+def adamw_steps(items: Sequence[Item]) -> None:
+    """AdamW's steps of `items`, whose options are AdamWOptions, by one call of the fused kernel."""
+    ops.adamw_([_work(item) for item in items])
 
 
 def _work(item: Item) -> AdamWWork:

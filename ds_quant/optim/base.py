@@ -113,7 +113,7 @@ class QuantizedOptimizer(torch.optim.Optimizer):
         with_gradients = list(self._with_gradients())
         if not with_gradients:
             return loss
-        shared = _Step(self)
+        shared = Step(self)
         items: dict[torch.device, list[Item]] = {}
         parts: dict[torch.device, list[MasterItem]] = {}
         counters: list[Tensor] = []
@@ -172,6 +172,10 @@ class QuantizedOptimizer(torch.optim.Optimizer):
                     )
                 yield param, grad, options
 
+    def state_numel(self, name: str, param: Tensor) -> int:
+        """Elements of the state `name` of `param`."""
+        return param.numel()
+
     def state_bytes(self) -> int:
         """Bytes of the states of all parameters: codes and scales, or fp32 elements."""
         states = (state[name] for state in self.state.values() for name in self.STATES if name in state)
@@ -214,7 +218,7 @@ class QuantizedOptimizer(torch.optim.Optimizer):
         Raises:
             ConfigError: a state with another number of elements than its parameter.
         """
-        shared = _Step(self)
+        shared = Step(self)
         options: dict[int, GroupOptions] = {}
         for group, param in params:
             state = self.state.get(param)
@@ -228,7 +232,7 @@ class QuantizedOptimizer(torch.optim.Optimizer):
         return {**super().__getstate__(), "seed": self.seed, "rank": self.rank}
 
 
-class _Step:
+class Step:
     """What the parameters of one step share, computed once."""
 
     def __init__(self, optimizer: QuantizedOptimizer):
@@ -254,40 +258,47 @@ class _Step:
             if step is None and any(name in state for name in self._names):
                 step = options.step
             step = state["step"] = torch.tensor(float(step or 0.0), dtype=torch.float32)
-        for name, wanted in zip(self._names, options.formats(param), strict=True):
+        shape, device = options.shape(param), param.device
+        for (name, _), wanted in zip(options.stochastic, options.formats(param), strict=True):
             stored = state.get(name)
-            if not _fits(stored, wanted, param):
-                state[name] = self._mended(stored, wanted, name, param, state)
+            if not _fits(stored, wanted, shape.numel(), device):
+                state[name] = self._mended(stored, wanted, name, shape, device, state)
         return int(step.item()) + 1
 
     def _mended(
-        self, stored: Any, wanted: Format[CodeMap] | None, name: str, param: Tensor, state: dict[str, Any]
+        self,
+        stored: Any,
+        wanted: Format[CodeMap] | None,
+        name: str,
+        shape: torch.Size,
+        device: torch.device,
+        state: dict[str, Any],
     ) -> Tensor:
         """A state in the format that the optimizer keeps, from nothing or from one in another format."""
         if stored is None:
             if wanted is None:
-                return torch.zeros(param.shape, dtype=torch.float32, device=param.device)
+                return torch.zeros(shape, dtype=torch.float32, device=device)
             size = wanted.group.block_size
-            return QuantizedState.zeros(param.shape, wanted.elements, size, param.device, self._stream(state))
-        if not isinstance(stored, Tensor) or stored.numel() != param.numel():
+            return QuantizedState.zeros(shape, wanted.elements, size, device, self._stream(state))
+        if not isinstance(stored, Tensor) or stored.numel() != shape.numel():
             got = f"{stored.numel()} elements" if isinstance(stored, Tensor) else f"a {type(stored).__name__}"
             raise fail(
                 f"{type(self._optimizer).__name__}.state[{name}]",
                 got,
-                f"a tensor of the parameter's {param.numel()} elements",
+                f"a tensor of the parameter's {shape.numel()} elements",
                 "load a checkpoint of this model and this partitioning",
             )
         if isinstance(stored, QuantizedState):
             old = stored.blocks
             if stored.whole and wanted == Format(old.code_map, Group("block", old.block_size)):
-                return stored.to(param.device)
+                return stored.to(device)
             if wanted is None or wanted.elements != old.code_map:
                 new = "32-bit" if wanted is None else _shown(wanted.elements)
                 self._say_once(f"{name}: the loaded moments ({_shown(old.code_map)}) go on as {new}")
             stored = stored.dequantize()
         elif wanted is not None:
             self._say_once(f"{name}: the loaded 32-bit moments go on as {_shown(wanted.elements)}")
-        values = stored.detach().to(param.device, torch.float32).reshape(param.shape)
+        values = stored.detach().to(device, torch.float32).reshape(shape)
         if wanted is None:
             return values.contiguous()
         size = wanted.group.block_size
@@ -330,23 +341,23 @@ def _release(state: dict[str, Any], wanted: Callable[[Any], bool]) -> None:
             state[key] = item.value.clone() if isinstance(item.value, Tensor) else item.value
 
 
-def _fits(stored: Any, wanted: Format[CodeMap] | None, param: Tensor) -> bool:
+def _fits(stored: Any, wanted: Format[CodeMap] | None, numel: int, device: torch.device) -> bool:
     """Whether a state can be stepped as it is."""
     if type(stored) is QuantizedState:
-        codes, _, numel, block_size, code_map = stored.blocks
+        codes, _, count, block_size, code_map = stored.blocks
         return (
             wanted is not None
             and block_size == wanted.group.block_size
             and (code_map is wanted.elements or code_map == wanted.elements)
             and stored.whole
-            and numel == param.numel()
-            and codes.device == param.device
+            and count == numel
+            and codes.device == device
         )
     return (
         wanted is None
         and isinstance(stored, Tensor)
         and stored.dtype == torch.float32
-        and stored.numel() == param.numel()
-        and stored.device == param.device
+        and stored.numel() == numel
+        and stored.device == device
         and stored.is_contiguous()
     )

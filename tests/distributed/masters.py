@@ -4,10 +4,9 @@ masters.py OUTPUT FOLDER
 """
 
 import sys
-from argparse import Namespace
 
 import torch
-from common import batch, leave, say, tiny_llama_config, write_reports
+from common import batch, leave, say, tiny_llama_config, to_universal, write_reports
 from deepspeed import comm as dist
 from deepspeed.runtime.zero.offload_config import OffloadStateTypeEnum
 from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param
@@ -94,15 +93,6 @@ def set_and_get(engine):
     return (after[NAME] - 1).abs().max().item(), others
 
 
-def to_universal(folder, stage):
-    from deepspeed.checkpoint import ds_to_universal
-
-    arguments = {"input_folder": f"{folder}/global_step{STEPS}", "output_folder": f"{folder}/universal"}
-    workers = {"num_extract_workers": 1, "num_merge_workers": 1}
-    options = {"keep_temp_folder": False, "strict": True, "inject_missing_state": stage < 3}
-    ds_to_universal.main(Namespace(**arguments, **workers, **options))
-
-
 def run(case, folder):
     stage, bits = CASES[case]
     engine = start(stage, bits)
@@ -124,7 +114,7 @@ def run(case, folder):
     if dist.get_rank() == 0:
         fp32 = get_fp32_state_dict_from_zero_checkpoint(folder, lazy_mode=False)
         report["zero_to_fp32"] = all(torch.equal(fp32[name], saved[name]) for name in saved)
-        to_universal(folder, stage)
+        to_universal(folder, STEPS, stage)
     dist.barrier()
 
     engine = start(stage, bits, folder)
