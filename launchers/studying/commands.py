@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import subprocess
 import sys
@@ -147,29 +148,29 @@ def _write_tables(options: argparse.Namespace) -> int:
 
 
 def _repeat(options: argparse.Namespace) -> int:
-    """Runs of the CSV in a folder of their own; 1 where a figure differs in its last digit."""
+    """Runs of the CSV in a folder of their own, `again`; 1 where a figure differs in its last digit."""
     known = results.read(options.csv)
-    options.csv = options.runs / "repeated.csv"
-    training = _training(options)
+    first = _training(options)
+    settings = dataclasses.replace(first.settings, runs=first.settings.runs / "again")
+    training = dataclasses.replace(first, settings=settings, csv=settings.runs / "runs.csv")
     again: list[Key] = []
     for size in plan.chosen(options.sizes, protocol.SIZES, "--sizes"):
         for family in plan.chosen(options.families, protocol.FAMILIES, "--families"):
-            ratio = plan.ratio_of(options.ratio)
-            rate = results.tuned_rate(list(known.values()), size, family, ratio)
+            rate = results.tuned_rate(list(known.values()), size, family, plan.ratio_of(options.ratio))
             if rate is not None:
                 again += [key for key in _keys(options, size, family, rate) if key in known]
     if not again:
-        raise CommandError(f"repeat: got nothing of {results.PATH}; allowed: rows and seeds that it has; see `plan`")
+        raise CommandError(
+            f"repeat: got no such runs in {options.csv}; allowed: rows and seeds that it has; correct it"
+        )
     failed = training.run(again)
-    found = results.read(options.csv)
-    code = 1 if failed else 0
+    found = results.read(training.csv)
+    other = [key for key in again if key in found and not results.is_same(known[key], found[key])]
     for key in again:
         if key in found:
-            same = (found[key].loss, found[key].state) == (known[key].loss, known[key].state)
-            same = same or (found[key].state == known[key].state and found[key].loss != found[key].loss)
-            code = code if same else 1
-            print(f"{'same' if same else 'OTHER'}: {plan.shown(key)}: {known[key].loss!r}, again {found[key].loss!r}")
-    return code
+            word = "OTHER" if key in other else "same"
+            print(f"{word}: {plan.shown(key)}: {known[key].loss!r}, again {found[key].loss!r}")
+    return 1 if failed or other else 0
 
 
 def _smoke(options: argparse.Namespace) -> int:

@@ -145,6 +145,12 @@ def _parameters(folder: Path) -> int | None:
     return None if summary is None else int(summary["model"]["num_parameters"])
 
 
+def is_same(one: Result, other: Result) -> bool:
+    """Whether two runs ended alike, to the last digit of both losses."""
+    told = [(r.fingerprint, r.text, r.dtype, r.steps, r.state, repr(r.loss), repr(r.lowest)) for r in (one, other)]
+    return told[0] == told[1]
+
+
 def best_rate(found: Iterable[Result], size: str, family: str, ratio: float) -> float | None:
     """The learning rate with which the baseline of seed 0 ended lowest; None without such runs."""
     losses = _tuning_losses(found, size, family, ratio)
