@@ -34,7 +34,7 @@ def _coding(module: nn.Module) -> Coding | None:
         return None
     plan = module._quant_plan
     quantizer = plan.weight
-    if quantizer is None or quantizer.format_name or plan.original_operands:
+    if quantizer is None or quantizer.format_name or plan.original_operands or plan.rotated:
         return None
     if not quantizer.symmetric or quantizer.full_range:
         return None

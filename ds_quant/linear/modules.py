@@ -161,7 +161,7 @@ def describe(config: LinearConfig) -> str:
         if operand is None:
             continue
         text = f"{letter}{operand.bits or ' ' + str(operand.format)} {operand.granularity}"
-        if not isinstance(operand, GradientConfig) and operand.granularity == "block":
+        if operand.granularity == "block" and not (isinstance(operand, GradientConfig) and operand.format):
             text += f" of {operand.block_size}"
         if isinstance(operand, WeightConfig) and operand.block_rows > 1:
             text += f" x {operand.block_rows}"
@@ -178,6 +178,8 @@ def describe(config: LinearConfig) -> str:
         parts.append(text)
     if config.gradient:
         parts[-1] += " for " + "+".join({"input": "dX", "weight": "dW"}[name] for name in config.gradient.used_for)
+    if config.rotation:
+        parts.append(f"Hadamard {config.rotation.block_size} for {'+'.join(config.rotated_products())}")
     if config.backward_operands == "original":
         parts.append("original operands in the backward")
     backend: str = config.backend

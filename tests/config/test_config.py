@@ -17,7 +17,6 @@ from ds_quant import config as config_module
 from ds_quant.base.number_formats import FORMATS
 from ds_quant.config import (
     ConfigError,
-    GradientConfig,
     LinearConfig,
     MomentConfig,
     QuantConfig,
@@ -110,6 +109,7 @@ def test_defaults():
         "bits": 2,
         "granularity": "outer",
         "used_for": ("weight", "input"),
+        **block,
         **operand,
     }
     linear = quant.linear
@@ -150,6 +150,7 @@ def test_configs_are_frozen_and_comparable():
 LINEAR = "ds_quant.linear"
 ON_WIRE = "ds_quant.communication.weight"
 W8_LINEAR = {"linear": {"weight": {"bits": 8}, "activation": {"bits": 8}}}
+W8A8G8 = {"weight": {"bits": 8}, "activation": {"bits": 8}, "gradient": {"bits": 8}}
 CODES = {"weight": {"mode": "codes"}}
 WRONG_VALUES = [
     *(
@@ -191,18 +192,48 @@ WRONG_VALUES = [
         "write",
     ),
     (
-        {"linear": {"gradient": {"bits": 8, "granularity": "block"}}},
-        f"{LINEAR}.gradient.granularity",
-        '"block"',
-        "only with a format of fixed blocks (mxfp8, mxfp6, mxfp4, mxint8, nvfp4, nvint4)",
-        'remove it for "outer"',
-    ),
-    (
         {"linear": {"gradient": {"bits": 8, "block_size": 128}}},
         f"{LINEAR}.gradient.block_size",
         "128",
-        "the keys bits, format, scale_rule, granularity, used_for",
+        'only with granularity "block"',
         "remove it",
+    ),
+    *(
+        ({"linear": {**W8A8G8, "rotation": {}, **linear}}, f"{LINEAR}.{key}", got, allowed, fix)
+        for linear, key, got, allowed, fix in (
+            ({"rotation": {"block_size": 8}}, "rotation.block_size", "8", "16, 32, 64 or 128", "write"),
+            ({"rotation": {"used_for": []}}, "rotation.used_for", "[]", "each once", "remove the key"),
+            (
+                {"rotation": {"used_for": ["dW"]}},
+                "rotation.used_for[0]",
+                '"dW"',
+                '"output", "input", "weight"',
+                "write",
+            ),
+            ({"backend": "int8"}, "rotation", "{}", 'absent with backend "int8"', "remove it"),
+            (
+                {"rotation": {"used_for": ["input"]}, "backward_operands": "original"},
+                "rotation.used_for",
+                '["input"]',
+                "whose two operands are quantized (output)",
+                "take out the others",
+            ),
+            (
+                {"activation": {"bits": 8, "granularity": "channel"}},
+                "activation.granularity",
+                '"channel"',
+                '"tensor", "token" or "block" with a rotated output',
+                "leave the output out",
+            ),
+            ({"gradient": {"bits": 8, "granularity": "token"}}, "gradient.granularity", '"token"', "weight", "leave"),
+            (
+                {"gradient": {"bits": 8, "granularity": "channel"}},
+                "gradient.granularity",
+                '"channel"',
+                "input",
+                "leave",
+            ),
+        )
     ),
     (
         {"linear": {"weight": {"bits": 8, "symmetric": 1}}},
@@ -1161,7 +1192,6 @@ def test_any_json_is_accepted_or_refused_in_our_words(section):
 def test_the_default_block_size_follows_the_bits():
     assert MomentConfig(bits=8).block_size == 256
     assert MomentConfig(bits=4).block_size == 128
-    assert "block_size" not in GradientConfig.model_fields
 
 
 def test_importing_the_config_imports_no_framework():
