@@ -60,7 +60,10 @@ def write(folder: Path, entries: Iterable[FileEntry], about: dict[str, Any]) -> 
 
 
 def read(folder: Path) -> dict[str, Any] | None:
-    """The manifest, or None if there is none. Raises ValueError if it cannot be understood."""
+    """The manifest, or None if there is none.
+
+    Raises ValueError if it cannot be understood, with the reason as a clause for the caller's own error.
+    """
     try:
         text = (folder / NAME).read_text()
     except FileNotFoundError:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from survival import batches, resize
-from survival.errors import LaunchError
+from survival.errors import LaunchError, mistake
 from transformers import TrainingArguments
 
 from ds_quant.base import manifest
@@ -117,7 +117,8 @@ class Arguments:
         try:
             training = TrainingArguments(**values)
         except (ValueError, TypeError, OSError) as error:
-            raise LaunchError(f"The training arguments do not fit together: {error}") from error
+            got, fix = f"arguments that do not fit together ({error})", "correct them"
+            raise mistake("training arguments", got, "what the Trainer takes", fix) from error
         hf_config = getattr(training, "hf_deepspeed_config", None)
         if hf_config is not None and hf_config.mismatches:
             raise LaunchError(
@@ -137,7 +138,7 @@ def parse(argv: list[str], *, world_size: int) -> tuple[Arguments, DeepSpeedJson
             action.default = argparse.SUPPRESS
     namespace, unknown = parser.parse_known_args(join_deepspeed_flags(argv))
     if unknown:
-        raise LaunchError(_unknown_flag(unknown[0], parser))
+        raise _unknown_flag(unknown[0], parser)
     given = vars(namespace)
     explicit = frozenset(given)
     config = DeepSpeedJson.find(given.get("deepspeed"))
@@ -158,7 +159,7 @@ def parse(argv: list[str], *, world_size: int) -> tuple[Arguments, DeepSpeedJson
 
     for name, reason in _REFUSED.items():
         if values.get(name):
-            raise LaunchError(f"--{name} {reason}")
+            raise mistake(f"--{name}", values[name], *reason)
     model = ModelArguments(**_fields_of(ModelArguments, values))
     data = DataArguments(**_fields_of(DataArguments, values))
     _check(model, data)
@@ -182,17 +183,19 @@ _LAUNCHER_DEFAULTS: dict[str, Any] = {
 
 _REFUSED = {
     "auto_find_batch_size": (
-        "would change the global batch behind the schedule and the data order. Give a smaller "
-        "--per_device_train_batch_size instead: accumulation makes up for it."
+        "false, since it would change the global batch behind the schedule and the data order",
+        "give a smaller --per_device_train_batch_size instead, which accumulation makes up for",
     ),
     "enable_jit_checkpoint": (
-        "would take SIGTERM away from this program, which writes a checkpoint of all ranks for it. Leave it out."
+        "false, since it would take SIGTERM away from this program, which writes a checkpoint of all ranks then",
+        "leave this flag out",
     ),
     "save_on_each_node": (
-        "would have all nodes write the same files: --output_dir lies on a file system that they share. Leave it out."
+        "false, since it would have all nodes write the same files of an --output_dir that they share",
+        "leave this flag out",
     ),
 }
-"""Trainer flags that conflict with what this program does, and why."""
+"""Trainer flags that conflict with what this program does: what is allowed and why, and the fix."""
 
 
 def join_deepspeed_flags(argv: list[str]) -> list[str]:
@@ -209,14 +212,15 @@ def join_deepspeed_flags(argv: list[str]) -> list[str]:
             files.append(pending)
             pending = next(words, None)
         elif word != "--deepspeed":
-            raise LaunchError("--deepspeed_config needs the path of a JSON file.")
+            raise mistake("--deepspeed_config", "no path", "the path of a JSON file", "put the path behind the flag")
         else:
             files.append("")
     named = {file for file in files if file}
     if len(named) > 1:
-        raise LaunchError(f"Two DeepSpeed configurations were given: {' and '.join(sorted(named))}. Give one.")
+        raise mistake("--deepspeed", " and ".join(sorted(named)), "one DeepSpeed configuration", "remove the other")
     if files and not named:
-        raise LaunchError("--deepspeed needs the path of a JSON file, such as --deepspeed ds_configs/w8a8.json.")
+        fix = "put the path behind the flag, as in --deepspeed ds_configs/w8a8.json"
+        raise mistake("--deepspeed", "no path", "the path of a JSON file", fix)
     return [*rest, "--deepspeed", *named] if named else rest
 
 
@@ -232,8 +236,8 @@ def _preset_name(given: dict[str, Any]) -> str | None:
         return None if {"model_name_or_path", "config_name"} & given.keys() else "tiny"
     if name not in PRESETS:
         close = difflib.get_close_matches(name, PRESETS, n=1)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
-        raise LaunchError(f"--preset {name!r} is unknown.{hint} Presets: {', '.join(PRESETS)}.")
+        fix = f"did you mean {close[0]!r}?" if close else "name one of them"
+        raise mistake("--preset", repr(name), ", ".join(PRESETS), fix)
     return str(name)
 
 
@@ -256,12 +260,18 @@ def _fields_of(cls: type, values: dict[str, Any]) -> dict[str, Any]:
 
 def _check(model: ModelArguments, data: DataArguments) -> None:
     if model.model_name_or_path and model.config_name:
-        raise LaunchError(
-            "--model_name_or_path goes on from trained weights and --config_name starts from scratch: give one of them."
+        raise mistake(
+            "--config_name",
+            f"{model.config_name} beside --model_name_or_path {model.model_name_or_path}",
+            "one of them: a configuration to start from scratch, or trained weights to go on from",
+            "remove the other",
         )
     if data.train_file is None and data.dataset_name is None and data.train_shards is None:
-        raise LaunchError(
-            "There is no text to train on: give --train_file, --dataset_name, --train_shards or --preset."
+        raise mistake(
+            "--train_file",
+            "no text to train on",
+            "files, a data set or shards",
+            "give --train_file, --dataset_name, --train_shards or --preset",
         )
     if data.train_shards is not None:
         given: dict[str, Any] = {
@@ -271,24 +281,30 @@ def _check(model: ModelArguments, data: DataArguments) -> None:
         }
         given |= {"validation_file": data.validation_file, "vocab_size": model.vocab_size}
         for name in [name for name, value in given.items() if value]:
-            raise LaunchError(
-                f"--train_shards {data.train_shards} brings text, validation text and tokenizer: leave --{name} out."
+            raise mistake(
+                f"--{name}",
+                f"{given[name]} beside --train_shards {data.train_shards}",
+                "nothing beside shards, which bring text, validation text and tokenizer",
+                f"leave --{name} out",
             )
     if data.stream_lanes is not None and not data.streaming:
-        raise LaunchError("--stream_lanes is for --streaming.")
+        fix = "add --streaming, or leave --stream_lanes out"
+        raise mistake("--stream_lanes", data.stream_lanes, "lanes for --streaming", fix)
     if data.context_length < 2:
-        raise LaunchError(f"--context_length {data.context_length} is too short: at least 2 tokens.")
+        raise mistake("--context_length", data.context_length, "2 tokens or more", "correct it")
     if data.validation_file is None and not 0 < data.validation_fraction < 1:
-        raise LaunchError(f"--validation_fraction {data.validation_fraction} must lie between 0 and 1.")
+        raise mistake("--validation_fraction", data.validation_fraction, "between 0 and 1", "correct it")
     if data.max_loss_rise is not None and not data.max_loss_rise > 0:
-        raise LaunchError(f"--max_loss_rise {data.max_loss_rise} must be above 0 nats; leave it out for no limit.")
+        raise mistake("--max_loss_rise", data.max_loss_rise, "above 0 nats", "leave it out for no limit")
     if data.streaming and data.dataset_name is None:
-        raise LaunchError("--streaming needs --dataset_name; files are read as they are.")
+        raise mistake("--streaming", "no --dataset_name", "data sets, since files are read as they are", "leave it out")
 
 
-def _unknown_flag(word: str, parser: argparse.ArgumentParser) -> str:
+def _unknown_flag(word: str, parser: argparse.ArgumentParser) -> LaunchError:
+    allowed = "the flags that --help lists"
     if not word.startswith("-"):
-        return f"{word!r} belongs to no flag. (--help lists every flag)"
+        return mistake("command line", f"{word!r}, which belongs to no flag", allowed, "put its flag before it")
     name = word.split("=", 1)[0]
     close = difflib.get_close_matches(name, parser._option_string_actions, n=1)
-    return f"Unknown flag {name}." + (f" Did you mean {close[0]}?" if close else "") + " (--help lists every flag)"
+    fix = f"did you mean {close[0]}?" if close else "remove it"
+    return mistake("command line", f"the unknown flag {name}", allowed, fix)

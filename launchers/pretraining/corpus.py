@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from survival.errors import LaunchError
+from survival.errors import mistake
 
 from ds_quant.cli.shared import text_files
 from ds_quant.planning.presets import PYTHON_SOURCE
@@ -51,20 +51,24 @@ class CorpusArguments:
     def check(self) -> None:
         """Raise LaunchError for flags that do not fit together."""
         if self.output_dir is None:
-            raise LaunchError("There is no --output_dir for the token files.")
+            raise mistake("--output_dir", "none", "a folder for the token files", "give it")
         if self.verify:
             return
         if (self.train_file is None) == (self.dataset_name is None):
-            raise LaunchError("Give the text as --train_file or as --dataset_name, one of them.")
+            got = "none" if self.train_file is None else "both"
+            raise mistake("--train_file, --dataset_name", got, "one of them, which names the text", "give just one")
         if (self.tokenizer_name is None) == (self.vocab_size is None):
-            raise LaunchError("Give --tokenizer_name, or --vocab_size to train one on the text: one of them.")
+            got = "none" if self.vocab_size is None else "both"
+            allowed = "one of them: a tokenizer, or the size of one to train on the text"
+            raise mistake("--tokenizer_name, --vocab_size", got, allowed, "give just one")
         if self.validation_file is not None and self.validation_documents is not None:
-            raise LaunchError("--validation_file and --validation_documents both name the validation text: give one.")
+            allowed = "one of them, which names the validation text"
+            raise mistake("--validation_file, --validation_documents", "both", allowed, "give just one")
         if not 0 < self.validation_fraction < 1:
-            raise LaunchError(f"--validation_fraction {self.validation_fraction} must lie between 0 and 1.")
+            raise mistake("--validation_fraction", self.validation_fraction, "between 0 and 1", "correct it")
         for flag in ("validation_documents", "shard_tokens", "num_proc"):
             if getattr(self, flag) is not None and getattr(self, flag) < 1:
-                raise LaunchError(f"--{flag} {getattr(self, flag)} is too small: at least 1.")
+                raise mistake(f"--{flag}", getattr(self, flag), "1 or more", "correct it")
 
     def identity(self) -> dict[str, Any]:
         """All settings that the bytes of the files depend on, as JSON. Text files are represented by their sizes."""

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import datasets
 import torch
-from survival.errors import LaunchError
+from survival.errors import mistake
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from ds_quant.cli.shared import terminal, text_files, token_ids
@@ -113,30 +113,30 @@ def _tokenizer(args: Arguments, texts: Iterable[str]) -> PreTrainedTokenizerBase
     if name is not None:
         return tokenizers.load(name)
     if model.vocab_size is None:
-        raise LaunchError("There is no tokenizer: give --tokenizer_name, or --vocab_size to train one on the text.")
+        fix = "give --tokenizer_name, or --vocab_size to train one on the text"
+        raise mistake("--tokenizer_name", "no tokenizer", "a tokenizer, or the size of one", fix)
     return tokenizers.train(texts, vocab_size=model.vocab_size)
 
 
 def _check_lengths(train: Any, validation: Any, length: int, training: TrainingArguments) -> None:
-    fix = f"Give more text, or a shorter --context_length than {length}."
+    fix = f"give more text, or a shorter --context_length than {length}"
     if isinstance(train, streaming.LaneStream):
         if training.max_steps <= 0:
-            raise LaunchError("A stream has no known length: give --max_steps.")
+            got = "none for a stream, whose length is not known"
+            raise mistake("--max_steps", got, "the number of steps", "give --max_steps")
     else:
         if len(train) == 0:
-            raise LaunchError(
-                f"The training text is shorter than one sequence: {train.num_tokens} of {length} tokens. {fix}"
-            )
+            raise mistake("training text", f"{train.num_tokens} tokens", f"at least one sequence of {length}", fix)
         needed = training.per_device_train_batch_size * training.world_size
         if isinstance(train, shards.PackedShards):
             needed *= training.gradient_accumulation_steps  # an epoch is cut to whole global batches
         if len(train) < needed:
-            raise LaunchError(
-                f"The training text has {len(train)} sequences of {length} tokens, fewer than the {needed} that one "
-                f"pass of all processes takes. Give more text, a shorter --context_length or a smaller batch."
+            raise mistake(
+                "training text",
+                f"{len(train)} sequences of {length} tokens",
+                f"at least the {needed} that one pass of all processes takes",
+                "give more text, a shorter --context_length or a smaller batch",
             )
     if len(validation) == 0:
-        raise LaunchError(
-            f"The validation text is shorter than one sequence: {validation.num_tokens} of {length} tokens. "
-            f"{fix} Or raise --validation_fraction, or name a --validation_file."
-        )
+        fix = f"{fix}, or raise --validation_fraction, or name a --validation_file"
+        raise mistake("validation text", f"{validation.num_tokens} tokens", f"at least one sequence of {length}", fix)

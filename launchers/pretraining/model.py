@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-from survival.errors import LaunchError
+from survival.errors import mistake
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -37,20 +37,19 @@ def resolve_config(args: ModelArguments, *, vocab_size: int, context_length: int
         try:
             config.update_from_string(args.config_overrides)
         except (ValueError, KeyError, AttributeError) as error:
-            raise LaunchError(
-                f"--config_overrides {args.config_overrides!r}: {error}. Write name=value,name=value."
-            ) from error
+            got = f"{args.config_overrides!r} ({error})"
+            raise mistake("--config_overrides", got, "name=value,name=value", "correct it") from error
     if config.vocab_size < vocab_size:
-        raise LaunchError(
-            f"The tokenizer has {vocab_size} ids, the model an embedding for {config.vocab_size}. "
-            f"Use the model's own tokenizer, or --config_overrides vocab_size={vocab_size}."
+        raise mistake(
+            "tokenizer",
+            f"{vocab_size} ids",
+            f"at most the {config.vocab_size} of the model's embedding",
+            f"use the model's own tokenizer, or --config_overrides vocab_size={vocab_size}",
         )
     positions = getattr(config, "max_position_embeddings", None)
     if positions is not None and positions < context_length:
-        raise LaunchError(
-            f"--context_length {context_length} is longer than the {positions} positions of the model. "
-            f"Give at most {positions}, or raise them with --config_overrides."
-        )
+        fix = "correct it, or raise them with --config_overrides"
+        raise mistake("--context_length", context_length, f"at most the {positions} positions of the model", fix)
     return config
 
 
@@ -68,7 +67,9 @@ def build(
     try:
         return AutoModelForCausalLM.from_pretrained(args.model_name_or_path, config=config, dtype="float32")
     except (OSError, ValueError, RuntimeError) as error:
-        raise LaunchError(f"--model_name_or_path {args.model_name_or_path}: {error}") from error
+        got = f"{args.model_name_or_path}, which could not be loaded ({error})"
+        fix = "name a folder with a model, or check that the Hugging Face hub can be reached"
+        raise mistake("--model_name_or_path", got, "a causal language model", fix) from error
 
 
 def describe(model: PreTrainedModel) -> dict[str, Any]:
@@ -87,7 +88,9 @@ def _load_config(name: str) -> PretrainedConfig:
         return AutoConfig.from_pretrained(name)
     except (OSError, ValueError, KeyError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise LaunchError(
-            f"No model configuration could be loaded from {name!r}: {reason} "
-            "Name a folder or a config.json, or check that the Hugging Face hub can be reached."
+        raise mistake(
+            "--config_name",
+            f"{name!r}, from which no model configuration could be loaded ({reason})",
+            "the name of a model, a folder or a config.json",
+            "correct it, or check that the Hugging Face hub can be reached",
         ) from error

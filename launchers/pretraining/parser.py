@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NoReturn
 
-from survival.errors import LaunchError
+from survival.errors import mistake
 from transformers import HfArgumentParser
 
 
@@ -13,4 +13,4 @@ class Parser(HfArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         # argparse would print the usage of about two hundred flags before the one line that matters.
-        raise LaunchError(f"{message} (--help lists every flag)")
+        raise mistake("command line", message, "the flags that --help lists", "correct it")

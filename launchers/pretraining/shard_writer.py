@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from survival.errors import LaunchError
+from survival.errors import LaunchError, mistake
 from transformers import PreTrainedTokenizerBase
 
 from ds_quant.base.whole_folder import replace_folder, write_json
@@ -68,7 +68,8 @@ def _tokenize(folder: Path, args: CorpusArguments) -> None:
         progress = json.loads((folder / shards.PROGRESS).read_text())
         place, number = Place(**progress.pop("next")), progress.pop("chunks")
         if {**progress, TRAIN: [], VALIDATION: []} != done:
-            raise LaunchError(f"{folder}: its tokenizer has changed since the run began. Give an empty --output_dir.")
+            got = f"{folder}, whose tokenizer has changed since the run began"
+            raise mistake("--output_dir", got, "a folder as the run has left it", "give an empty --output_dir")
         done = progress
         terminal.say(f"Going on after {number} chunks: document {place.number + place.skip} of the corpus is next.")
     chunk = _Chunk(folder, number, dtype)
@@ -85,11 +86,13 @@ def _tokenize(folder: Path, args: CorpusArguments) -> None:
                 terminal.say(f"chunk {number}: {tokens} tokens so far, {rate:.0f} tokens/s")
                 chunk = _Chunk(folder, number, dtype)
     _add(done, chunk.close())
-    for part, fix in ((TRAIN, "Give more text"), (VALIDATION, "Raise --validation_fraction")):
+    for part, fix in ((TRAIN, "give more text"), (VALIDATION, "raise --validation_fraction")):
         if not done[part]:
-            raise LaunchError(
-                f"No document of the corpus is for {part}. {fix}, or name a --validation_file, and start over in an "
-                "empty --output_dir."
+            raise mistake(
+                "corpus",
+                f"no document for {part}",
+                "one or more",
+                f"{fix}, or name a --validation_file, and start over in an empty --output_dir",
             )
     write_json(folder / shards.INDEX, done)
     (folder / shards.PROGRESS).unlink(missing_ok=True)
@@ -229,14 +232,18 @@ def _refuse_others(path: Path, args: CorpusArguments) -> None:
     try:
         earlier = json.loads(path.read_text())["arguments"]
     except (ValueError, KeyError, TypeError) as error:
-        raise LaunchError(f"{path} is damaged ({error}). Give an empty --output_dir.") from error
+        got, fix = f"a file that is damaged ({error})", "give an empty --output_dir"
+        raise mistake(str(path), got, "a whole file", fix) from error
     now = json.loads(json.dumps(args.identity()))
     differing = [name for name in now if earlier.get(name) != now[name]]
     if differing:
-        raise LaunchError(
-            f"{path.parent} holds the files of another run: {', '.join(f'--{name}' for name in differing)} differ "
-            f"({differing[0]}: {earlier.get(differing[0])!r}, now {now[differing[0]]!r}). Give the same arguments and "
-            "text, or another --output_dir."
+        flags = ", ".join(f"--{name}" for name in differing)
+        raise mistake(
+            "--output_dir",
+            f"{path.parent}, which holds the files of another run: {flags} differ "
+            f"({differing[0]}: {earlier.get(differing[0])!r}, now {now[differing[0]]!r})",
+            "an empty folder, or one of the same run",
+            "give the same arguments and text, or another --output_dir",
         )
 
 
@@ -247,5 +254,6 @@ def _alone(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise LaunchError(f"Another process is writing to {folder}. Wait for it, or stop it.") from error
+            got, fix = f"{folder}, to which another process is writing", "wait for it, or stop it"
+            raise mistake("--output_dir", got, "a folder for this process alone", fix) from error
         yield

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from survival.errors import LaunchError
+from survival.errors import mistake
 from transformers import PreTrainedTokenizerBase
 
 from ds_quant.cli.shared import token_ids
@@ -97,20 +97,22 @@ def load(folder: str) -> Index:
     root = Path(folder)
     if not (root / INDEX).is_file():
         if (root / PROGRESS).is_file():
-            raise LaunchError(
-                f"--train_shards {folder}: the corpus is not tokenized to its end. Start launchers/tokenize_corpus.py "
-                "again with the same arguments; it goes on where it was."
-            )
-        raise LaunchError(f"--train_shards {folder}: there is no {INDEX}. Make it with launchers/tokenize_corpus.py.")
+            got = f"{folder}, where a corpus is not tokenized to its end"
+            fix = "run launchers/tokenize_corpus.py again with the same arguments to resume"
+            raise mistake("--train_shards", got, "whole corpora", fix)
+        got = f"{folder}, where there is no {INDEX}"
+        raise mistake("--train_shards", got, "folders of launchers/tokenize_corpus.py", "make one with it")
     try:
         content = json.loads((root / INDEX).read_text())
         if content["format"] != FORMAT:
-            raise LaunchError(f"{root / INDEX} has format {content['format']}, this program reads {FORMAT}.")
+            got = f"a file that has format {content['format']}"
+            raise mistake(str(root / INDEX), got, f"format {FORMAT}", "tokenize the corpus again")
         parts = {part: [Shard(**shard) for shard in content[part]] for part in ("train", "validation")}
         dtype = np.dtype(content["dtype"]).newbyteorder("<")
         index = Index(root, dtype, content["vocab_size"], content["tokenizer"], **parts)
     except (ValueError, KeyError, TypeError) as error:
-        raise LaunchError(f"{root / INDEX} is damaged ({error}). Tokenize the corpus again.") from error
+        got, fix = f"a file that is damaged ({error})", "tokenize the corpus again"
+        raise mistake(str(root / INDEX), got, "a whole file", fix) from error
     for shard in [*index.train, *index.validation]:
         _check_size(root / shard.file, shard.tokens * dtype.itemsize)
     return index
@@ -122,9 +124,11 @@ def verify(index: Index) -> None:
         with (index.folder / shard.file).open("rb") as opened:
             found = hashlib.file_digest(opened, "sha256").hexdigest()
         if found != shard.sha256:
-            raise LaunchError(
-                f"{index.folder / shard.file} has changed: its SHA-256 is {found}, {INDEX} says {shard.sha256}. "
-                "Copy it again, or tokenize the corpus again."
+            raise mistake(
+                str(index.folder / shard.file),
+                f"a file that has changed: its SHA-256 is {found}",
+                f"{shard.sha256}, as {INDEX} says",
+                "copy it again, or tokenize the corpus again",
             )
 
 
@@ -132,14 +136,14 @@ def load_tokenizer(index: Index, *, asked_for: str | None) -> PreTrainedTokenize
     """The tokenizer that produced the ids; if `asked_for` names a tokenizer, it must be the same."""
     tokenizer = tokenizers.load(str(index.folder / TOKENIZER))
     if token_ids.fingerprint(tokenizer) != index.tokenizer or len(tokenizer) != index.vocab_size:
-        raise LaunchError(
-            f"{index.folder / TOKENIZER} is not the tokenizer that these shards were made with. Restore it, or "
-            "tokenize the corpus again."
-        )
+        got, fix = "a tokenizer that is not the one of the shards", "restore it, or tokenize the corpus again"
+        raise mistake(str(index.folder / TOKENIZER), got, "the tokenizer that they were made with", fix)
     if asked_for is not None and token_ids.fingerprint(tokenizers.load(asked_for)) != index.tokenizer:
-        raise LaunchError(
-            f"--tokenizer_name {asked_for} is another tokenizer than the one that --train_shards {index.folder} was "
-            "made with. Leave --tokenizer_name out, or tokenize the corpus with it."
+        raise mistake(
+            "--tokenizer_name",
+            f"{asked_for}, another tokenizer than the one of the shards",
+            f"the one that --train_shards {index.folder} was made with",
+            "leave --tokenizer_name out, or tokenize the corpus with it",
         )
     return tokenizer
 
@@ -153,11 +157,8 @@ def _check_size(path: Path, expected: int) -> None:
     try:
         found = path.stat().st_size
     except OSError as error:
-        raise LaunchError(
-            f"--train_shards: {path} cannot be read ({error.strerror}). Copy it again, or tokenize the corpus again."
-        ) from error
+        got, fix = f"{path}, which cannot be read ({error.strerror})", "copy it again, or tokenize the corpus again"
+        raise mistake("--train_shards", got, f"the files that {INDEX} lists", fix) from error
     if found != expected:
-        raise LaunchError(
-            f"--train_shards: {path} has {found} bytes, {INDEX} says {expected}. Copy it again, or tokenize the corpus "
-            "again."
-        )
+        got, fix = f"{path}, which has {found} bytes", "copy it again, or tokenize the corpus again"
+        raise mistake("--train_shards", got, f"{expected} bytes, as {INDEX} says", fix)

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import fsspec.asyn  # type: ignore[import-untyped]
 import numpy as np
 import torch
-from survival.errors import LaunchError
+from survival.errors import mistake
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from ds_quant.cli.shared import token_ids
@@ -111,9 +111,11 @@ class Lane:
                     yield place, ids
                 position = Position(epoch=position.epoch)
             if empty:
-                raise LaunchError(
-                    f"{self._stream.where}: lane {self._number} of {self._plan.lanes} has no document to read. Give "
-                    "fewer --stream_lanes, or more documents."
+                raise mistake(
+                    self._stream.where,
+                    f"lane {self._number} of {self._plan.lanes}, which has no document to read",
+                    "at least one document for each lane",
+                    "give fewer --stream_lanes, or more documents",
                 )
             position = Position(epoch=position.epoch + 1)
 
@@ -152,11 +154,13 @@ class LaneStream(IterableDataset[Share]):
     def _take(self, plan: Plan) -> None:
         if plan.lanes % self.world_size or self.global_batch % plan.lanes:
             fitting = [n for n in range(1, plan.lanes + 1) if plan.lanes % n == 0]
-            raise LaunchError(
-                f"{plan.lanes} lanes of the stream cannot be shared by {self.world_size} processes in a global batch "
-                f"of {self.global_batch}: the processes must divide the lanes (numbers that do: "
-                f"{', '.join(map(str, fitting))}), and the lanes the batch. Start with another number of processes, or "
-                "give a new run other --stream_lanes."
+            raise mistake(
+                "--stream_lanes",
+                f"{plan.lanes} lanes that cannot be shared by {self.world_size} processes in a global batch of "
+                f"{self.global_batch}",
+                f"processes that divide the lanes (numbers that do: {', '.join(map(str, fitting))}), and lanes that "
+                "divide the batch",
+                "start with another number of processes, or give a new run other --stream_lanes",
             )
         self.plan = plan
         self.lanes = range(self.rank, plan.lanes, self.world_size)
@@ -198,18 +202,21 @@ class LaneStream(IterableDataset[Share]):
             plans = [Plan(**state["plan"]) for state in states if state["format"] == FORMAT]
             found = {int(n): Position(**at) for state in states for n, at in state["positions"].items()}
         except (ValueError, KeyError, TypeError) as error:
-            raise LaunchError(f"{checkpoint}: the position in the stream is damaged ({error}).") from error
+            got, fix = f"a position in the stream that is damaged ({error})", "resume from another checkpoint"
+            raise mistake(str(checkpoint), got, "whole files data_state_rank*.json", fix) from error
         if not plans or len(plans) != len(states) or set(found) != set(range(plans[0].lanes)):
-            raise LaunchError(
-                f"{checkpoint} does not hold the positions of all lanes of the stream: {len(files)} files "
-                "data_state_rank*.json. Resume from another checkpoint."
+            got = f"{len(files)} files data_state_rank*.json"
+            raise mistake(
+                str(checkpoint), got, "the positions of all lanes of the stream", "resume from another checkpoint"
             )
         for name, old in plans[0]._asdict().items():
             new = getattr(self.plan, name)
             if new != old and name not in ("lanes", "group"):
-                raise LaunchError(
-                    f"{checkpoint} was reading another stream: its {name} is {old!r}, here it is {new!r}. Resume with "
-                    "the same data, seed, tokenizer and --context_length, or start afresh."
+                raise mistake(
+                    str(checkpoint),
+                    f"another stream: its {name} is {old!r}, here it is {new!r}",
+                    "the stream that the checkpoint was reading",
+                    "resume with the same data, seed, tokenizer and --context_length, or start afresh",
                 )
         self._take(plans[0])
         self.positions = {lane: found[lane] for lane in self.lanes}
@@ -266,10 +273,8 @@ def choose_lanes(asked_for: int | None, *, parts: int, global_batch: int, world_
     """The number of lanes: `asked_for`, or the number of parts, as far as batch and ranks allow."""
     if asked_for is not None:
         if asked_for < 1 or global_batch % asked_for or asked_for % world_size:
-            raise LaunchError(
-                f"--stream_lanes {asked_for} must divide the global batch of {global_batch} and be a multiple of the "
-                f"{world_size} processes."
-            )
+            allowed = f"divisors of the global batch of {global_batch} that are multiples of the {world_size} processes"
+            raise mistake("--stream_lanes", asked_for, allowed, "correct it")
         return asked_for
     limit = max(world_size, min(parts, MOST_LANES))
     return next(n for n in range(limit, 0, -1) if global_batch % n == 0 and n % world_size == 0)

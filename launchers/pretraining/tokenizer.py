@@ -11,7 +11,7 @@ import io
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
-from survival.errors import LaunchError
+from survival.errors import mistake
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -57,9 +57,11 @@ def train(texts: Iterable[str], *, vocab_size: int) -> PreTrainedTokenizerFast:
             minloglevel=2,
         )
     except RuntimeError as error:
-        raise LaunchError(
-            f"A tokenizer of {vocab_size} pieces could not be trained on the training text ({_last_line(error)}). "
-            "Give more text or another --vocab_size (at least 300), or name a ready tokenizer with --tokenizer_name."
+        raise mistake(
+            "--vocab_size",
+            f"{vocab_size} pieces, which could not be trained on the training text ({_last_line(error)})",
+            "300 or more, and as many as the text has",
+            "give more text or another number, or name a ready tokenizer with --tokenizer_name",
         ) from error
     return wrap(sentencepiece.SentencePieceProcessor(model_proto=model.getvalue()))
 
@@ -89,14 +91,18 @@ def load(name: str) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, KeyError) as error:
-        raise LaunchError(
-            f"No tokenizer could be loaded from {name!r}: {_last_line(error)} "
-            "Name a folder that holds one, or check that the Hugging Face hub can be reached."
+        raise mistake(
+            "--tokenizer_name",
+            f"{name!r}, from which no tokenizer could be loaded ({_last_line(error)})",
+            "the name of a tokenizer, or a folder that holds one",
+            "correct it, or check that the Hugging Face hub can be reached",
         ) from error
     if tokenizer.eos_token_id is None:
-        raise LaunchError(
-            f"The tokenizer {name!r} has no end-of-sequence token, which separates documents. "
-            "Set `eos_token` in its tokenizer_config.json, or use another --tokenizer_name."
+        raise mistake(
+            "--tokenizer_name",
+            f"{name!r}, which has no end-of-sequence token",
+            "tokenizers with one, since it separates documents",
+            "set `eos_token` in its tokenizer_config.json, or name another",
         )
     return tokenizer
 

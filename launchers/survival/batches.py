@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from survival.errors import LaunchError
+from survival.errors import mistake
 
 
 def resolve(values: dict[str, Any], *, explicit: frozenset[str], world_size: int) -> None:
@@ -19,9 +19,11 @@ def resolve(values: dict[str, Any], *, explicit: frozenset[str], world_size: int
         values["global_batch_size"] = total
         return
     if total < 1 or total % world_size:
-        raise LaunchError(
-            f"A global batch of {total} sequences cannot be divided among {world_size} processes. "
-            f"{_sizes(total)}Give a --global_batch_size that is a multiple of {world_size}."
+        raise mistake(
+            "--global_batch_size",
+            f"{total} sequences, which cannot be divided among {world_size} processes",
+            f"multiples of {world_size}",
+            f"{_sizes(total)}give a --global_batch_size that is one",
         )
     per_rank = total // world_size
     if accumulation in explicit:
@@ -35,17 +37,19 @@ def resolve(values: dict[str, Any], *, explicit: frozenset[str], world_size: int
         size = next(n for n in range(limit, 0, -1) if per_rank % n == 0)
         steps = per_rank // size
     if size * steps != per_rank:
-        raise LaunchError(
-            f"A global batch of {total} sequences is {per_rank} for each of {world_size} processes, which "
-            f"--per_device_train_batch_size {size} times --gradient_accumulation_steps {steps} does not make. "
-            "Change one of the three."
+        raise mistake(
+            "--global_batch_size",
+            f"{total} sequences, {per_rank} for each of {world_size} processes, which --per_device_train_batch_size "
+            f"{size} times --gradient_accumulation_steps {steps} does not make",
+            "their product",
+            "change one of the three",
         )
     values[per_device], values[accumulation] = size, steps
 
 
 def _sizes(total: int) -> str:
-    """A sentence with the numbers of processes that divide the batch."""
+    """The numbers of processes that divide the batch, as the beginning of a fix."""
     divisors = [str(n) for n in range(1, total + 1) if total % n == 0]
     if not divisors:
         return ""
-    return f"It can be among {', '.join(divisors[:-1])} or {divisors[-1]}. " if len(divisors) > 1 else ""
+    return f"run {', '.join(divisors[:-1])} or {divisors[-1]} processes, or " if len(divisors) > 1 else ""

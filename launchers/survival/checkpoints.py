@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ds_quant.base.trainer_checkpoints import defect, listed, newest_whole
-from survival.errors import LaunchError
+from survival.errors import mistake
 
 _FRESH = ("", "false", "none")
 _NEWEST = ("last", "true")
@@ -36,16 +36,22 @@ def choose(
             return found
         seen = listed(output_dir)
         why = f"{seen[-1]}: {defect(seen[-1], ours=True)}" if seen else "there is none"
-        raise LaunchError(
-            f"--resume_from_checkpoint {argument}: {output_dir} holds no whole checkpoint ({why}). "
-            "Check --output_dir, name the checkpoint's folder, or start afresh without this flag."
+        raise mistake(
+            "--resume_from_checkpoint",
+            f"{argument}, but {output_dir} holds no whole checkpoint ({why})",
+            "a whole checkpoint to resume from",
+            "check --output_dir, name the checkpoint's folder, or start afresh without this flag",
         )
     chosen = Path(str(argument))
     problem = defect(chosen, contents=contents)
     if problem is not None:
         other = newest_whole(chosen.parent, contents=contents, say=lambda _: None)
-        fix = f"The newest whole one is {other}." if other else "Start afresh, without --resume_from_checkpoint."
-        raise LaunchError(f"Cannot resume from {argument}: {problem}. {fix}")
+        fix = (
+            f"name another: the newest whole one is {other}"
+            if other
+            else "start afresh, without --resume_from_checkpoint"
+        )
+        raise mistake("--resume_from_checkpoint", f"{argument}: {problem}", "whole checkpoints", fix)
     return chosen
 
 
@@ -53,10 +59,12 @@ def refuse_mixing(output_dir: Path, *, resume: bool, overwrite: bool) -> None:
     """Raise LaunchError if a fresh start would mix with the checkpoints of an earlier run."""
     old = listed(output_dir)
     if old and not resume and not overwrite:
-        raise LaunchError(
-            f"{output_dir} holds checkpoints of an earlier run (the last: {old[-1].name}). "
-            "Go on with --resume_from_checkpoint last, start over with --overwrite_output_dir, or give another "
-            "--output_dir."
+        raise mistake(
+            "--output_dir",
+            f"{output_dir}, which holds checkpoints of an earlier run (the last: {old[-1].name})",
+            "a folder without any, or to resume",
+            "go on with --resume_from_checkpoint last, start over with --overwrite_output_dir, or give another "
+            "--output_dir",
         )
 
 

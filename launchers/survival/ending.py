@@ -14,7 +14,7 @@ from ds_quant import ConfigError
 from ds_quant.cli.shared.terminal import complain
 from survival import disk, status
 from survival.control import Control
-from survival.errors import Failed, Fenced, LaunchError, RunEnded
+from survival.errors import Failed, Fenced, LaunchError, RunEnded, mistake
 from survival.lease import Lease, not_writable
 from survival.signals import StopAtOnce
 
@@ -50,9 +50,11 @@ def _see(lease: Lease) -> None:
     deadline = time.monotonic() + _SEEN_SECONDS
     while lease.lost():
         if time.monotonic() > deadline:
-            raise LaunchError(
-                f"--output_dir {lease.output_dir} is not the same folder on all nodes: rank 0 took it, and "
-                f"{socket.gethostname()} does not see that. Give a folder on a file system that all nodes share."
+            raise mistake(
+                "--output_dir",
+                f"{lease.output_dir}, which rank 0 took, and {socket.gethostname()} does not see that",
+                "the same folder on all nodes",
+                "give a folder on a file system that all nodes share",
             )
         time.sleep(0.5)
 

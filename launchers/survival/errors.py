@@ -8,6 +8,11 @@ LaunchError = CommandError
 """A user's mistake in arguments or settings; the commands of ds_quant raise the same class."""
 
 
+def mistake(where: str, got: object, allowed: str, fix: str) -> LaunchError:
+    """A LaunchError in the words of all errors of this project."""
+    return LaunchError(f"{where}: got {got}; allowed: {allowed}; fix: {fix}")
+
+
 class RunEnded(Exception):
     """The run ended before its last step. `retry`: whether a restart would get further."""
 

@@ -20,7 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from survival.errors import Fenced, LaunchError
+from survival.errors import Fenced, LaunchError, mistake
 
 BEAT_SECONDS = 5.0
 """A living owner changes its file this often."""
@@ -139,7 +139,8 @@ class Lease:
 
 def not_writable(output_dir: Path, error: OSError) -> LaunchError:
     """The error for an output folder that cannot be written to."""
-    return LaunchError(f"--output_dir {output_dir} cannot be written to: {error.strerror or error}. Give another one.")
+    got = f"{output_dir}, which cannot be written to ({error.strerror or error})"
+    return mistake("--output_dir", got, "a folder to write in", "give another one")
 
 
 def newest(output_dir: Path) -> int | None:
@@ -165,9 +166,12 @@ def _wait_for_the_dead(output_dir: Path, generation: int, patience: float, say: 
         if _is_gone(now):
             return
         if now != first:
-            raise LaunchError(
-                f"--output_dir {output_dir}: {_describe(now)} is writing there, and two jobs in one folder would mix "
-                "their checkpoints. Stop it (scancel), wait for its end, or give another --output_dir."
+            raise mistake(
+                "--output_dir",
+                f"{output_dir}, but {_describe(now)} is writing there, and two jobs in one folder would mix their "
+                "checkpoints",
+                "a folder for this job alone",
+                "stop it (scancel), wait for its end, or give another --output_dir",
             )
 
 

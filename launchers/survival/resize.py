@@ -10,7 +10,7 @@ from ds_quant.base import manifest, trainer_checkpoints
 from ds_quant.base.checkpoint_files import to_universal
 from ds_quant.base.whole_folder import replace_folder, sync_tree, write_whole
 from survival import batches
-from survival.errors import LaunchError
+from survival.errors import mistake
 from survival.lease import Lease
 
 
@@ -46,10 +46,11 @@ def keep_global_batch(
     if total is None or total == values["global_batch_size"]:
         return None
     if "global_batch_size" in explicit | fixed:
-        raise LaunchError(
-            f"The checkpoint {checkpoint} was trained with a global batch of {total} sequences, this run has "
-            f"{values['global_batch_size']}. Its schedule and its data order belong to that size: give "
-            f"--global_batch_size {total}, or start afresh in another --output_dir."
+        raise mistake(
+            "--global_batch_size",
+            values["global_batch_size"],
+            f"the {total} sequences that {checkpoint} was trained with, to which its schedule and data order belong",
+            f"give --global_batch_size {total}, or start afresh in another --output_dir",
         )
     per_device = "per_device_train_batch_size"
     values["global_batch_size"] = total
@@ -78,9 +79,11 @@ def make_universal(checkpoint: Path, lease: Lease) -> None:
     if (said := to_universal(states, part)) is not None:
         shutil.rmtree(part, ignore_errors=True)
         ranks = len(trainer_checkpoints.optimizer_ranks(checkpoint))
-        raise LaunchError(
-            f"{checkpoint} was saved by {ranks} ranks, and DeepSpeed could not "
-            f"convert it for another number: {said}. Resume with as many ranks as saved it."
+        raise mistake(
+            str(checkpoint),
+            f"a checkpoint of {ranks} ranks, which DeepSpeed could not convert for another number ({said})",
+            "one that it can",
+            f"resume with {ranks} ranks",
         )
     sync_tree(part)  # takes long, and the lease may be lost meanwhile
     lease.check()

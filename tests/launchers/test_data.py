@@ -166,7 +166,11 @@ def test_tokens_are_cached_for_the_next_rank_and_run(
 
 @pytest.mark.parametrize(
     ("sequences", "validation", "words"),
-    [(0, 1, "training text is shorter than one sequence"), (3, 1, "fewer than the 4"), (8, 0, "validation text is")],
+    [
+        (0, 1, "training text: got .* tokens; allowed: at least one sequence"),
+        (3, 1, "got 3 sequences of 8 tokens; allowed: at least the 4"),
+        (8, 0, "validation text: got"),
+    ],
 )
 def test_text_that_is_too_short(tmp_path: Path, sequences: int, validation: int, words: str) -> None:
     def packed(count: int) -> packing.PackedDataset:
@@ -205,7 +209,7 @@ def test_shards_bring_all_that_training_needs(tokens: Path, tmp_path: Path) -> N
     assert ready.train.num_tokens == sum(file.tokens for file in index.train)
     assert len(ready.tokenizer) == index.vocab_size < 400
     assert len(ready.validation) == 3
-    with pytest.raises(LaunchError, match="fewer than the 4096"):
+    with pytest.raises(LaunchError, match="at least the 4096"):
         prepared(tmp_path, "--train_shards", tokens, "--per_device_train_batch_size", 4096, batch=4096)
 
 
@@ -214,7 +218,7 @@ def test_shards_bring_all_that_training_needs(tokens: Path, tmp_path: Path) -> N
     [("--train_file", "a.txt"), ("--streaming", "true"), ("--vocab_size", "300"), ("--validation_file", "a.txt")],
 )
 def test_shards_leave_no_room_for_other_text(tokens: Path, tmp_path: Path, flags: tuple[str, str]) -> None:
-    with pytest.raises(LaunchError, match=f"brings text.*leave {flags[0]} out"):
+    with pytest.raises(LaunchError, match=f"{flags[0]}: got .* beside --train_shards.*leave {flags[0]} out"):
         prepared(tmp_path, "--train_shards", tokens, *flags)
 
 
@@ -236,5 +240,5 @@ def test_a_stream_keeps_its_first_documents_for_validation(corpus: Path, tmp_pat
     assert sorted(seen) == sorted(texts[5:])
     with pytest.raises(LaunchError, match="give --max_steps"):
         data._check_lengths(ready.train, ready.validation, 32, training.set_training(num_epochs=1))
-    with pytest.raises(LaunchError, match="--stream_lanes is for --streaming"):
+    with pytest.raises(LaunchError, match="--stream_lanes: got 2; allowed: lanes for --streaming"):
         prepared(tmp_path, "--train_file", corpus, "--stream_lanes", 2)

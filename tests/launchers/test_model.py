@@ -34,16 +34,16 @@ def test_overrides_and_what_does_not_fit() -> None:
     with pytest.raises(LaunchError, match="config_overrides"):
         resolve_config(ModelArguments(preset="tiny", config_overrides="layers=2"), vocab_size=300, context_length=64)
     small = ModelArguments(preset="tiny", config_overrides="vocab_size=200")
-    with pytest.raises(LaunchError, match="300 ids"):
+    with pytest.raises(LaunchError, match="got 300 ids"):
         resolve_config(small, vocab_size=300, context_length=64)
     short = ModelArguments(preset="tiny", config_overrides="max_position_embeddings=32")
-    with pytest.raises(LaunchError, match="longer than the 32 positions"):
+    with pytest.raises(LaunchError, match="at most the 32 positions"):
         resolve_config(short, vocab_size=300, context_length=64)
 
 
 def test_a_model_that_is_not_there(monkeypatch: pytest.MonkeyPatch, tmp_path: object) -> None:
     args = ModelArguments(config_name=f"{tmp_path}/nowhere")
-    with pytest.raises(LaunchError, match="No model configuration could be loaded"):
+    with pytest.raises(LaunchError, match="from which no model configuration could be loaded"):
         resolve_config(args, vocab_size=300, context_length=64)
 
 

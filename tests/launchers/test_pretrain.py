@@ -182,7 +182,10 @@ def test_a_mistake_ends_all_ranks_with_one_line(tmp_path: Path) -> None:
         (["--deepspeed", "nowhere.json"], "nowhere.json: got no such file"),
         (["--train_file", "nowhere.txt"], "got nowhere.txt, but there is no such file"),
         (["--resume_from_checkpoint", "last"], "holds no whole checkpoint"),
-        (["--resume_from_checkpoint", "nowhere/checkpoint-7"], "Cannot resume from nowhere/checkpoint-7"),
+        (
+            ["--resume_from_checkpoint", "nowhere/checkpoint-7"],
+            "--resume_from_checkpoint: got nowhere/checkpoint-7: there is no such folder",
+        ),
         (["--deepspeed", "SECTION"], "bitz"),
     ],
 )

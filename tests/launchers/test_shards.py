@@ -226,7 +226,7 @@ def test_another_run_is_kept_out(corpus: Path, small_tokenizer: str, written: Pa
     shutil.copytree(corpus, grown)
     with pytest.raises(LaunchError, match="--train_file differ"):
         shard_writer.write(arguments(grown, small_tokenizer, folder))
-    with shard_writer._alone(folder), pytest.raises(LaunchError, match="Another process is writing"):
+    with shard_writer._alone(folder), pytest.raises(LaunchError, match="to which another process is writing"):
         shard_writer.write(arguments(corpus, small_tokenizer, folder))
     assert contents(folder) == before
 
@@ -269,15 +269,15 @@ def open_and_verify(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        (lambda folder: (folder / "train-00001.bin").unlink(), "train-00001.bin cannot be read"),
-        (lambda folder: os.truncate(folder / "train-00001.bin", 100), "train-00001.bin has 100 bytes"),
+        (lambda folder: (folder / "train-00001.bin").unlink(), "train-00001.bin, which cannot be read"),
+        (lambda folder: os.truncate(folder / "train-00001.bin", 100), "train-00001.bin, which has 100 bytes"),
         (lambda folder: (folder / "index.json").unlink(), "there is no index.json"),
         (lambda folder: (folder / "index.json").write_text('{"format": 1'), "is damaged"),
         (lambda folder: (folder / "index.json").write_text('{"format": 2}'), "has format 2"),
         (lambda folder: zero(folder / "train-00001.bin"), "has changed: its SHA-256"),
         (
             lambda folder: tokenizer.train(WORDS * 9, vocab_size=300).save_pretrained(folder / "tokenizer"),
-            "not the tok",
+            "a tokenizer that is not the one of the shards",
         ),
     ],
 )

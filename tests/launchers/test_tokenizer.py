@@ -84,7 +84,7 @@ def test_training_is_reproducible() -> None:
 def test_errors_name_the_fix(tmp_path: Path) -> None:
     with pytest.raises(LaunchError, match="--vocab_size"):
         tokenizer.train(TRAINING[:1], vocab_size=100)
-    with pytest.raises(LaunchError, match="No tokenizer could be loaded"):
+    with pytest.raises(LaunchError, match="from which no tokenizer could be loaded"):
         tokenizer.load(str(tmp_path / "nowhere"))
     ours = tokenizer.train(TRAINING[:1], vocab_size=500)
     ours.eos_token = None

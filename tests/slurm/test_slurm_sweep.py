@@ -181,5 +181,5 @@ def test_ranks_are_those_of_the_gpus(cluster: Cluster, tmp_path: Path) -> None:
     job = cluster.submit(*options, "slurm/pretrain.sbatch", "--nonsense", PYTHONPATH=str(ROOT))
     cluster.wait_for_job(job, 120, log.read_text)
     assert "1 nodes (n1) with 2 ranks each" in log.read_text()
-    assert log.read_text().count("Unknown flag --nonsense") == 2, "one rank says it, and it is tried twice"
+    assert log.read_text().count("got the unknown flag --nonsense") == 2, "one rank says it, and it is tried twice"
     assert "gave up: it ended twice before it took its output folder" in log.read_text()
