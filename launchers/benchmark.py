@@ -1,4 +1,4 @@
-"""Measure what is fast beside what others do, on one machine.
+"""Compare the speed of ds_quant with that of alternatives, on one machine.
 
     python launchers/benchmark.py optimizer [--sizes 1M,10M,50M,2000x1024] [--rounds 15]
     python launchers/benchmark.py linear [--shapes 768x3072,3072x768] [--tokens 2048]
@@ -9,9 +9,9 @@
     python launchers/benchmark.py diagnostics [--preset tiny] [--batch 32] [--sequence 128]
     python launchers/benchmark.py roofline [--page docs/gpu.md]
 
-Each subcommand but comm-host and roofline prints a table and writes a CSV with versions, processor and commit; roofline
-predicts and measures nothing. Contenders take turns within every round, so that a noisy neighbour hits all of them;
-compare ratios, not seconds.
+Each subcommand except comm-host and roofline prints a table and writes a CSV with versions, processor and commit.
+roofline makes predictions and measures nothing. Contenders take turns within every round, so that a noisy neighbour
+affects all of them. Compare ratios, not seconds.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import argparse
 import sys
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))  # where the package benchmarks lies
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # where the package benchmarks is
 
 from benchmarks import comm, comm_host, comm_step, diagnostics, linear, optimizer, roofline, step
 from ds_quant.cli.shared.errors import CommandError

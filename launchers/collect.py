@@ -2,27 +2,27 @@
 
     python launchers/collect.py ROOT [ROOT ...] [--baseline baseline] [--expect w8a8=0-4 baseline=1,2,3] [--output DIR]
 
-A run is a folder at or below ROOT with a summary.json, metrics.csv, status.json or checkpoint-N/ in it. Its config and
-seed:
+A run is a folder at or below ROOT that has a summary.json, metrics.csv, status.json or checkpoint-N/. Its config and
+seed are:
 
     .../CONFIG/seed-N/  config CONFIG, seed N
     .../CONFIG-sN/      config CONFIG, seed N
-    any other folder    config: the name of the folder above it, or its own name if it is ROOT or lies directly in ROOT;
-                        seed: the one of its summary.json, unknown without
+    any other folder    config: the name of its parent folder, or its own name if it is ROOT or directly in ROOT;
+                        seed: from its summary.json, otherwise unknown
 
-A run is
-    done      summary.json has a finite final validation loss, and status.json says nothing else
-    running   status.json says so or is not there, and it or metrics.csv changed in the last --stale-after seconds
-    stopped   a signal ended it after a checkpoint: to be started again
+States of a run:
+    done      summary.json has a finite final validation loss, and status.json does not contradict it
+    running   status.json says so or is missing, and it or metrics.csv changed in the last --stale-after seconds
+    stopped   a signal ended it after a checkpoint; start it again
     diverged  status.json says so, or a loss in metrics.csv or summary.json is NaN or Inf
     failed    it has started and is in no other state
-    missing   --expect names it, and it is not there
+    missing   --expect names it, but it does not exist
 
-The table of runs gives the reason of what is stopped, diverged or failed.
+The table of runs gives the reason for each run that is stopped, diverged or failed.
 
-Means are taken over the runs that are done; seeds that are not known enter means, and no pairs. It writes
-collected.csv (a row a run), collected.md (configs, runs, problems) and curves.png, and prints the table of configs.
-Exit code: 0 if every run is done; 1 if one is not; 2 for wrong arguments.
+Means are over the runs that are done; runs of unknown seed count in means but not in pairs. The command writes
+collected.csv (one row per run), collected.md (configs, runs, problems) and curves.png, and prints the table of
+configs. Exit code: 0 if every run is done, 1 if one is not, 2 for wrong arguments.
 """
 
 from __future__ import annotations
@@ -45,17 +45,17 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="collect.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("roots", metavar="ROOT", type=Path, nargs="+", help="where to look for runs")
-    parser.add_argument("--baseline", help="the config that gaps are taken to (default: baseline)")
+    parser.add_argument("roots", metavar="ROOT", type=Path, nargs="+", help="folder to search for runs")
+    parser.add_argument("--baseline", help="config that gaps are relative to (default: baseline)")
     parser.add_argument(
         "--expect",
         metavar="CONFIG=SEEDS",
         nargs="+",
         action="extend",
         default=[],
-        help="runs that should be there; SEEDS: 1,2,3 or 0-4",
+        help="runs that should exist; SEEDS: 1,2,3 or 0-4",
     )
-    parser.add_argument("--stale-after", type=float, default=600.0, help="seconds (default: %(default)s)")
+    parser.add_argument("--stale-after", type=float, default=600.0, help="seconds, see above (default: %(default)s)")
     parser.add_argument("--output", type=Path, help="folder for the table and the picture (default: the first ROOT)")
     try:
         return _collect(parser.parse_args(argv))
@@ -79,7 +79,7 @@ def _collect(options: argparse.Namespace) -> int:
     problems += configs.contradictions(found, baseline)
     summarized = configs.summarize(found, baseline)
     rows = table.config_rows(summarized)
-    # A name with brackets is no markup.
+    # Brackets in a name must not be read as markup.
     print_table("Collected runs", list(table.CONFIG_COLUMNS), [[escape(cell) for cell in row] for row in rows])
     if problems:
         print(f"problems: {len(problems)}, listed in collected.md")
@@ -106,7 +106,7 @@ def _check(options: argparse.Namespace, output: Path) -> None:
     if not options.stale_after >= 0:
         raise CommandError(f"--stale-after: got {options.stale_after}; allowed: seconds, 0 or more; correct it")
     if runs.is_run(output):
-        # Its own curves.png would be lost.
+        # The run's own curves.png would be lost.
         raise CommandError(
             f"--output: got {names.shown(output)}, the folder of a run; allowed: any other folder; give one"
         )

@@ -1,16 +1,16 @@
-"""The acceptance on a GPU: what is promised of one, measured in eight steps of at most ten minutes together.
+"""Acceptance test on a GPU: checks the promises for GPUs in eight steps, which take at most ten minutes together.
 
     python launchers/gpu_check.py --out runs/gpu_check
     python launchers/gpu_check.py --out runs/gpu_check --steps 1,4
     python launchers/gpu_check.py --out /tmp/gpu_check --dry-run
 
-Each step runs in a process of its own and is killed, with what it has started, when its time is over; none keeps the
-others from running. step-N.json is written after each, report.md at the end: a verdict on each promise, and all tables.
---dry-run takes the same ways on the CPU with small sizes, and judges nothing. No step needs the network; peers whose
-package is missing (torchao) are "not installed" in its tables.
+Each step runs in its own process and is killed, with everything it started, when its time is up; a failed step does not
+stop the others. step-N.json is written after each step. report.md is written at the end, with a verdict on each promise
+and all tables. --dry-run follows the same paths on the CPU with small sizes and gives no verdicts. No step needs the
+network. If a peer's package is missing (torchao), the tables say "not installed".
 
-Exit status: 0 where all that was measured is as promised, 1 where something was missed or a step failed, 2 where it
-was asked for what cannot be done.
+Exit status: 0 if everything measured is as promised, 1 if a promise was missed or a step failed, 2 for a request that
+cannot be fulfilled.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))  # where the package benchmarks lies
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # where the package benchmarks is
 
 from benchmarks.gpu_check import environment, plan, promises, report, running
-from benchmarks.gpu_check.recording import write_whole
+from ds_quant.base.whole_folder import write_json
 from ds_quant.cli.shared.errors import CommandError
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the steps and judge; returns the exit status."""
+    """Run the steps and give the verdicts; returns the exit status."""
     parser = argparse.ArgumentParser(
         prog="gpu_check.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, required=True, help="folder for the results")
-    parser.add_argument("--steps", help="numbers, split by commas (default: all)")
-    parser.add_argument("--dry-run", action="store_true", help="on the CPU with small sizes; judges nothing")
+    parser.add_argument("--steps", help="numbers, separated by commas (default: all)")
+    parser.add_argument("--dry-run", action="store_true", help="run on the CPU with small sizes; gives no verdicts")
     options = parser.parse_args(argv)
     try:
         return _run(options)
@@ -54,7 +54,7 @@ def _run(options: argparse.Namespace) -> int:
             "--dry-run for the same ways on the CPU"
         )
     options.out.mkdir(parents=True, exist_ok=True)
-    write_whole(options.out / "environment.json", where)
+    write_json(options.out / "environment.json", where)
     for key, value in where.items():
         print(f"{key}: {value}", flush=True)
     results = _run_steps(steps, options)
@@ -69,7 +69,7 @@ def _run(options: argparse.Namespace) -> int:
             for verdict in verdicts
         ],
     }
-    write_whole(options.out / "summary.json", summary)
+    write_json(options.out / "summary.json", summary)
     path = report.write(options.out, page)
     print(page.partition("\n## 1.")[0] if 1 in results else page)
     print(f"written: {path}")
@@ -77,12 +77,12 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _run_steps(steps: list[plan.Step], options: argparse.Namespace) -> dict[int, dict[str, Any]]:
-    """One after the other, for their times; in a dry run, which measures nothing, two at a time, the longest first."""
+    """Run the steps one after the other, so that timings hold; a dry run does two at a time, the longest first."""
     end = time.monotonic() + plan.TOTAL_SECONDS
 
     def run(step: plan.Step) -> dict[str, Any]:
         left = end - time.monotonic()
-        # A dry run shares its machine with others, and is to find no fault in that.
+        # A dry run shares its machine with others, and must not fail because of that.
         seconds = left if options.dry_run else plan.allowed(step, steps[steps.index(step) :], left)
         print(f"step {step.number}: {step.title}", flush=True)
         result = running.run_step(step, options.out, dry_run=options.dry_run, seconds=seconds)

@@ -1,4 +1,4 @@
-"""Pre-train a causal language model with DeepSpeed, quantized as its JSON says.
+"""Pre-train a causal language model with DeepSpeed, quantized as the JSON says.
 
 deepspeed launchers/pretrain.py --deepspeed ds_configs/w8a8.json
 """
@@ -18,8 +18,8 @@ from ds_quant.cli.shared import terminal
 def main(argv: list[str] | None = None) -> int:
     """Run one pre-training job; returns the exit status.
 
-    0: done. 2: wrong arguments. 3: diverged. 4: failed. 75: stopped by SIGUSR1 or SIGTERM with a checkpoint to go on
-    from. status.json in the output folder tells more.
+    0: done. 2: wrong arguments. 3: diverged. 4: failed. 75: stopped by SIGUSR1 or SIGTERM, with a checkpoint to resume
+    from. status.json in the output folder has the reason.
     """
     terminal.let_threads_sleep()
     try:
@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> int:
     request = StopRequest()
     request.install()
 
-    # Imported here: they load deepspeed, which looks for its device when it is imported.
+    # Imported here because they load deepspeed, which looks for its device on import.
     try:
         from pretraining import job
 

@@ -1,13 +1,13 @@
-"""Plan and submit a sweep: every config with every seed, as a job array of Slurm.
+"""Plan and submit a sweep: every config with every seed, as a Slurm job array.
 
-    sbatch slurm/sweep.sh                    plan, submit what is still to run, and collect when all has ended
+    sbatch slurm/sweep.sh                    plan, submit the runs still to do, and collect when all have ended
     bash slurm/sweep.sh --dry-run            print the plan; needs no Slurm
 
-Options come from the command line or, written in capitals, from the environment: CONFIGS="w8a8 baseline" SEEDS=0-4.
-Options of sbatch itself (nodes, GPUs, partition, time limit) become those of each run.
+Options come from the command line or, in capitals, from the environment: CONFIGS="w8a8 baseline" SEEDS=0-4.
+Each run inherits the options of sbatch itself (nodes, GPUs, partition, time limit).
 
-The run of a config and seed writes to SWEEP_DIR/CONFIG/seed-N. To run is what is missing, stopped or failed; what is
-done, diverged, or has a living job is left alone. To repeat one of these, remove its folder.
+The run of a config and seed writes to SWEEP_DIR/CONFIG/seed-N. Runs that are missing, stopped or failed are started.
+Runs that are done, have diverged or have a living job are left alone. To repeat a run, remove its folder.
 """
 
 from __future__ import annotations
@@ -49,11 +49,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     given = os.environ.get
     parser.add_argument("--configs", default=given("CONFIGS", ""), help="names, patterns or paths (default: all)")
-    parser.add_argument("--seeds", default=given("SEEDS", "0 1 2"), help="such as '0 1 2', '1,2,3', '0-4'")
+    parser.add_argument("--seeds", default=given("SEEDS", "0 1 2"), help="for example '0 1 2', '1,2,3' or '0-4'")
     parser.add_argument("--sweep-dir", default=given("SWEEP_DIR", "runs/sweep"), help="default: runs/sweep")
     parser.add_argument("--pretrain-args", default=given("PRETRAIN_ARGS", ""), help="flags of pretrain.py for all runs")
-    parser.add_argument("--max-parallel", default=given("MAX_PARALLEL", "8"), help="runs at a time (default: 8)")
-    parser.add_argument("--tokens-per-second", help="of one run: the plan tells hours")
+    parser.add_argument("--max-parallel", default=given("MAX_PARALLEL", "8"), help="concurrent runs (default: 8)")
+    parser.add_argument("--tokens-per-second", help="speed of one run; the plan then shows hours")
     parser.add_argument("--dry-run", action="store_true", help="print the plan and submit nothing")
     parser.add_argument("--task", nargs=2, metavar=("PLAN", "NUMBER"), help=argparse.SUPPRESS)
     return parser
@@ -90,7 +90,7 @@ def _sweep(options: argparse.Namespace) -> int:
 
 
 def _living_if_known(plans: Path) -> dict[tuple[str, int], str] | None:
-    """The runs that have a job; None where there is no Slurm, or it does not answer."""
+    """The runs that have a job; None if there is no Slurm or it does not answer."""
     if not slurm.available():
         return None
     try:
@@ -123,7 +123,7 @@ def _submit(
 
 
 def _print(planned: list[Entry], needed: dict[str, int | None], speed: float | None, max_parallel: int) -> None:
-    """A line for each run on stdout, and what they amount to on stderr."""
+    """Print a line for each run to stdout, and the totals to stderr."""
     width = max(len(entry.config.name) for entry in planned)
     total = 0.0
     for entry in planned:
@@ -152,7 +152,7 @@ def _print(planned: list[Entry], needed: dict[str, int | None], speed: float | N
 
 
 def _print_task(path: Path, number: str) -> int:
-    """The arguments of one task, each ended by a zero byte, as mapfile -d '' reads them."""
+    """Print the arguments of one task, each ended by a zero byte, as mapfile -d '' reads them."""
     tasks = plan.tasks(path)
     if not number.isdigit() or int(number) >= len(tasks):
         raise CommandError(f"task: got {number!r}; allowed: 0 to {len(tasks) - 1}, as in {path}; submit again")
@@ -182,7 +182,7 @@ def _positive(name: str, text: str, *, whole: bool = False) -> float:
 
 
 def _world_size() -> int:
-    """How many ranks a run will have; 1 if not known yet."""
+    """The number of ranks of a run; 1 if not known yet."""
     gpus = os.environ.get("SLURM_GPUS_ON_NODE") or os.environ.get("SLURM_GPUS_PER_NODE") or "1"
     ranks = os.environ.get("RANKS_PER_NODE") or gpus.rpartition(":")[2]
     nodes = os.environ.get("SLURM_JOB_NUM_NODES") or "1"
@@ -191,7 +191,7 @@ def _world_size() -> int:
 
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """Two sweeps that are planned at once would both start what is missing."""
+    """Lock the folder: two sweeps planned at the same time would both start the missing runs."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / ".lock").open("w") as file:

@@ -1,4 +1,4 @@
-"""Tokenize a corpus once, into files that training reads with --train_shards. Needs no memory for the corpus.
+"""Tokenize a corpus once, into files that training reads with --train_shards. The corpus need not fit in memory.
 
 python launchers/tokenize_corpus.py --train_file 'corpus/*.jsonl' --tokenizer_name gpt2 --output_dir tokens
 """
@@ -14,8 +14,8 @@ from ds_quant.cli.shared import terminal
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Tokenize, or verify; returns the exit code."""
-    # Imported here: the processes that tokenize import this file too.
+    """Tokenize or verify; returns the exit code."""
+    # Imported here because the tokenizing processes also import this file.
     from pretraining import shard_writer, shards
     from pretraining.corpus import CorpusArguments
 
@@ -33,10 +33,10 @@ def main(argv: list[str] | None = None) -> int:
         terminal.complain(str(error))
         return 2
     except OSError as error:
-        terminal.complain(f"{error}. Mend this and start the command again with the same arguments: it goes on.")
+        terminal.complain(f"{error}. Fix this, then run the command again with the same arguments to resume.")
         return 4
     except KeyboardInterrupt:
-        terminal.complain("Interrupted. Start the command again with the same arguments: it goes on.")
+        terminal.complain("Interrupted. Run the command again with the same arguments to resume.")
         return 130
     for part, files in (("training", index.train), ("validation", index.validation)):
         tokens, documents = sum(file.tokens for file in files), sum(file.documents for file in files)

@@ -86,6 +86,7 @@ def _quantizers(record: Record) -> None:
                     "columns": partial(ops.quantize_columns, x, 8, None, second),
                     "both": partial(ops.quantize_both, x, 8, column_scale, row_scale, first, second),
                     "tensor": partial(ops.quantize_tensor, x, 8, first),
+                    **_padded_calls(x, column_scale, row_scale, first),
                 }
                 for name, call in calls.items():
                     begin = time.perf_counter()
@@ -105,6 +106,20 @@ def _quantizers(record: Record) -> None:
                         first_call_s=seconds,
                     )
     record.measure("quantizer_differences", total)
+
+
+def _padded_calls(x: Tensor, column_scale: Tensor, row_scale: Tensor, key: Tensor | None) -> dict[str, Callable]:
+    """What layers call on GPUs: codes in both ways, padded."""
+    gradient = (x, 8, column_scale, row_scale, key, 3, 2**33 + 1)
+    return {
+        "operand, rows": partial(ops.quantize_operand, x, 8, "row", column_scale, key, 2**33 + 1),
+        "operand, full rows": partial(ops.quantize_operand, x, 8, "row", None, key, 1, True),
+        "operand, columns": partial(ops.quantize_operand, x, 8, "column", row_scale, key, 1, False, "turned"),
+        "operand, tensor": partial(ops.quantize_operand, x, 8, "tensor", None, key, 1),
+        "gradient": partial(ops.quantize_gradient, *gradient, False),
+        # The sums of the bias are added in another order, and compared in the layers.
+        "gradient with sums": lambda: ops.quantize_gradient(*gradient, True)[:4],
+    }
 
 
 def _keys(record: Record) -> None:

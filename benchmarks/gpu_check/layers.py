@@ -35,10 +35,15 @@ def _numbers(record: Record) -> None:
     worst = 0.0
     for tokens, in_features, out_features in record.pick(_CASES, _SMALL_CASES):
         for kind in ("linear", "conv1d"):
-            for dtype in (torch.bfloat16, torch.float16):
+            for dtype, section in (
+                (torch.bfloat16, _NEAREST),
+                (torch.float16, _NEAREST),
+                (torch.bfloat16, _STOCHASTIC),
+            ):
                 operands = Operands.draw(tokens, in_features, out_features, bias=True, device=record.device)
-                got = _results(kind, operands, dtype, _NEAREST)
-                want = _results(kind, operands, dtype, {**_NEAREST, "backend": "simulated"})
+                # Both draw the same bits: those of a first forward with the same seed.
+                got = _results(kind, operands, dtype, section)
+                want = _results(kind, operands, dtype, {**section, "backend": "simulated"})
                 # One rounding at the end of each, of sums that are exact in the one and close to it in the other.
                 errors = [
                     float((a.double() - b.double()).norm() / b.double().norm()) / torch.finfo(dtype).eps
@@ -51,6 +56,7 @@ def _numbers(record: Record) -> None:
                     tokens=tokens,
                     size=f"{in_features} to {out_features}",
                     dtype=str(dtype).removeprefix("torch."),
+                    rounding="stochastic" if section is _STOCHASTIC else "nearest",
                     **dict(zip(("Y", "dX", "dW"), errors, strict=True)),
                 )
     record.measure("layer_errors", worst)

@@ -10,7 +10,7 @@ class NamedFormat(NamedTuple):
     """What the name of a format says of it."""
 
     bits: int
-    """Of an element."""
+    """Bits of an element."""
     elements: str
     """Of floating point: its name in `numerics.minifloat`. "integer": evenly spaced, symmetric."""
     scale: str = "float"
@@ -40,5 +40,5 @@ FOUR_SIX = "four_six"
 
 
 def scale_bits(fmt: NamedFormat) -> int:
-    """Of one stored scale."""
+    """How many bits one stored scale has."""
     return 32 if fmt.scale == "float" else 8

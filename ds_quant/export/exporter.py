@@ -27,11 +27,11 @@ from ds_quant.export.hf_checkpoint import (
 from ds_quant.export.serving_format import (
     ServingFormat,
     activation_note,
-    encode,
     left_behind,
     quantization_config,
     serving_format,
 )
+from ds_quant.export.stored_weight import encode
 from ds_quant.linear.convert import convert
 from ds_quant.linear.experts import fused_experts
 from ds_quant.linear.modules import QuantLinear
@@ -166,7 +166,10 @@ def _plan(source: HFCheckpoint, linear: LinearConfig | None) -> _Plan:
             got = "a quantized linear tied to an embedding"
             raise fail("ds_quant.linear.exclude", got, "where config.json has tie_word_embeddings", fix)
         notes.append("the output head is quantized: stored apart from the input embedding, no longer tied to it")
-    if source.config.get("dtype", source.config.get("torch_dtype")) != "float32":
+    dtype = source.config.get("dtype", source.config.get("torch_dtype"))
+    if form.is_decoded_in_bf16 and dtype != "bfloat16":
+        notes.append(f"transformers: load it with dtype=torch.bfloat16, in which {form.name} is decoded")
+    if not form.is_decoded_in_bf16 and dtype != "float32":
         notes.append("transformers: load it with dtype=torch.float32, else the scales are rounded to the model's dtype")
     ignored = [n for n, module in model.named_modules() if isinstance(module, nn.Linear) and n not in modules]
     return _Plan(form, {name: modules[name] for name in names}, plain, ignored, notes)

@@ -1,40 +1,62 @@
-"""What of a `linear` section the compressed-tensors format can say, and how a weight is written in it.
+"""What of a `linear` section the compressed-tensors format can say.
 
-    section                                             format           what is stored for a weight [out, in]
-    weight of 8 bits, activation of 8 bits per token    int-quantized    weight int8 [out, in], weight_scale [out, 1]
-    weight of 4 or 8 bits, no activation                pack-quantized   weight_packed int32 [out, in * bits / 32],
-                                                                         weight_scale, weight_shape
+    section                                             format                what is stored for a weight [out, in]
+    weight of 8 bits, activation of 8 bits per token    int-quantized         weight int8 [out, in],
+                                                                              weight_scale [out, 1]
+    weight of 4 or 8 bits, no activation                pack-quantized        weight_packed int32 [out, in * bits / 32],
+                                                                              weight_scale, weight_shape
+    weight fp8_e4m3, activation fp8_e4m3 per token      float-quantized       weight float8 [out, in],
+    or none                                                                   weight_scale [out, 1]
+    weight mxfp8, no activation                         mxfp8-quantized       weight float8 [out, in],
+                                                                              weight_scale uint8 [out, in / 32] (E8M0)
+    weight mxfp6 or mxfp4, no activation                mxfp6-pack-quantized  weight_packed uint8 [out, in * bits / 8],
+                                                        mxfp4-pack-quantized  weight_scale as for mxfp8
+    weight nvfp4, no activation                         nvfp4-pack-quantized  weight_packed uint8 [out, in / 2],
+                                                                              weight_scale float8 [out, in / 16],
+                                                                              weight_global_scale [1]
 
-Codes and scales are those of training: `numerics.integer.quantize` of the weight, the scale in fp32. Their product is
-the weight that training multiplied by. One scale for the whole tensor is repeated for each output feature; blocks along
-the input features are the format's groups. The activation's scale is not stored: a server makes one for each token, as
-training does with `"range": "full"` (compressed-tensors in transformers) or without (vLLM).
+Codes and scales are those of training. One scale for the whole tensor is repeated for each output feature; blocks of
+integers along the input features are the format's groups. The activation's scale is not stored: a server makes one for
+each token, as training does with integers of `"range": "full"` and fp8 (compressed-tensors in transformers) or of the
+narrow range (vLLM). Servers scale blocks of activations by rules of their own, so that MX and NVFP4 activations are
+refused.
 
-The package compressed-tensors (extra `export`) is imported on first use.
+`stored_weight` writes a weight so. The package compressed-tensors (extra `export`) is imported on first use.
 """
 
 from typing import Any, NamedTuple
 
-import torch
-from torch import Tensor
-
-from ds_quant.base.errors import fail, problem
+from ds_quant.base.errors import problem
 from ds_quant.config import ConfigError, LinearConfig
 from ds_quant.linear.recipe import STREAM_WEIGHT, Quantizer, plan_of
-from ds_quant.numerics.integer import dequantize
 
 PLAIN = "train with what is allowed, or export plain weights: --format bf16"
+
+FP8 = "float-quantized"
+FLOATING_POINT = {
+    "fp8_e4m3": FP8,
+    "mxfp8": "mxfp8-quantized",
+    "mxfp6": "mxfp6-pack-quantized",
+    "mxfp4": "mxfp4-pack-quantized",
+    "nvfp4": "nvfp4-pack-quantized",
+}
+"""The package's names of formats for weights, by `linear.weight.format`."""
 
 
 class ServingFormat(NamedTuple):
     """A `linear` section as a server knows it."""
 
     name: str
-    """`int-quantized` or `pack-quantized`."""
+    """The package's, as in the table above."""
     quantizer: Quantizer
     """Of the weight, as in training."""
     scheme: Any
     """compressed_tensors' QuantizationScheme."""
+
+    @property
+    def is_decoded_in_bf16(self) -> bool:
+        """By compressed-tensors, whatever the dtype of the model."""
+        return self.name in FLOATING_POINT.values() and self.name != FP8
 
 
 def serving_format(config: LinearConfig) -> ServingFormat:
@@ -47,57 +69,114 @@ def serving_format(config: LinearConfig) -> ServingFormat:
         raise ConfigError("\n".join(lines))
     quantizer = plan_of(config, transposed=False, stream=STREAM_WEIGHT).weight
     assert quantizer is not None
-    in_blocks = quantizer.granularity == "block"
-    weights = _arguments(
-        num_bits=quantizer.bits,
-        strategy="group" if in_blocks else "channel",
-        group_size=quantizer.block_size if in_blocks else None,
-        dynamic=False,
-    )
+    if quantizer.format_name:
+        name, weights = FLOATING_POINT[quantizer.format_name], _floating_point(quantizer)
+    else:
+        name, weights = "int-quantized" if config.activation else "pack-quantized", _integers(quantizer)
     activations = None
     if config.activation:
-        activations = _arguments(num_bits=8, strategy="token", group_size=None, dynamic=True)
-    name = "int-quantized" if activations else "pack-quantized"
+        kind = "float" if config.activation.format else "int"
+        activations = _arguments(type=kind, num_bits=8, strategy="token", dynamic=True)
     scheme = _package().QuantizationScheme(
         targets=["Linear"], weights=weights, input_activations=activations, format=name
     )
     return ServingFormat(name, quantizer, scheme)
 
 
+def _integers(quantizer: Quantizer) -> Any:
+    in_blocks = quantizer.granularity == "block"
+    return _arguments(
+        type="int",
+        num_bits=quantizer.bits,
+        strategy="group" if in_blocks else "channel",
+        group_size=quantizer.block_size if in_blocks else None,
+        dynamic=False,
+    )
+
+
+def _floating_point(quantizer: Quantizer) -> Any:
+    import torch
+
+    fmt = quantizer.format
+    how: dict[str, Any] = {"type": "float", "num_bits": quantizer.bits, "dynamic": False}
+    if fmt.scale.kind == "float":
+        return _arguments(strategy="channel", **how)
+    stored = {"e8m0": ("group", torch.uint8), "e4m3": ("tensor_group", torch.float8_e4m3fn)}
+    strategy, dtype = stored[fmt.scale.kind]
+    return _arguments(strategy=strategy, group_size=fmt.group.block_size, scale_dtype=dtype, zp_dtype=dtype, **how)
+
+
 def _what_cannot_be_said(config: LinearConfig) -> list[str]:
-    weight, activation, where = config.weight, config.activation, LinearConfig.where
+    weight, where = config.weight, LinearConfig.where
     if weight is None:
         return [problem(f"{where}.weight", None, "a quantized weight, which is what is stored", PLAIN)]
-    broken: list[tuple[str, Any, str]] = []
-    zero_point = "true: the server's integer products have no zero point here"
+    broken = _of_any_numbers(config)
+    broken += _of_floating_point(config) if weight.format else _of_integers(config)
+    return [problem(f"{where}.{key}", got, allowed, PLAIN) for key, got, allowed in broken]
+
+
+_Broken = list[tuple[str, Any, str]]
+"""Key, what it has, and what it may have."""
+
+
+def _of_any_numbers(config: LinearConfig) -> _Broken:
+    broken: _Broken = []
+    zero_point = "true: the server's products have no zero point here"
     drawn = '"nearest": a server draws no random bits'
+    if "Y" in config.rotated_products():
+        broken.append(("rotation.used_for", "output", "a forward without: a server rotates nothing"))
+    for name, operand in (("weight", config.weight), ("activation", config.activation)):
+        if operand and not operand.symmetric:
+            broken.append((f"{name}.symmetric", False, zero_point))
+        if operand and operand.rounding != "nearest":
+            broken.append((f"{name}.rounding", operand.rounding, drawn))
+    return broken
+
+
+def _of_integers(config: LinearConfig) -> _Broken:
+    weight, activation = config.weight, config.activation
+    assert weight is not None
+    broken: _Broken = []
     bits = (8,) if activation else (4, 8)
-    for name, operand in (("weight", weight), ("activation", activation)):
-        if operand and operand.format:
-            broken.append((f"{name}.format", operand.format, "bits: only integers are exported"))
-    if config.rotation:
-        broken.append(("rotation", config.rotation.model_dump(), "none: a server rotates nothing"))
-    if weight.bits is not None and weight.bits not in bits:
+    if weight.bits not in bits:
         allowed = "8 beside a quantized activation" if activation else "4 or 8"
         broken.append(("weight.bits", weight.bits, allowed))
-    if not weight.symmetric:
-        broken.append(("weight.symmetric", False, zero_point))
-    if weight.rounding != "nearest":
-        broken.append(("weight.rounding", weight.rounding, drawn))
     if activation and weight.granularity == "block":
         allowed = '"channel" or "tensor" beside a quantized activation: other scales lie on the contraction axis'
         broken.append(("weight.granularity", "block", allowed))
-    if activation:
-        if activation.bits is not None and activation.bits != 8:
-            broken.append(("activation.bits", activation.bits, "8"))
-        if activation.granularity != "token":
-            allowed = '"token": a server computes the scale of each token on its own'
-            broken.append(("activation.granularity", activation.granularity, allowed))
-        if not activation.symmetric:
-            broken.append(("activation.symmetric", False, zero_point))
-        if activation.rounding != "nearest":
-            broken.append(("activation.rounding", activation.rounding, drawn))
-    return [problem(f"{where}.{key}", got, allowed, PLAIN) for key, got, allowed in broken]
+    if activation and activation.format:
+        broken.append(("activation.format", activation.format, "bits, beside a weight of integers"))
+    elif activation and activation.bits != 8:
+        broken.append(("activation.bits", activation.bits, "8"))
+    return broken + _of_tokens(config)
+
+
+def _of_floating_point(config: LinearConfig) -> _Broken:
+    weight, activation = config.weight, config.activation
+    assert weight is not None
+    if weight.format not in FLOATING_POINT:
+        known = ", ".join(FLOATING_POINT)
+        return [("weight.format", weight.format, f"{known}, or bits: compressed-tensors has no other")]
+    broken: _Broken = []
+    if weight.format == "fp8_e4m3":
+        if weight.granularity == "block":
+            broken.append(("weight.granularity", "block", '"channel" or "tensor": servers have no other scales of fp8'))
+        if activation and activation.format != "fp8_e4m3":
+            got = activation.format or activation.bits
+            broken.append(("activation", got, 'format "fp8_e4m3", or none, beside a weight in it'))
+        broken += _of_tokens(config)
+    elif activation:
+        allowed = f"none beside a weight in {weight.format}: servers scale blocks of activations by rules of their own"
+        broken.append(("activation", activation.format or activation.bits, allowed))
+    return broken
+
+
+def _of_tokens(config: LinearConfig) -> _Broken:
+    activation = config.activation
+    if activation is None or activation.granularity == "token":
+        return []
+    allowed = '"token": a server computes the scale of each token on its own'
+    return [("activation.granularity", activation.granularity, allowed)]
 
 
 def left_behind(config: LinearConfig) -> list[str]:
@@ -107,6 +186,8 @@ def left_behind(config: LinearConfig) -> list[str]:
         found.append("gradient")
     if config.backward_operands != "quantized":
         found.append(f"backward_operands {config.backward_operands}")
+    if config.rotation:
+        found.append("rotation")
     if config.backend != "simulated":
         found.append(f"backend {config.backend}")
     return found
@@ -119,44 +200,14 @@ def activation_note(config: LinearConfig) -> str | None:
     """
     if config.activation is None:
         return None
+    if config.activation.format:
+        return "activations: absmax / 448 a token in training and in transformers"
     if config.activation.range == "full":
         return "activations: absmax / 127.5 a token in training and in transformers; absmax / 127 in vLLM"
     return (
         "activations: absmax / 127 a token in training and in vLLM; absmax / 127.5 in transformers, whose logits "
         'differ a little unless training has "range": "full"'
     )
-
-
-def encode(name: str, weight: Tensor, form: ServingFormat) -> dict[str, Tensor]:
-    """What is stored for the weight [out, in] of the module `name`, by full key.
-
-    compressed-tensors decodes the tensors again, and has to find training's fake-quantized weight, bit for bit.
-
-    Raises:
-        ConfigError: a weight with an Inf or a NaN, or with blocks that do not divide its rows.
-    """
-    quantizer, scheme = form.quantizer, form.scheme
-    if not weight.isfinite().all():
-        raise fail(f"{name}.weight", "an Inf or a NaN", "finite weights", "export a checkpoint from before it diverged")
-    if quantizer.granularity == "block" and weight.shape[1] % quantizer.block_size:
-        got = f"rows of {weight.shape[1]} in blocks of {quantizer.block_size}"
-        raise fail(f"{name}.weight", got, "rows that whole blocks fill, as the format has no shorter one", PLAIN)
-    q = quantizer(weight, None, STREAM_WEIGHT)
-    # [out, 1] or, in blocks, [out, in / block_size].
-    scale = q.scale.expand(weight.shape[0], 1) if q.scale.dim() == 0 else q.scale
-    stored = {"weight_scale": scale.contiguous()}
-    if form.name == "int-quantized":
-        stored["weight"] = q.codes.contiguous()
-    else:
-        from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
-
-        stored["weight_packed"] = pack_to_int32(q.codes.contiguous(), quantizer.bits)
-        stored["weight_shape"] = torch.tensor(weight.shape)
-    decoded = _compressor(form.name).decompress(stored, scheme)["weight"]
-    if not torch.equal(decoded, dequantize(q)):
-        got = f"other values after decoding with compressed-tensors {version()}"
-        raise fail(f"{name}.weight", got, "training's own", "use the version that constraints.txt names")
-    return {f"{name}.{key}": tensor for key, tensor in stored.items()}
 
 
 def quantization_config(form: ServingFormat, ignore: list[str]) -> dict[str, Any]:
@@ -171,7 +222,7 @@ def quantization_config(form: ServingFormat, ignore: list[str]) -> dict[str, Any
 
 
 def _arguments(**values: Any) -> Any:
-    return _package().QuantizationArgs(type="int", symmetric=True, **values)
+    return _package().QuantizationArgs(symmetric=True, **values)
 
 
 def _package() -> Any:
@@ -183,12 +234,6 @@ def _package() -> Any:
             "fix: pip install 'ds_quant[export]'"
         ) from error
     return quantization
-
-
-def _compressor(name: str) -> Any:
-    from compressed_tensors.compressors import BaseCompressor
-
-    return BaseCompressor.get_value_from_registry(name)
 
 
 def version() -> str:

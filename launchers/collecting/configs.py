@@ -1,4 +1,4 @@
-"""What the seeds of a config say together: means, standard deviations, and the gap to a baseline."""
+"""Statistics of a config over its seeds: means, standard deviations, and the gap to a baseline."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ __all__ = ["Config", "Gap", "Spread", "contradictions", "summarize", "t_quantile
 
 @dataclass(frozen=True)
 class Config:
-    """One config. Figures are those of its runs that are done."""
+    """One config. The figures are over its runs that are done."""
 
     name: str
     states: dict[str, int]
-    """Number of runs by state, without the states that no run is in."""
+    """Number of runs by state, without states that have none."""
     final: Spread
-    """Final validation loss, nats a token."""
+    """Final validation loss, in nats per token."""
     best: Spread
-    """Lowest validation loss, nats a token."""
+    """Lowest validation loss, in nats per token."""
     gap: Gap | None
-    """None for the baseline itself, and without a seed in common."""
+    """None for the baseline itself, and if there is no common seed."""
     tokens_per_second: float | None
 
 
@@ -52,7 +52,7 @@ def summarize(runs: Sequence[Run], baseline: str) -> list[Config]:
 
 
 def contradictions(runs: Sequence[Run], baseline: str) -> list[str]:
-    """Lines on what makes the means of `summarize` doubtful."""
+    """Warnings about data that make the means of `summarize` doubtful, one per line."""
     lines = []
     base = _by_seed(runs, baseline)
     if not base:
@@ -72,7 +72,7 @@ def contradictions(runs: Sequence[Run], baseline: str) -> list[str]:
 
 
 def _by_seed(runs: Iterable[Run], config: str) -> dict[int, Run]:
-    """The runs of `config` that are done, the first of each seed that is known."""
+    """The runs of `config` that are done: the first for each known seed."""
     found: dict[int, Run] = {}
     for run in runs:
         if _counts(run, config) and run.seed is not None:
@@ -85,6 +85,6 @@ def _counts(run: Run, config: str) -> bool:
 
 
 def _final(run: Run) -> float:
-    # That is what done means.
+    # This is what "done" means.
     assert run.final_eval_loss is not None
     return run.final_eval_loss

@@ -1,4 +1,4 @@
-"""Validation curves of all runs in one picture."""
+"""Plots the validation curves of all runs in one figure."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from pretraining import plots
 
 from collecting.runs import Run
 
-# A run starts near the logarithm of its vocabulary's size, at some ten nats; one that explodes would hide the others.
+# A run starts near the logarithm of its vocabulary size, at about ten nats. One that explodes would hide the others.
 _HIGHEST = 20.0
 
 
 def draw(runs: Sequence[Run], path: Path) -> bool:
-    """One colour a config, one thin line a seed, up to 20 nats a token. False without matplotlib."""
+    """One colour per config, one thin line per seed, up to 20 nats per token. False without matplotlib."""
     configs = list(dict.fromkeys(run.config for run in runs if run.evaluations))
-    # The legend has a line for each.
+    # The legend has one line per config.
     figure = plots.new_figure(width=9.0, height=max(5.0, 0.5 + 0.18 * len(configs)))
     if figure is None:
         return False
     axis = figure.subplots()
     for place, config in enumerate(configs):
-        # matplotlib's own colours are ten.
+        # matplotlib has ten default colours.
         colour = f"C{place}" if len(configs) <= 10 else colorsys.hsv_to_rgb(place / len(configs), 0.9, 0.8)
         label: str | None = _label(config)
         for run in runs:
@@ -43,5 +43,5 @@ def draw(runs: Sequence[Run], path: Path) -> bool:
 
 
 def _label(config: str) -> str:
-    # A dollar sign begins a formula, and a leading underscore hides a line from the legend.
+    # A dollar sign starts a formula, and a leading underscore hides a line from the legend.
     return (" " if config.startswith("_") else "") + config.replace("$", r"\$")

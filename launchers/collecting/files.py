@@ -1,6 +1,6 @@
-"""What can be read of the status.json, summary.json and metrics.csv of a run that may have been killed at any moment.
+"""Reads the status.json, summary.json and metrics.csv of a run that may have been killed at any moment.
 
-Nothing here raises because of a file's content. Of a broken file the words that say what is wrong with it come back.
+Nothing here raises because of a file's content. For a broken file the functions return a description of the problem.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from pretraining.plots import Rows
 from survival import status
 
 _NEEDED = ("step", "train_loss", "eval_loss")
-# No figure of a run comes near; squares of it still fit into a float.
+# Far above any figure of a run; its square still fits into a float.
 _LARGEST = 1e100
 
 
 @dataclass(frozen=True)
 class Metrics:
-    """A metrics.csv. `rows` is None where there is none, or nothing in it can be read."""
+    """A metrics.csv. `rows` is None if there is no file or nothing in it can be read."""
 
     rows: Rows | None = None
     num_unreadable: int = 0
     problems: list[str] = field(default_factory=list)
 
     def evaluations(self) -> dict[int, float]:
-        """Validation loss in nats a token by step; NaN and Inf are among them."""
+        """Validation loss in nats per token by step, including NaN and Inf."""
         found: dict[int, float] = {}
         for row in self.rows or []:
             step, loss = row["step"], row["eval_loss"]
@@ -48,7 +48,7 @@ class Metrics:
 
 
 def number(value: object) -> float | None:
-    """A number, NaN and Inf included; None for anything else and for what is too large to be a figure of a run."""
+    """`value` as a float, NaN and Inf included; None for anything else and for values too large for a run's figure."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
     if isinstance(value, int) and abs(value) > _LARGEST:
@@ -58,7 +58,7 @@ def number(value: object) -> float | None:
 
 
 def read_status(path: Path) -> tuple[dict[str, Any] | None, list[str]]:
-    """A status.json and what is wrong with it. None: there is none, or it tells no state."""
+    """A status.json, and what is wrong with it. None: there is no file, or it has no state."""
     found, problems = _json(path)
     if problems or found is None:
         return None, problems
@@ -68,7 +68,7 @@ def read_status(path: Path) -> tuple[dict[str, Any] | None, list[str]]:
 
 
 def read_summary(path: Path) -> tuple[dict[str, Any] | None, list[str]]:
-    """A summary.json and what is wrong with it. None: there is none, or it does not say how the run ended."""
+    """A summary.json, and what is wrong with it. None: there is no file, or it does not say how the run ended."""
     found, problems = _json(path)
     if problems or found is None:
         return None, problems
@@ -80,13 +80,13 @@ def read_summary(path: Path) -> tuple[dict[str, Any] | None, list[str]]:
 
 
 def read_metrics(path: Path) -> Metrics:
-    """A metrics.csv. A row that is not whole is left out and counted; so is a last line without its end."""
+    """A metrics.csv. Incomplete rows are left out and counted, and so is a last line without a line break."""
     content, problems = _content(path)
     if content is None:
         return Metrics(problems=problems)
     if not content.strip():
         return Metrics(problems=[f"{path}: it is empty"])
-    # Fields are never quoted; with csv.reader one stray quotation mark would swallow all lines after it.
+    # Fields are never quoted. With csv.reader, one stray quotation mark would swallow all following lines.
     lines = content.decode("utf-8-sig", errors="replace").split("\n")
     header = lines[0].strip("\r").split(",")
     if not set(_NEEDED) <= set(header):
@@ -99,7 +99,7 @@ def read_metrics(path: Path) -> Metrics:
         if not line.strip():
             continue
         row = _row(header, line.strip("\r"))
-        # The last of `lines` is what follows the last end of a line: a number in it may lack digits.
+        # The last of `lines` follows the last line break, so a number in it may be truncated.
         if row is None or position == len(lines):
             bad.append(position)
         else:
@@ -127,14 +127,14 @@ def _row(header: list[str], line: str) -> dict[str, float | None] | None:
 
 
 def _json(path: Path) -> tuple[Any, list[str]]:
-    """What a JSON file holds; None and no words: there is no such file."""
+    """The content of a JSON file; None without problems: there is no such file."""
     content, problems = _content(path)
     if content is None:
         return None, problems
     if not content.strip():
         return None, [f"{path}: it is empty"]
     try:
-        # Nesting that is too deep is what a file of brackets amounts to.
+        # A file of brackets nests too deeply and raises RecursionError.
         found = json.loads(content)
     except (ValueError, RecursionError) as error:
         return None, [f"{path}: it is no JSON, or was cut short ({_one_line(error)})"]
@@ -142,11 +142,11 @@ def _json(path: Path) -> tuple[Any, list[str]]:
 
 
 def _content(path: Path) -> tuple[bytes | None, list[str]]:
-    """None and no words: there is no such file."""
+    """The bytes of a file; None without problems: there is no such file."""
     if not os.path.lexists(path):
         return None, []
     if not path.is_file():
-        # Reading a pipe would wait for ever.
+        # Reading a pipe would wait forever.
         return None, [f"{path}: it is no regular file"]
     try:
         return path.read_bytes(), []

@@ -1,4 +1,4 @@
-"""Config and seed: whether a folder names a seed, and what --expect names. How folders name runs is in the package."""
+"""Names of configs and seeds in folders and in --expect. `ds_quant.cli.shared.run_folder` reads a run's folder name."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ def names_a_seed(folder: Path) -> bool:
 
 
 def expected(arguments: Iterable[str]) -> dict[str, set[int]]:
-    """The seeds of each config in CONFIG=SEEDS; SEEDS is 1,2,3 or, as for an array of Slurm, 0-4, or both.
+    """The seeds of each config in CONFIG=SEEDS. SEEDS is 1,2,3 or, as in a Slurm array, 0-4, or both.
 
     Raises:
-        CommandError: an argument is written otherwise.
+        CommandError: an argument has another form.
     """
     found: dict[str, set[int]] = {}
     for argument in arguments:

@@ -1,4 +1,4 @@
-"""Finding the folders of runs, and what each of them tells about its run."""
+"""Finds the folders of runs and reads each run from its folder."""
 
 from __future__ import annotations
 
@@ -24,42 +24,42 @@ _CHECKPOINT = re.compile(r"checkpoint-([0-9]+)")
 
 @dataclass(frozen=True)
 class Run:
-    """One run. What could not be read is None."""
+    """One run. Values that could not be read are None."""
 
     config: str
     seed: int | None
     state: str
     """One of STATES."""
     reason: str = ""
-    """Why it is stopped, diverged or failed, as far as is known."""
+    """Why it stopped, diverged or failed, if known."""
     folder: str = ""
     steps: int | None = None
-    """Optimizer steps taken, as far as is known."""
+    """Optimizer steps taken, if known."""
     final_eval_loss: float | None = None
-    """Nats a token; of a run that is not done the last one that it measured."""
+    """Nats per token; for a run that is not done, the last measured loss."""
     best_eval_loss: float | None = None
-    """Nats a token, the lowest of metrics.csv."""
+    """Nats per token, the lowest in metrics.csv."""
     tokens_per_second: float | None = None
     wire_bytes_per_step: int | None = None
-    """Bytes that rank 0 sent a step; None where gradients crossed no wire, or crossed it in full precision."""
+    """Bytes that rank 0 sent per step; None if gradients were not sent, or were sent in full precision."""
     seconds: float | None = None
     peak_memory_bytes: int | None = None
     num_unreadable_rows: int = 0
     """Rows of metrics.csv that were left out."""
     evaluations: dict[int, float] = field(default_factory=dict)
-    """Validation loss in nats a token by step."""
+    """Validation loss in nats per token by step."""
 
 
 def collect(
     roots: Iterable[Path], expect: Mapping[str, set[int]], *, now: float, stale_after: float
 ) -> tuple[list[Run], list[str]]:
-    """All runs below `roots` and those of `expect` that are not there, sorted; and the problems met, a line each.
+    """All runs below `roots` and the missing ones of `expect`, sorted; and the problems found, one per line.
 
     Args:
-        roots: folders to look into.
+        roots: folders to search.
         expect: seeds that each config should have.
         now: the time, in seconds since the epoch.
-        stale_after: seconds after which a metrics.csv and status.json without a change are those of a dead run.
+        stale_after: a run is dead if its metrics.csv and status.json have not changed for this many seconds.
     """
     runs: list[Run] = []
     problems: list[str] = []
@@ -79,7 +79,7 @@ def collect(
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a run left something here."""
+    """Whether a run left files here."""
     try:
         return any(_is_trace(entry.name, entry.is_dir()) for entry in folder.iterdir())
     except OSError:
@@ -87,7 +87,7 @@ def is_run(folder: Path) -> bool:
 
 
 def read(folder: Path, root: Path, *, now: float, stale_after: float) -> tuple[Run, list[str]]:
-    """The run in `folder`, found below `root`, and the problems met. Times in seconds, as for `collect`."""
+    """The run in `folder`, found below `root`, and the problems found. Times are in seconds, as in `collect`."""
     summary, broken = files.read_summary(folder / "summary.json")
     metrics = files.read_metrics(folder / "metrics.csv")
     told_state, unclear = files.read_status(folder / status.NAME)
@@ -106,9 +106,9 @@ def read(folder: Path, root: Path, *, now: float, stale_after: float) -> tuple[R
         final = evaluations[max(evaluations)]
     changed = {name: _changed(folder / name) for name in _TRACES}
     if told_state is not None and changed["summary.json"] > changed[status.NAME]:
-        # Killed after its summary and before its last status; what the summary says came later.
+        # Killed after its summary and before its last status: the summary is newer.
         told_state = None
-    # A broken summary.json is the end of a run as well: it is written when all is over.
+    # A broken summary.json also means that the run ended, because it is written last.
     alive = not broken and now - max(changed["metrics.csv"], changed[status.NAME]) <= stale_after
     state, reason = _state(summary, metrics, told_state, alive=alive)
     communication = told.get("communication")
@@ -136,7 +136,7 @@ def read(folder: Path, root: Path, *, now: float, stale_after: float) -> tuple[R
 def _state(
     summary: dict[str, Any] | None, metrics: files.Metrics, told: dict[str, Any] | None, *, alive: bool
 ) -> tuple[str, str]:
-    """State and reason. `told` is what status.json says, `alive` whether a file changed not long ago."""
+    """State and reason. `told` is the content of status.json; `alive`: whether a file changed recently."""
     final = None if summary is None else number(summary["final_eval_loss"])
     state = None if told is None else told["state"]
     reason = str((told or {}).get("reason") or "")
@@ -156,7 +156,7 @@ def _state(
 
 
 def _changed(path: Path) -> float:
-    """When the file was changed, in seconds since the epoch; before all times where there is none."""
+    """When the file was changed, in seconds since the epoch; -inf if there is no file."""
     try:
         return path.stat().st_mtime
     except OSError:
@@ -172,7 +172,7 @@ def _find(root: Path, seen: set[str], problems: list[str]) -> Iterator[Path]:
     def complain(error: OSError) -> None:
         problems.append(f"{error.filename}: {error.strerror}")
 
-    # Links are followed, since runs often lie on another disk; `seen` ends their circles.
+    # Links are followed, because runs are often on another disk; `seen` ends cycles.
     for place, folders, plain in os.walk(root, onerror=complain, followlinks=True):
         real = os.path.realpath(place)
         if real in seen:

@@ -1,4 +1,4 @@
-"""Runs and configs as text: rows of a CSV, a Markdown page, and the table on the terminal."""
+"""Formats runs and configs as CSV, as a Markdown page, and as a table for the terminal."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ _RUN_UNITS = (
 
 
 def to_csv(runs: Iterable[Run]) -> str:
-    """A line a run; an unknown figure is empty, losses in nats a token, times in seconds."""
+    """One line per run. Unknown figures are empty; losses are in nats per token, times in seconds."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(RUN_COLUMNS)
@@ -83,7 +83,7 @@ def config_rows(configs: Iterable[Config]) -> list[list[str]]:
 
 
 def to_markdown(runs: Sequence[Run], configs: Sequence[Config], problems: Sequence[str], baseline: str) -> str:
-    """The configs, the runs, and the problems."""
+    """The page with configs, runs and problems."""
     parts = ["# Collected runs", "", _UNITS.format(baseline=escaped(baseline)), ""]
     parts += [*markdown_table(CONFIG_COLUMNS, config_rows(configs)), "", "## Runs", "", _RUN_UNITS, ""]
     columns = ("config", "seed", "state", "steps", "final loss", "best loss", "tokens/s", "wire bytes/step")

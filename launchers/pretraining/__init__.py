@@ -1,1 +1,1 @@
-"""The parts of `launchers/pretrain.py`, one idea a file."""
+"""The parts of `launchers/pretrain.py`, one topic per file."""

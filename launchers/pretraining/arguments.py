@@ -1,4 +1,4 @@
-"""The command line: Hugging Face's TrainingArguments, flags for model and data, and presets underneath."""
+"""The command line: Hugging Face's TrainingArguments, flags for model and data, and presets as defaults."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class ModelArguments:
     preset: str | None = _flag(
         f"Recipe to start from: {', '.join(PRESETS)}. Default: tiny, unless a model is named. Other flags override it."
     )
-    model_name_or_path: str | None = _flag("Trained weights to go on from: a folder or a hub name.")
+    model_name_or_path: str | None = _flag("Trained weights to start from: a folder or a hub name.")
     config_name: str | None = _flag("Configuration of a model to train from scratch: a folder, file or hub name.")
     config_overrides: str | None = _flag("Changes to the configuration, such as `n_embd=256,n_layer=4`.")
     tokenizer_name: str | None = _flag("Tokenizer: a folder or a hub name. Default: the model's own.")
@@ -39,49 +39,47 @@ class ModelArguments:
 
 @dataclass
 class DataArguments:
-    """Which text, and how it is cut."""
+    """Which text, and how it is split."""
 
-    dataset_name: str | None = _flag("A data set of the hub, a folder that `datasets` reads, or `python-source`.")
+    dataset_name: str | None = _flag("A data set on the hub, a folder that `datasets` reads, or `python-source`.")
     dataset_config_name: str | None = _flag("Configuration of that data set.")
     streaming: bool = _flag("Read the data set while training instead of tokenizing it first.", default=False)
     stream_lanes: int | None = _flag(
-        "With --streaming: parts that are read side by side; any number of processes that divides it can go on with "
-        "the run. Default: as many as there are files, up to 64."
+        "With --streaming: number of parts that are read in parallel; any number of processes that divides it can "
+        "resume the run. Default: the number of files, up to 64."
     )
-    train_shards: str | None = _flag(
-        "Folder of tokens that launchers/tokenize_corpus.py made; their tokenizer is used."
-    )
+    train_shards: str | None = _flag("Folder of tokens from launchers/tokenize_corpus.py; their tokenizer is used.")
     train_file: list[str] | None = field(
-        default=None, metadata={"help": "Files or patterns: .txt (a document each), .jsonl, .json or .parquet."}
+        default=None, metadata={"help": "Files or patterns: .txt (one document each), .jsonl, .json or .parquet."}
     )
     validation_file: list[str] | None = field(
-        default=None, metadata={"help": "Files to validate on, likewise. Default: a part of the documents."}
+        default=None, metadata={"help": "Files or patterns to validate on. Default: some of the documents."}
     )
     text_column: str = _flag("Column that holds the text of a document.", default="text")
     validation_fraction: float = _flag("Share of the documents kept for validation.", default=0.05)
-    validation_documents: int = _flag("With --streaming: how many documents from the start are kept.", default=1000)
+    validation_documents: int = _flag("With --streaming: keep the first N documents for validation.", default=1000)
     context_length: int = _flag("Tokens in a training sequence.", default=1024, aliases=["--block_size"])
-    max_eval_sequences: int | None = _flag("Validate on so many sequences, spread evenly. Default: all.")
+    max_eval_sequences: int | None = _flag("Validate on this many sequences, spread evenly. Default: all.")
     global_batch_size: int | None = _flag("Sequences per step over all ranks; sets the accumulation steps.")
     max_loss_rise: float | None = _flag(
-        "End the run as diverged when the training loss stays so many nats above the best it had reached."
+        "End the run as diverged when the training loss stays this many nats above its best value."
     )
-    overwrite_output_dir: bool = _flag("Start over where an earlier run left checkpoints.", default=False)
+    overwrite_output_dir: bool = _flag("Start over if an earlier run left checkpoints.", default=False)
 
 
 @dataclass
 class Arguments:
-    """What one run was asked to do."""
+    """The requested settings of one run."""
 
     model: ModelArguments
     data: DataArguments
     training: dict[str, Any]
-    """Arguments of TrainingArguments, which initialises devices when it is built."""
+    """Arguments for TrainingArguments, which initializes devices when it is created."""
     explicit: frozenset[str]
-    """Names of the flags that were given by the user."""
+    """Names of the flags that the user gave."""
 
     def go_on_from(self, checkpoint: Path, config: DeepSpeedJson, *, world_size: int) -> str | None:
-        """Cut the checkpoint's global batch for this number of ranks; a line for the user where that changes flags."""
+        """Divide the checkpoint's global batch over this number of ranks; a line for the user if that changes flags."""
         values = {**self.training, "global_batch_size": self.data.global_batch_size}
         line = resize.keep_global_batch(
             values,
@@ -95,9 +93,9 @@ class Arguments:
         return line
 
     def choose_dtype(self, checkpoint: Path | None, *, is_bf16_fast: bool, device: str) -> str | None:
-        """Settle a bf16 that was left open: as the checkpoint was trained, else as the device multiplies it.
+        """Decide bf16 if it was left open: as the checkpoint was trained, or else by the speed of the device.
 
-        Returns a line for the user; None where flags or JSON had decided.
+        Returns a line for the user; None if flags or JSON had decided.
         """
         if self.training.get("bf16") != "auto":
             return None
@@ -111,9 +109,9 @@ class Arguments:
         return f"Training in fp32: the {device} has no fast products of bf16 (--bf16 true has it nevertheless)."
 
     def build_training_arguments(self, config: DeepSpeedJson) -> TrainingArguments:
-        """Build TrainingArguments; from here on the process group exists."""
+        """Create TrainingArguments; from here on the process group exists."""
         values = dict(self.training)
-        # The checkpoint has been chosen already, and is passed to `train`.
+        # The checkpoint has already been chosen, and is passed to `train`.
         values.pop("resume_from_checkpoint", None)
         values["deepspeed"] = None if config.from_accelerate else config.filled()
         try:
@@ -131,10 +129,10 @@ class Arguments:
 
 
 def parse(argv: list[str], *, world_size: int) -> tuple[Arguments, DeepSpeedJson]:
-    """Read the command line; raises LaunchError. Touches no device and no network."""
+    """Parse the command line; raises LaunchError. Uses no device and no network."""
     parser = Parser((ModelArguments, DataArguments, TrainingArguments), allow_abbrev=False, prog="pretrain.py")
     for action in parser._actions:
-        # What is absent from the namespace was not given: this is how a preset knows what it may fill.
+        # A flag that is absent from the namespace was not given, so a preset may fill it.
         if action.dest != "help":
             action.default = argparse.SUPPRESS
     namespace, unknown = parser.parse_known_args(join_deepspeed_flags(argv))
@@ -146,7 +144,7 @@ def parse(argv: list[str], *, world_size: int) -> tuple[Arguments, DeepSpeedJson
     config.refuse_ignored_flags(explicit)
 
     filled = _preset_flags(given)
-    # A number in the JSON is a decision, a number in a preset is a default.
+    # A number in the JSON is a decision; a number in a preset is a default.
     filled.update({name: value for name, value in config.fixed_flags().items() if name not in explicit})
     values = {**_LAUNCHER_DEFAULTS, **filled, **given}
     values["preset"] = _preset_name(given)
@@ -170,13 +168,13 @@ def parse(argv: list[str], *, world_size: int) -> tuple[Arguments, DeepSpeedJson
 
 _LAUNCHER_DEFAULTS: dict[str, Any] = {
     "report_to": "none",
-    # A loss of nan is news; the Trainer's filter would show the average of the steps before.
+    # A NaN loss must be visible; the Trainer's filter would show the average of earlier steps.
     "logging_nan_inf_filter": False,
     # Every step has the same number of tokens.
     "dataloader_drop_last": True,
-    # One line a loss, and not one a node.
+    # One line per loss, not one per node.
     "log_on_each_node": False,
-    # The summary tells where the run began.
+    # The summary shows the loss at the start.
     "eval_on_start": True,
     "output_dir": "runs/pretrain",
 }
@@ -194,7 +192,7 @@ _REFUSED = {
         "would have all nodes write the same files: --output_dir lies on a file system that they share. Leave it out."
     ),
 }
-"""Flags of the Trainer that work against what this program does itself, and why."""
+"""Trainer flags that conflict with what this program does, and why."""
 
 
 def join_deepspeed_flags(argv: list[str]) -> list[str]:

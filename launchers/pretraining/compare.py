@@ -1,4 +1,4 @@
-"""Two runs side by side: `python launchers/pretraining/compare.py RUN_A RUN_B [--output PNG]`."""
+"""Compares two runs: `python launchers/pretraining/compare.py RUN_A RUN_B [--output PNG]`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from ds_quant.cli.shared.run_folder import read_metrics
 
 if not __package__:
-    # Run as a script, Python looks for modules next to this file; the package lies one folder up.
+    # When run as a script, Python looks for modules next to this file; the package is one folder up.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from survival.errors import LaunchError
@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Compare the validation losses of two runs.")
     parser.add_argument("run_a", type=Path)
     parser.add_argument("run_b", type=Path)
-    parser.add_argument("--output", type=Path, default=Path("compare.png"), help="the picture (default: compare.png)")
+    parser.add_argument("--output", type=Path, default=Path("compare.png"), help="the plot (default: compare.png)")
     args = parser.parse_args(argv)
     try:
         (rows_a, summary_a), (rows_b, summary_b) = load(args.run_a), load(args.run_b)

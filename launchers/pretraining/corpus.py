@@ -1,4 +1,4 @@
-"""The corpus that is to be tokenized once: its documents in order, and which of them are for validation."""
+"""The corpus to be tokenized once: its documents in order, and which of them are for validation."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pretraining.document_stream import Stream
 
 TRAIN, VALIDATION = "train", "validation"
 _GROUP = 64
-"""Documents that are tokenized together: enough to keep a process busy, few enough to hold a hundred such groups."""
+"""Documents tokenized together: enough to keep a process busy, few enough that a hundred groups fit in memory."""
 
 
 def _flag(help_text: str, default: Any = None) -> Any:
@@ -27,29 +27,29 @@ def _flag(help_text: str, default: Any = None) -> Any:
 
 @dataclass
 class CorpusArguments:
-    """Which text becomes which token files."""
+    """Which text to tokenize, and how."""
 
-    output_dir: str | None = _flag("Folder for the token files; it may hold an unfinished run with the same flags.")
+    output_dir: str | None = _flag("Folder for the token files; it may contain an unfinished run with the same flags.")
     train_file: list[str] | None = field(
-        default=None, metadata={"help": "Files or patterns: .txt and .py (a document each), .jsonl, .json, .parquet."}
+        default=None, metadata={"help": "Files or patterns: .txt and .py (one document each), .jsonl, .json, .parquet."}
     )
-    dataset_name: str | None = _flag("A data set of the hub, a folder that `datasets` reads, or `python-source`.")
+    dataset_name: str | None = _flag("A data set on the hub, a folder that `datasets` reads, or `python-source`.")
     dataset_config_name: str | None = _flag("Configuration of that data set.")
     text_column: str = _flag("Column that holds the text of a document.", default="text")
     tokenizer_name: str | None = _flag("Tokenizer: a folder or a hub name.")
     vocab_size: int | None = _flag("Train a SentencePiece BPE tokenizer of this size on the first documents.")
     validation_file: list[str] | None = field(
-        default=None, metadata={"help": "Files to validate on. Default: a part of the documents."}
+        default=None, metadata={"help": "Files to validate on. Default: some of the documents."}
     )
-    validation_documents: int | None = _flag("Keep so many documents from the start for validation.")
+    validation_documents: int | None = _flag("Keep this many documents from the start for validation.")
     validation_fraction: float = _flag("Share of the documents kept for validation, chosen by --seed.", default=0.0005)
     seed: int = _flag("Chooses the documents for validation.", default=42)
-    shard_tokens: int = _flag("A file is closed by the document that makes it this long.", default=100_000_000)
-    num_proc: int = _flag("Processes that tokenize. The files are the same for any number.", default=1)
+    shard_tokens: int = _flag("A file ends with the document that brings it to this many tokens.", default=100_000_000)
+    num_proc: int = _flag("Number of tokenizing processes. The files are the same for any number.", default=1)
     verify: bool = _flag("Only read the files in --output_dir and compare their checksums.", default=False)
 
     def check(self) -> None:
-        """Raise LaunchError for what does not fit together."""
+        """Raise LaunchError for flags that do not fit together."""
         if self.output_dir is None:
             raise LaunchError("There is no --output_dir for the token files.")
         if self.verify:
@@ -67,7 +67,7 @@ class CorpusArguments:
                 raise LaunchError(f"--{flag} {getattr(self, flag)} is too small: at least 1.")
 
     def identity(self) -> dict[str, Any]:
-        """What the bytes of the files depend on, as JSON; the sizes of the text files stand for their contents."""
+        """All settings that the bytes of the files depend on, as JSON. Text files are represented by their sizes."""
         values = dataclasses.asdict(self)
         for name in ("output_dir", "num_proc", "verify"):
             del values[name]
@@ -79,16 +79,16 @@ class CorpusArguments:
 
 
 class Place(NamedTuple):
-    """A document of the corpus, and how to come back to it."""
+    """A document of the corpus, and how to return to it."""
 
     source: int = 0
     part: int = 0
     before: dict[str, Any] | None = None
-    """Where the group of documents that it is in begins, as `datasets` knows it."""
+    """Where its group of documents begins, as a state of `datasets`."""
     number: int = 0
     """The group's first document, counted over all sources of the training text."""
     skip: int = 0
-    """Documents of the group that come before it."""
+    """Documents of the group before this one."""
 
 
 class Group(NamedTuple):
@@ -101,7 +101,7 @@ class Group(NamedTuple):
 
 
 class Corpus:
-    """All documents in a fixed order. What is read is dropped; any `Place` can be gone on from."""
+    """All documents in a fixed order, streamed rather than kept. Reading can resume from any `Place`."""
 
     def __init__(self, args: CorpusArguments) -> None:
         self._args = args
@@ -118,14 +118,14 @@ class Corpus:
                 validation = [hub[VALIDATION]]
         if args.validation_file is not None:
             validation = document_stream.from_files(args.validation_file, column, "--validation_file")
-        # Validation first: it is small, and a mistake in it should be known before days of tokenizing.
+        # Validation first: it is small, and a mistake in it should show before days of tokenizing.
         self._sources = [*((VALIDATION, stream) for stream in validation), *((TRAIN, stream) for stream in train)]
         self._whole = bool(validation)
         counted = args.validation_documents is not None
         self._book = None if validation or counted else self._only_document(train)
 
     def groups(self, begin: Place) -> Iterator[Group]:
-        """Documents from the group of `begin` on; those before `begin.skip` are in it too."""
+        """Documents from the group of `begin` on; that group includes those before `begin.skip`."""
         if self._book is not None:
             yield Group(begin, self._book, [TRAIN, VALIDATION])
             return
@@ -141,7 +141,7 @@ class Corpus:
                     number += len(group.texts)
 
     def training_texts(self) -> Iterator[str]:
-        """The texts to train a tokenizer on, from the first."""
+        """The texts to train a tokenizer on, in order."""
         for group in self.groups(Place()):
             yield from (text for text, kind in zip(group.texts, group.parts, strict=True) if kind == TRAIN)
 
@@ -155,17 +155,17 @@ class Corpus:
         return VALIDATION if int.from_bytes(digest[:8], "big") < args.validation_fraction * 2**64 else TRAIN
 
     def _only_document(self, train: list[Stream]) -> list[str] | None:
-        """The two pieces of a corpus of one document: its end is for validation."""
+        """The two pieces of a corpus that is a single document: its end is for validation."""
         texts: list[str] = []
         for stream in train:
             for part in range(stream.num_parts):
-                # One at a time, for a document may be a whole book; the second one ends the search.
+                # One at a time, because a document may be a whole book; a second one ends the search.
                 for group in stream.groups(part, 1):
                     texts += group.texts
                     if len(texts) == 2:
                         return None
         if not texts:
             return None
-        # As text_files.split does, so that both ways of training see the same text.
+        # Same split as text_files.split, so that both ways of training see the same text.
         cut = max(1, int(len(texts[0]) * (1 - self._args.validation_fraction)))
         return [texts[0][:cut], texts[0][cut:]]

@@ -1,4 +1,4 @@
-"""From arguments to training and validation data of packed sequences."""
+"""Prepares training and validation data as packed sequences."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pretraining.arguments import Arguments
 
 
 class Data(NamedTuple):
-    """The two parts of the text as the Trainer reads them, and their tokenizer."""
+    """Training and validation data as the Trainer reads them, and their tokenizer."""
 
     train: packing.Packed | streaming.LaneStream
     validation: packing.Packed | packing.EvenSubset
@@ -26,7 +26,7 @@ class Data(NamedTuple):
 
 
 def prepare(args: Arguments, training: TrainingArguments) -> Data:
-    """Load, split, tokenize and pack; raises LaunchError for text that cannot be trained on."""
+    """Load, split, tokenize and pack. Raises LaunchError for text that cannot be trained on."""
     if args.data.train_shards is not None:
         prepared = _from_shards(args)
     else:

@@ -1,4 +1,4 @@
-"""The DeepSpeed JSON as the launcher sees it: found, readable, and not at odds with the command line."""
+"""Finds and reads the DeepSpeed JSON, and checks it against the command line."""
 
 from __future__ import annotations
 
@@ -26,23 +26,23 @@ _FLAGS = {
     "optimizer.params.weight_decay": "weight_decay",
     "scheduler.params.warmup_num_steps": "warmup_steps",
 }
-"""Values of the JSON that are a flag of the Trainer too."""
+"""JSON values that are also flags of the Trainer."""
 
 
 @dataclass(frozen=True)
 class DeepSpeedJson:
-    """One DeepSpeed configuration and where it came from."""
+    """A DeepSpeed configuration and its source."""
 
     content: dict[str, Any]
     path: str | None
-    """None: given inline, or made by `accelerate config` without a file."""
+    """None: given inline, or created by `accelerate config` without a file."""
     from_accelerate: bool = False
 
     @classmethod
     def find(cls, argument: str | None) -> DeepSpeedJson:
         """The configuration of `--deepspeed`, or the one that `accelerate launch` announces.
 
-        Raises LaunchError where there is none, ConfigError where it cannot be read.
+        Raises LaunchError if there is none, ConfigError if it cannot be read.
         """
         if argument is not None:
             if argument.lstrip().startswith("{"):
@@ -60,17 +60,17 @@ class DeepSpeedJson:
 
     @cached_property
     def quant(self) -> QuantConfig:
-        """Its section `ds_quant`. Raises ConfigError."""
+        """The `ds_quant` section. Raises ConfigError."""
         return QuantConfig.load(self.content)
 
     def filled(self) -> dict[str, Any]:
-        """The JSON with what it leaves open and the launcher needs."""
+        """The JSON, with settings added that it leaves out and the launcher needs."""
         content = copy.deepcopy(self.content)
         fill_gaps(content)
         return content
 
     def fixed_flags(self) -> dict[str, Any]:
-        """Flags whose value the JSON fixes by a number instead of "auto"."""
+        """Flags whose value the JSON fixes with a number instead of "auto"."""
         fixed = {flag: _look_up(self.content, key) for key, flag in _FLAGS.items()}
         betas = _look_up(self.content, "optimizer.params.betas")
         if isinstance(betas, list) and len(betas) == 2:
@@ -82,7 +82,7 @@ class DeepSpeedJson:
         return _look_up(self.content, dotted) == "auto"
 
     def refuse_ignored_flags(self, explicit: frozenset[str]) -> None:
-        """Raise for flags that the Trainer would drop in silence because the JSON has a section of its own."""
+        """Raise for flags that the Trainer would silently ignore because the JSON has its own section."""
         for section, flags in {
             "scheduler": ("lr_scheduler_type", "lr_scheduler_kwargs"),
             "optimizer": ("optim", "optim_args"),
@@ -96,14 +96,14 @@ class DeepSpeedJson:
 
 
 def fill_gaps(content: dict[str, Any]) -> None:
-    """Add to a DeepSpeed configuration, in place, what the Trainer would otherwise miss without a word."""
-    # accelerate reads zero_optimization.stage when it saves, and fails where it is absent.
+    """Add to a DeepSpeed configuration, in place, what the Trainer would otherwise silently lack."""
+    # accelerate reads zero_optimization.stage when it saves, and fails if it is absent.
     zero = content.setdefault("zero_optimization", {})
     zero.setdefault("stage", 0)
     if zero["stage"] == 3:
-        # Without it a checkpoint at stage 3 holds no weights that from_pretrained could read.
+        # Without it a stage 3 checkpoint has no weights that from_pretrained could read.
         zero.setdefault("stage3_gather_16bit_weights_on_model_save", True)
-    # Absent values are not filled from the flags: --max_grad_norm would be dropped, and accumulation too.
+    # Absent values are not filled from the flags: --max_grad_norm and accumulation would be ignored.
     for key in ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"):
         content.setdefault(key, "auto")
 

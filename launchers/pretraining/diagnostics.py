@@ -1,4 +1,4 @@
-"""The JSON's diagnostics in a run of the launcher: their folder lies in the run's, and goes with its lease."""
+"""Runs the JSON's diagnostics in the launcher: in a folder below the run's, under its lease."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from ds_quant.cli.shared.terminal import say
 
 
 def place(config: dict[str, Any], output_dir: Path) -> Path | None:
-    """Have diagnostics of a DeepSpeed JSON, changed in place, write below `output_dir`; where, None without any.
+    """Make the diagnostics of a DeepSpeed JSON write below `output_dir`; changes the JSON in place.
 
-    A path that is absolute in the JSON stays.
+    Returns their folder; None if there are none. An absolute path in the JSON is kept.
     """
     section = config.get("ds_quant") or {}
     diagnostics = section.get("diagnostics")
@@ -26,7 +26,7 @@ def place(config: dict[str, Any], output_dir: Path) -> Path | None:
 
 
 class DiagnosticsCallback(TrainerCallback):
-    """Nothing is written once another job has the folder; the report is brought up to date where training ends."""
+    """Stops writing once another job has the folder, and updates the report when training ends."""
 
     def __init__(self, engine: Callable[[], Any], may_write: Callable[[], bool]) -> None:
         self._engine = engine
@@ -41,7 +41,7 @@ class DiagnosticsCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Also where the run ends before its last step."""
+        """Also runs if the run ends before its last step."""
         diagnostics = self._engine().ds_quant_diagnostics
         diagnostics.finish()
         say(f"Diagnostics took {diagnostics.seconds:.1f} s of this run; they lie in {diagnostics.config.output_dir}.")

@@ -1,4 +1,4 @@
-"""Documents that are read along instead of being loaded, part by part, from any position in them."""
+"""Documents that are streamed instead of loaded, part by part, from any position."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ class Group(NamedTuple):
     """Some consecutive documents of a stream."""
 
     before: dict[str, Any] | None
-    """Where the first of them is, as `Stream.groups` takes it; None: at the start of the part."""
+    """The position of the first document, as `Stream.groups` takes it; None: the start of the part."""
     texts: list[str]
 
 
 class Stream(NamedTuple):
-    """Documents that are read one after the other; its parts (files, or row groups of Parquet) are independent."""
+    """Documents that are read in sequence; the parts (files, or row groups of Parquet) are independent."""
 
     rows: datasets.IterableDataset
     column: str
     where: str
-    """Named in errors."""
+    """The source named in errors."""
     files: Sequence[str] = ()
-    """The file of each part, if these are files of the user."""
+    """The file of each part, if the parts are the user's files."""
 
     @property
     def num_parts(self) -> int:
-        """How many parts there are."""
+        """The number of parts."""
         return int(self.rows.num_shards)
 
     def groups(self, part: int, size: int, begin: dict[str, Any] | None = None) -> Iterator[Group]:
@@ -44,7 +44,7 @@ class Stream(NamedTuple):
             rows.load_state_dict(begin)
         where = self.files[part] if self.files else f"part {part} of {self.where}"
         fix = "Check that it is whole and of the kind its name says, and that it can be reached."
-        # iter() and not __iter__: in a worker of a DataLoader the latter would share one part out once more.
+        # iter(), not __iter__: in a worker of a DataLoader, __iter__ would divide the part once more.
         batches = rows.iter(batch_size=size)
         before = begin
         while batch := text_files.guarded(lambda: next(batches, None), f"{where} cannot be read", fix):
@@ -64,13 +64,13 @@ class Stream(NamedTuple):
                 yield text
 
     def in_smaller_parts(self) -> Stream:
-        """The same documents in as many parts as the kind of file allows: Parquet has row groups, others have none."""
+        """The same documents in as many parts as the file type allows: Parquet has row groups, others have none."""
         rows = self.rows.reshard()
         return self if rows.num_shards == self.num_parts else self._replace(rows=rows, files=())
 
 
 def from_files(patterns: list[str], text_column: str, flag: str) -> list[Stream]:
-    """The documents that `read_files` gives, in the same order, without loading them: a stream for each kind."""
+    """The documents of `read_files`, in the same order, without loading them: one stream for each file type."""
     streams = []
     for reader, files in text_files.by_reader(patterns, flag):
         text = reader == "text"
@@ -87,14 +87,14 @@ def from_files(patterns: list[str], text_column: str, flag: str) -> list[Stream]
 
 
 def from_hub(name: str, config: str | None, text_column: str) -> dict[str, Stream]:
-    """The parts `train` and, if there is one, `validation` of a data set of the hub or a folder."""
+    """The splits `train` and, if there is one, `validation` of a data set on the hub or a folder."""
     loaded = documents.from_hub(name, config, streaming=True)
     parts = [part for part in ("train", "validation") if part in loaded]
     return {part: Stream(text_files.only(loaded[part], text_column, name), text_column, name) for part in parts}
 
 
 def first_documents(stream: Stream, count: int) -> tuple[list[str], dict[int, int]]:
-    """The texts of the first documents of a stream, and how many these are of each part."""
+    """The texts of the first documents of a stream, and how many come from each part."""
     texts: list[str] = []
     taken: dict[int, int] = {}
     for part in range(stream.num_parts):

@@ -1,4 +1,4 @@
-"""Where the text comes from: files, the hub, or Python's own source. One row is one document."""
+"""Loads the text from files, the hub, or Python's own source. One row is one document."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from pretraining.arguments import DataArguments
 
 
 def load(args: DataArguments, *, seed: int) -> Documents:
-    """The documents of both parts; no document is in both, and the same arguments always give the same parts."""
+    """Training and validation documents: disjoint, and always the same for the same arguments."""
     if args.train_file is not None:
         train = read_files(args.train_file, args.text_column, "--train_file")
     elif args.dataset_name == PYTHON_SOURCE:
@@ -38,7 +38,7 @@ def load(args: DataArguments, *, seed: int) -> Documents:
 
 
 def check_files(args: DataArguments) -> None:
-    """Raise for files that are missing, empty, cut or of an unknown kind: known before anything is started."""
+    """Raise for files that are missing, empty, truncated or of an unknown type, before anything starts."""
     for flag in ("train_file", "validation_file"):
         if getattr(args, flag) is not None:
             files_of(getattr(args, flag), f"--{flag}")
@@ -47,7 +47,7 @@ def check_files(args: DataArguments) -> None:
 
 
 def from_hub(name: str | None, config: str | None, *, streaming: bool = False) -> Any:
-    """The data set of that name; it has a part `train`."""
+    """The data set of that name; it has a split `train`."""
     loaded = guarded(
         lambda: datasets.load_dataset(name, config, streaming=streaming),
         f"The data set {name!r} could not be loaded",

@@ -1,4 +1,4 @@
-"""The process: ranks, device, and how much is said on the terminal."""
+"""The process: ranks, device and memory."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ds_quant.base.process_group import RANK_VARIABLES, become_one_rank
 
 
 def ensure_process_group_variables() -> None:
-    """Make a plain `python pretrain.py` a job of one process; a launcher's own variables stay, and srun's are read."""
+    """Make a plain `python pretrain.py` a job of one process. A launcher's variables are kept, and srun's are read."""
     if any(name in os.environ for name in RANK_VARIABLES):
         return
     if "SLURM_STEP_NUM_TASKS" in os.environ:
@@ -25,31 +25,31 @@ def ensure_process_group_variables() -> None:
 
 
 def _of_slurm_step() -> dict[str, str]:
-    """The variables that torch needs in a task that srun started: `deepspeed --launcher slurm` sets none of it.
+    """The variables that torch needs in a task started by srun; `deepspeed --launcher slurm` sets none of them.
 
-    MASTER_ADDR and MASTER_PORT stay where they are set.
+    MASTER_ADDR and MASTER_PORT are kept if they are set.
     """
     slurm = os.environ
     return {
         "RANK": slurm["SLURM_PROCID"],
         "WORLD_SIZE": slurm["SLURM_STEP_NUM_TASKS"],
         "LOCAL_RANK": slurm["SLURM_LOCALID"],
-        # "2(x3),1": tasks of each node; nodes of unlike numbers have ranks of unlike places.
+        # "2(x3),1": tasks of each node. The first number is used; nodes may have different numbers.
         "LOCAL_WORLD_SIZE": re.split(r"[(,]", slurm.get("SLURM_STEP_TASKS_PER_NODE", "1"))[0],
         "MASTER_ADDR": slurm.get("MASTER_ADDR") or _first_host(slurm["SLURM_STEP_NODELIST"]),
-        # Steps of one job may run at the same time: both numbers, in a range that systems leave to programs.
+        # Steps of one job may run at the same time, so both numbers count; the range is free for programs.
         "MASTER_PORT": slurm.get("MASTER_PORT")
         or str(20000 + (int(slurm.get("SLURM_JOB_ID", 0)) * 16 + int(slurm.get("SLURM_STEP_ID", 0)) % 16) % 10000),
     }
 
 
 def _first_host(nodes: str) -> str:
-    """The first node of a list in Slurm's notation, such as node[3-5,8]: its name, or its address as Slurm knows it."""
+    """The first node of a list in Slurm's notation, such as node[3-5,8]: its name or its address in Slurm."""
     name = _scontrol("show", "hostnames", nodes).split()[0]
     try:
         socket.gethostbyname(name)
     except OSError:
-        # Slurm may use node names that nothing else resolves.
+        # Slurm may use node names that do not resolve elsewhere.
         address = re.search(r"NodeAddr=(\S+)", _scontrol("--oneliner", "show", "node", name))
         return address[1] if address else name
     return name
@@ -67,12 +67,12 @@ def _scontrol(*arguments: str) -> str:
 
 
 def world_size() -> int:
-    """How many processes train together."""
+    """The number of processes that train together."""
     return int(os.environ.get("WORLD_SIZE", os.environ.get("OMPI_COMM_WORLD_SIZE", "1")))
 
 
 def without_accelerator() -> bool:
-    """Whether to train on the CPU; tells DeepSpeed too, so it must be called before deepspeed is imported."""
+    """Whether to train on the CPU. Tells DeepSpeed too, so call it before deepspeed is imported."""
     import torch
 
     if os.environ.get("DS_ACCELERATOR", "").lower() == "cpu" or not torch.accelerator.is_available():
@@ -82,10 +82,10 @@ def without_accelerator() -> bool:
 
 
 def join_process_group(timeout_seconds: float) -> None:
-    """Meet the other ranks; collectives that take longer than the time-out fail."""
+    """Join the other ranks. Collectives that take longer than the time-out fail."""
     import deepspeed
 
-    # NCCL's first collective takes the current device.
+    # NCCL's first collective uses the current device.
     deepspeed.get_accelerator().set_device(int(os.environ.get("LOCAL_RANK", "0")))
     deepspeed.init_distributed(timeout=timedelta(seconds=timeout_seconds))
 
@@ -102,7 +102,7 @@ def is_bf16_fast() -> bool:
 
 
 def peak_memory_bytes() -> int:
-    """Peak memory of this process: of its accelerator if it trains on one, otherwise resident memory."""
+    """Peak memory of this process: on its accelerator if it trains on one, otherwise resident memory."""
     import torch
 
     if os.environ.get("DS_ACCELERATOR") != "cpu" and torch.accelerator.is_available():

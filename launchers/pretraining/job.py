@@ -1,10 +1,10 @@
-"""One run from the command line to its outputs, in the order in which mistakes are cheapest to find."""
+"""One run, from the command line to its outputs, ordered so that mistakes are found cheaply."""
 
 from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from survival import checkpoints, resize
 from survival.control import Control
@@ -16,25 +16,19 @@ from survival.signals import StopRequest
 from survival.watchdog import Watchdog
 from transformers import TrainingArguments
 
-import ds_quant
 from ds_quant.base import trainer_checkpoints
-from ds_quant.base.commit import commit
-from ds_quant.cli import report
 from ds_quant.cli.shared import terminal
-from ds_quant.comm.reducer import describe_wire
-from ds_quant.comm.weight_difference import describe_weights
-from ds_quant.optim.kinds import kind_of
-from ds_quant.optim.setup import describe_moments
 from pretraining import arguments, data, diagnostics, documents, environment, metrics, model, outputs
 from pretraining.arguments import Arguments
 from pretraining.deepspeed_json import DeepSpeedJson, fill_gaps
+from pretraining.summary import summarize
 from pretraining.trainer import PretrainTrainer, RestoreProgress, last_eval_loss
 
 
 def run(argv: list[str], *, use_cpu: bool, request: StopRequest) -> None:
     """Train, save, and report.
 
-    Raises LaunchError or ConfigError for what the user can fix, RunEnded where the run ends before its last step.
+    Raises LaunchError or ConfigError for errors that the user can fix, RunEnded if the run ends before its last step.
     """
     world_size = environment.world_size()
     args, config = arguments.parse(argv, world_size=world_size)
@@ -44,7 +38,7 @@ def run(argv: list[str], *, use_cpu: bool, request: StopRequest) -> None:
     documents.check_files(args.data)
     output_dir = Path(args.training["output_dir"])
     wish = args.training.get("resume_from_checkpoint")
-    # A first look at the sizes of files; every byte is read when the other jobs are known to keep away.
+    # This first check compares file sizes. Every byte is read once other jobs are known to stay away.
     found = checkpoints.choose(wish, output_dir, contents=False, say=lambda _: None)
     auto = (wish or "").lower() == "auto"
     checkpoints.refuse_mixing(output_dir, resume=found is not None or auto, overwrite=args.data.overwrite_output_dir)
@@ -58,7 +52,7 @@ def run(argv: list[str], *, use_cpu: bool, request: StopRequest) -> None:
 
 
 class _Run(NamedTuple):
-    """What a run needs beside its arguments to survive and to end clearly."""
+    """What a run needs besides its arguments to survive and to end with a clear state."""
 
     lease: Lease
     control: Control
@@ -70,7 +64,7 @@ def _run(args: Arguments, config: DeepSpeedJson, wish: str | None, run: _Run) ->
     resume = control.from_first(lambda: checkpoints.choose(wish, lease.output_dir, contents=True))
     universal = False
     if resume is not None:
-        # The checkpoint's own history has this evaluation.
+        # The checkpoint's history already has this evaluation.
         args.training["eval_on_start"] = False
         terminal.say(f"Resuming from {resume}.")
         line = args.go_on_from(resume, config, world_size=control.world_size)
@@ -83,7 +77,7 @@ def _run(args: Arguments, config: DeepSpeedJson, wish: str | None, run: _Run) ->
                 f"{control.world_size}: converting its optimizer states to DeepSpeed's universal format."
             )
             control.from_first(lambda: resize.make_universal(resume, lease))
-    # Rank 0 decides for all: nodes may differ.
+    # Rank 0 decides for all, because nodes may differ.
     is_bf16_fast = control.from_first(environment.is_bf16_fast)
     device = "CPU" if args.training["use_cpu"] else "accelerator"
     if (line := args.choose_dtype(resume, is_bf16_fast=is_bf16_fast, device=device)) is not None:
@@ -105,7 +99,7 @@ def _run(args: Arguments, config: DeepSpeedJson, wish: str | None, run: _Run) ->
 
 def _start_over(lease: Lease, *, overwrite: bool) -> None:
     lease.check()
-    # Broken checkpoints alone are no reason to delete: they are replaced when their step is reached.
+    # Broken checkpoints alone are not deleted; they are replaced when the run reaches their step.
     if overwrite or not trainer_checkpoints.listed(lease.output_dir):
         checkpoints.clear(lease.output_dir)
 
@@ -163,52 +157,9 @@ def _train(trainer: PretrainTrainer, args: Arguments, config: DeepSpeedJson, res
     peak_memory = max(control.gather(environment.peak_memory_bytes()))
     if not trainer.is_world_process_zero():
         return
-    evaluated = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
-    steps_here = step - trainer.first_step
-    coverage = ds_quant.coverage(trainer.model)
-    quant = config.quant
-    summary: dict[str, Any] = {
-        "preset": args.model.preset,
-        "model": model.describe(trainer.model),
-        "vocab_size": trainer.model.config.vocab_size,
-        "context_length": args.data.context_length,
-        "steps": step,
-        "resumed_from_step": trainer.first_step or None,
-        "tokens": step * tokens_per_step,
-        "seconds": round(seconds, 2),
-        "seconds_evaluating": round(trainer.seconds_evaluating, 2),
-        "tokens_per_second": round(steps_here * tokens_per_step / max(seconds - trainer.seconds_evaluating, 1e-9), 1),
-        "peak_memory_bytes": peak_memory,
-        "first_eval_loss": evaluated[0],
-        "final_eval_loss": last_eval_loss(trainer.state.log_history, step),
-        "converted_modules": dict(coverage.converted),
-        "share": coverage.share,
-        "left_out": {name: list(shape) for name, shape in coverage.left_out.items()},
-        "moments": describe_moments(quant.optimizer, kind_of(config.content)) if quant.optimizer else None,
-        "communication": _communication(trainer, quant),
-        "dtype": str(trainer.deepspeed.get_data_types()[0]).removeprefix("torch."),
-        "zero_stage": trainer.deepspeed.zero_optimization_stage(),
-        "world_size": training.world_size,
-        "device": training.device.type,
-        "seed": training.seed,
-        "config": config.content,
-        "versions": report.versions(),
-        "commit": commit(),
-    }
+    summary = summarize(
+        trainer, args, config, tokens_per_step=tokens_per_step, seconds=seconds, peak_memory=peak_memory
+    )
     outputs.write_summary(output_dir / "summary.json", summary)
     outputs.write_curves(output_dir, str(output_dir))
     outputs.print_table(summary, output_dir)
-
-
-def _communication(trainer: PretrainTrainer, quant: ds_quant.QuantConfig) -> dict[str, Any] | None:
-    """How gradients and weights crossed the wire, and what rank 0 sent a step; None: in full precision."""
-    if not quant.communication:
-        return None
-    found: dict[str, Any] = {}
-    if quant.communication.gradient:
-        found |= {"gradient": describe_wire(quant.communication.gradient)}
-        found |= trainer.deepspeed.ds_quant_gradients.summary()
-    if quant.communication.weight:
-        found |= {"weight": describe_weights(quant.communication.weight)}
-        found |= trainer.deepspeed.ds_quant_weight_communication.summary()
-    return found

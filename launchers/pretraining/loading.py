@@ -1,4 +1,4 @@
-"""How the Trainer reads token shards and streams: in an order that depends on the seed and the global batch alone."""
+"""Reads token shards and streams in an order that depends only on the seed and the global batch."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ _SHARDS_STATE = "data_state.json"
 
 
 class ExactLoading(Trainer):
-    """For a Trainer whose training data may be `PackedShards` or a `LaneStream`; other data are loaded as ever.
+    """A Trainer whose training data may be `PackedShards` or a `LaneStream`; other data are loaded as usual.
 
-    accelerate is left out of both: it would read a whole stream on one rank and send its parts to the others, and
-    turn the order of an epoch into a list of Python integers, which for millions of sequences is gigabytes a rank.
+    Neither uses accelerate's loaders. They would read a whole stream on one rank and send its parts to the others, and
+    turn the order of an epoch into a list of Python integers: gigabytes per rank for millions of sequences.
     """
 
     _lane_loader: LaneLoader | None = None
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """As in Trainer; a stream first takes the checkpoint's position."""
+        """As in Trainer; a stream first moves to the checkpoint's position."""
         if isinstance(self.train_dataset, LaneStream):
             self.add_callback(_ShareOfRun())
         if resume_from_checkpoint:
@@ -36,10 +36,10 @@ class ExactLoading(Trainer):
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def get_train_dataloader(self) -> Any:
-        """As in Trainer, with loaders of our own for shards and streams."""
+        """As in Trainer, with our own loaders for shards and streams."""
         args, dataset = self.args, self.train_dataset
         if isinstance(dataset, LaneStream):
-            # The loader begins where the checkpoint was; the Trainer would throw away as many batches once more.
+            # The loader starts at the checkpoint; the Trainer would skip the same number of batches again.
             args.ignore_data_skip = True
             self._lane_loader = LaneLoader(
                 dataset,
@@ -66,13 +66,13 @@ class ExactLoading(Trainer):
                 persistent_workers=args.dataloader_persistent_workers,
                 prefetch_factor=args.dataloader_prefetch_factor,
                 multiprocessing_context=args.dataloader_multiprocessing_context,
-                # Its own, or the seeds of the workers would be drawn from the one that dropout uses.
+                # A separate generator; otherwise the workers' seeds would be drawn from the one that dropout uses.
                 generator=torch.Generator().manual_seed(0),
             )
         return super().get_train_dataloader()
 
     def _save_rng_state(self, output_dir: str) -> None:
-        """As in Trainer, where each rank writes what only it knows; the position in the stream belongs there."""
+        """As in Trainer, where each rank saves its own state; this adds the position in the stream."""
         super()._save_rng_state(output_dir)
         if self._lane_loader is not None:
             self._lane_loader.save(output_dir)
@@ -84,7 +84,7 @@ class ExactLoading(Trainer):
         return int(self.args.seed if self.args.data_seed is None else self.args.data_seed)
 
     def _go_on_from(self, checkpoint: Path) -> None:
-        """Take the checkpoint's position; raises LaunchError where it was reading something else."""
+        """Move to the checkpoint's position; raises LaunchError if the checkpoint was reading other data."""
         if isinstance(self.train_dataset, LaneStream):
             self.train_dataset.load(str(checkpoint))
             return
@@ -102,7 +102,7 @@ class ExactLoading(Trainer):
 
 
 class _ShareOfRun(TrainerCallback):
-    """A stream has no epochs to count; the Trainer would count the steps since the last start instead."""
+    """Sets the epoch of a stream, which has none; the Trainer would count the steps since the last start."""
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         state.epoch = state.global_step / state.max_steps

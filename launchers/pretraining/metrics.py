@@ -1,4 +1,4 @@
-"""metrics.csv: one line per logged step, written while training goes on and continued by a resumed run."""
+"""metrics.csv: one line per logged step, written during training and continued by a resumed run."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ Row = dict[str, Any]
 
 
 class MetricsCallback(TrainerCallback):
-    """Writes metrics.csv on rank 0. A step's line is written when the step is over, its evaluation included.
+    """Writes metrics.csv on rank 0. A step's line is written when the step and its evaluation are over.
 
-    `may_write` is asked each time: another job may have taken the folder over.
+    `may_write` is called each time, because another job may have taken over the folder.
     """
 
     def __init__(self, path: Path, tokens_per_step: int, may_write: Callable[[], bool] = lambda: True) -> None:
@@ -33,7 +33,7 @@ class MetricsCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Start the file with what the checkpoint remembers: lines after it are of steps that will be taken again."""
+        """Start the file with the history in the checkpoint; later lines are of steps that will be repeated."""
         if state.is_world_process_zero and self._may_write():
             rows = rows_of(state.log_history, self._tokens_per_step)
             write_whole(self._path, to_csv(rows, header=True))
@@ -46,7 +46,7 @@ class MetricsCallback(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Take up what was logged for this step."""
+        """Collect what was logged for this step."""
         entry = {**(logs or {}), "step": state.global_step}
         if not state.is_world_process_zero or not _NAMES.keys() & entry.keys():
             return
@@ -55,7 +55,7 @@ class MetricsCallback(TrainerCallback):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Write the line of the step before, which is complete now."""
+        """Write the line of the previous step, which is now complete."""
         self.flush()
 
     def on_train_end(
@@ -73,7 +73,7 @@ class MetricsCallback(TrainerCallback):
 
 
 def rows_of(log_history: Iterable[dict[str, Any]], tokens_per_step: int) -> list[Row]:
-    """The lines of metrics.csv that the Trainer's own history amounts to."""
+    """The lines of metrics.csv for the Trainer's own history."""
     rows: dict[int, Row] = {}
     for entry in log_history:
         if _NAMES.keys() & entry.keys():
@@ -82,7 +82,7 @@ def rows_of(log_history: Iterable[dict[str, Any]], tokens_per_step: int) -> list
 
 
 def to_csv(rows: Iterable[Row], *, header: bool) -> str:
-    """Rows as CSV; a figure that was not taken at that step is empty."""
+    """Rows as CSV; a figure that was not measured at a step is empty."""
     text = io.StringIO()
     writer = csv.DictWriter(text, COLUMNS, restval="", lineterminator="\n")
     if header:
@@ -93,6 +93,6 @@ def to_csv(rows: Iterable[Row], *, header: bool) -> str:
 
 def _row(entry: dict[str, Any], tokens_per_step: int) -> Row:
     row: Row = {"step": entry["step"], "tokens": entry["step"] * tokens_per_step}
-    # repr of a float reads back as the same number, which is what lets two runs be compared exactly.
+    # repr of a float reads back as the same number, so two runs can be compared exactly.
     row.update({ours: repr(float(entry[theirs])) for theirs, ours in _NAMES.items() if theirs in entry})
     return row

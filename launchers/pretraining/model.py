@@ -1,4 +1,4 @@
-"""The model: from scratch by its configuration, or trained weights to go on from."""
+"""The model: from scratch, from its configuration, or from trained weights."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from pretraining.arguments import ModelArguments
 
 
 def resolve_config(args: ModelArguments, *, vocab_size: int, context_length: int) -> PretrainedConfig:
-    """The configuration of the model to train; touches the network only for a model that is named."""
+    """The configuration of the model to train. Uses the network only for a named model."""
     name = args.model_name_or_path or args.config_name
     if name is not None:
         config = _load_config(name)
@@ -29,7 +29,7 @@ def resolve_config(args: ModelArguments, *, vocab_size: int, context_length: int
         preset = PRESETS[str(args.preset)]
         kwargs = copy.deepcopy(preset.model)
         multiple = preset.vocab_multiple
-        # Products are faster on round sizes; the ids beyond the tokenizer's are never seen.
+        # Products are faster with round sizes; ids beyond the tokenizer's never occur.
         kwargs["vocab_size"] = -(-vocab_size // multiple) * multiple
         kwargs["n_positions" if kwargs["model_type"] == "gpt2" else "max_position_embeddings"] = context_length
         config = AutoConfig.for_model(kwargs.pop("model_type"), **kwargs)
@@ -57,13 +57,13 @@ def resolve_config(args: ModelArguments, *, vocab_size: int, context_length: int
 def build(
     args: ModelArguments, training: TrainingArguments, tokenizer: PreTrainedTokenizerBase, context_length: int
 ) -> PreTrainedModel:
-    """The model on every rank; at ZeRO-3 it is partitioned while it is built, since TrainingArguments exist."""
+    """The model on every rank. At ZeRO-3 it is partitioned during creation, because TrainingArguments exist."""
     config = resolve_config(args, vocab_size=len(tokenizer), context_length=context_length)
     for token in ("bos", "eos", "pad"):
         setattr(config, f"{token}_token_id", getattr(tokenizer, f"{token}_token_id"))
     set_seed(training.seed)
     if args.model_name_or_path is None:
-        # Not the class itself: under zero.Init only from_config initialises the weights rightly.
+        # Not the class itself: under zero.Init only from_config initializes the weights correctly.
         return AutoModelForCausalLM.from_config(config)
     try:
         return AutoModelForCausalLM.from_pretrained(args.model_name_or_path, config=config, dtype="float32")
@@ -72,7 +72,7 @@ def build(
 
 
 def describe(model: PreTrainedModel) -> dict[str, Any]:
-    """Class, architecture and size, also where ZeRO-3 holds the parameters in parts."""
+    """Class, architecture and size, also if ZeRO-3 has partitioned the parameters."""
     sizes = {id(p): getattr(p, "ds_numel", p.numel()) for p in model.parameters()}
     return {
         "class": type(model).__name__,

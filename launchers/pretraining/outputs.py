@@ -1,17 +1,15 @@
-"""What a run leaves behind: the model folder, summary.json, curves.png, and a table on the terminal."""
+"""Writes the results of a run: the model folder, summary.json, curves.png, and a table on the terminal."""
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from ds_quant.base.whole_folder import write_whole
+from ds_quant.base.whole_folder import replace_folder, write_whole
 from ds_quant.cli.shared.run_folder import read_metrics
 from ds_quant.cli.shared.terminal import say
 from pretraining import plots
@@ -19,15 +17,14 @@ from pretraining.trainer import PretrainTrainer
 
 
 def save_model(trainer: PretrainTrainer, folder: Path) -> None:
-    """Write weights and tokenizer to `folder`, replacing it at once. All ranks take part: stage 3 gathers."""
+    """Write weights and tokenizer to `folder`, replacing it at once. All ranks must call it: stage 3 gathers."""
     temporary = folder.with_name(f".{folder.name}.tmp")
     trainer.save_model(str(temporary))
     trainer.accelerator.wait_for_everyone()
     if trainer.is_world_process_zero():
-        # The pickled training arguments are no part of a model.
+        # The pickled training arguments are not part of a model.
         (temporary / "training_args.bin").unlink(missing_ok=True)
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(temporary, folder)
+        replace_folder(temporary, folder)
 
 
 def write_summary(path: Path, summary: dict[str, Any]) -> None:
@@ -36,13 +33,13 @@ def write_summary(path: Path, summary: dict[str, Any]) -> None:
 
 
 def write_curves(output_dir: Path, title: str) -> None:
-    """Draw curves.png from metrics.csv, or say in one line why there is none."""
+    """Draw curves.png from metrics.csv, or print one line on why there is none."""
     if not plots.draw_curves(read_metrics(output_dir / "metrics.csv"), output_dir / "curves.png", title):
         say("curves.png was not drawn: matplotlib is missing (pip install 'ds_quant[plot]').")
 
 
 def print_table(summary: dict[str, Any], output_dir: Path) -> None:
-    """The summary for the eye."""
+    """Print the summary as a table."""
     table = Table(title=f"Pre-training: {output_dir}", show_header=False, title_justify="left")
     table.add_column(style="bold")
     table.add_column()
@@ -94,7 +91,7 @@ def _sent(communication: dict[str, Any], part: str, prefix: str, what: str) -> s
 
 
 def _grouped(converted: dict[str, str]) -> list[str]:
-    # model.layers.0.mlp.up_proj and its likes in the other layers are one line.
+    # model.layers.0.mlp.up_proj and its counterparts in other layers share one line.
     counts: dict[tuple[str, str], int] = {}
     for name, description in converted.items():
         pattern = ".".join("*" if part.isdigit() else part for part in name.split("."))

@@ -1,6 +1,6 @@
-"""Documents to sequences: each document, then EOS, all laid end to end and cut to the context.
+"""Packs documents into sequences: each document ends with EOS; all are concatenated and cut to the context length.
 
-Nothing is lost or repeated but the last incomplete sequence. Labels are the inputs themselves: the models shift them.
+Nothing is repeated, and only the last incomplete sequence is lost. Labels equal the inputs; the models shift them.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from ds_quant.cli.shared.token_ids import encoder, rules
 
 
 def tokenize(documents: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, *, what: str) -> datasets.Dataset:
-    """The documents as token ids, in Arrow, cached by `datasets`."""
+    """The documents as token ids in Arrow, cached by `datasets`."""
     encode = encoder(tokenizer)
     return documents.map(
         lambda batch: {"input_ids": encode(batch["text"])},
-        # A pickled tokenizer changes when it is used: its hash would miss the cache on the next run and the next rank.
+        # A pickled tokenizer changes with use, so its hash would miss the cache on the next run and the next rank.
         new_fingerprint=_fingerprint(documents, tokenizer),
         batched=True,
         remove_columns=documents.column_names,
@@ -40,17 +40,17 @@ def _fingerprint(documents: datasets.Dataset, tokenizer: PreTrainedTokenizerBase
 
 
 def example(tokens: np.ndarray) -> dict[str, torch.Tensor]:
-    """One training sequence as the model takes it."""
+    """One training sequence in the form that the model takes."""
     ids = torch.from_numpy(tokens.astype(np.int64))
     return {"input_ids": ids, "labels": ids.clone()}
 
 
 class Packed(Dataset[dict[str, torch.Tensor]]):
-    """Sequence i is tokens i*context to (i+1)*context of pieces of text laid end to end.
+    """Sequence i is tokens i*context to (i+1)*context of the concatenated pieces of text.
 
     Args:
-        sizes: tokens of each piece.
-        context_length: tokens of a sequence.
+        sizes: number of tokens in each piece.
+        context_length: number of tokens in a sequence.
     """
 
     def __init__(self, sizes: Iterable[int], context_length: int) -> None:
@@ -63,7 +63,7 @@ class Packed(Dataset[dict[str, torch.Tensor]]):
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of all documents, the incomplete tail included."""
+        """Number of tokens in all documents, including the incomplete tail."""
         return int(self._starts[-1])
 
     def __len__(self) -> int:
@@ -87,12 +87,12 @@ class Packed(Dataset[dict[str, torch.Tensor]]):
 class PackedDataset(Packed):
     """The documents of a tokenized data set.
 
-    The tokens stay in the memory-mapped Arrow file; only the sequence asked for is copied.
+    The tokens stay in the memory-mapped Arrow file; only the requested sequence is copied.
     """
 
     def __init__(self, tokenized: datasets.Dataset, context_length: int) -> None:
         if getattr(tokenized, "_indices", None) is not None:
-            # A shuffled or selected data set is a list of row numbers on top of Arrow; the flat view needs the rows.
+            # A shuffled or selected data set is a list of row numbers over Arrow; the flat view needs the rows.
             tokenized = tokenized.flatten_indices()
         self._tokenized = tokenized  # keeps the memory map alive
         chunks = tokenized.data.column("input_ids").chunks
@@ -105,7 +105,7 @@ class PackedDataset(Packed):
 
 
 class EvenSubset(Dataset[dict[str, torch.Tensor]]):
-    """`count` sequences spread evenly over `packed`: the same ones at every evaluation."""
+    """`count` sequences spread evenly over `packed`, the same at every evaluation."""
 
     def __init__(self, packed: Packed | EvenSubset, count: int) -> None:
         self._packed = packed

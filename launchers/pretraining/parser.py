@@ -1,4 +1,4 @@
-"""Hugging Face's parser of dataclasses, with errors for people."""
+"""Hugging Face's parser of dataclasses, with readable errors."""
 
 from __future__ import annotations
 
@@ -12,5 +12,5 @@ class Parser(HfArgumentParser):
     """Raises LaunchError for what cannot be parsed."""
 
     def error(self, message: str) -> NoReturn:
-        # argparse would print the usage of some two hundred flags in front of the one line that matters.
+        # argparse would print the usage of about two hundred flags before the one line that matters.
         raise LaunchError(f"{message} (--help lists every flag)")

@@ -1,4 +1,4 @@
-"""A random order of millions of sequences that is computed where it is needed, instead of being stored."""
+"""A random order of millions of sequences, computed on demand instead of stored."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ _AT_ONCE = 1 << 14
 
 
 class Permutation:
-    """A pseudo-random permutation of 0 to n-1, chosen by the numbers `key`; takes no memory, whatever n is.
+    """A pseudo-random permutation of 0 to n-1, selected by the numbers `key`. It takes no memory, whatever n is.
 
-    A Feistel network over pairs of digits (x = high * base + low): each round adds a hash of one digit to the other,
-    which can be undone, so that no two numbers meet. The pairs are a few more than n; a result beyond n is sent
-    through again until it falls inside, which keeps the map one to one.
+    A Feistel network over pairs of digits (x = high * base + low): each round adds a hash of one digit to the other.
+    A round can be undone, so no two numbers collide. There are slightly more pairs than n; a result of n or more goes
+    through the network again until it is below n, which keeps the map one to one (cycle walking).
     """
 
     def __init__(self, n: int, *key: int) -> None:
@@ -48,7 +48,7 @@ class Permutation:
 
 
 def _hash(x: np.ndarray) -> np.ndarray:
-    # The finalizer of splitmix64: every bit of the input reaches every bit of the result. Overflow is meant.
+    # The finalizer of splitmix64: every input bit affects every result bit. Overflow is intended.
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
@@ -57,9 +57,9 @@ def _hash(x: np.ndarray) -> np.ndarray:
 class PermutedBatches(Sampler[list[int]]):
     """This rank's micro-batches of an epoch, in the order of a `Permutation` keyed by the seed and the epoch.
 
-    Step s takes positions s * global_batch to (s + 1) * global_batch of the order, whatever the number of ranks is:
-    its micro-batch i is positions (i * world_size + rank) * batch_size and following of these. The remainder of an
-    epoch that fills no global batch is left out; the next epoch leaves out other sequences.
+    Step s takes positions s * global_batch to (s + 1) * global_batch of the order, for any number of ranks. Its
+    micro-batch i takes batch_size of these, from (i * world_size + rank) * batch_size on. Sequences at the end of an
+    epoch that do not fill a global batch are left out; the next epoch leaves out others.
     """
 
     def __init__(self, n: int, *, global_batch: int, batch_size: int, rank: int, world_size: int, seed: int) -> None:
@@ -78,11 +78,11 @@ class PermutedBatches(Sampler[list[int]]):
 
     @property
     def batch_sampler(self) -> PermutedBatches:
-        """Itself: the Trainer passes the epoch to the `batch_sampler` within a loader's batch sampler."""
+        """Itself, because the Trainer passes the epoch to the `batch_sampler` of a loader's batch sampler."""
         return self
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the order of that epoch."""
+        """Select the order of that epoch."""
         self._epoch = epoch
 
     def __len__(self) -> int:

@@ -1,4 +1,4 @@
-"""Pictures of loss curves."""
+"""Plots of loss curves."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Rows = list[dict[str, float | None]]
 
 
 def series(rows: Rows, column: str) -> tuple[list[float], list[float]]:
-    """Steps and values of `column` where it was taken."""
+    """Steps and values of `column` where it was measured."""
     points = [(row["step"], row[column]) for row in rows if row[column] is not None]
     return [float(step or 0) for step, _ in points], [float(value or 0) for _, value in points]
 

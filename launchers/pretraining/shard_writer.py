@@ -1,8 +1,8 @@
 """Tokenize a corpus of any size once, into the files that pretraining/shards.py reads.
 
-The unit of work is a chunk: the documents that fill one training file, with those among them that are for validation
-in a file of their own. Its files are written beside, synced and renamed; then progress.json says where the next chunk
-begins. A run that is killed loses its unfinished chunk and makes the very same bytes when it is started again.
+The unit of work is a chunk: the documents that fill one training file. Validation documents among them go to a separate
+file. Files are written under a temporary name, synced and renamed; then progress.json records where the next chunk
+begins. A killed run loses its unfinished chunk and produces exactly the same bytes when it is restarted.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ import numpy as np
 from survival.errors import LaunchError
 from transformers import PreTrainedTokenizerBase
 
-from ds_quant.base.whole_folder import write_json
+from ds_quant.base.whole_folder import replace_folder, write_json
 from ds_quant.cli.shared import terminal, token_ids
 from pretraining import shards
 from pretraining import tokenizer as tokenizers
 from pretraining.corpus import TRAIN, VALIDATION, Corpus, CorpusArguments, Group, Place
 
 _CHARACTERS_AT_ONCE = 1 << 18
-"""Ids are Python integers at first, of 36 bytes each: few at a time."""
+"""Small batches, because ids are first Python integers of 36 bytes each."""
 
 
 def write(args: CorpusArguments) -> shards.Index:
-    """Tokenize the corpus into `args.output_dir`, or go on where an earlier run was; returns the index."""
+    """Tokenize the corpus into `args.output_dir`, or resume an earlier run; returns the index."""
     folder = Path(str(args.output_dir))
     folder.mkdir(parents=True, exist_ok=True)
     with _alone(folder):
@@ -96,7 +96,7 @@ def _tokenize(folder: Path, args: CorpusArguments) -> None:
 
 
 class _Chunk:
-    """The files that are being written: one of each part that has documents."""
+    """The files being written: one for each part that has documents."""
 
     def __init__(self, folder: Path, number: int, dtype: np.dtype[Any]) -> None:
         self._folder = folder
@@ -108,11 +108,11 @@ class _Chunk:
 
     @property
     def longest(self) -> int:
-        """Tokens in the longer of the files."""
+        """Number of tokens in the longer of the files."""
         return max((tokens for tokens, _ in self._counts.values()), default=0)
 
     def write(self, part: str, tokens: np.ndarray) -> None:
-        """Append the tokens of a document to the file of its part."""
+        """Append a document's tokens to the file of its part."""
         if part not in self._files:
             self._files[part] = self._beside(part).open("wb", buffering=1 << 20)
             self._hashes[part] = hashlib.sha256()
@@ -124,7 +124,7 @@ class _Chunk:
         self._counts[part][1] += 1
 
     def close(self) -> dict[str, shards.Shard]:
-        """Give the files their names; from here on they survive a crash of the machine."""
+        """Give the files their final names; from here on they survive a crash of the machine."""
         closed = {}
         for part, file in self._files.items():
             file.flush()
@@ -143,14 +143,14 @@ class _Chunk:
 def _tokenized(
     groups: Iterator[Group], tokenizer: Path, dtype: np.dtype[Any], processes: int
 ) -> Iterator[tuple[Group, np.ndarray, np.ndarray]]:
-    """Each group with its ids, one document after the other, and where each document begins and ends."""
+    """Each group with the concatenated ids of its documents, and where each document begins and ends."""
     if processes == 1:
         _start(tokenizer)
         for group in groups:
             yield group, *_encode(group.texts, dtype)
         return
     waiting: deque[tuple[Group, Future[tuple[np.ndarray, np.ndarray]]]] = deque()
-    # Spawned: a forked process would share locks with the threads of the reader and of the tokenizer.
+    # Spawned, because a forked process would share locks with the threads of the reader and the tokenizer.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(processes, context, _start, (tokenizer, True)) as pool:
         try:
@@ -172,7 +172,7 @@ def _tokenized(
 
 
 _state: dict[str, token_ids.Encode] = {}
-"""The tokenizer of this process: loaded once, not sent with every group."""
+"""The tokenizer of this process, loaded once instead of sent with every group."""
 
 
 def _start(tokenizer: Path, one_of_many: bool = False) -> None:
@@ -202,7 +202,7 @@ def _batches(texts: list[str]) -> Iterator[list[str]]:
 
 
 def _tokenizer(folder: Path, args: CorpusArguments, corpus: Corpus) -> PreTrainedTokenizerBase:
-    """The tokenizer as the folder holds it: made once, then read."""
+    """The tokenizer in the folder: created once, then loaded."""
     target = folder / shards.TOKENIZER
     if not target.is_dir():
         if args.tokenizer_name is not None:
@@ -213,7 +213,7 @@ def _tokenizer(folder: Path, args: CorpusArguments, corpus: Corpus) -> PreTraine
         beside = folder / ".tokenizer.tmp"
         shutil.rmtree(beside, ignore_errors=True)
         tokenizer.save_pretrained(beside)
-        os.replace(beside, target)
+        replace_folder(beside, target)
     return tokenizers.load(str(target))
 
 

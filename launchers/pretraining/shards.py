@@ -1,7 +1,7 @@
-"""A corpus that was tokenized once, read through memory maps: files of token ids, an index, and the tokenizer.
+"""Reads a tokenized corpus through memory maps: files of token ids, an index, and the tokenizer.
 
-FOLDER/index.json names the files; FOLDER/train-00000.bin and so on hold nothing but token ids, little-endian, each
-document closed by EOS. `launchers/tokenize_corpus.py` writes them, pretraining/shard_writer.py says how.
+FOLDER/index.json lists the files. FOLDER/train-00000.bin and so on contain only token ids, little-endian; each document
+ends with EOS. `launchers/tokenize_corpus.py` writes them; pretraining/shard_writer.py describes how.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pretraining import tokenizer as tokenizers
 FORMAT = 1
 INDEX, PROGRESS, TOKENIZER = "index.json", "progress.json", "tokenizer"
 _MOST_OPEN = 256
-"""Maps that are kept open: each holds a file descriptor, of which a process has some thousand."""
+"""Maximum number of open maps: each needs a file descriptor, of which a process has about a thousand."""
 
 
 class Shard(NamedTuple):
@@ -37,12 +37,12 @@ class Shard(NamedTuple):
 
 
 class Index(NamedTuple):
-    """What index.json says."""
+    """The content of index.json."""
 
     folder: Path
     dtype: np.dtype[Any]
     vocab_size: int
-    """Ids lie below this."""
+    """Ids are below this."""
     tokenizer: str
     """Fingerprint of the tokenizer that made the ids."""
     train: list[Shard]
@@ -52,7 +52,7 @@ class Index(NamedTuple):
 class PackedShards(packing.Packed):
     """The documents of all files.
 
-    Memory does not grow with the corpus: files are mapped while they are read, and the pages are the kernel's to drop.
+    Memory does not grow with the corpus: files are mapped while they are read, and the kernel may drop their pages.
     """
 
     def __init__(self, index: Index, files: list[Shard], context_length: int) -> None:
@@ -64,7 +64,7 @@ class PackedShards(packing.Packed):
         super().__init__((shard.tokens for shard in files), context_length)
 
     def state(self, seed: int) -> dict[str, Any]:
-        """What the order of the sequences depends on, beside the step: a checkpoint keeps it for comparison."""
+        """What the order of the sequences depends on, besides the step. A checkpoint stores it for comparison."""
         return {"format": FORMAT, "contents": self._contents, "context_length": self.context_length, "seed": seed}
 
     def _tokens(self, number: int) -> np.ndarray:
@@ -83,17 +83,17 @@ class PackedShards(packing.Packed):
             return np.empty(0, self._dtype)
         with (self._folder / self._names[number]).open("rb") as opened:
             mapped = mmap.mmap(opened.fileno(), size * self._dtype.itemsize, access=mmap.ACCESS_READ)
-        # A sequence is a few KiB at a random place: reading ahead would fetch many times as much from the disk.
+        # A sequence is a few KiB at a random position, so reading ahead would fetch many times as much from the disk.
         mapped.madvise(mmap.MADV_RANDOM)
         return np.frombuffer(mapped, dtype=self._dtype)
 
     def __getstate__(self) -> dict[str, Any]:
-        # A worker process opens its own maps; pickling these would copy their contents.
+        # A worker process opens its own maps; pickling these would copy their content.
         return {**self.__dict__, "_maps": OrderedDict()}
 
 
 def load(folder: str) -> Index:
-    """Read the index and compare it with the files; raises LaunchError for what is missing or cut short."""
+    """Read the index and compare it with the files. Raises LaunchError for missing or truncated files."""
     root = Path(folder)
     if not (root / INDEX).is_file():
         if (root / PROGRESS).is_file():
@@ -117,7 +117,7 @@ def load(folder: str) -> Index:
 
 
 def verify(index: Index) -> None:
-    """Read every file and compare its checksum; raises LaunchError for the first that differs."""
+    """Read every file and compare its checksum. Raises LaunchError for the first that differs."""
     for shard in [*index.train, *index.validation]:
         with (index.folder / shard.file).open("rb") as opened:
             found = hashlib.file_digest(opened, "sha256").hexdigest()
@@ -129,7 +129,7 @@ def verify(index: Index) -> None:
 
 
 def load_tokenizer(index: Index, *, asked_for: str | None) -> PreTrainedTokenizerBase:
-    """The tokenizer that made the ids; `asked_for` may name the same one, and nothing else."""
+    """The tokenizer that produced the ids; if `asked_for` names a tokenizer, it must be the same."""
     tokenizer = tokenizers.load(str(index.folder / TOKENIZER))
     if token_ids.fingerprint(tokenizer) != index.tokenizer or len(tokenizer) != index.vocab_size:
         raise LaunchError(
@@ -145,7 +145,7 @@ def load_tokenizer(index: Index, *, asked_for: str | None) -> PreTrainedTokenize
 
 
 def smallest_dtype(vocab_size: int) -> np.dtype[Any]:
-    """The dtype of the ids of a vocabulary on disk."""
+    """The dtype on disk for the ids of a vocabulary."""
     return np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.int32).newbyteorder("<")
 
 

@@ -1,9 +1,10 @@
-"""Training on a stream of documents that is shared out among lanes, and goes on exactly where it was stopped.
+"""Trains on a stream of documents that is divided into lanes and resumes exactly where it stopped.
 
-A lane is a part of the stream with a place in every global batch. The number of lanes belongs to the run and not to
-the ranks: each rank serves an equal share of them, each worker process of a rank an equal share of these, and reads
-nothing else. A lane's position is a handful of numbers, which every sequence carries with it: what workers have read
-ahead and no step has used is not counted. Any number of ranks that divides the lanes goes on with the same batches.
+A lane is a part of the stream with a fixed place in every global batch. The number of lanes belongs to the run, not to
+the ranks: each rank serves an equal share of the lanes, each worker process an equal share of its rank's lanes, and
+neither reads anything else. A lane's position is a handful of numbers, and every sequence carries it along, so data
+that workers read ahead but no step has used is not counted. Any number of ranks that divides the lanes resumes with the
+same batches.
 """
 
 from __future__ import annotations
@@ -26,28 +27,28 @@ from pretraining.permutation import Permutation
 
 FORMAT = 1
 MOST_LANES = 64
-"""Unless more are asked for: each keeps a file open and some documents in memory."""
+"""Default maximum: each lane keeps a file open and some documents in memory."""
 SHUFFLED_TOGETHER = 8192
-"""Documents that are shuffled among each other, over all lanes."""
+"""Number of documents that are shuffled together, over all lanes."""
 
 
 class Position(NamedTuple):
-    """The next token of a lane. It is enough to go on from: a sequence that ended left nothing behind."""
+    """The next token of a lane. This is enough to resume, because a finished sequence leaves nothing over."""
 
     epoch: int = 0
     turn: int = 0
-    """The place in this epoch's order of parts."""
+    """The index in this epoch's order of parts."""
     before: dict[str, Any] | None = None
-    """Where the group of documents begins, as `datasets` knows it."""
+    """Where the group of documents begins, as a state of `datasets`."""
     row: int = 0
     """The group's first document within the part."""
     document: int = 0
-    """The place in the group's order of documents."""
+    """The index in the group's order of documents."""
     token: int = 0
 
 
 class Share(NamedTuple):
-    """One lane's sequences of one step."""
+    """The sequences of one lane for one step."""
 
     lane: int
     sequences: np.ndarray
@@ -56,7 +57,7 @@ class Share(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What decides which sequences come when. Two runs with equal plans read the same."""
+    """Everything that determines the order of sequences. Two runs with equal plans read the same."""
 
     source: str
     parts: int
@@ -64,27 +65,27 @@ class Plan(NamedTuple):
     context_length: int
     seed: int
     group: int
-    """Documents of a lane that are shuffled among each other."""
+    """Number of documents of a lane that are shuffled together."""
     kept_out: dict[str, int]
-    """Documents at the start of each part (by its number) that are for validation."""
+    """Number of documents at the start of each part that are for validation, by the number of the part."""
     tokenizer: str
 
 
 class Lane:
-    """One lane's sequences, without end: a new epoch takes the parts and the documents in another order."""
+    """The endless sequences of one lane. Each epoch takes the parts and the documents in another order."""
 
     def __init__(self, stream: Stream, encode: token_ids.Encode, plan: Plan, number: int) -> None:
         self._stream = stream
         self._encode = encode
         self._plan = plan
         self._number = number
-        # Where there are fewer parts than lanes, the lanes of a part take every so many documents of it.
+        # If there are fewer parts than lanes, each lane of a part takes every n-th document of it.
         sharing = next(n for n in range(min(plan.parts, plan.lanes), 0, -1) if plan.lanes % n == 0)
         self._parts = range(number % sharing, plan.parts, sharing)
         self._stride, self._offset = plan.lanes // sharing, number // sharing
 
     def sequences(self, begin: Position) -> Iterator[tuple[np.ndarray, Position]]:
-        """Sequences [context] from `begin` on, each with the position after it."""
+        """Sequences of shape [context] from `begin` on, each with the position after it."""
         pieces: list[np.ndarray] = []
         missing = self._plan.context_length
         first = begin.token
@@ -167,10 +168,10 @@ class LaneStream(IterableDataset[Share]):
     def __iter__(self) -> Iterator[Share]:
         worker = get_worker_info()
         if worker is not None:
-            # A forked process must not wait for locks of threads that it does not have.
+            # A forked process must not wait for locks that its parent's threads hold.
             fsspec.asyn.reset_lock()
             os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-        # A DataLoader asks its workers in turn; so do lanes follow each other in a step.
+        # A DataLoader asks its workers in turn, so the lanes of a step come in order.
         own = self.lanes if worker is None else self.lanes[worker.id :: worker.num_workers]
         reading = {n: Lane(self._stream, self._encode, self.plan, n).sequences(self.positions[n]) for n in own}
         count = self.global_batch // self.plan.lanes
@@ -180,7 +181,7 @@ class LaneStream(IterableDataset[Share]):
                 yield Share(number, np.stack([ids for ids, _ in taken]), taken[-1][1])
 
     def state(self, positions: dict[int, Position]) -> dict[str, Any]:
-        """What a checkpoint keeps of this rank."""
+        """The state of this rank for a checkpoint."""
         return {
             "format": FORMAT,
             "rank": self.rank,
@@ -190,7 +191,7 @@ class LaneStream(IterableDataset[Share]):
         }
 
     def load(self, checkpoint: str) -> None:
-        """Go on from the files of all ranks in a checkpoint; raises LaunchError where the data are not the same."""
+        """Resume from the files of all ranks in a checkpoint. Raises LaunchError if the data differ."""
         files = sorted(Path(checkpoint).glob("data_state_rank*.json"))
         try:
             states = [json.loads(file.read_text()) for file in files]
@@ -215,7 +216,7 @@ class LaneStream(IterableDataset[Share]):
 
 
 class LaneLoader:
-    """This rank's micro-batches of a `LaneStream`, without end. It remembers what the steps have used."""
+    """The endless micro-batches of this rank from a `LaneStream`. It records what the steps have used."""
 
     def __init__(
         self,
@@ -241,7 +242,7 @@ class LaneLoader:
             num_workers=self._workers,
             prefetch_factor=self._prefetch_factor,
             multiprocessing_context=self._start_method,
-            # Its own, or the seeds of the workers would be drawn from the one that dropout uses.
+            # A separate generator; otherwise the workers' seeds would be drawn from the one that dropout uses.
             generator=torch.Generator().manual_seed(0),
         )
         shares = iter(loader)
@@ -251,7 +252,7 @@ class LaneLoader:
             *earlier, last = ids.split(self.batch_size)
             for part in earlier:
                 yield {"input_ids": part, "labels": part.clone()}
-            # The Trainer takes all micro-batches of a step before it computes: a batch that was yielded counts as used.
+            # The Trainer takes all micro-batches of a step before it computes, so a yielded batch counts as used.
             self.positions = {share.lane: share.after for share in step}
             yield {"input_ids": last, "labels": last.clone()}
 
@@ -262,7 +263,7 @@ class LaneLoader:
 
 
 def choose_lanes(asked_for: int | None, *, parts: int, global_batch: int, world_size: int) -> int:
-    """The number of lanes: `asked_for`, or as many as there are parts to read, within what batch and ranks allow."""
+    """The number of lanes: `asked_for`, or the number of parts, as far as batch and ranks allow."""
     if asked_for is not None:
         if asked_for < 1 or global_batch % asked_for or asked_for % world_size:
             raise LaunchError(

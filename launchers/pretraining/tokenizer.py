@@ -1,8 +1,8 @@
 """The tokenizer: a given one, or a SentencePiece BPE trained on the training documents.
 
 The trained one is lossless (identity normalization, every space kept, unknown characters as bytes), because
-source code is text whose indentation carries meaning. It is stored as an ordinary Hugging Face tokenizer, so that
-the model folder needs nothing of ours to be loaded.
+indentation carries meaning in source code. It is stored as an ordinary Hugging Face tokenizer, so that loading the
+model folder needs none of our code.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 UNK, EOS, PAD = "<unk>", "</s>", "<pad>"
 SPACE = "\u2581"  # SentencePiece's visible stand-in for a space
 MAX_TRAINING_CHARACTERS = 20_000_000
-"""More text changes a vocabulary of a few thousand pieces little and costs minutes."""
+"""More text hardly changes a vocabulary of a few thousand pieces and costs minutes."""
 
 
 def train(texts: Iterable[str], *, vocab_size: int) -> PreTrainedTokenizerFast:
     """A lossless BPE tokenizer of at most `vocab_size` pieces, learned from `texts`."""
-    # Imported here: a run with a ready tokenizer does without the package.
+    # Imported here because a run with a ready tokenizer does not need the package.
     import sentencepiece
 
     model = io.BytesIO()
@@ -36,7 +36,7 @@ def train(texts: Iterable[str], *, vocab_size: int) -> PreTrainedTokenizerFast:
             model_writer=model,
             model_type="bpe",
             vocab_size=vocab_size,
-            # A small corpus has fewer pieces than asked for; it gets what it has.
+            # A small corpus may have fewer pieces than requested.
             hard_vocab_limit=False,
             byte_fallback=True,
             character_coverage=0.9999,
@@ -52,7 +52,7 @@ def train(texts: Iterable[str], *, vocab_size: int) -> PreTrainedTokenizerFast:
             pad_id=2,
             eos_piece=EOS,
             pad_piece=PAD,
-            # More threads split the counts differently; the pieces must not depend on the machine.
+            # More threads would split the counts differently, and the pieces must not depend on the machine.
             num_threads=1,
             minloglevel=2,
         )
@@ -79,13 +79,13 @@ def wrap(processor: sentencepiece.SentencePieceProcessor) -> PreTrainedTokenizer
         eos_token=EOS,
         pad_token=PAD,
         clean_up_tokenization_spaces=False,
-        # "</s>" in a document is text: only the packing writes the real one.
+        # "</s>" in a document is text; only packing adds the real token.
         split_special_tokens=True,
     )
 
 
 def load(name: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a hub name or a folder; it must know an end of document."""
+    """The tokenizer of a hub name or a folder. It must have an end-of-document token."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, KeyError) as error:
@@ -102,8 +102,8 @@ def load(name: str) -> PreTrainedTokenizerBase:
 
 
 def _lines(texts: Iterable[str]) -> Iterator[str]:
-    # SentencePiece drops the newline at the end of a "sentence". Given in front of the next line it stays, and
-    # becomes one piece with the indentation that follows.
+    # SentencePiece drops the newline at the end of a "sentence". At the start of the next line it is kept, and forms
+    # one piece with the indentation that follows.
     characters = 0
     for text in texts:
         for number, line in enumerate(text.split("\n")):
@@ -114,7 +114,7 @@ def _lines(texts: Iterable[str]) -> Iterator[str]:
 
 
 def _merges(processor: sentencepiece.SentencePieceProcessor) -> list[tuple[str, str]]:
-    # SentencePiece joins the pair whose union has the best score; a BPE file lists the same pairs in that order.
+    # SentencePiece merges the pair whose union has the best score; a BPE file lists the same pairs in that order.
     count = processor.get_piece_size()
     normal = [
         i for i in range(count) if not (processor.is_control(i) or processor.is_byte(i) or processor.is_unknown(i))

@@ -1,4 +1,4 @@
-"""The Hugging Face Trainer with what pre-training needs and it does not do by itself."""
+"""The Hugging Face Trainer, extended for pre-training."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _PROGRESS = "progress_rank{}.json"
 
 
 class _FirstStep(TrainerCallback):
-    """Gives a trainer its first step; older Trainers do not know it themselves."""
+    """Tells a trainer its first step, because older Trainers do not store it."""
 
     def __init__(self, trainer: PretrainTrainer) -> None:
         self._trainer = trainer
@@ -34,14 +34,14 @@ class _FirstStep(TrainerCallback):
 
 
 class PretrainTrainer(ExactLoading):
-    """Decays matrices only, also with the optimizer of the DeepSpeed JSON; knows how long evaluation took; saves
-    models that generate with their cache.
+    """Decays only matrices, also with the optimizer of the DeepSpeed JSON; measures evaluation time; saves models that
+    generate with their cache.
 
-    Checkpoints go through `saver`, and every loss past `guard`, where there are such.
+    If they are set, `saver` writes the checkpoints and `guard` sees every loss.
     """
 
     first_step = 0
-    """The step that this process began at: above 0 where it resumed."""
+    """The step at which this process started; above 0 if it resumed."""
     seconds_evaluating = 0.0
     saver: CheckpointSaver | None = None
     guard: Guard | None = None
@@ -49,22 +49,22 @@ class PretrainTrainer(ExactLoading):
 
     def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
         trainer_seams.check()
-        # The Trainer turns the cache of keys and values off in the model's configuration, for training.
+        # For training, the Trainer turns off the cache of keys and values in the model's configuration.
         self._use_cache = getattr(getattr(model, "config", None), "use_cache", None)
         super().__init__(model, *args, **kwargs)
         self.add_callback(_FirstStep(self))
 
     def create_optimizer(self, model: nn.Module | None = None) -> Any:
-        """As in Trainer; the parameters of DeepSpeed's own optimizer are split in two groups."""
+        """As in Trainer, with the parameters of DeepSpeed's own optimizer split into two groups."""
         optimizer = super().create_optimizer(model)
         if isinstance(optimizer, DummyOptim):
-            # The Trainer gives DeepSpeed one flat list, so that its "weight_decay" would fall on biases and norms.
+            # The Trainer gives DeepSpeed one flat list, so "weight_decay" would also apply to biases and norms.
             named = self.model if model is None else model
             optimizer.params = decay_groups(named, set(self.get_decay_parameter_names(named)))
         return optimizer
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
-        """As in Trainer, without `dataloader_drop_last`: that is for training, and would drop a small evaluation."""
+        """As in Trainer, without `dataloader_drop_last`, which is for training and would drop a small evaluation."""
         drop_last, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
         try:
             return super().get_eval_dataloader(eval_dataset)
@@ -79,7 +79,7 @@ class PretrainTrainer(ExactLoading):
         return loss
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """As in Trainer, with the time added up."""
+        """As in Trainer, with the time measured."""
         begin = time.monotonic()
         try:
             return super().evaluate(*args, **kwargs)
@@ -87,11 +87,11 @@ class PretrainTrainer(ExactLoading):
             self.seconds_evaluating += time.monotonic() - begin
 
     def restore_progress(self, checkpoint: Path) -> None:
-        """Take up the losses since the last log, so that the next logged mean is the undisturbed run's."""
+        """Restore the losses since the last log, so that the next logged mean equals the uninterrupted run's."""
         found = sorted(checkpoint.glob(_PROGRESS.format("*")))
         if not found:
             return
-        # Of another number of ranks: their mean, since the ranks' mean is what is logged.
+        # From another number of ranks: take the mean, because the mean over ranks is what is logged.
         own = checkpoint / _PROGRESS.format(self.args.process_index)
         same = len(found) == self.args.world_size and own in found
         parts = [json.loads(path.read_text()) for path in ([own] if same else found)]
@@ -101,7 +101,7 @@ class PretrainTrainer(ExactLoading):
         self._globalstep_last_logged = parts[0]["last_logged_step"]
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        """As in Trainer; an epoch ends with its last whole global batch, for any number of ranks the same one."""
+        """As in Trainer, but an epoch ends with its last whole global batch, the same for any number of ranks."""
         sampler = super()._get_train_sampler(train_dataset)
         size = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         if type(sampler) is not RandomSampler or len(sampler) < size:
@@ -109,14 +109,14 @@ class PretrainTrainer(ExactLoading):
         return RandomSampler(sampler.data_source, num_samples=len(sampler) // size * size)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        """As in Trainer, which would take one step too many from a checkpoint of the last one."""
+        """As in Trainer, which would take one step too many from a checkpoint of the last step."""
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return
         super()._run_epoch(*args, **kwargs)
 
     def _save(self, *args: Any, **kwargs: Any) -> None:
-        """As in Trainer; config.json has the model's own `use_cache`: what is saved is there to generate."""
+        """As in Trainer, but config.json has the model's own `use_cache`, because saved models are for generation."""
         config = getattr(self.model, "config", None)
         if self._use_cache is None or config is None:
             super()._save(*args, **kwargs)
@@ -131,7 +131,7 @@ class PretrainTrainer(ExactLoading):
         return super()._get_output_dir(trial) if self._part is None else str(self._part)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """As in Trainer, into a folder beside, which becomes the checkpoint when it is whole."""
+        """As in Trainer, but into a temporary folder, which becomes the checkpoint when it is complete."""
         if self.saver is None:
             super()._save_checkpoint(model, trial)
             return
@@ -143,7 +143,7 @@ class PretrainTrainer(ExactLoading):
         )
 
     def _write_checkpoint(self, part: Path, model: nn.Module, trial: Any) -> None:
-        # The Trainer puts `checkpoint-N` below the folder that it asks for.
+        # The Trainer puts `checkpoint-N` below the folder that `_get_output_dir` returns.
         self._part = part.parent
         try:
             super()._save_checkpoint(model, trial)
@@ -156,7 +156,7 @@ class PretrainTrainer(ExactLoading):
         self._name_best(part)
 
     def _name_best(self, part: Path) -> None:
-        """Set the best checkpoint's path, which the Trainer looked for beside the unfinished one."""
+        """Set the best checkpoint's path, which the Trainer looked for next to the unfinished one."""
         if not self.state.best_global_step:
             return
         best = Path(self.args.output_dir) / f"checkpoint-{self.state.best_global_step}"
@@ -167,7 +167,7 @@ class PretrainTrainer(ExactLoading):
 
 
 class RestoreProgress(TrainerCallback):
-    """Calls `restore_progress` after the Trainer has set its own counters back."""
+    """Calls `restore_progress` after the Trainer has reset its own counters."""
 
     def __init__(self, trainer: PretrainTrainer, checkpoint: Path) -> None:
         self._trainer = trainer
@@ -180,13 +180,13 @@ class RestoreProgress(TrainerCallback):
 
 
 def decay_groups(model: nn.Module, decayed: set[str]) -> list[dict[str, Any]]:
-    """Two parameter groups: `decayed` names with the optimizer's own weight decay, the rest without any."""
+    """Two parameter groups: `decayed` names with the optimizer's own weight decay, the rest without weight decay."""
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     groups: list[dict[str, Any]] = [
         {"params": [p for name, p in trained if name in decayed]},
         {"params": [p for name, p in trained if name not in decayed], "weight_decay": 0.0},
     ]
-    # DeepSpeed makes a flat buffer of each group and stumbles over an empty one.
+    # DeepSpeed makes a flat buffer of each group and fails on an empty one.
     return [group for group in groups if group["params"]]
 
 

@@ -1,7 +1,7 @@
-"""Which methods and attributes of the Hugging Face Trainer the launcher overrides or reads, and which it checks for.
+"""Lists the methods and attributes of the Hugging Face Trainer that the launcher overrides or reads, and checks them.
 
-They are not part of the Trainer's interface. A release that moved one would otherwise train on, with checkpoints that
-are not whole or logs that miss steps.
+They are not part of the Trainer's interface. If a release moved one, training would otherwise continue with incomplete
+checkpoints or logs that miss steps.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ OVERRIDDEN = {
     "_save_checkpoint": "makes a checkpoint whole before it has its name",
     "_save_rng_state": "saves the position in the text",
 }
-"""Methods, and what the launcher does in them."""
+"""Methods, and what the launcher changes in them."""
 
 READ = {
     "_tr_loss": "the losses since the last log",
     "_globalstep_last_logged": "the step of the last log",
 }
-"""Attributes that the Trainer sets while it trains, and what they hold."""
+"""Attributes that the Trainer sets during training, and what they contain."""
 
 
 def check(trainer: type = Trainer) -> None:

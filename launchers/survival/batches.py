@@ -1,4 +1,4 @@
-"""How a global batch is cut: per device, per accumulation step."""
+"""Divides a global batch over devices and accumulation steps."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from survival.errors import LaunchError
 def resolve(values: dict[str, Any], *, explicit: frozenset[str], world_size: int) -> None:
     """Fill `per_device_train_batch_size` and `gradient_accumulation_steps` in `values` from the global batch.
 
-    Sizes that were asked for stay as they are; a preset's size per device is an upper limit.
+    Sizes that the user gave are kept; a preset's size per device is an upper limit.
     """
     total = values.get("global_batch_size")
     per_device, accumulation = "per_device_train_batch_size", "gradient_accumulation_steps"
@@ -44,7 +44,7 @@ def resolve(values: dict[str, Any], *, explicit: frozenset[str], world_size: int
 
 
 def _sizes(total: int) -> str:
-    """Which numbers of processes would do."""
+    """A sentence with the numbers of processes that divide the batch."""
     divisors = [str(n) for n in range(1, total + 1) if total % n == 0]
     if not divisors:
         return ""

@@ -1,4 +1,4 @@
-"""Which checkpoint to resume from, and whether it is whole: said before training, not after minutes of loading."""
+"""Chooses the checkpoint to resume from and checks that it is intact, before minutes of loading."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ def choose(
     """The checkpoint to resume from; None for a fresh start.
 
     Args:
-        argument: of --resume_from_checkpoint. `last`: the newest whole one. `auto`: likewise, or a fresh start where
-            there is none. Otherwise a folder.
+        argument: the value of --resume_from_checkpoint. `last`: the newest intact checkpoint. `auto`: the same, or a
+            fresh start if there is none. Otherwise a folder.
         output_dir: where `last` and `auto` look.
-        contents: whether to read and compare every byte, and not only the sizes of the files.
-        say: told of each checkpoint that is passed over.
+        contents: whether to read and compare every byte instead of only file sizes.
+        say: called with a message for each checkpoint that is skipped.
 
-    Raises LaunchError where there is none to resume from.
+    Raises LaunchError if there is no checkpoint to resume from.
     """
     word = (argument or "").lower()
     if word in _FRESH:
@@ -50,7 +50,7 @@ def choose(
 
 
 def refuse_mixing(output_dir: Path, *, resume: bool, overwrite: bool) -> None:
-    """Raise where a fresh start would run into the checkpoints of an earlier run."""
+    """Raise LaunchError if a fresh start would mix with the checkpoints of an earlier run."""
     old = listed(output_dir)
     if old and not resume and not overwrite:
         raise LaunchError(
@@ -61,7 +61,7 @@ def refuse_mixing(output_dir: Path, *, resume: bool, overwrite: bool) -> None:
 
 
 def clear(output_dir: Path) -> None:
-    """Remove what an earlier run left, and nothing else. For one process only."""
+    """Remove the files of an earlier run, and nothing else. Call it in one process only."""
     for folder in [*listed(output_dir), output_dir / "model"]:
         shutil.rmtree(folder, ignore_errors=True)
     for name in ("metrics.csv", "summary.json", "curves.png"):

@@ -1,6 +1,6 @@
-"""What all ranks decide together: over a gloo group of its own, so that no decision waits for the accelerator.
+"""Joint decisions of all ranks, over a separate gloo group so that no decision waits for the accelerator.
 
-Its time-out is the one that ends a run whose ranks have lost each other, with the rank and the step in the message.
+If ranks lose each other, the time-out of this group ends the run, with the rank and the step in the message.
 """
 
 from __future__ import annotations
@@ -20,35 +20,35 @@ _ROLL_CALL_SECONDS = 10.0
 
 
 class Event(enum.IntFlag):
-    """What one rank has noticed and all must act on."""
+    """Something that one rank has noticed and all must act on."""
 
     NONE = 0
     STOP = 1
-    """A signal asks for a checkpoint and the end."""
+    """A signal asks the run to write a checkpoint and end."""
     NOT_FINITE = 2
     """A training loss was NaN or Inf."""
     RISEN = 4
-    """The training loss has risen and stayed there."""
+    """The training loss has risen and stayed high."""
     FENCED = 8
-    """The output folder has another owner."""
+    """Another job owns the output folder."""
 
 
 class Control:
-    """All ranks of the run; made by all of them at the same time, after the process group."""
+    """All ranks of the run. All of them create it together, after the process group."""
 
     def __init__(self, timeout_seconds: float) -> None:
         self.timeout_seconds = timeout_seconds
         self._turn = 0
         self.step = 0
-        """The step that messages name; the guard keeps it."""
+        """The step named in messages; the guard updates it."""
         timeout = timedelta(seconds=timeout_seconds)
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self._group = dist.new_group(backend="gloo", timeout=timeout)
-        # After a failure the first group is in an unknown state: who is left is asked over another one.
+        # After a failure the first group is in an unknown state, so the roll call uses another one.
         self._roll_call = dist.new_group(backend="gloo", timeout=timedelta(seconds=_ROLL_CALL_SECONDS))
 
     def agree(self, events: Event = Event.NONE) -> Event:
-        """All events of all ranks; every rank calls it, and none goes on before the others have."""
+        """The union of the events of all ranks. Every rank must call it, and none continues before the others have."""
         flags = torch.tensor(int(events), dtype=torch.int32)
         self._together(lambda: dist.all_reduce(flags, op=dist.ReduceOp.BOR, group=self._group))
         return Event(int(flags))
@@ -60,17 +60,17 @@ class Control:
         return values
 
     def from_first(self, make: Callable[[], T]) -> T:
-        """Run `make` on rank 0 and hand its result to all; where it raises, every rank raises.
+        """Run `make` on rank 0 and return its result on all ranks; if it raises, every rank raises.
 
-        All wait for as long as rank 0 works. Raises LaunchError and RunEnded as rank 0 did, and its other errors as
-        they are there and as Interrupted elsewhere.
+        The other ranks wait however long rank 0 takes. LaunchError and RunEnded are raised on all ranks. Any other
+        error is raised as it is on rank 0 and as Interrupted on the others.
         """
         answer: list[Any] = [None, None]
         error: Exception | None = None
         if self.rank == 0:
             try:
                 answer[1] = make()
-            except Exception as raised:  # whatever it is, the others must learn of it
+            except Exception as raised:  # of any kind: the others must learn of it
                 error = raised
                 answer[0] = (
                     raised if isinstance(raised, (LaunchError, RunEnded)) else Interrupted(f"rank 0: {raised!r}")
@@ -85,13 +85,13 @@ class Control:
         return result
 
     def on_all(self, act: Callable[[], T]) -> T:
-        """Run `act` on every rank; where it fails on one, that rank raises its error, and the others Interrupted."""
+        """Run `act` on every rank. If it fails on one, that rank raises its error and the others Interrupted."""
         problem: str | None = None
         error: Exception | None = None
         result: T | None = None
         try:
             result = act()
-        except Exception as raised:  # whatever it is, the others must learn of it
+        except Exception as raised:  # of any kind: the others must learn of it
             error, problem = raised, f"rank {self.rank}, step {self.step}: {raised}"
         problems = [found for found in self.gather(problem) if found is not None]
         if error is not None:
@@ -101,14 +101,14 @@ class Control:
         return result  # type: ignore[return-value]
 
     def stuck(self, seconds: float) -> Interrupted:
-        """The end of a run that makes no progress: says what is known of who is left."""
+        """The error of a run that makes no progress, with what is known about the remaining ranks."""
         left = self._who_is_left()
         return Interrupted(
             f"rank {self.rank}, step {self.step}: no progress for {seconds:.0f} s (--ddp_timeout). {left}"
         )
 
     def lost(self, error: BaseException) -> Interrupted:
-        """The end of a run whose ranks do not hear of each other any more: says what is known of who is left."""
+        """The error of a run whose ranks have lost contact, with what is known about the remaining ranks."""
         said = (str(error).strip().splitlines() or [type(error).__name__])[0]
         return Interrupted(
             f"rank {self.rank}, step {self.step}: the connection to the other ranks broke, or one of them did not "
@@ -131,8 +131,8 @@ class Control:
             raise self.lost(error) from error
 
     def _wait_for_first(self) -> None:
-        """Let ranks wait in short turns for rank 0, whose work may take longer than the time-out."""
-        # A barrier would time out: rank 0 says through the store that it is done, and the others ask there in turns.
+        """Wait for rank 0, whose work may take longer than the time-out."""
+        # A barrier would time out. Instead rank 0 sets a key in the store when it is done, and the others poll it.
         store = dist.distributed_c10d._get_default_store()
         self._turn += 1
         key = f"ds_quant/control/{self._turn}"

@@ -1,4 +1,4 @@
-"""What is said of a disk that takes no more."""
+"""Recognizes errors of a full disk."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ _FULL = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the quota is used up",
 
 
 def problem(error: BaseException, folder: Path) -> str | None:
-    """Why nothing more could be written below `folder`, in words; None where `error` is of another kind."""
+    """A message on why nothing more can be written below `folder`; None if `error` has another cause."""
     free = shutil.disk_usage(folder).free
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, OSError) and cause.errno in _FULL:
             return f"{_FULL[cause.errno]} ({free >> 20} MiB free)"
         cause = cause.__cause__ or cause.__context__
-    # The writers of torch and safetensors raise errors of their own, without a number.
+    # The writers of torch and safetensors raise their own errors, without an errno.
     text = str(error).lower()
     if "no space left" in text or "os error 28" in text:
         return f"{_FULL[errno.ENOSPC]} ({free >> 20} MiB free)"

@@ -1,4 +1,4 @@
-"""The output folder from its taking to the run's end, which status.json and the exit status tell, whatever it was."""
+"""Claims the output folder, and reports any end of the run in status.json and the exit status."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _CONNECTION = (
 
 
 def take_folder(output_dir: Path, control: Control) -> Lease:
-    """Make the folder this job's own, on all ranks. Raises LaunchError where another job writes there."""
+    """Claim the folder for this job, on all ranks. Raises LaunchError if another job writes there."""
     taken: list[Lease] = []
 
     def acquire() -> int:
@@ -46,7 +46,7 @@ def take_folder(output_dir: Path, control: Control) -> Lease:
 
 
 def _see(lease: Lease) -> None:
-    """Wait until this rank sees what rank 0 wrote; a folder of its own would lose its part of every checkpoint."""
+    """Wait until this rank sees what rank 0 wrote; a separate folder would lose its part of every checkpoint."""
     deadline = time.monotonic() + _SEEN_SECONDS
     while lease.lost():
         if time.monotonic() > deadline:
@@ -59,9 +59,9 @@ def _see(lease: Lease) -> None:
 
 @contextmanager
 def ending(lease: Lease, control: Control) -> Iterator[None]:
-    """Write the end state to status.json and give the folder back; an error of any kind goes on its way afterwards.
+    """Write the final state to status.json, release the folder, and then let any error propagate.
 
-    Errors of broken connections leave as Interrupted, those of a full disk as Failed.
+    Errors of broken connections are raised as Interrupted, those of a full disk as Failed.
     """
     try:
         yield
@@ -94,7 +94,7 @@ def ending(lease: Lease, control: Control) -> Iterator[None]:
 
 
 def give_up(lease: Lease, control: Control, seconds: float) -> None:
-    """Tell of a run that makes no progress; for the watchdog, which then ends the process."""
+    """Report a run that makes no progress. The watchdog calls this and then ends the process."""
     stuck = control.stuck(seconds)
     complain(str(stuck), everywhere=True)
     _write(lease, control, stuck.state, str(stuck), retry=stuck.retry)
@@ -103,7 +103,7 @@ def give_up(lease: Lease, control: Control, seconds: float) -> None:
 
 
 def _translated(error: Exception, lease: Lease, control: Control) -> RunEnded | None:
-    """The end that an error of a library amounts to; None for one of another kind."""
+    """The RunEnded that corresponds to a library's error; None if there is none."""
     why = disk.problem(error, lease.output_dir)
     if why is not None:
         return Failed(
@@ -119,11 +119,11 @@ def _translated(error: Exception, lease: Lease, control: Control) -> RunEnded | 
 
 
 def _write(lease: Lease, control: Control, state: str, reason: str = "", *, retry: bool = False) -> None:
-    """Write the state unless another rank, whose end was the cause of this one, has written its own."""
+    """Write the state, unless another rank, which caused this end, has already written its own."""
     if lease.lost():
         return
     if control.rank != 0 and state in (status.DONE, status.STOPPED, status.DIVERGED):
-        return  # all ranks end alike, and rank 0 says so
+        return  # all ranks end the same way, and rank 0 reports it
     before = status.read(lease.output_dir) or {}
     if before.get("state", status.RUNNING) != status.RUNNING and (retry or not before.get("retry")):
         return

@@ -1,15 +1,15 @@
-"""How a run can end before its last step. Each end has an exit status of its own."""
+"""The ways in which a run can end before its last step, each with its exit status."""
 
 from __future__ import annotations
 
 from ds_quant.cli.shared.errors import CommandError
 
 LaunchError = CommandError
-"""A mistake in what was asked for, as the commands of ds_quant end with too."""
+"""A user's mistake in arguments or settings; the commands of ds_quant raise the same class."""
 
 
 class RunEnded(Exception):
-    """The run ended before its last step. `retry`: whether starting it again would get further."""
+    """The run ended before its last step. `retry`: whether a restart would get further."""
 
     state = "failed"
     retry = False
@@ -17,14 +17,14 @@ class RunEnded(Exception):
 
 
 class Diverged(RunEnded):
-    """The loss is NaN, infinite, or has risen for good; the same would happen again."""
+    """The loss is NaN or infinite, or has risen for good. A restart would diverge again."""
 
     state = "diverged"
     exit_status = 3
 
 
 class Failed(RunEnded):
-    """Something is in the way that only a person can clear, such as a full disk."""
+    """Something needs a person to fix it, such as a full disk."""
 
 
 class Interrupted(RunEnded):
@@ -34,11 +34,11 @@ class Interrupted(RunEnded):
 
 
 class Fenced(RunEnded):
-    """Another job has taken over the output folder: nothing of it may be written any more."""
+    """Another job has taken over the output folder; this one must not write there any more."""
 
 
 class Stopped(RunEnded):
-    """Asked to stop by a signal; all ranks have written a checkpoint together."""
+    """A signal asked the run to stop, and all ranks have written a checkpoint together."""
 
     state = "stopped"
     retry = True

@@ -1,4 +1,4 @@
-"""At every step boundary all ranks ask each other whether to go on, and end the run together where not."""
+"""At every step boundary all ranks agree on whether to continue; if not, they end the run together."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from survival.lease import Lease
 from survival.signals import StopRequest
 
 MOST_SKIPPED = 50
-"""A run is over whose gradients were NaN or Inf for so many steps in a row: DeepSpeed skips such steps for ever. The
-search for a loss scale of fp16 takes some twenty at most."""
+"""A run ends after this many steps in a row with gradients of NaN or Inf, which DeepSpeed would skip forever. The
+search for a loss scale in fp16 takes at most about twenty."""
 RISE_PATIENCE = 5
-"""So many logged losses in a row must lie too high before a run counts as diverged."""
+"""A run counts as diverged after this many logged losses in a row that are too high."""
 
 
 class Guard(TrainerCallback):
     """Stops on a signal, on a loss that is NaN or has risen for good, and when another job owns the folder.
 
-    It must be added after the Trainer's own callbacks, which decide what a step ends with.
+    Add it after the Trainer's own callbacks, which decide whether a step logs, evaluates or saves.
     """
 
     def __init__(self, control: Control, lease: Lease, request: StopRequest, max_loss_rise: float | None) -> None:
@@ -36,10 +36,10 @@ class Guard(TrainerCallback):
         self._engine: Any = None
         self._skipped = 0
         self.outcome: RunEnded | None = None
-        """Why the run ends before its last step; None while it does not."""
+        """Why the run ends before its last step; None as long as it continues."""
 
     def observe(self, loss: torch.Tensor, engine: Any) -> None:
-        """Take note of a micro-step's loss on its device, without waiting for it."""
+        """Record a micro-step's loss on its device, without waiting for it."""
         self._engine = engine
         finite = torch.isfinite(loss.detach()).all()
         self._finite = finite if self._finite is None else self._finite & finite
@@ -47,7 +47,7 @@ class Guard(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """From here on there is a next step to stop at."""
+        """From here on a signal can stop the run at the next step."""
         self._control.step = state.global_step
         self._request.training = True
         self._tell(state)
@@ -55,16 +55,16 @@ class Guard(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """From here on no step comes at which a signal could stop the run."""
+        """From here on there is no next step at which a signal could stop the run."""
         self._request.training = self.outcome is not None
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Agree with the other ranks on how to go on."""
+        """Agree with the other ranks on how to continue."""
         self._control.step = state.global_step
         events = self._noticed(state, control)
         agreed = self._control.agree(events)
         if agreed & Event.STOP and not _looks(control):
-            # A step that would not have been saved: what is saved for the signal must be as sound as at any other.
+            # This step was not due to be saved. A checkpoint for a signal must be as sound as any other.
             agreed |= self._control.agree(self._ruined(state))
         last = state.global_step >= state.max_steps
         if agreed & Event.FENCED:
@@ -72,7 +72,7 @@ class Guard(TrainerCallback):
             control.should_log = control.should_save = control.should_evaluate = False
         elif agreed & Event.NOT_FINITE:
             self._end(control, Diverged(f"step {state.global_step}: {self._not_finite_reason()}"))
-            # What was learned is lost: saving it would push out a checkpoint from before.
+            # The model is ruined, and saving it would displace an earlier, sound checkpoint.
             control.should_log, control.should_save, control.should_evaluate = True, False, False
         elif agreed & Event.RISEN:
             self._end(control, Diverged(f"step {state.global_step}: {self._rise(state)}"))
@@ -87,7 +87,7 @@ class Guard(TrainerCallback):
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """A run that ends in the middle of an epoch has done all that it should."""
+        """A run that ends within an epoch has already logged, saved and evaluated what it should."""
         if self.outcome is not None:
             control.should_log = control.should_save = control.should_evaluate = False
 
@@ -111,7 +111,7 @@ class Guard(TrainerCallback):
         return events
 
     def _all_finite(self) -> bool:
-        """Whether every loss since the last call was a number."""
+        """Whether every loss since the last call was finite."""
         finite = self._finite is None or bool(self._finite)
         self._finite = None
         return finite
@@ -122,7 +122,7 @@ class Guard(TrainerCallback):
             return
         self._skipped += 1
         if self._engine.fp16_enabled():
-            self._finite = None  # fp16 with loss scaling overflows now and then: the step is skipped, and all is well
+            self._finite = None  # with loss scaling, fp16 overflows now and then; skipping that step is normal
 
     def _not_finite_reason(self) -> str:
         if self._skipped >= MOST_SKIPPED:
@@ -130,7 +130,7 @@ class Guard(TrainerCallback):
         return "the training loss was NaN or Inf since the last log"
 
     def _rise(self, state: TrainerState) -> str | None:
-        """How far the logged losses have risen, in words; None if they have not, or if this is not checked."""
+        """A message on how far the logged losses have risen; None if they have not, or if this is not checked."""
         if self._max_loss_rise is None:
             return None
         losses = [float(entry["loss"]) for entry in state.log_history if "loss" in entry]
@@ -161,9 +161,9 @@ class Guard(TrainerCallback):
             try:
                 status.write(self._lease.output_dir, status.RUNNING, step=state.global_step)
             except OSError:
-                return  # a full disk: saving will end the run and say so
+                return  # the disk is full: saving will end the run and report it
 
 
 def _looks(control: TrainerControl) -> bool:
-    """Whether to check the losses: that waits for the device, which logging and saving do anyway."""
+    """Whether to check the losses. That waits for the device, but logging and saving do so anyway."""
     return bool(control.should_log or control.should_save)

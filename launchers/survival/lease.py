@@ -1,9 +1,9 @@
-"""Who may write into an output folder: one job at a time, and after a take-over never the one before.
+"""Lets one job at a time write into an output folder; after a take-over the previous job must not write.
 
-A node that a cluster has given up may go on writing while its job runs again elsewhere. Each job that takes the folder
-therefore creates the next of the files `.lease-1`, `.lease-2`, ...: creating a file that must not exist yet succeeds
-for one process only, on a network file system too. The highest number owns the folder; whoever finds a higher one than
-its own is fenced off, and writes nothing more. Owners that live change their file every few seconds.
+A node that a cluster has given up may keep writing while its job runs again elsewhere. Therefore each job that claims
+the folder creates the next of the files `.lease-1`, `.lease-2`, ... Creating a file that must not exist yet succeeds
+for only one process, on a network file system too. The highest number owns the folder. A job that finds a higher number
+than its own is fenced off and writes nothing more. Living owners change their file every few seconds.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from survival.errors import Fenced, LaunchError
 BEAT_SECONDS = 5.0
 """A living owner changes its file this often."""
 PATIENCE_SECONDS = 45.0
-"""An owner whose file has not changed for so long is dead: several beats, and what network file systems cache."""
+"""An owner is dead if its file has not changed for this long: several beats, and what network file systems cache."""
 _NAME = re.compile(r"\.lease-([0-9]+)")
 _WRITING = re.compile(r"\.writing-([0-9]+)")
 
@@ -44,9 +44,9 @@ class Lease:
     def acquire(
         cls, output_dir: Path, *, patience: float = PATIENCE_SECONDS, say: Callable[[str], None] = print
     ) -> Lease:
-        """Take the folder over, waiting to see whether its owner lives where that is in doubt. For one process a job.
+        """Claim the folder. If its owner may still live, wait to find out. Call it in one process per job.
 
-        Raises LaunchError where another job that lives owns it, or nothing can be written there.
+        Raises LaunchError if a living job owns the folder or it cannot be written to.
         """
         while True:
             generation = newest(output_dir)
@@ -58,7 +58,7 @@ class Lease:
                 with lease._path.open("x") as file:
                     file.write(json.dumps(lease._owner()))
             except FileExistsError:
-                continue  # another job was faster: look at it
+                continue  # another job was faster: check that one
             except OSError as error:
                 raise not_writable(output_dir, error) from error
             lease._clear_away_older()
@@ -66,34 +66,34 @@ class Lease:
 
     @property
     def writing(self) -> Path:
-        """Where this generation prepares what it renames into place later."""
+        """The folder where this generation prepares files before it renames them into place."""
         return self.output_dir / f".writing-{self.generation}"
 
     def lost(self) -> bool:
-        """Whether another job has taken the folder over."""
+        """Whether another job has taken over the folder."""
         try:
-            # Listings of network file systems may be old; opening asks the server, and the next owner removes this.
+            # Listings of network file systems may be stale. Opening asks the server; the next owner removes this file.
             self._path.open().close()
         except FileNotFoundError:
             return True
         except OSError:
-            return False  # nothing is known: what is written next will fail by itself
+            return False  # unknown: the next write will fail by itself
         return newest(self.output_dir) != self.generation
 
     def check(self) -> None:
-        """Raise Fenced where another job has taken the folder over: to be asked before anything is written."""
+        """Raise Fenced if another job has taken over the folder. Call it before writing anything."""
         if self.lost():
             found = newest(self.output_dir)
             who = _describe(_read(self.output_dir / f".lease-{found}")) if found else "someone who removed the lease"
             raise Fenced(f"{self.output_dir} was taken over by {who}: this job writes nothing more")
 
     def keep_alive(self) -> None:
-        """Beat in a thread until `release`."""
+        """Update the file from a thread until `release`."""
         self._thread = threading.Thread(target=self._beat, name="lease", daemon=True)
         self._thread.start()
 
     def release(self) -> None:
-        """Give the folder back: the next job need not wait to see whether this one lives."""
+        """Release the folder, so that the next job need not wait to see whether this one lives."""
         self._ended.set()
         if self._thread is not None:
             self._thread.join()
@@ -114,7 +114,7 @@ class Lease:
                 file.write(json.dumps(content))
                 file.truncate()
         except OSError:
-            return  # it is another's now, or the disk is full, which saving will say
+            return  # another job owns it now, or the disk is full, which saving will report
 
     def _owner(self) -> dict[str, Any]:
         return {
@@ -127,7 +127,7 @@ class Lease:
         }
 
     def _clear_away_older(self) -> None:
-        # What an owner before was preparing goes too: should it live after all, it cannot rename that into place.
+        # Also removes what an earlier owner was preparing, so that it cannot rename it into place if it still lives.
         for path in self.output_dir.iterdir():
             match = _NAME.fullmatch(path.name) or _WRITING.fullmatch(path.name)
             if match and int(match[1]) < self.generation:
@@ -138,7 +138,7 @@ class Lease:
 
 
 def not_writable(output_dir: Path, error: OSError) -> LaunchError:
-    """The error of an output folder that takes nothing."""
+    """The error for an output folder that cannot be written to."""
     return LaunchError(f"--output_dir {output_dir} cannot be written to: {error.strerror or error}. Give another one.")
 
 
@@ -152,7 +152,7 @@ def newest(output_dir: Path) -> int | None:
 
 
 def _wait_for_the_dead(output_dir: Path, generation: int, patience: float, say: Callable[[str], None]) -> None:
-    """Return when the owner is gone; raise LaunchError as soon as it gives a sign of life."""
+    """Return when the owner is gone; raise LaunchError as soon as it shows a sign of life."""
     path = output_dir / f".lease-{generation}"
     first = _read(path)
     if _is_gone(first):
@@ -172,7 +172,7 @@ def _wait_for_the_dead(output_dir: Path, generation: int, patience: float, say: 
 
 
 def _is_gone(owner: dict[str, Any] | None) -> bool:
-    """Whether the owner has ended, or has been replaced by this very job's restart, for all that can be known here."""
+    """Whether the owner has ended or is this job before its restart, as far as can be known here."""
     if owner is None or owner.get("released"):
         return True
     job, mine = owner.get("job_id"), os.environ.get("SLURM_JOB_ID")
@@ -187,14 +187,14 @@ def _lives(pid: object) -> bool:
     if not isinstance(pid, int) or pid == os.getpid():
         return False
     try:
-        # A zombie is dead: only its parent has not looked yet.
+        # A zombie is dead; its parent has just not collected it yet.
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    """None: there is no such file. A file that is being written reads as an owner of which nothing is known."""
+    """The owner; None if there is no such file. A half-written file reads as an unknown owner."""
     try:
         text = path.read_text()
     except OSError:
@@ -218,7 +218,7 @@ def _restart_count() -> int:
 
 
 def _boot_id() -> str | None:
-    # Processes of another container or boot have numbers of their own.
+    # Process ids are only comparable within the same boot and container.
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot}:{os.readlink('/proc/self/ns/pid')}"

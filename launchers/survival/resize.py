@@ -1,27 +1,26 @@
-"""Going on with another number of ranks: the same global batch, and optimizer states through the universal format."""
+"""Resumes with another number of ranks: same global batch, optimizer states through the universal format."""
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 from ds_quant.base import manifest, trainer_checkpoints
 from ds_quant.base.checkpoint_files import to_universal
-from ds_quant.base.whole_folder import sync, write_whole
+from ds_quant.base.whole_folder import replace_folder, sync_tree, write_whole
 from survival import batches
 from survival.errors import LaunchError
 from survival.lease import Lease
 
 
 def needs_universal(checkpoint: Path, world_size: int, config: dict[str, Any]) -> bool:
-    """Whether DeepSpeed can load this checkpoint's optimizer states in its universal format only."""
+    """Whether DeepSpeed can load this checkpoint's optimizer states only in its universal format."""
     if config.get("checkpoint", {}).get("load_universal") or config.get("zero_optimization", {}).get(
         "elastic_checkpoint"
     ):
         return False
-    # At stage 0 there are none: every rank holds all.
+    # At stage 0 there are no per-rank states: every rank holds all.
     saved = len(trainer_checkpoints.optimizer_ranks(checkpoint))
     return saved not in (0, world_size)
 
@@ -29,16 +28,18 @@ def needs_universal(checkpoint: Path, world_size: int, config: dict[str, Any]) -
 def keep_global_batch(
     values: dict[str, Any], checkpoint: Path, *, explicit: frozenset[str], fixed: frozenset[str], world_size: int
 ) -> str | None:
-    """Cut the checkpoint's global batch for this number of ranks, in place; a line for the user, None if all was so.
+    """Divide the checkpoint's global batch over this number of ranks, in place.
+
+    Returns a line for the user; None if nothing changes.
 
     Args:
         values: the flags, with `global_batch_size` as it would be without the checkpoint.
-        checkpoint: where the run goes on.
+        checkpoint: the checkpoint that the run resumes from.
         explicit: names of the flags that the user gave.
         fixed: names of the flags whose value the DeepSpeed JSON fixes.
         world_size: of this run.
 
-    Raises LaunchError where the user asked for another global batch, or it cannot be cut.
+    Raises LaunchError if the user asked for another global batch, or it cannot be divided.
     """
     found = manifest.read(checkpoint) or {}
     total = found.get("global_batch_size")
@@ -52,7 +53,7 @@ def keep_global_batch(
         )
     per_device = "per_device_train_batch_size"
     values["global_batch_size"] = total
-    # The size per device that was asked for is an upper limit here, as memory is one; accumulation follows.
+    # The requested size per device is an upper limit here, because memory is limited; accumulation is adjusted.
     kept = fixed & {per_device, "gradient_accumulation_steps"}
     batches.resolve(values, explicit=kept | {"global_batch_size"}, world_size=world_size)
     return (
@@ -62,9 +63,9 @@ def keep_global_batch(
 
 
 def make_universal(checkpoint: Path, lease: Lease) -> None:
-    """Add DeepSpeed's universal form of its optimizer states to a checkpoint. For one process; may take long.
+    """Add the optimizer states in DeepSpeed's universal format to a checkpoint. Call it in one process; may be slow.
 
-    Raises LaunchError where DeepSpeed cannot convert it.
+    Raises LaunchError if DeepSpeed cannot convert it.
     """
     states = trainer_checkpoints.states_of(checkpoint)
     universal = states.with_name(f"{states.name}_universal")
@@ -81,8 +82,7 @@ def make_universal(checkpoint: Path, lease: Lease) -> None:
             f"{checkpoint} was saved by {ranks} ranks, and DeepSpeed could not "
             f"convert it for another number: {said}. Resume with as many ranks as saved it."
         )
+    sync_tree(part)  # takes long, and the lease may be lost meanwhile
     lease.check()
-    shutil.rmtree(universal, ignore_errors=True)
-    os.replace(part, universal)
-    sync(checkpoint)
+    replace_folder(part, universal)
     write_whole(pointer, universal.name)

@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or not there: written beside, hashed, renamed, read back, and only then older ones go."""
+"""Writes checkpoints completely or not at all: to a temporary folder, hashed, renamed, read back, then pruned."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from survival.lease import Lease
 
 
 class CheckpointSaver:
-    """Writes the checkpoints of one run; every rank has one, and all call `save` together."""
+    """Writes the checkpoints of one run. Every rank has a saver, and all call `save` together."""
 
     def __init__(self, lease: Lease, control: Control, about: dict[str, Any], limit: int | None) -> None:
         self._lease = lease
@@ -26,16 +26,16 @@ class CheckpointSaver:
         self._limit = limit
 
     def save(self, step: int, write: Callable[[Path], None], keep: str | None = None) -> Path:
-        """Make `checkpoint-<step>` of what `write` leaves in the folder it is given, and prune older ones.
+        """Publish what `write` leaves in its folder as `checkpoint-<step>`, and prune older checkpoints.
 
         Args:
-            step: the optimizer step that has been taken.
+            step: the last optimizer step.
             write: called on all ranks with a folder's path; creates it and fills it.
             keep: the name of a checkpoint that is never pruned, such as the best one.
 
         Raises:
-            Failed: the disk is full, on the rank it happened on; the others raise Interrupted. Nothing of the
-                unfinished checkpoint is left, and all older ones are.
+            Failed: the disk is full; raised on that rank, while the others raise Interrupted. The unfinished
+                checkpoint is removed, and all older ones are kept.
             Fenced: another job owns the output folder.
         """
         control, output_dir = self._control, self._lease.output_dir
@@ -45,14 +45,14 @@ class CheckpointSaver:
         if control.rank == 0:
             shutil.rmtree(part, ignore_errors=True)
         control.agree()
-        # Not by `on_all`: DeepSpeed's own barriers are in there, where the others would wait for a rank that failed.
-        # It leaves instead, which breaks its connections.
+        # Not `on_all`: DeepSpeed's own barriers are inside, where the others would wait for a rank that failed. The
+        # failed rank leaves instead, which breaks its connections.
         self._guarded(part, lambda: write(part))
         control.agree()
         entries = control.on_all(lambda: self._guarded(part, lambda: self._digest(part)))
         everyone = [entry for own in control.gather(entries) for entry in own]
         control.from_first(lambda: self._guarded(part, lambda: self._publish(part, final, everyone, step)))
-        # Read by another rank than the one that hashed it, which for many is another node.
+        # Each file is read by a different rank from the one that hashed it, often on another node.
         mine = manifest.share(sorted(entry.path for entry in everyone), control.rank + 1, control.world_size)
         problem = manifest.defect_of_contents(final, [entry for entry in everyone if entry.path in set(mine)])
         problems = [found for found in control.gather(problem) if found is not None]
@@ -73,7 +73,7 @@ class CheckpointSaver:
         self._lease.check()
         replaced = self._lease.writing / f"replaced-{step}"
         if final.exists():
-            # Left by a run before, and broken or out of date, or this run would have begun after it.
+            # Left by an earlier run and broken or out of date; otherwise this run would have started after it.
             os.replace(final, replaced)
         os.replace(part, final)
         shutil.rmtree(replaced, ignore_errors=True)
@@ -90,22 +90,22 @@ class CheckpointSaver:
         spare = len(older) + 1 - self._limit
         for path in [path for path in older if path.name != keep][: max(spare, 0)]:
             self._lease.check()
-            # Under another name first: a prune that is cut short must not leave half a checkpoint.
+            # Renamed first, because an interrupted prune must not leave half a checkpoint.
             gone = self._lease.writing / f"pruned-{path.name}"
             gone.parent.mkdir(exist_ok=True)
             os.replace(path, gone)
             shutil.rmtree(gone, ignore_errors=True)
 
     def _guarded(self, part: Path, act: Callable[[], Any]) -> Any:
-        """Run `act`; a failure to write takes the unfinished files away and says what is in the way."""
+        """Run `act`. If writing fails, remove the unfinished files and report the cause."""
         try:
             return act()
         except RunEnded:
             raise
         except (OSError, RuntimeError) as error:
-            self._lease.check()  # no error but the take-over, where the new owner removed what was being written
+            self._lease.check()  # after a take-over the new owner removed these files: report that instead
             why = disk.problem(error, self._lease.output_dir)
-            # What was written makes room again, for the message about it among others.
+            # Removing the files makes room, among other things for the error message.
             shutil.rmtree(part, ignore_errors=True)
             if why is None:
                 raise

@@ -1,4 +1,4 @@
-"""SIGUSR1 and SIGTERM: a cluster's warning that the end is near, taken as a request to stop at the next step."""
+"""Treats SIGUSR1 and SIGTERM, a cluster's warnings of the end, as requests to stop at the next step."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
 
 
 class StopAtOnce(BaseException):
-    """A signal came outside of training steps: nothing to save. Not an Exception, since libraries swallow those."""
+    """A signal came outside of training steps, so there is nothing to save.
+
+    It is not an Exception, because libraries swallow those.
+    """
 
 
 class StopRequest:
@@ -18,20 +21,20 @@ class StopRequest:
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
         self.training = False
-        """Whether steps are being taken, so that there will be a next one to stop at."""
+        """Whether training steps are running, so that there will be a next one to stop at."""
 
     def install(self) -> None:
-        """Take the signals from now on."""
+        """Handle the signals from now on."""
         for number in SIGNALS:
             signal.signal(number, self._receive)
 
     def end(self) -> None:
-        """Ignore the signals: the process is about to exit, and its status is settled."""
+        """Ignore the signals: the process is about to exit, and its status is decided."""
         for number in SIGNALS:
             signal.signal(number, signal.SIG_IGN)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        # Only noted while training: a handler runs between any two lines, where no collective can be begun.
+        # During training only recorded: a handler can run between any two lines, where no collective may start.
         if self.signal is None:
             self.signal = signal.Signals(number)
         if not self.training:

@@ -1,10 +1,9 @@
-"""status.json: how a run stands, for people, scripts and `collect.py`. The standard library is enough to read it.
+"""status.json: the state of a run, for people, scripts and `collect.py`. Reading it needs only the standard library.
 
     python launchers/survival/status.py OUTPUT_DIR
 
-prints the state in one word, followed by `retry` if starting the run again would get further:
-`running`, `stopped retry`, `done`, `diverged`, `failed`, `failed retry`, or `unknown` where there is no such file. A
-killed process leaves `running` behind.
+prints the state in one word, followed by `retry` if a restart would get further: `running`, `stopped retry`, `done`,
+`diverged`, `failed`, `failed retry`, or `unknown` if there is no such file. A killed process leaves `running` behind.
 """
 
 from __future__ import annotations
@@ -22,7 +21,9 @@ RUNNING, STOPPED, DONE, DIVERGED, FAILED = STATES = ("running", "stopped", "done
 
 
 def write(output_dir: Path, state: str, *, reason: str = "", step: int = 0, retry: bool = False, rank: int = 0) -> None:
-    """Replace status.json at once. Raises OSError where nothing can be written."""
+    """Replace status.json atomically. Raises OSError if it cannot be written."""
+    from ds_quant.base.whole_folder import write_whole  # here: reading needs the standard library alone
+
     content = {
         "state": state,
         "reason": reason,
@@ -36,16 +37,11 @@ def write(output_dir: Path, state: str, *, reason: str = "", step: int = 0, retr
         "time": round(time.time(), 3),
     }
     output_dir.mkdir(parents=True, exist_ok=True)
-    temporary = output_dir / f".{NAME}.{rank}.{os.getpid()}.tmp"
-    try:
-        temporary.write_text(json.dumps(content, indent=2) + "\n")
-        os.replace(temporary, output_dir / NAME)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_whole(output_dir / NAME, json.dumps(content, indent=2) + "\n")
 
 
 def read(output_dir: Path) -> dict[str, Any] | None:
-    """The content of status.json; None if it is missing or cannot be understood."""
+    """The content of status.json; None if it is missing or invalid."""
     try:
         found = json.loads((output_dir / NAME).read_text())
     except (OSError, ValueError, RecursionError):

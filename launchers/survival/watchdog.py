@@ -1,4 +1,4 @@
-"""Ends a process that makes no progress: DeepSpeed's own groups wait half an hour for a rank, whatever was asked."""
+"""Ends a process that makes no progress. DeepSpeed's own groups wait half an hour, whatever time-out was set."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from survival.errors import Interrupted
 
 _SPARE_SECONDS = 5.0
-"""The time-outs of collectives go first: they say what was waited for."""
+"""The time-outs of collectives come first, because their messages say what was waited for."""
 
 
 class Watchdog(TrainerCallback):
-    """Watches from a thread that steps are taken, sequences evaluated and checkpoints written.
+    """Checks from a thread that steps, evaluations and checkpoints make progress.
 
     Args:
-        timeout_seconds: how long each of them may take.
-        give_up: called before the process is ended, in the thread; the process ends whatever it does.
+        timeout_seconds: how long each step, evaluated batch or save may take.
+        give_up: called in the thread before the process ends; the process ends in any case.
     """
 
     def __init__(self, timeout_seconds: float, give_up: Callable[[float], None]) -> None:
@@ -34,7 +34,7 @@ class Watchdog(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Start to watch."""
+        """Start watching."""
         self._beat()
         self._thread.start()
 
@@ -47,7 +47,7 @@ class Watchdog(TrainerCallback):
     def on_substep_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Note that the run has made progress."""
+        """Record that the run has made progress."""
         self._beat()
 
     on_step_end = on_prediction_step = on_evaluate = on_save = on_substep_end
@@ -63,5 +63,5 @@ class Watchdog(TrainerCallback):
                 try:
                     self._give_up(idle)
                 finally:
-                    # The main thread waits in a library, where no exception reaches it.
+                    # The main thread waits inside a library, where an exception cannot reach it.
                     os._exit(Interrupted.exit_status)

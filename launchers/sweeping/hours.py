@@ -1,4 +1,4 @@
-"""Whether the flags of runs are ones that pretrain.py takes, and how many tokens they amount to."""
+"""Checks that pretrain.py accepts the flags of runs, and counts the tokens they train on."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ def refuse_own(more: Sequence[str]) -> None:
 def tokens(arguments: Sequence[str], world_size: int) -> int | None:
     """Tokens that a run with these arguments of pretrain.py trains on: steps x global batch x context length.
 
-    None where the number of steps follows from the data. The first call takes seconds, to import pretrain.py's parser.
+    None if the number of steps depends on the data. The first call takes seconds, to import pretrain.py's parser.
 
     Raises:
         CommandError: pretrain.py would refuse the arguments.
     """
-    # Nothing but parsing: no device is needed for it.
+    # This only parses, which needs no device.
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     from pretraining import arguments as pretrain_arguments
     from survival.errors import LaunchError

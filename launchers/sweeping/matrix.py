@@ -1,4 +1,4 @@
-"""Which configs and seeds were asked for."""
+"""Parses the requested configs and seeds."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from ds_quant.cli.shared.errors import CommandError
 
 _SEEDS = re.compile(r"([0-9]+)(?:-([0-9]+))?")
 _MOST_SEEDS = 10_000
-# A folder of this name must be one that collect.py takes for a config, and one word for --expect.
+# collect.py must read a folder of this name as a config, and --expect as one word.
 _NAME = re.compile(r"[A-Za-z0-9_.+-]+")
 
 
 @dataclass(frozen=True)
 class Config:
-    """A DeepSpeed JSON, and the name that its runs are collected under."""
+    """A DeepSpeed JSON, and the name under which its runs are collected."""
 
     name: str
     path: str
@@ -34,7 +34,7 @@ def configs(text: str, folder: Path) -> list[Config]:
     """The configs named in `text`: words such as `w8a8`, `paper_*` or `my/own.json`; all shipped ones if it is empty.
 
     Raises:
-        CommandError: a word means no config, or two configs have one name.
+        CommandError: a word matches no config, or two configs have the same name.
     """
     known = shipped(folder)
     if not known:
@@ -74,16 +74,16 @@ def _matching(word: str, known: dict[str, Path]) -> list[Path]:
 
 
 def seeds(text: str) -> list[int]:
-    """The seeds in `text`, in its order: numbers and ranges such as 0-4, between blanks or commas.
+    """The seeds in `text`, in order: numbers and ranges such as 0-4, separated by blanks or commas.
 
     Raises:
-        CommandError: a part is neither, or there is none.
+        CommandError: a part is neither a number nor a range, or `text` is empty.
     """
     found: dict[int, None] = {}
     for part in text.replace(",", " ").split():
         match = _SEEDS.fullmatch(part)
         first, last = (int(match[1]), int(match[2] or match[1])) if match else (0, -1)
-        # torch and numpy take seeds of 32 bits.
+        # torch and numpy accept 32-bit seeds.
         if not first <= last < min(first + _MOST_SEEDS, 2**32):
             raise CommandError(
                 f"SEEDS: got {part!r}; allowed: numbers and ranges such as '0 1 2', '1,2,3' or '0-4' "

@@ -1,9 +1,10 @@
-"""The paper's experiment matrix as DeepSpeed JSONs, all from the table in this file.
+"""The paper's experiment matrix as DeepSpeed JSONs, generated from the table in this file.
 
-    python launchers/sweeping/paper.py            write them; nothing changes where they are as the table has them
+    python launchers/sweeping/paper.py            write the files; those that match the table do not change
 
-Each row quantizes one component, or the combination that the paper ends with. It becomes `paper/paper_ROW.json`, as the
-paper had it, and, for a component of a linear layer, `ROW.json` with the product's defaults. All else is baseline.json.
+Each row quantizes one component, or the combination at the end of the paper. It becomes `paper/paper_ROW.json`, with
+the paper's settings. A component of a linear layer also becomes `ROW.json`, with the product's defaults. All other
+settings are those of baseline.json.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from ds_quant.config.deepspeed_json import TRIPWIRE_VALUE
 FOLDER = Path(__file__).resolve().parents[2] / "ds_configs"
 
 Section = Mapping[str, Mapping[str, Any]]
-"""Of the operands of linear layers, or of the moments: what their JSON objects say."""
+"""The JSON objects of the operands of linear layers, or of the moments."""
 
 
 def _operand(bits: int, granularity: str, **more: Any) -> dict[str, Any]:
@@ -65,6 +66,33 @@ MOMENTS: dict[str, Section] = {
     "v8_channel": {"exp_avg_sq": _moment(8, "channel")},
 }
 
+OUTCOMES: dict[str, str] = {
+    "w8_tensor": "competitive",
+    "w8_channel": "slightly better than its baseline",
+    "w4_tensor": "unstable, degraded",
+    "w4_channel": "unstable, degraded",
+    "a8_tensor": "about baseline",
+    "a8_token": "about baseline",
+    "a4_tensor": "unstable",
+    "a4_token": "unstable",
+    "a4_channel": "",
+    "a4_token_asymmetric": "",
+    "g8_tensor": "converges, worse than baseline",
+    "g8_token": "converges, worse than baseline",
+    "g8_token_input": "converges, worse than baseline",
+    "g4_tensor": "fails to converge",
+    "g4_token": "fails to converge",
+    "w8a8": "about baseline: recommended",
+    "w8a8g8": "",
+    "m8_tensor": "fine",
+    "m8_channel": "fine",
+    "m4_tensor": "fine",
+    "m4_channel": "fine",
+    "v8_tensor": "fails",
+    "v8_channel": "fails",
+}
+"""What the paper found of each row, in a few words; empty where that is not known to us."""
+
 _PRODUCT = {"backend": "simulated", "backward_operands": "quantized"}
 _PAPER = {"backend": "simulated", "backward_operands": "original", "exclude": []}
 
@@ -78,13 +106,13 @@ def files(baseline: str) -> dict[str, str]:
         section = {**_used_for(row, ["weight"]), **_PAPER}
         found[f"paper/paper_{name}.json"] = _text(baseline, "linear", section)
     for name, row in MOMENTS.items():
-        # A scale for a tensor or channel takes whole parameters, which ZeRO cuts above stage 0.
+        # A scale per tensor or channel needs whole parameters, which ZeRO splits above stage 0.
         found[f"paper/paper_{name}.json"] = _text(baseline, "optimizer", row, stage=0)
     return found
 
 
 def _used_for(row: Section, products: list[str]) -> dict[str, Any]:
-    """The row, with the backward products that see its gradient unless it says so itself."""
+    """The row; its gradient gets these `used_for` products unless the row has its own."""
     return {
         operand: {**values, "used_for": values.get("used_for", products)} if operand == "gradient" else values
         for operand, values in row.items()
@@ -96,7 +124,7 @@ def _text(baseline: str, part: str, section: Mapping[str, Any], *, stage: int | 
     zero = {TRIPWIRE: TRIPWIRE_VALUE, **content["zero_optimization"]}
     if stage is not None:
         zero["stage"] = stage
-    # The baseline's own text, so that all files are laid out as it is.
+    # Uses the baseline's own text, so that all files have the same layout.
     head, found, _ = baseline.partition('  "zero_optimization"')
     assert found
     assert list(content)[-1] == "zero_optimization"
@@ -105,13 +133,13 @@ def _text(baseline: str, part: str, section: Mapping[str, Any], *, stage: int | 
 
 
 def _lines(values: Mapping[str, Any], indent: int) -> str:
-    """A JSON object with a line for each key."""
+    """A JSON object with one line per key."""
     inner = ",\n".join(f'{" " * (indent + 2)}"{key}": {json.dumps(value)}' for key, value in values.items())
     return f"{{\n{inner}\n{' ' * indent}}}"
 
 
 def write(folder: Path = FOLDER) -> None:
-    """Write all files into `folder`, beside its baseline.json."""
+    """Write all files into `folder`, next to its baseline.json."""
     (folder / "paper").mkdir(exist_ok=True)
     for name, text in files((folder / "baseline.json").read_text(encoding="utf-8")).items():
         (folder / name).write_text(text, encoding="utf-8")

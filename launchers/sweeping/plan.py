@@ -1,4 +1,4 @@
-"""What stands where, and what is still to run."""
+"""The state of each run of a sweep, and the runs still to start."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from ds_quant.cli.shared.errors import CommandError
 from sweeping.matrix import Config
 
 QUEUED = "queued"
-"""A job that has not started yet will run it."""
-# A diverged run would diverge again. Of a failed one the cause may be gone: that is for whoever submits again to know.
+"""The run has a job that has not started yet."""
+# A diverged run would diverge again. The cause of a failure may be gone; whoever submits again must know.
 _TO_RUN = (runs.MISSING, runs.STOPPED, runs.FAILED)
 _STALE_AFTER = 600.0
 
@@ -52,7 +52,7 @@ def entries(
         configs: the configs.
         seeds: the seeds of each.
         sweep_dir: the root of the output folders.
-        living: QUEUED or RUNNING of each (config, seed) that a job of Slurm's has; None: there is no Slurm to ask, and
+        living: QUEUED or RUNNING for each (config, seed) that has a Slurm job. None: there is no Slurm to ask, and
             a run whose files changed in the last minutes counts as running.
     """
     planned = []
@@ -62,14 +62,14 @@ def entries(
             state = _state(folder, sweep_dir)
             if living is not None and state not in (runs.DONE, runs.DIVERGED):
                 job = living.get((config.name, seed))
-                # Without a job it was killed a moment ago, or runs outside of Slurm, and then keeps others out itself.
+                # Without a job, it was just killed, or runs outside of Slurm and keeps others out by itself.
                 state = job or (runs.FAILED if state == runs.RUNNING else state)
             planned.append(Entry(config, seed, str(folder), state))
     return planned
 
 
 def arguments(entry: Entry, more: Sequence[str]) -> list[str]:
-    """What pretrain.py is given for one run; `more` are the flags of all runs."""
+    """The arguments of pretrain.py for one run; `more` has the flags of all runs."""
     return [
         *("--deepspeed", entry.config.path, "--seed", str(entry.seed), "--output_dir", entry.folder),
         *("--resume_from_checkpoint", "auto", *more),
@@ -77,7 +77,7 @@ def arguments(entry: Entry, more: Sequence[str]) -> list[str]:
 
 
 def write(path: Path, planned: Iterable[Entry], more: Sequence[str]) -> int:
-    """Write the runs that are to run, numbered as tasks of a job array; how many there are."""
+    """Write the runs to start, numbered as tasks of a job array; returns their number."""
     tasks = [
         {"config": entry.config.name, "seed": entry.seed, "arguments": arguments(entry, more)}
         for entry in planned
@@ -92,7 +92,7 @@ def tasks(path: Path) -> list[tuple[tuple[str, int], list[str]]]:
     """Config and seed, and pretrain.py's arguments, of each task that `write` wrote.
 
     Raises:
-        CommandError: there is no such file, or it is no plan.
+        CommandError: the file does not exist or is not a plan.
     """
     try:
         content = json.loads(path.read_text())

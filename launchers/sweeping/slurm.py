@@ -1,4 +1,4 @@
-"""Slurm, as far as a sweep needs it: its own job's resources, which runs have a job, and submitting."""
+"""The Slurm calls of a sweep: its own job's resources, the runs that have a job, and submitting."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from ds_quant.cli.shared.errors import CommandError
 from sweeping import plan
 
 _COMMENT = "ds_quant sweep "
-"""Tasks carry this and the path of their plan as their comment, by which later submissions know them."""
+"""The job comment of tasks is this and the path of their plan, so that later submissions recognize them."""
 _NOT_GIVEN = ("", "(null)", "N/A", "0")
-# Fields of `scontrol show job`, and the options of sbatch that they came from.
+# Fields of `scontrol show job`, and the sbatch options that set them.
 _OPTIONS = {
     "Partition": "--partition",
     "Account": "--account",
@@ -45,7 +45,7 @@ def available() -> bool:
 
 
 def living(plans: Path) -> tuple[dict[tuple[str, int], str], list[str]]:
-    """The runs that a job of the user's has: QUEUED or RUNNING by (config, seed), and the ids of the job arrays.
+    """The runs for which the user has a job: QUEUED or RUNNING by (config, seed), and the ids of the job arrays.
 
     Args:
         plans: the folder of the sweep's plans.
@@ -56,7 +56,7 @@ def living(plans: Path) -> tuple[dict[tuple[str, int], str], list[str]]:
     found: dict[tuple[str, int], str] = {}
     arrays: dict[str, None] = {}
     known: dict[Path, list[tuple[tuple[str, int], list[str]]]] = {}
-    # Array, index and state, and last the comment, which holds a path.
+    # Array, index, state, and last the comment, which contains a path.
     for line in _run("squeue", "--me", "--noheader", "--array", "--format=%F|%K|%t|%k").splitlines():
         array, index, state, comment = line.split("|", 3)
         path = Path(comment.removeprefix(_COMMENT).strip())
@@ -73,12 +73,12 @@ def living(plans: Path) -> tuple[dict[tuple[str, int], str], list[str]]:
 
 
 def own_options(job: str) -> list[str]:
-    """The options of sbatch that give another job the resources of this one. Raises CommandError."""
+    """The sbatch options that give another job the resources of this one. Raises CommandError."""
     return options_of(_run("scontrol", "--oneliner", "show", "job", job))
 
 
 def options_of(shown: str) -> list[str]:
-    """The options of sbatch that a line of `scontrol --oneliner show job` tells of. Raises CommandError."""
+    """The sbatch options for a line of `scontrol --oneliner show job`. Raises CommandError."""
     fields = dict(re.findall(r"(\S+?)=(\S*)", shown))
     if fields.get("TresPerTask", "(null)") not in _NOT_GIVEN and "gpu" in fields["TresPerTask"]:
         raise CommandError(
@@ -90,7 +90,7 @@ def options_of(shown: str) -> list[str]:
         if value in _NOT_GIVEN or value.upper() in ("UNLIMITED", "PARTITION_LIMIT"):
             continue
         if field.startswith("Tres"):
-            # gres:gpu:a100:8 of Slurm 22, gres/gpu:a100:8 of later ones; --gpus takes what follows the word gpu.
+            # gres:gpu:a100:8 in Slurm 22, gres/gpu:a100:8 in later versions; --gpus takes the part after "gpu".
             value = re.sub(r"gres[:/]", "", value)
             value = re.sub(r"^gpu[:=]", "", value) if field == "TresPerJob" else value
         options.append(f"{option}={value}")
@@ -109,7 +109,7 @@ def options_of(shown: str) -> list[str]:
 
 
 def submit_array(path: Path, count: int, max_parallel: int, options: Sequence[str], logs: Path) -> str:
-    """Submit the tasks of a plan as a job array; its id. Raises CommandError."""
+    """Submit the tasks of a plan as a job array; returns its id. Raises CommandError."""
     longest = re.search(r"^MaxArraySize\s*=\s*([0-9]+)", _run("scontrol", "show", "config"), re.MULTILINE)
     if longest and count >= int(longest[1]):
         raise CommandError(
@@ -129,7 +129,7 @@ def submit_array(path: Path, count: int, max_parallel: int, options: Sequence[st
 
 
 def submit_collection(command: str, after: Sequence[str], options: Sequence[str], logs: Path) -> str:
-    """Submit a command that runs when the jobs `after` have ended, however they did; its id. Raises CommandError."""
+    """Submit a command to run when the jobs `after` have ended in any way; returns its id. Raises CommandError."""
     logs.mkdir(parents=True, exist_ok=True)
     return _submit(
         *([f"--dependency=afterany:{':'.join(after)}"] if after else []),
@@ -144,7 +144,7 @@ def _submit(*arguments: str) -> str:
 
 
 def outside(environment: Mapping[str, str]) -> dict[str, str]:
-    """The environment without what Slurm told this job about itself: it would reach the jobs that this one submits."""
+    """The environment without this job's Slurm variables, which would otherwise reach the jobs that it submits."""
     return {name: value for name, value in environment.items() if not name.startswith("SLURM") or name == "SLURM_CONF"}
 
 

@@ -12,7 +12,7 @@ import time
 
 import pytest
 import torch
-from evaluate_files import CONTEXT, W8A8, section, write_json, write_model
+from evaluate_files import CONTEXT, W8A8, refused, section, write_json, write_model
 from hypothesis import given
 from hypothesis import strategies as st
 from launching import launch
@@ -51,14 +51,6 @@ def evaluated(files, tmp_path, capsys):
         return json.loads(output.read_text())
 
     return run
-
-
-def refused(argv, capsys):
-    """What is said in a refusal, after the bars of `datasets`."""
-    assert evaluate.main(list(map(str, argv))) == 2
-    said = capsys.readouterr().err
-    assert "Traceback" not in said
-    return said[said.index("error: ") :]
 
 
 # ---- windows and losses

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from ds_quant import config as config_module
@@ -1153,7 +1153,6 @@ sections = optional(
 
 
 @given(sections)
-@settings(max_examples=200, deadline=None)
 def test_what_is_dumped_loads_to_the_same(section):
     try:
         quant = load(section)
@@ -1178,7 +1177,6 @@ any_json = st.recursive(
 
 
 @given(any_json)
-@settings(max_examples=200, deadline=None)
 def test_any_json_is_accepted_or_refused_in_our_words(section):
     try:
         quant = load(section)

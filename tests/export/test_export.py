@@ -34,10 +34,11 @@ from transformers import (
 
 from ds_quant.cli.export import main
 from ds_quant.config import ConfigError, LinearConfig
-from ds_quant.export import export
+from ds_quant.export import export, stored_weight
 from ds_quant.export.serving_format import serving_format
 from ds_quant.linear import QuantLinear
 from ds_quant.linear.convert import convert
+from ds_quant.numerics.format import named_format, quantize_to
 from ds_quant.numerics.integer import dequantize, quantize
 
 W8A8 = {"weight": {"bits": 8}, "activation": {"bits": 8}}
@@ -101,8 +102,16 @@ def weights_are_trainings(model, reference):
         if isinstance(module, QuantLinear):
             w = module.quant_config.weight
             granularity = {"channel": "row", "tensor": "tensor", "block": "block"}[w.granularity]
-            q = quantize(module.weight, w.bits, granularity=granularity, block_size=w.block_size)
-            assert torch.equal(model.get_submodule(name).weight, dequantize(q)), name
+            if w.format:
+                rule = w.scale_rule or "floor"
+                fmt = named_format(w.format, granularity, block_rows=w.block_rows, scale_rule=rule)
+                q = quantize_to(module.weight, fmt)
+            else:
+                q = quantize(module.weight, w.bits, granularity=granularity, block_size=w.block_size)
+            found = model.get_submodule(name).weight
+            # As it is, or where compressed-tensors decodes in bf16, rounded to that.
+            expected = dequantize(q, torch.bfloat16 if w.format == "nvfp4" else torch.float32)
+            assert torch.equal(found, expected.to(found.dtype)), name
             count += 1
     return count
 
@@ -149,6 +158,56 @@ def test_weights_alone_give_the_logits_of_training(weight, tmp_path):
     assert weights_are_trainings(model, reference) == 14
     assert relative(model(IDS).logits, reference(IDS).logits) < 1e-5
     assert relative(trained(source)(IDS).logits, reference(IDS).logits) > 1e-3  # the quantizers do something
+
+
+IN_BLOCKS = {"intermediate_size": 96}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("linear", "format", "bits"),
+    [
+        ({"weight": {"format": "fp8_e4m3"}}, "float-quantized", 8),
+        ({"weight": {"format": "fp8_e4m3", "granularity": "tensor"}}, "float-quantized", 8),
+        ({"weight": {"format": "mxfp8"}}, "mxfp8-quantized", 8),
+        ({"weight": {"format": "mxfp8", "scale_rule": "up"}}, "mxfp8-quantized", 8),
+        ({"weight": {"format": "mxfp6"}}, "mxfp6-pack-quantized", 6),
+        ({"weight": {"format": "mxfp4"}}, "mxfp4-pack-quantized", 4),
+        ({"weight": {"format": "nvfp4"}}, "nvfp4-pack-quantized", 4),
+        ({"weight": {"format": "nvfp4", "block_rows": 16}}, "nvfp4-pack-quantized", 4),
+        ({"weight": {"format": "nvfp4", "scale_rule": "four_six"}}, "nvfp4-pack-quantized", 4),
+    ],
+    ids=["fp8", "fp8-tensor", "mxfp8", "mxfp8-up", "mxfp6", "mxfp4", "nvfp4", "nvfp4-tiles", "nvfp4-four-six"],
+)
+def test_formats_of_floating_point(linear, format, bits, dtype, tmp_path):
+    source = saved(tmp_path / "model", linear, dtype=dtype, **IN_BLOCKS)
+    stored = load_file(source / "model.safetensors")
+    stored["model.layers.0.mlp.up_proj.weight"][3] = 0
+    stored["model.layers.0.mlp.up_proj.weight"][:, :32] = 0
+    stored["model.layers.1.self_attn.q_proj.weight"].zero_()
+    save_file(stored, source / "model.safetensors", metadata={"format": "pt"})
+    report = export(source, tmp_path / "out")
+    assert report.format == format
+    assert report.elements * bits // 8 <= report.stored_bytes < report.elements * (bits + 1.5) / 8
+    is_fp8 = format == "float-quantized"
+    words = f"dtype=torch.{'float32' if is_fp8 else 'bfloat16'}"
+    assert sum(words in note for note in report.notes) == (dtype is (torch.bfloat16 if is_fp8 else torch.float32))
+    reference = trained(source, linear)
+    # In blocks compressed-tensors decodes to bf16, whatever the model is loaded in.
+    model = served(tmp_path / "out", dtype=torch.float32 if is_fp8 else torch.bfloat16)
+    assert weights_are_trainings(model, reference) == 14
+    if is_fp8:
+        assert relative(model(IDS).logits, reference(IDS).logits) < 1e-5
+        assert relative(trained(source)(IDS).logits, reference(IDS).logits) > 1e-3  # the quantizers do something
+
+
+def test_a_scale_that_no_reciprocal_gives_is_refused(tmp_path, monkeypatch):
+    linear = {"weight": {"format": "nvfp4"}}
+    source = saved(tmp_path / "model", linear, **IN_BLOCKS)
+    monkeypatch.setattr(stored_weight, "_two_levels", lambda scale, _: [(scale.to(torch.float8_e4m3fn), scale[:1, 0])])
+    with pytest.raises(ConfigError, match=r"weight: got .other values after decoding.*--format bf16"):
+        export(source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def server_activation(x):
@@ -205,10 +264,17 @@ def test_activations_in_the_full_range_give_the_logits_of_training(name, dtype, 
     assert torch.equal(model.generate(prompt, **how), reference.generate(prompt, **how))
 
 
-@pytest.mark.parametrize("backend", ["simulated", "int8"])
-def test_each_layer_in_the_full_range_is_the_servers(backend, tmp_path):
-    """Given the same input: by the integer products of int8, rounding errors apart, and by the server's own else."""
-    linear = {**FULL, "backend": backend}
+FP8 = {"weight": {"format": "fp8_e4m3"}, "activation": {"format": "fp8_e4m3"}}
+
+
+@pytest.mark.parametrize(
+    ("linear", "is_equal", "step"),
+    [(FULL, True, 1 / 127), ({**FULL, "backend": "int8"}, False, 1 / 127), (FP8, False, 1 / 16)],
+    ids=["simulated", "int8", "fp8"],
+)
+def test_each_layer_is_the_servers(linear, is_equal, step, tmp_path):
+    """Given the same input: integers in the full range by `simulated` to the bit, and rounding errors apart where
+    products are of codes. `step`: what an activation's rounding adds to it at most, relative to the largest."""
     source = saved(tmp_path / "model", linear, "qwen2")
     export(source, tmp_path / "out")
     model, reference = served(tmp_path / "out"), trained(source, linear)
@@ -220,10 +286,10 @@ def test_each_layer_in_the_full_range_is_the_servers(backend, tmp_path):
     assert len(inputs) == 14
     for name, (module, x, y) in inputs.items():
         ours = reference.get_submodule(name)(x)
-        if backend == "simulated":
+        if is_equal:
             assert torch.equal(ours, y), name
         # Each way rounds K products and their sum, two scales and the bias, to 2^-24 of their magnitudes.
-        magnitude = F.linear(x.abs(), module.weight.abs()) * (1 + 1 / 127) + (
+        magnitude = F.linear(x.abs(), module.weight.abs()) * (1 + step) + (
             0 if module.bias is None else module.bias.abs()
         )
         assert ((ours - y).abs() <= 2 * (x.shape[-1] + 4) * 2.0**-24 * magnitude).all(), name
@@ -252,7 +318,7 @@ def test_what_is_served_generates_with_its_cache(format, tmp_path):
 
 
 def test_inputs_without_a_batch_dimension_share_a_scale_in_compressed_tensors(tmp_path):
-    """What docs/export.md says of OPT, whose fc1 is called with [tokens, features]; it fails when that is mended."""
+    """What docs/export.md says of OPT, whose fc1 is called with [tokens, features]; it fails when that is fixed."""
     source = saved(tmp_path / "model", W8A8, "opt")
     export(source, tmp_path / "out")
     fc1 = served(tmp_path / "out").model.decoder.layers[0].fc1
@@ -450,16 +516,37 @@ def test_a_section_that_is_switched_off_or_broken(tmp_path):
         ({"weight": {"bits": 8, "symmetric": False}}, r"weight.symmetric: got false"),
         ({"weight": {"bits": 8, "rounding": "stochastic"}}, r'weight.rounding: got "stochastic"'),
         ({"weight": {"bits": 8, "granularity": "block"}}, r'weight.granularity: got "block"'),
+        ({"rotation": {}}, r'rotation.used_for: got "output"; allowed: a forward without'),
         ({"activation": {"bits": 4}}, r"activation.bits: got 4; allowed: 8"),
         ({"activation": {"bits": 8, "granularity": "tensor"}}, r'activation.granularity: got "tensor"'),
         ({"activation": {"bits": 8, "granularity": "channel"}}, r'activation.granularity: got "channel"'),
         ({"activation": {"bits": 8, "granularity": "block"}}, r'activation.granularity: got "block"'),
         ({"activation": {"bits": 8, "symmetric": False}}, r"activation.symmetric: got false"),
         ({"activation": {"bits": 8, "rounding": "stochastic"}}, r'activation.rounding: got "stochastic"'),
+        ({"activation": {"format": "fp8_e4m3"}}, r'activation.format: got "fp8_e4m3"; allowed: bits, beside'),
+        ({"weight": {"format": "fp8_e4m3"}}, r"activation: got 8; allowed: format \"fp8_e4m3\", or none"),
+        ({"weight": {"format": "nvfp4"}}, r"activation: got 8; allowed: none beside a weight in nvfp4"),
+        ({"weight": {"format": "fp8_e5m2"}, "activation": None}, r'weight.format: got "fp8_e5m2"; allowed: fp8_e4m3, '),
+        ({"weight": {"format": "nvint4"}, "activation": None}, r'weight.format: got "nvint4"; allowed: fp8_e4m3, '),
+        (
+            {"weight": {"format": "mxfp4", "rounding": "stochastic"}, "activation": None},
+            r'weight.rounding: got "stochastic"; allowed: "nearest"',
+        ),
+        (
+            {"weight": {"format": "fp8_e4m3", "granularity": "block"}, "activation": None},
+            r'weight.granularity: got "block"; allowed: "channel" or "tensor"',
+        ),
+        (
+            {
+                "weight": {"format": "fp8_e4m3"},
+                "activation": {"format": "fp8_e4m3", "granularity": "tensor"},
+            },
+            r'activation.granularity: got "tensor"; allowed: "token"',
+        ),
     ],
 )
 def test_settings_that_no_server_follows(change, message):
-    config = LinearConfig.parse({key: value for key, value in {**W8A8, **change}.items() if value})
+    config = LinearConfig.parse({key: value for key, value in {**W8A8, **change}.items() if value is not None})
     with pytest.raises(ConfigError, match=f"{message}.*; fix: .*--format bf16"):
         serving_format(config)
 

@@ -11,6 +11,7 @@ import torch
 from torch._dynamo.testing import CompileCounter
 
 from ds_quant.kernels.int8 import compiled as kernels
+from ds_quant.kernels.int8 import matmul
 from ds_quant.numerics import products as reference
 from ds_quant.numerics.random import fold_key
 
@@ -173,6 +174,29 @@ def test_dequantize(rng, dtype, device):
             matrix, scale = to(device, codes, scale)
             got = kernels.dequantize(matrix, **{name: scale}, dtype=dtype)
             assert_same([got], [reference.dequantize(matrix, **{name: scale}, dtype=dtype)], f"{shape} {name}")
+
+
+def test_products_are_never_held_as_a_whole(rng, monkeypatch):
+    """Rows at a time, with the bits of all of them at once; one row, none, and a contraction that takes int64."""
+    held, int_mm = [], matmul.int_mm
+
+    def record(a, b):
+        held.append(int_mm(a, b))
+        return held[-1]
+
+    monkeypatch.setattr(matmul, "int_mm", record)
+    monkeypatch.setattr(matmul, "_LEAST_ROWS", 4)
+    monkeypatch.setattr(matmul, "_DEVICE_SCRATCH_BYTES", 4 * 30 * 7)
+    for m, k, limit in ((23, 40, 131_072), (1, 40, 131_072), (0, 40, 131_072), (23, 40, 16)):
+        monkeypatch.setattr(matmul, "MAX_CONTRACTION", limit)
+        a, b = (torch.from_numpy(rng.integers(-127, 128, size=size)).to(torch.int8) for size in ((m, k), (30, k)))
+        options = {"column_scale": scales(rng, 30), "bias": None, "dtype": torch.bfloat16}
+        row_scale = scales(rng, m)
+        held.clear()
+        got = kernels.scaled_matmul(a, b.t(), row_scale=row_scale, **options)
+        assert len(held) == max(1, -(-m // (7 if limit > k else 4)))
+        products = (a.long() @ b.t().long()).int()
+        assert torch.equal(got, reference.epilogue(products, row_scale=row_scale, **options))
 
 
 def test_autograd_sees_nothing(rng):

@@ -188,6 +188,7 @@ KINDS = {
     [
         *(("row", 90, (False, True)), ("column", 90, (False,)), ("tensor", 90, (True,)), ("gradient", 90, (True,))),
         *((kind, capability, (True,)) for kind in ("row", "gradient") for capability in (80, 100)),
+        *((kind, 100, (True,)) for kind in ("column", "tensor")),
     ],
 )
 def test_quantizers_compile(kind, capability, roundings, monkeypatch, tmp_path):
@@ -209,6 +210,18 @@ def test_quantizers_compile(kind, capability, roundings, monkeypatch, tmp_path):
                 assert re.search(r"\bst\.global\S*v4\.b32", ptx)
             if launch.kernel.fn.__name__ != "scan_kernel":
                 assert is_stochastic == (str(0x21F0AAAD) in ptx)
+
+
+@pytest.mark.parametrize("kind", ["row", "gradient"])
+def test_quantizers_compile_for_amd(kind, monkeypatch, tmp_path):
+    """Without spills, and within LDS; divisions are whole sequences, whose last steps round to nearest."""
+    for launch in quantizer_launches(monkeypatch, kind, torch.bfloat16, True):
+        compiled = compiler(launch.kernel, monkeypatch, tmp_path)(launch, "gfx942")
+        code = compiled.asm["amdgcn"]
+        assert re.findall(r"\.vgpr_spill_count:\s*(\d+)", code) == ["0"]
+        assert compiled.metadata.shared <= LDS
+        if launch.kernel.fn.__name__ != "scan_kernel":
+            assert "v_div_fixup_f32" in code
 
 
 def test_new_keys_and_streams_do_not_compile_again(monkeypatch, tmp_path):

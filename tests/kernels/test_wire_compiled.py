@@ -5,10 +5,10 @@ import gc
 import numpy as np
 import pytest
 import torch
+from host_reads import reads
 from kernels.wire_jobs import DTYPES, FORMATS, KEY, NUMELS, Job, assert_same
 from numerics.wire_oracle import lay_out
 from torch._dynamo.testing import CompileCounter
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from ds_quant.kernels.wire import compiled, places
 from ds_quant.numerics import wire as reference
@@ -30,14 +30,6 @@ def test_the_batched_function_has_the_bits_of_the_reference(rng, fmt, uncompiled
     ):
         job = Job(rng, fmt, dtype=dtype, key=key, numels=numels)
         assert_same(job.run(compiled), job.run(reference), f"{dtype} {key}")
-
-
-class NoReads(TorchDispatchMode):
-    """Fails where the host asks a tensor for a number."""
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        assert function not in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default), function
-        return function(*args, **(kwargs or {}))
 
 
 def counting(monkeypatch):
@@ -120,11 +112,29 @@ def test_places_are_kept_with_the_layout(rng, monkeypatch):
 def test_errors_are_added_up_on_the_device(rng, uncompiled):
     job = Job(rng, WireFormat(8, 32), key=KEY)
     there, here = torch.tensor([1.0, 2.0]).double(), np.array([1.0, 2.0])
-    with NoReads():
+    with reads() as found:
         compiled.quantize(job.tensors, job.parts, job.background.clone(), job.fmt, key=KEY, errors=there)
+    assert not found
     compiled.quantize(job.tensors, job.parts, job.background.clone(), job.fmt, key=KEY, errors=here)
     assert there[0] > 1.0
     np.testing.assert_allclose(there.numpy(), here)
+
+
+def test_nothing_waits_for_the_device(rng, uncompiled):
+    """Whole and short blocks, residuals, both ways of a sum."""
+    fmt = WireFormat(4, 32, "hadamard")
+    job = Job(rng, fmt, key=KEY, world_size=4)
+    there = torch.zeros(2, dtype=torch.float64)
+    sending = {"key": KEY, "residuals": job.residuals(), "errors": there}
+    message, output = job.background.clone(), torch.empty(int(job.parts.numel.sum()))
+    for _ in range(2):  # the first call makes what later ones keep
+        with reads() as found:
+            compiled.quantize(job.tensors, job.parts, message, fmt, **sending)
+            arguments = (job.tensors, job.parts, job.received, job.own_rank, fmt)
+            compiled.reduce(*arguments, factor=job.factor, message=message, **sending)
+            compiled.reduce(*arguments, factor=job.factor, output=output)
+            compiled.dequantize(message, job.parts, job.tensors, fmt)
+        assert not found
 
 
 def test_compiled_by_inductor(rng):

@@ -48,7 +48,7 @@ def test_one_kernel_for_every_number_of_ranks(compile_for):
     assert len(kernel.device_caches[90][0]) == 1
 
 
-@pytest.mark.parametrize("target", [80, 90, "gfx942"])
+@pytest.mark.parametrize("target", [80, 90, 100, "gfx942"])
 @pytest.mark.parametrize("is_short", [False, True])
 @pytest.mark.parametrize("fmt", [WireFormat(8, 256), WireFormat(4, 4096)], ids=str)
 def test_compiled_offline(fmt, is_short, target, compile_for, tmp_path):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from pretraining import arguments, data, documents, packing, shard_writer, shards, streaming, tokenizer
 from pretraining.arguments import DataArguments
@@ -29,7 +29,6 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_corpus(tmp_path_factory.mktemp("corpus") / "documents.jsonl")
 
 
-@settings(max_examples=60, deadline=None)
 @given(st.lists(st.lists(st.integers(2, 99), max_size=30), min_size=1, max_size=12), st.integers(2, 17), st.data())
 def test_packing_loses_nothing_but_the_tail(ids: list[list[int]], length: int, draw: st.DataObject) -> None:
     flat = [token for document in ids for token in [*document, EOS]]

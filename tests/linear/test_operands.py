@@ -7,43 +7,22 @@ import gc
 
 import pytest
 import torch
+from linear.padded_backend import NAMES, add_padded_backend
 from linear_oracle import IN, OUT, W8A8G8_INT8, random_case, run
 from test_int8 import CONFIGS, TOKENS, step, tiny
 
 import ds_quant
-from ds_quant.kernels import choice, registry
+from ds_quant.kernels import registry
 from ds_quant.kernels.int8 import ops
 from ds_quant.linear.convert import convert, remove_forward_counter, step_key_of
 from ds_quant.linear.operands import input_ways, weight_ways
 from ds_quant.linear.weight_codes import weights_changed
 from ds_quant.numerics import products as reference
 
-NAMES = ("quantize_operand", "quantize_gradient", "padded_matmul")
-
 
 @pytest.fixture
 def calls(monkeypatch):
-    """The definitions as a backend of CPUs that may be chosen; its calls, with the shapes of what they were given."""
-    monkeypatch.setattr(registry, "BACKENDS", [*registry.BACKENDS])
-    monkeypatch.setattr(registry, "CHOICES", [*choice.CHOICES])
-    monkeypatch.setattr(choice, "CHOICES", registry.CHOICES)
-    registry.add_backend(registry.Backend("padded", ("cpu",), by_choice=True))
-    found = []
-
-    def counting(name):
-        function = getattr(reference, name)
-
-        def call(*args, **kwargs):
-            found.append((name, args, kwargs))
-            return function(*args, **kwargs)
-
-        return call
-
-    for name in NAMES:
-        operation = getattr(ops, name)
-        monkeypatch.setattr(operation, "implementations", {**operation.implementations})
-        operation.by("padded")(counting(name))
-    yield found
+    yield add_padded_backend(monkeypatch)
     registry._serving.cache_clear()
 
 

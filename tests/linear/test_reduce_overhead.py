@@ -7,12 +7,15 @@ as inputs, be on one device, write to none of its inputs and wait for nothing. `
 import pytest
 import torch
 from functorch.compile import make_boxed_func
+from linear.padded_backend import NAMES, add_padded_backend
 from linear_oracle import W8A8G8_INT8
 from test_int8 import TOKENS, step, tiny
 from torch._dynamo.backends.common import aot_autograd
 from torch._inductor.utils import get_first_incompatible_cudagraph_node
 
+from ds_quant.kernels import registry
 from ds_quant.linear.convert import convert, remove_forward_counter, step_key_of
+from ds_quant.linear.weight_codes import weights_changed
 
 SIMULATED = {**W8A8G8_INT8, "backend": "simulated"}
 CHANGES = {"resid_pdrop": 0, "attn_pdrop": 0, "embd_pdrop": 0, "use_cache": False}
@@ -64,6 +67,23 @@ def keys_in(graph):
     return [v for v in values if isinstance(v, torch.Tensor) and v.dtype == torch.int64 and v.shape == (2,)]
 
 
+@pytest.fixture
+def padded(monkeypatch):
+    """Layers go the way of GPUs, by operations that a graph holds."""
+    calls = add_padded_backend(monkeypatch)
+    monkeypatch.setenv("DS_QUANT_KERNELS", "padded")
+    weights_changed()
+    yield calls
+    weights_changed()
+    registry._serving.cache_clear()
+
+
+def test_replays_of_padded_operations(padded):
+    """As below, with the operations that layers call on GPUs."""
+    test_replays_of_later_steps_round_as_those_steps_do(W8A8G8_INT8)
+    assert {name for name, *_ in padded} == set(NAMES)
+
+
 @pytest.mark.parametrize("config", [W8A8G8_INT8, SIMULATED], ids=["int8", "simulated"])
 def test_replays_of_later_steps_round_as_those_steps_do(config):
     model = small()
@@ -112,3 +132,21 @@ def test_the_count_of_forwards_stays_out():
     for graph in (forward, backward):
         assert_fit(graph, "cpu")
         assert keys_in(graph)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("config", [W8A8G8_INT8, SIMULATED], ids=["int8", "simulated"])
+def test_on_a_gpu(config):
+    """The mode itself: three steps, of which the last one is a replay, beside eager ones."""
+    model = small().cuda()
+    convert(model, config)
+    remove_forward_counter(model)
+    tokens = TOKENS.cuda()
+    want = [step(model, model, tokens, number) for number in (1, 2, 3)]
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, mode="reduce-overhead")
+    for number, expected in zip((1, 2, 3), want, strict=True):
+        torch.compiler.cudagraph_mark_step_begin()
+        for got, wanted in zip(step(model, compiled, tokens, number), expected, strict=True):
+            # Inductor sums in another order than eager kernels do.
+            torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-5)

@@ -122,7 +122,7 @@ def table(found: dict[str, list[Tensor]]) -> Iterator[tuple[object, ...]]:
 
 
 def _scale_bits(x: Tensor, fmt: Format[Integers | Minifloat]) -> float:
-    """Of all scales of a matrix."""
+    """Bits of all scales of a matrix together."""
     rows, features = x.shape
     count = rows * -(-features // fmt.group.block_size) if fmt.group.granularity == "block" else rows
     if fmt.scale.kind == "float":

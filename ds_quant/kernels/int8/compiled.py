@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from ds_quant.kernels.compiling import compile_whole
-from ds_quant.kernels.int8 import ops
+from ds_quant.kernels.int8 import matmul, ops
 from ds_quant.numerics import products as reference
 
 
@@ -106,9 +106,10 @@ def epilogue(
 
 
 @ops.scaled_matmul.by("compiled")
-def scaled_matmul(a: Tensor, b: Tensor, **options: Any) -> Tensor:
-    """Products by cuBLASLt, and the epilogue above."""
-    return ops.scaled_matmul.reference(a, b, **options)
+def scaled_matmul(a: Tensor, b: Tensor, *, row_scale: Tensor | None = None, **options: Any) -> Tensor:
+    """Products by cuBLASLt and the epilogue above, of some rows at a time: the int32 products of a head of 50k outputs
+    would take more memory than all else."""
+    return matmul.multiply_by_rows(a, b, row_scale, functools.partial(epilogue, **options))
 
 
 def _full_range_rows(x: Tensor, bits: int, **tensors: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -130,7 +130,7 @@ def _products(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _padded_int_mm(a: Tensor, b: Tensor) -> Tensor:
-    """torch._int_mm of sizes that are none of CUDA's, filled up with zeros."""
+    """torch._int_mm of operands whose sizes CUDA does not take, padded with zeros."""
     (m, k), n = a.shape, b.shape[1]
     rows = max(0, _CUDA_MULTIPLE + 1 - m)
     inner, columns = -k % _CUDA_MULTIPLE, -n % _CUDA_MULTIPLE
@@ -162,10 +162,12 @@ def int_mm_of_padded(
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def multiply_long(a: Tensor, b: Tensor, row_scale: Tensor | None, finish: Callable[..., Tensor]) -> Tensor:
-    """What `finish`, an epilogue with all but row_scale, makes of the products of a [M, K] and b [K, N] with K above
-    MAX_CONTRACTION: int64 sums of int32 products, of as many rows at a time as the scratch memory of a device takes."""
-    step = max(_LEAST_ROWS, _DEVICE_SCRATCH_BYTES // (4 + 8) // max(b.shape[1], 1))
+def multiply_by_rows(a: Tensor, b: Tensor, row_scale: Tensor | None, finish: Callable[..., Tensor]) -> Tensor:
+    """What `finish`, an epilogue with all but row_scale, makes of the products of a [M, K] and b [K, N] by `int_mm`, of
+    as many rows at a time as the scratch memory of a device takes."""
+    # With K above MAX_CONTRACTION int64 sums lie beside the int32 products.
+    num_bytes = 4 if a.shape[1] <= MAX_CONTRACTION else 4 + 8
+    step = max(_LEAST_ROWS, _DEVICE_SCRATCH_BYTES // num_bytes // max(b.shape[1], 1))
     parts = [
         finish(int_mm(a[begin : begin + step], b), row_scale=_of_rows(row_scale, begin, begin + step))
         for begin in range(0, max(a.shape[0], 1), step)

@@ -133,5 +133,5 @@ def padded_matmul(
     scales = {"row_scale": row_scale, "column_scale": column_scale}
     if a.shape[1] > matmul.MAX_CONTRACTION:
         finish = functools.partial(reference.epilogue, column_scale=column_scale, bias=bias, dtype=dtype)
-        return matmul.multiply_long(a[:num_rows], b[:num_columns].t(), row_scale, finish)
+        return matmul.multiply_by_rows(a[:num_rows], b[:num_columns].t(), row_scale, finish)
     return padded_matmul.on(a.device)(a, b, num_rows, num_columns, **scales, bias=bias, dtype=dtype)
