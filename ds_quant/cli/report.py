@@ -94,6 +94,8 @@ def explain(source: Any) -> tuple[list[tuple[str, str]], list[str]]:
         rows.append(("  include", ", ".join(quant.linear.include)))
         left_out = "the model's output heads" if exclude is None else ", ".join(exclude) or "nothing"
         rows.append(("  exclude", left_out))
+        if ends := quant.linear.exclude_blocks:
+            rows.append(("  exclude_blocks", f"the first {ends.first:.1%} and the last {ends.last:.1%}, rounded up"))
     else:
         rows.append(("linear layers", "full precision"))
     checks: list[Callable[[], Any]] = [lambda: check_refusals(raw, quant)]

@@ -40,6 +40,21 @@ class RotationConfig(Section):
             yield "used_for", list(self.used_for), allowed_values(RotationConfig, "used_for"), fix
 
 
+class ExcludeBlocksConfig(Section):
+    """Blocks at the ends of a model whose layers stay in full precision: shares of their number, rounded up."""
+
+    where: ClassVar[str] = f"{SECTION}.linear.exclude_blocks"
+
+    first: Annotated[float, Field(ge=0, lt=1), Allowed("a number from 0 on and below 1")] = 0.0
+    """Share of the blocks, from the input on."""
+    last: Annotated[float, Field(ge=0, lt=1), Allowed("a number from 0 on and below 1")] = 0.0
+    """Share of the blocks, up to the output."""
+
+    def rules(self) -> Iterator[Rule]:
+        if not 0 < self.first + self.last < 1:
+            yield "", self.model_dump(), "first and last of more than 0 and less than 1 together", "change them"
+
+
 class LinearConfig(Section):
     """Which operands of the linears are quantized, how, and in which modules."""
 
@@ -65,6 +80,8 @@ class LinearConfig(Section):
     dotted path: they are quantized, too."""
     exclude: Patterns | None = None
     """Shell patterns on module names: what is not. Null (default): the model's output heads. `[]`: nothing."""
+    exclude_blocks: ExcludeBlocksConfig | None = None
+    """Which blocks are not, by depth. Absent: none."""
 
     def rules(self) -> Iterator[Rule]:
         if not (self.weight or self.activation or self.gradient):

@@ -123,6 +123,8 @@ def _of_any_numbers(config: LinearConfig) -> _Broken:
     broken: _Broken = []
     zero_point = "true: the server's products have no zero point here"
     drawn = '"nearest": a server draws no random bits'
+    if "Y" in config.rotated_products():
+        broken.append(("rotation.used_for", "output", "a forward without: a server rotates nothing"))
     for name, operand in (("weight", config.weight), ("activation", config.activation)):
         if operand and not operand.symmetric:
             broken.append((f"{name}.symmetric", False, zero_point))
@@ -186,6 +188,8 @@ def left_behind(config: LinearConfig) -> list[str]:
         found.append("gradient")
     if config.backward_operands != "quantized":
         found.append(f"backward_operands {config.backward_operands}")
+    if config.rotation:
+        found.append("rotation")
     if config.backend != "simulated":
         found.append(f"backend {config.backend}")
     return found

@@ -14,6 +14,7 @@ from ds_quant.base.log import say
 from ds_quant.base.patterns import check_patterns, matches
 from ds_quant.config import ConfigError, LinearConfig
 from ds_quant.linear.coverage import Coverage, coverage
+from ds_quant.linear.depth import in_end_blocks
 from ds_quant.linear.experts import fused_experts, shape_of, shared_patterns
 from ds_quant.linear.heads import output_heads
 from ds_quant.linear.linear_classes import check_included, is_linear, obstacle, quantized_class, register_module
@@ -78,6 +79,8 @@ def convert(
     _refuse_fused_experts(experts, heads, config)
 
     excluded = set(heads) if config.exclude is None else set()
+    if config.exclude_blocks:
+        excluded |= in_end_blocks(model, candidates, config.exclude_blocks)
     chosen = {
         name: module
         for name, module in candidates.items()
@@ -87,7 +90,7 @@ def convert(
         raise ConfigError(
             f"ds_quant.linear: got include {list(config.include)} and exclude {list(config.exclude or heads)}, "
             f"which leave none of {len(candidates)} linear layers; allowed: at least one; fix: widen the patterns"
-            + ('; "exclude": [] quantizes output heads, too' if excluded else "")
+            + ('; "exclude": [] quantizes output heads, too' if config.exclude is None and heads else "")
         )
     _convert_modules(model, _passing(chosen, filter, len(candidates), bool(done)), done, config)
     write_to_model_config(model, {"linear": config.model_dump(mode="json", exclude_unset=True)})

@@ -199,6 +199,14 @@ WRONG_VALUES = [
         "remove it",
     ),
     *(
+        ({"linear": {**W8A8G8, "exclude_blocks": ends}}, f"{LINEAR}.exclude_blocks{key}", got, allowed, "")
+        for ends, key, got, allowed in (
+            ({}, "", '{"first": 0.0, "last": 0.0}', "more than 0 and less than 1 together"),
+            ({"first": 0.5, "last": 0.5}, "", '{"first": 0.5, "last": 0.5}', "more than 0 and less than 1 together"),
+            ({"last": 1}, ".last", "1", "a number from 0 on and below 1"),
+        )
+    ),
+    *(
         ({"linear": {**W8A8G8, "rotation": {}, **linear}}, f"{LINEAR}.{key}", got, allowed, fix)
         for linear, key, got, allowed, fix in (
             ({"rotation": {"block_size": 8}}, "rotation.block_size", "8", "16, 32, 64 or 128", "write"),

@@ -516,6 +516,7 @@ def test_a_section_that_is_switched_off_or_broken(tmp_path):
         ({"weight": {"bits": 8, "symmetric": False}}, r"weight.symmetric: got false"),
         ({"weight": {"bits": 8, "rounding": "stochastic"}}, r'weight.rounding: got "stochastic"'),
         ({"weight": {"bits": 8, "granularity": "block"}}, r'weight.granularity: got "block"'),
+        ({"rotation": {}}, r'rotation.used_for: got "output"; allowed: a forward without'),
         ({"activation": {"bits": 4}}, r"activation.bits: got 4; allowed: 8"),
         ({"activation": {"bits": 8, "granularity": "tensor"}}, r'activation.granularity: got "tensor"'),
         ({"activation": {"bits": 8, "granularity": "channel"}}, r'activation.granularity: got "channel"'),
@@ -545,7 +546,7 @@ def test_a_section_that_is_switched_off_or_broken(tmp_path):
     ],
 )
 def test_settings_that_no_server_follows(change, message):
-    config = LinearConfig.parse({key: value for key, value in {**W8A8, **change}.items() if value})
+    config = LinearConfig.parse({key: value for key, value in {**W8A8, **change}.items() if value is not None})
     with pytest.raises(ConfigError, match=f"{message}.*; fix: .*--format bf16"):
         serving_format(config)
 

@@ -12,6 +12,7 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
 )
+from transformers.pytorch_utils import Conv1D
 
 import ds_quant
 from ds_quant.config import ConfigError
@@ -281,3 +282,42 @@ def test_a_shared_weight_counts_once():
     found = coverage(model)
     assert (found.covered_numel, found.matmul_numel) == (16, 24)
     assert model[1].weight is model[0].weight
+
+
+@pytest.mark.parametrize(
+    ("blocks", "ends", "left"),
+    [
+        (4, {"last": 0.15}, (3,)),
+        (4, {"last": 0.25}, (3,)),
+        (4, {"first": 0.3, "last": 0.1}, (0, 1, 3)),
+        (10, {"last": 0.3}, (7, 8, 9)),  # 0.3 * 10 is a little more than 3 in binary
+        (2, {"first": 0.5}, (0,)),
+    ],
+)
+@pytest.mark.parametrize("make", [llama, gpt2])
+def test_blocks_at_the_ends_are_left_out(make, blocks, ends, left):
+    model = make(**{"num_hidden_layers" if make is llama else "n_layer": blocks})
+    prefix = "model.layers" if make is llama else "transformer.h"
+    config = {**W8A8, "exclude_blocks": ends}
+    names = convert(model, config)
+    assert {int(name.split(".")[2]) for name in names} == set(range(blocks)) - set(left)
+    plain = [name for name, module in model.named_modules() if type(module) in (nn.Linear, Conv1D)]
+    assert {name.rpartition(".")[0].split(".")[2] for name in plain if name.startswith(prefix)} == {*map(str, left)}
+    assert type(model.lm_head) is nn.Linear, "output heads are left out as before"
+    assert convert(model, config) == names
+    assert len(names) == (7 if make is llama else 4) * (blocks - len(left))
+
+
+def test_every_stack_has_its_own_ends():
+    stack = lambda: nn.ModuleList(nn.Sequential(nn.Linear(4, 4), nn.GELU(), nn.Linear(4, 4)) for _ in range(4))  # noqa: E731
+    model = nn.ModuleDict({"encoder": stack(), "decoder": stack(), "between": nn.Linear(4, 4)})
+    names = convert(model, {**W8A8, "exclude_blocks": {"last": 0.25}})
+    kept = [f"{part}.{block}.{layer}" for part in ("encoder", "decoder") for block in range(3) for layer in (0, 2)]
+    assert names == [*kept, "between"]
+
+
+def test_blocks_that_are_not_there():
+    with pytest.raises(ConfigError, match=r"exclude_blocks: got .*; allowed: with a model that has repeated blocks"):
+        convert(nn.ModuleDict({"a": nn.Linear(4, 4)}), {**W8A8, "exclude_blocks": {"last": 0.1}})
+    with pytest.raises(ConfigError, match=r"allowed: shares that leave one of the 2 blocks of 'model.layers'"):
+        convert(llama(), {**W8A8, "exclude_blocks": {"first": 0.1, "last": 0.1}})

@@ -138,8 +138,8 @@ def test_linear_has_these_operands_and_results(monkeypatch, rounding, layout, we
     calls = []
     product = simulated._product
 
-    def recording(a, b, dtype, bias=None):
-        calls.append((a, b, bias, product(a, b, dtype, bias)))
+    def recording(a, b, dtype, bias=None, **how):
+        calls.append((a, b, bias, product(a, b, dtype, bias, **how)))
         return calls[-1][-1]
 
     monkeypatch.setattr(simulated, "_product", recording)
