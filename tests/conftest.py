@@ -34,6 +34,7 @@ LONGEST_FIRST = (
     "distributed",
     "test_slurm_sweep.py",
     "launchers",
+    "benchmarks",
     "test_launch_ways.py",
     "cli",
     "kernels",

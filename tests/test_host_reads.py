@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from host_reads import reads
+from helpers.host_reads import reads
 
 X = torch.arange(6.0)
 MASK = X > 2

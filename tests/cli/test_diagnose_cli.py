@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 from conftest import ROOT
-from headless import browser, open_page
-from launching import launch, run_ranks
-from samples import write_corpus
+from helpers.headless import browser, open_page
+from helpers.launching import launch, run_ranks
+from helpers.samples import write_corpus
 
 from ds_quant.cli import diagnose
 from ds_quant.diagnostics import folder

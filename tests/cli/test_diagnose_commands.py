@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 from conftest import ROOT
-from launching import run_ranks
+from helpers.launching import run_ranks
+from helpers.samples import write_corpus
 from safetensors.torch import load_file
-from samples import write_corpus
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import ds_quant

@@ -10,8 +10,8 @@ import pytest
 import torch
 from conftest import ROOT
 from evaluate_files import W8A8, section, write_json, write_model
-from launching import run_ranks
-from samples import write_corpus
+from helpers.launching import run_ranks
+from helpers.samples import write_corpus
 from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM
 
 import ds_quant

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 from evaluate_files import refused, write_model, write_tasks
-from launching import launch
+from helpers.launching import launch
 
 from ds_quant.cli import evaluate
 from ds_quant.cli.evaluating import tasks

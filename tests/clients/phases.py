@@ -6,7 +6,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from launching import launch
+from helpers.launching import launch
 
 
 def resumed(client, done, again):

@@ -11,7 +11,7 @@ from pathlib import Path
 import phases as after
 import torch
 from conftest import ROOT, free_port
-from launching import launch
+from helpers.launching import launch
 
 from ds_quant.base.checkpoint_files import read_checkpoint_file
 from ds_quant.cli.report import main as ds_quant_report

@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from headless import browser, open_page
+from helpers.headless import browser, open_page
 
 from ds_quant.config import ConfigError
 from ds_quant.diagnostics import folder, html

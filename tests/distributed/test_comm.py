@@ -4,7 +4,7 @@ import json
 import sys
 
 import pytest
-from launching import PROGRAMS, launch, run_ranks
+from helpers.launching import PROGRAMS, launch, run_ranks
 
 pytestmark = pytest.mark.distributed
 

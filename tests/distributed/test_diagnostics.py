@@ -9,7 +9,7 @@ import pytest
 from common import LENGTH
 from conftest import ROOT, free_port
 from diagnosed import ACCUMULATION, EVERY, ROWS, SAVED_AT, STEPS
-from launching import PROGRAMS, launch, run_ranks
+from helpers.launching import PROGRAMS, launch, run_ranks
 
 from ds_quant.diagnostics import folder
 

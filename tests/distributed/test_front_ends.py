@@ -7,7 +7,7 @@ import pytest
 import torch
 from common import VOCABULARY, batch, tiny_llama_config
 from conftest import ROOT, free_port
-from launching import PROGRAMS, deepspeed, launch
+from helpers.launching import PROGRAMS, deepspeed, launch
 from native import ACCUMULATION, LR, ROWS, STEPS
 from transformers import LlamaForCausalLM
 

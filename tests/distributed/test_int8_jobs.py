@@ -5,8 +5,8 @@ import json
 
 import pytest
 from conftest import ROOT
+from helpers.launching import PROGRAMS, run_ranks
 from int8_jobs import ACCUMULATION, CASES, CHECKPOINTED, EARLY, EDITS, MEMORY, STAGE3, STEPS
-from launching import PROGRAMS, run_ranks
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
 

@@ -6,7 +6,7 @@ import json
 import pytest
 from common import VOCABULARY
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
-from launching import PROGRAMS, run_ranks
+from helpers.launching import PROGRAMS, run_ranks
 from masters import BUCKET, CASES, MOMENTS, memory_job
 
 from ds_quant.planning.predict import Predictor

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from launching import PROGRAMS, launch, run_ranks
+from helpers.launching import PROGRAMS, launch, run_ranks
 from moment_clients import schedule
 from moment_jobs import ACCUMULATION, HIDDEN, LR, TRAINED, VOCABULARY, WIDTH, plain_step, tiny
 from moment_moves import SCALED, SWITCHED, TAG, UNIVERSAL

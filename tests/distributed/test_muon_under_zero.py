@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from launching import PROGRAMS, run_ranks
+from helpers.launching import PROGRAMS, run_ranks
 from moment_jobs import ACCUMULATION, tiny
 from muon_jobs import MATRICES, RESUMED, SAME
 

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from launching import PROGRAMS, run_ranks
+from helpers.launching import PROGRAMS, run_ranks
 from moment_jobs import ACCUMULATION, TRAINED, plain_step, tiny
 from optimizer_jobs import CASES, CONVERTED
 from test_moments import ELEMENTS, EXCLUDED, num_bytes

@@ -5,7 +5,7 @@ import json
 
 import pytest
 from conftest import ROOT
-from launching import PROGRAMS, run_ranks
+from helpers.launching import PROGRAMS, run_ranks
 
 from ds_quant.base.errors import ConfigError
 from ds_quant.cli.diagnosing import memory

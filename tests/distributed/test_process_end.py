@@ -4,7 +4,7 @@ import sys
 
 import pytest
 from conftest import free_port
-from launching import launch
+from helpers.launching import launch
 
 pytestmark = pytest.mark.distributed
 

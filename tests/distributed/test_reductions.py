@@ -4,7 +4,7 @@ import itertools
 import json
 
 import pytest
-from launching import PROGRAMS, run_ranks
+from helpers.launching import PROGRAMS, run_ranks
 
 from ds_quant.engine.reduction import CAN_SUM
 

@@ -7,7 +7,7 @@ import re
 
 import pytest
 import residuals_by_0_1 as by_0_1
-from launching import PROGRAMS, run_ranks
+from helpers.launching import PROGRAMS, run_ranks
 from residuals import CASES, HIDDEN, LARGE, MORE, TRAINED, WIDTH
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]

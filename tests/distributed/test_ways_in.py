@@ -5,7 +5,7 @@ import sys
 
 import pytest
 from conftest import ROOT
-from launching import PROGRAMS, launch
+from helpers.launching import PROGRAMS, launch
 
 from ds_quant.cli.report import main
 from ds_quant.config.batch_sizes import BATCH_SIZES

@@ -4,7 +4,7 @@ import json
 
 import pytest
 from conftest import ROOT
-from launching import PROGRAMS, run_ranks
+from helpers.launching import PROGRAMS, run_ranks
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import deepspeed
 import pytest
 import torch
-from host_reads import reads
+from helpers.host_reads import reads
 from torch import nn
 
 import ds_quant

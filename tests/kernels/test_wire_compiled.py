@@ -5,7 +5,7 @@ import gc
 import numpy as np
 import pytest
 import torch
-from host_reads import reads
+from helpers.host_reads import reads
 from kernels.wire_jobs import DTYPES, FORMATS, KEY, NUMELS, Job, assert_same
 from numerics.wire_oracle import lay_out
 from torch._dynamo.testing import CompileCounter

@@ -68,7 +68,7 @@ class Result(NamedTuple):
 
 def run(folder: Path, *, kills: int, seed: int, ranks: int, config: Path, say: bool = True) -> Result:
     """Do it once in `folder`; raises AssertionError at the first thing that is not as it should be."""
-    from samples import write_corpus
+    from helpers.samples import write_corpus
 
     begin = time.monotonic()
     corpus = write_corpus(folder / "documents.jsonl")

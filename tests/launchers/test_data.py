@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from helpers.samples import write_corpus
 from hypothesis import given
 from hypothesis import strategies as st
 from pretraining import arguments, data, documents, packing, shard_writer, shards, streaming, tokenizer
 from pretraining.arguments import DataArguments
 from pretraining.corpus import CorpusArguments
-from samples import write_corpus
 from survival.errors import LaunchError
 from transformers import PreTrainedTokenizerFast, TrainingArguments
 

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 from conftest import ROOT
-from launching import launch
+from helpers.launching import launch
 
 
 @pytest.mark.slow

@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 import torch
 from conftest import ROOT, free_port
-from launching import WITHOUT_COMPILER, deepspeed, launch, run_ranks
+from helpers.launching import WITHOUT_COMPILER, deepspeed, launch, run_ranks
+from helpers.samples import write_corpus
 from PIL import Image
-from samples import write_corpus
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ds_quant.base import trainer_checkpoints

@@ -18,12 +18,12 @@ import numpy as np
 import pytest
 from accelerate.data_loader import skip_first_batches
 from conftest import ROOT
+from helpers.samples import WORDS
 from hypothesis import given
 from hypothesis import strategies as st
 from pretraining import packing, shard_writer, shards, tokenizer
 from pretraining.corpus import CorpusArguments
 from pretraining.permutation import Permutation, PermutedBatches
-from samples import WORDS
 from survival.errors import LaunchError
 from torch.utils.data import DataLoader
 

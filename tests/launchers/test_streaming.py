@@ -12,7 +12,7 @@ import datasets
 import numpy as np
 import pytest
 from conftest import ROOT
-from launching import run_ranks
+from helpers.launching import run_ranks
 from pretraining import document_stream
 from pretraining.permutation import Permutation
 from pretraining.streaming import Lane, LaneLoader, LaneStream, Plan, Position, choose_lanes

@@ -19,7 +19,7 @@ import pytest
 import tokenize_corpus
 import torch
 from conftest import ROOT
-from samples import write_corpus
+from helpers.samples import write_corpus
 from scipy import stats
 from studying import commands, plan, protocol, repairs, results, rows, smoke, tables, texts, verdicts, wiki_markup
 from studying.plan import Key, Settings

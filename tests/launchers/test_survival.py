@@ -18,8 +18,8 @@ import psutil
 import pytest
 import torch
 from conftest import ROOT, free_port
-from launching import WITHOUT_COMPILER, run_ranks
-from samples import write_corpus
+from helpers.launching import WITHOUT_COMPILER, run_ranks
+from helpers.samples import write_corpus
 from survival import status
 from transformers import AutoModelForCausalLM
 

@@ -5,7 +5,7 @@ import itertools
 
 import pytest
 import torch
-from linear_oracle import IN, OUT, random_case
+from helpers.linear_oracle import IN, OUT, random_case
 from torch.utils.checkpoint import checkpoint
 
 import ds_quant

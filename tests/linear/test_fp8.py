@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from linear_oracle import IN, OUT, assert_compiles_to_the_same_bits, assert_within, expected, random_case, run
+from helpers.linear_oracle import IN, OUT, assert_compiles_to_the_same_bits, assert_within, expected, random_case, run
 
 import ds_quant
 from ds_quant.config import ConfigError, LinearConfig

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 from functorch.compile import make_boxed_func
-from linear_oracle import IN, OUT, W8A8G8_INT8, assert_within, expected, random_case, run
+from helpers.linear_oracle import IN, OUT, W8A8G8_INT8, assert_within, expected, random_case, run
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 from torch.utils._python_dispatch import TorchDispatchMode

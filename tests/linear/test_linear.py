@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 import torch
-from linear_oracle import IN, OUT, assert_compiles_to_the_same_bits, assert_within, expected, random_case, run
+from helpers.linear_oracle import IN, OUT, assert_compiles_to_the_same_bits, assert_within, expected, random_case, run
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D

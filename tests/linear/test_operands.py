@@ -7,8 +7,8 @@ import gc
 
 import pytest
 import torch
+from helpers.linear_oracle import IN, OUT, W8A8G8_INT8, random_case, run
 from linear.padded_backend import NAMES, add_padded_backend
-from linear_oracle import IN, OUT, W8A8G8_INT8, random_case, run
 from test_int8 import CONFIGS, TOKENS, step, tiny
 
 import ds_quant

@@ -7,8 +7,8 @@ as inputs, be on one device, write to none of its inputs and wait for nothing. `
 import pytest
 import torch
 from functorch.compile import make_boxed_func
+from helpers.linear_oracle import W8A8G8_INT8
 from linear.padded_backend import NAMES, add_padded_backend
-from linear_oracle import W8A8G8_INT8
 from test_int8 import TOKENS, step, tiny
 from torch._dynamo.backends.common import aot_autograd
 from torch._inductor.utils import get_first_incompatible_cudagraph_node

@@ -6,7 +6,7 @@ import weakref
 
 import pytest
 import torch
-from linear_oracle import IN, OUT, W8A8G8_INT8
+from helpers.linear_oracle import IN, OUT, W8A8G8_INT8
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 

@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 import torch
-from linear_oracle import IN, OUT, W8A8G8_INT8
+from helpers.linear_oracle import IN, OUT, W8A8G8_INT8
 from torch import nn
 
 import ds_quant

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, free_port
-from launching import WITHOUT_COMPILER
+from helpers.launching import WITHOUT_COMPILER
 
 NODES = ("n1", "n2", "n3", "n4")
 _SYSTEM = "/usr/sbin:/sbin"

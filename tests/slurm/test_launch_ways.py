@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
-from launching import launch
+from helpers.launching import launch
 from slurm_cluster import Cluster, running
 from slurm_runs import FLAGS, write_corpus
 

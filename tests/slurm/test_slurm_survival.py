@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
-from launching import run_ranks
+from helpers.launching import run_ranks
 from slurm_cluster import Cluster, running, wait_for
 from slurm_runs import (
     CONFIG,

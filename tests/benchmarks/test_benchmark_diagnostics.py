@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
-from launching import launch
+from helpers.launching import launch
 
 SCRIPT = ROOT / "launchers" / "benchmark.py"
 SMALL = ["--batch", "2", "--sequence", "16", "--vocabulary", "96", "--rounds", "2", "--warm-up", "1", "--threads", "1"]

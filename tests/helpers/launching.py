@@ -79,7 +79,7 @@ def run_ranks(program, *arguments, ranks=2, timeout, env=None, cwd=ROOT, check=T
 def _rank_server():
     """One for each process of tests."""
     server = subprocess.Popen(
-        [sys.executable, ROOT / "tests" / "rank_server.py"],
+        [sys.executable, ROOT / "tests" / "helpers" / "rank_server.py"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,

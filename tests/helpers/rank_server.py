@@ -16,6 +16,7 @@ import select
 import signal
 import sys
 import time
+from pathlib import Path
 
 PAUSE_SECONDS = 0.02
 GRACE_SECONDS = 5.0
@@ -33,7 +34,7 @@ def import_everything():
     import ds_quant.diagnostics.collector
     import ds_quant.engine  # noqa: F401
 
-    sys.path.append(os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "launchers"))
+    sys.path.append(str(Path(__file__).resolve().parents[2] / "launchers"))
     # Every engine with ZeRO imports the first, and torch's compiler with it.
     import deepspeed.runtime.zero.muon.muon_optimizer
     import deepspeed.utils.zero_to_fp32  # noqa: F401
