@@ -113,6 +113,7 @@ ALWAYS_INLINE void load_gradients(
 // Elements between what is stepped and what is fetched meanwhile: memory is busy while codes are found, too.
 constexpr int64_t AHEAD = 512;
 
+// Fetches what the elements AHEAD are in, a batch at a time.
 struct Fetch {
     Stream streams[STREAMS];
 
