@@ -212,6 +212,15 @@ def test_a_rate_is_tuned_when_half_and_double_are_worse() -> None:
     assert tuned({0.001: 4.9, 0.002: 5.0, 0.004: 5.1, 0.008: 5.2}) is None
 
 
+def test_a_repeated_run_is_the_same_to_the_last_digit() -> None:
+    one = a_result("v8_tensor", 0, 0.1 + 0.2)
+    assert results.is_same(one, dataclasses.replace(one, date="2026-12-01", other_loss=1.0))
+    assert not results.is_same(one, dataclasses.replace(one, loss=0.3))
+    nan = dataclasses.replace(one, loss=math.nan, state="diverged")
+    assert results.is_same(nan, dataclasses.replace(nan))
+    assert not results.is_same(nan, one)
+
+
 # ---- rows and sizes
 
 
@@ -270,6 +279,31 @@ def test_limits_hold_a_further_run_of_the_same_kind() -> None:
     assert not smoke.limits([0.0, 0.1, 0.2, 0.3, 0.4]).hold(math.nan)
     with pytest.raises(CommandError, match="5 to 11"):
         smoke.limits([1.0, 2.0])
+
+
+def test_the_smoke_runs_tell_rows_apart() -> None:
+    made = smoke.measured(list(results.read(smoke.PATH).values()))
+    assert made["w8a8"].hold(0.0)
+    for name in smoke.ROWS[1:]:
+        assert not made[name].hold(0.0), "a run in which the quantizer does nothing must be seen"
+
+
+def test_a_figure_outside_its_limits_fails(capsys: pytest.CaptureFixture[str]) -> None:
+    def short(row: str, seed: int, loss: float, **changes: Any) -> Result:
+        return dataclasses.replace(
+            a_result(row, seed, loss, **changes),
+            key=Key(smoke.SIZE, smoke.FAMILY, smoke.RATIO, smoke.RATE, row, seed),
+        )
+
+    gaps = {"baseline": 0.0, "w8a8": 0.0, "g4_tensor": 0.2}
+    before = [short(row, seed, 6.5 + gap + seed / 1000) for row, gap in gaps.items() for seed in range(5)]
+    now = {row: short(row, smoke.SEED, 6.501 + gap) for row, gap in gaps.items()}
+    assert smoke.compare(list(now.values()), before) == 0
+    for row, loss in (("w8a8", 6.6), ("g4_tensor", 6.501), ("baseline", 6.0), ("w8a8", math.nan)):
+        changed = {**now, row: short(row, smoke.SEED, loss, state="diverged" if math.isnan(loss) else "done")}
+        capsys.readouterr()
+        assert smoke.compare(list(changed.values()), before) == 1, (row, loss)
+        assert f"OUTSIDE: {row}" in capsys.readouterr().out
 
 
 # ---- text
