@@ -70,7 +70,7 @@ study-smoke: venv
 # For every change: rooms whose tests start no other process and compile nothing.
 QUICK := $(addprefix tests/,base config comm optim)
 check: lint
-	OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu python -m pytest --quiet --numprocesses 2 -m "not slow and not distributed" $(QUICK)
+	OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu python -m pytest --quiet --numprocesses 2 --hypothesis-profile quick -m "not slow and not distributed" $(QUICK)
 
 docs: export NO_MKDOCS_2_WARNING := 1
 docs: venv

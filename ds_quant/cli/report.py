@@ -49,6 +49,7 @@ def environment() -> tuple[list[tuple[str, str]], list[str]]:
         from ds_quant import engine
         from ds_quant.engine.extension_locks import check_extension_locks
         from ds_quant.kernels import registry
+        from ds_quant.kernels.fp8_units import fp8_units
         from ds_quant.kernels.integer_units import integer_units
     except (ConfigError, ImportError) as error:
         return [("deepspeed", "cannot be used")], [str(error)]
@@ -59,6 +60,7 @@ def environment() -> tuple[list[tuple[str, str]], list[str]]:
         rows += [(f"{title} on {device}", serving) for title, serving in registry.report(device)]
     units = integer_units(torch.device(name))
     rows.append((f"int8 products on {name}", units.line()))
+    rows.append((f"fp8 products on {name}", fp8_units(torch.device(name)).line()))
     for seam, there in engine.find_seams().items():
         rows.append((f"seam {seam}", "found" if there else "MISSING"))
     try:
@@ -105,7 +107,7 @@ def explain(source: Any) -> tuple[list[tuple[str, str]], list[str]]:
     else:
         rows.append(("gradients on the wire", "full precision"))
     if quant.communication and quant.communication.weight:
-        rows += _weights(quant.communication.weight)
+        rows += _weights(quant.communication.weight, stage)
     if quant.diagnostics:
         checks.append(lambda: rows.extend(_diagnostics(quant)))
     for check in checks:
@@ -135,7 +137,7 @@ def _diagnostics(quant: QuantConfig) -> list[tuple[str, str]]:
 
 def _moments(config: OptimizerConfig, raw: dict[str, Any]) -> list[tuple[str, str]]:
     from ds_quant.optim.kinds import kind_of
-    from ds_quant.optim.setup import bytes_a_parameter, describe_moments
+    from ds_quant.optim.setup import describe_moments, describe_size
 
     kind = kind_of(raw)
     if any(name not in kind.optimizer.STATES for name in config.states()):
@@ -145,7 +147,7 @@ def _moments(config: OptimizerConfig, raw: dict[str, Any]) -> list[tuple[str, st
         source = "none in the config: pass torch.optim.AdamW to initialize; Hugging Face's Trainer passes its own"
     return [
         (kind.label, describe_moments(config, kind)),
-        ("  bytes a parameter", f"{bytes_a_parameter(config, kind):.2f} instead of {4 * len(kind.optimizer.STATES)}"),
+        ("  bytes a parameter", describe_size(config, kind).replace(" bytes a parameter", "")),
         *([("master weights", f"{config.master.bits}-bit, rounded {config.master.rounding}")] if config.master else []),
         ("  exclude", ", ".join(config.exclude) or "nothing"),
         ("  optimizer", source),
@@ -165,18 +167,19 @@ def _wire(config: GradientCommunicationConfig, raw: dict[str, Any], stage: Any) 
     ]
 
 
-def _weights(config: WeightCommunicationConfig) -> list[tuple[str, str]]:
+def _weights(config: WeightCommunicationConfig, stage: Any) -> list[tuple[str, str]]:
     from ds_quant.comm.weight_difference import describe_weights, wire_format
 
     rows = [("weights on the wire", describe_weights(config))]
     if config.mode == "difference":
         fmt = wire_format(config)
         rows.append(("  bytes an element", f"{fmt.bits / 8 + 4 / fmt.block_size:.3f} instead of 4 or 2"))
-    return rows
+    when = "before the forward and the backward of a layer" if stage == 3 else "once a step"
+    return [*rows, ("  gathered", when)]
 
 
 def _moment_checks(config: OptimizerConfig, raw: dict[str, Any], stage: Any) -> list[Callable[[], Any]]:
-    from ds_quant.optim.kinds import check_states, check_universal, kind_of
+    from ds_quant.optim.kinds import check_states, check_universal, check_zero, kind_of
     from ds_quant.optim.setup import check_granularity, json_hyperparameters
 
     kind = kind_of(raw)
@@ -187,6 +190,7 @@ def _moment_checks(config: OptimizerConfig, raw: dict[str, Any], stage: Any) -> 
         checks.append(lambda: json_hyperparameters(raw))
         checks.append(lambda: check_states(config, kind.optimizer, kind.name))
         checks.append(lambda: check_universal(raw, kind))
+        checks.append(lambda: check_zero(raw, kind))
     return checks
 
 

@@ -87,11 +87,11 @@ class OptimizerConfig(Section):
     where: ClassVar[str] = f"{SECTION}.optimizer"
 
     exp_avg: MomentConfig | None = None
-    """The first moment of Adam and AdamW; the moment of Lion. Absent: 32 bits."""
+    """The first moment of Adam and AdamW, and of Muon's AdamW; the moment of Lion. Absent: 32 bits."""
     exp_avg_sq: MomentConfig | None = None
-    """The second moment of Adam, AdamW and AdEMAMix. Absent: 32 bits."""
+    """The second moment of Adam, AdamW and AdEMAMix, and of Muon's AdamW. Absent: 32 bits."""
     momentum_buffer: MomentConfig | None = None
-    """The momentum of SGD. Absent: 32 bits."""
+    """The momentum of SGD and Muon. Absent: 32 bits; of Muon the dtype of the gradients, as DeepSpeed keeps it."""
     exp_avg_fast: MomentConfig | None = None
     """The fast moment of AdEMAMix. Absent: 32 bits."""
     exp_avg_slow: MomentConfig | None = None

@@ -89,27 +89,29 @@ def _check_partition(engine: Any, path: str) -> list[float]:
         )
     if "state" not in saved or "param_groups" not in saved:
         raise fail(path, "no state of an optimizer", "a checkpoint with the optimizer", "load another tag")
-    sizes = [param.numel() for _, param in stepped_tensors(engine)]
+    params = [param for _, param in stepped_tensors(engine)]
     numbers = [number for group in saved["param_groups"] for number in group["params"]]
     same_groups = len(saved["param_groups"]) == len(engine.basic_optimizer.param_groups)
-    if not same_groups or len(numbers) != len(sizes):
+    if not same_groups or len(numbers) != len(params):
         raise fail(
             path,
             f"an optimizer with {len(saved['param_groups'])} groups and {len(numbers)} tensors",
-            f"{len(engine.basic_optimizer.param_groups)} groups and {len(sizes)} tensors, as this run has",
+            f"{len(engine.basic_optimizer.param_groups)} groups and {len(params)} tensors, as this run has",
             "load a checkpoint of this model; where ds_quant.optimizer.exclude has changed, " + universal_fix(path),
         )
     steps = []
-    for number, size in zip(numbers, sizes, strict=True):
+    optimizer = engine.basic_optimizer
+    for number, param in zip(numbers, params, strict=True):
         moments = saved["state"].get(number) or {}
-        sizes_saved = [moments[name].numel() for name in engine.basic_optimizer.STATES if moments.get(name) is not None]
-        if any(saved_size != size for saved_size in sizes_saved):
-            raise fail(
-                path,
-                f"a moment of {sizes_saved[0]} elements",
-                f"{size} elements, which this rank has of this model",
-                "load a checkpoint of this model",
-            )
+        for name in optimizer.STATES:
+            size, moment = optimizer.state_numel(name, param), moments.get(name)
+            if moment is not None and moment.numel() != size:
+                raise fail(
+                    path,
+                    f"a moment of {moment.numel()} elements",
+                    f"{size} elements, which this rank has of this model",
+                    "load a checkpoint of this model",
+                )
         if "step" in moments:
             steps.append(float(moments["step"]))
     return steps

@@ -99,7 +99,9 @@ def second_moments(engine: Any) -> Iterator[tuple[str, Tensor]]:
     names = {id(parameter): name for name, parameter in engine.module.named_parameters()}
     if engine.zero_optimization_stage() == 3:
         for name, parameter in engine.module.named_parameters():
-            moment = safe_get_local_optimizer_state(parameter, "exp_avg_sq") if parameter.requires_grad else None
+            of_muon = getattr(parameter, "use_muon", False) and "Muon" in type(optimizer).__name__
+            has_one = parameter.requires_grad and not of_muon
+            moment = safe_get_local_optimizer_state(parameter, "exp_avg_sq") if has_one else None
             if moment is not None:
                 yield name, moment
     elif engine.zero_optimization() or hasattr(wrapper, "bf16_groups"):

@@ -21,7 +21,7 @@ partition of ZeRO has its own.
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -29,34 +29,15 @@ from torch import Tensor
 from ds_quant.base.errors import fail
 from ds_quant.base.log import say
 from ds_quant.config import ConfigError
+from ds_quant.kernels.masters import ops as masters
 from ds_quant.numerics.codes import CodeMap
 from ds_quant.numerics.format import Format, Group
-from ds_quant.numerics.random import derive_words, fold_words
+from ds_quant.numerics.random import fold_words
 from ds_quant.numerics.stored_states import State
-from ds_quant.numerics.stored_states import part as part_of
 from ds_quant.optim.group_options import GroupOptions, check_parameters, state_option
+from ds_quant.optim.items import Item, MasterItem, master_items
 from ds_quant.optim.master import MasterTensor
 from ds_quant.optim.state import QuantizedState
-
-PART_STREAM, MASTER_STREAM = 1 << 62, 1 << 61
-"""Of the keys of parts of masters, and of the rounding of masters: apart from the streams of states, which count up."""
-
-
-class Item(NamedTuple):
-    """One parameter of one step. All tensors are contiguous; `param` and `states` are written in place."""
-
-    param: Tensor
-    grad: Tensor
-    states: list[State]
-    """In the order of STATES: fp32 of the parameter's shape, or codes and scales."""
-    keys: list[tuple[int, int] | None]
-    """One a state: of stochastic rounding, before its subkey is derived; None rounds to nearest."""
-    stream: int
-    """Names the parameter. State number i draws with derive_key(key, i + stream * the number of states)."""
-    step: int
-    """Number of this step, from 1."""
-    options: Any
-    """What `group_options` made of the parameter's group."""
 
 
 class QuantizedOptimizer(torch.optim.Optimizer):
@@ -91,6 +72,18 @@ class QuantizedOptimizer(torch.optim.Optimizer):
         """Do the steps of `items`, all on one device, in place."""
         raise NotImplementedError
 
+    def do_master_steps(self, items: Sequence[MasterItem]) -> None:
+        """Do steps of masters of few bits, all on one device, in place: each is in fp32 for as long as its step takes.
+
+        An optimizer that has a kernel for it may do better.
+        """
+        values = items[0].item.param.new_empty(max(item.param.numel() for item, _, _ in items), dtype=torch.float32)
+        for item, low_bits, key in items:
+            part = values[: item.param.numel()]
+            masters.join(item.param, low_bits, part)
+            self.do_steps([item._replace(param=part)])
+            masters.split(part, item.param, low_bits, key=key)
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in torch; the group's own states and hyperparameters are validated."""
         options = {**self.defaults, **param_group}
@@ -120,9 +113,9 @@ class QuantizedOptimizer(torch.optim.Optimizer):
         with_gradients = list(self._with_gradients())
         if not with_gradients:
             return loss
-        shared = _Step(self)
+        shared = Step(self)
         items: dict[torch.device, list[Item]] = {}
-        masters: list[tuple[MasterTensor, Item]] = []
+        parts: dict[torch.device, list[MasterItem]] = {}
         counters: list[Tensor] = []
         strided: list[tuple[Tensor, Tensor]] = []
         for param, grad, options in with_gradients:
@@ -148,13 +141,13 @@ class QuantizedOptimizer(torch.optim.Optimizer):
                 keys.append(key)
             item = Item(data, grad, states, keys, stream, step, options)
             if isinstance(data, MasterTensor):
-                masters.append((data, item))
+                parts.setdefault(param.device, []).extend(master_items(data, item, shared.key(step)))
             else:
                 items.setdefault(param.device, []).append(item)
         for batch in items.values():
             self.do_steps(batch)
-        for data, item in masters:
-            self._step_masters(data, item, shared.key(item.step))
+        for some in parts.values():
+            self.do_master_steps(some)
         for param, data in strided:
             param.copy_(data)
         # As torch's own: a number, or a tensor without alpha, is converted for each counter, at several times the cost.
@@ -162,18 +155,6 @@ class QuantizedOptimizer(torch.optim.Optimizer):
         # Kernels write through pointers: whoever compares versions (autograd, caches of codes) must see it.
         torch.autograd.graph.increment_version([param for param, _, _ in with_gradients])
         return loss
-
-    def _step_masters(self, masters: MasterTensor, item: Item, key: tuple[int, int]) -> None:
-        """Step masters of few bits part by part, each in fp32 for as long as its step takes.
-
-        A part draws random bits as a parameter of its own would: part number i has the subkey PART_STREAM + i.
-        """
-        for number, part in enumerate(masters.parts()):
-            own = [None if drawn is None else derive_words(drawn, PART_STREAM + number) for drawn in item.keys]
-            states = [part_of(state, part.begin, part.end) for state in item.states]
-            grad = item.grad.view(-1)[part.begin : part.end]
-            self.do_steps([item._replace(param=part.values, grad=grad, states=states, keys=own)])
-            masters.put_back(part, derive_words(derive_words(key, PART_STREAM + number), MASTER_STREAM + item.stream))
 
     def _with_gradients(self) -> Iterator[tuple[Tensor, Tensor, GroupOptions]]:
         for group in self.param_groups:
@@ -190,6 +171,10 @@ class QuantizedOptimizer(torch.optim.Optimizer):
                         "build the embedding with sparse=False, or leave its weight to torch.optim.SparseAdam",
                     )
                 yield param, grad, options
+
+    def state_numel(self, name: str, param: Tensor) -> int:
+        """Elements of the state `name` of `param`."""
+        return param.numel()
 
     def state_bytes(self) -> int:
         """Bytes of the states of all parameters: codes and scales, or fp32 elements."""
@@ -233,7 +218,7 @@ class QuantizedOptimizer(torch.optim.Optimizer):
         Raises:
             ConfigError: a state with another number of elements than its parameter.
         """
-        shared = _Step(self)
+        shared = Step(self)
         options: dict[int, GroupOptions] = {}
         for group, param in params:
             state = self.state.get(param)
@@ -247,7 +232,7 @@ class QuantizedOptimizer(torch.optim.Optimizer):
         return {**super().__getstate__(), "seed": self.seed, "rank": self.rank}
 
 
-class _Step:
+class Step:
     """What the parameters of one step share, computed once."""
 
     def __init__(self, optimizer: QuantizedOptimizer):
@@ -273,40 +258,47 @@ class _Step:
             if step is None and any(name in state for name in self._names):
                 step = options.step
             step = state["step"] = torch.tensor(float(step or 0.0), dtype=torch.float32)
-        for name, wanted in zip(self._names, options.formats(param), strict=True):
+        shape, device = options.shape(param), param.device
+        for (name, _), wanted in zip(options.stochastic, options.formats(param), strict=True):
             stored = state.get(name)
-            if not _fits(stored, wanted, param):
-                state[name] = self._mended(stored, wanted, name, param, state)
+            if not _fits(stored, wanted, shape.numel(), device):
+                state[name] = self._mended(stored, wanted, name, shape, device, state)
         return int(step.item()) + 1
 
     def _mended(
-        self, stored: Any, wanted: Format[CodeMap] | None, name: str, param: Tensor, state: dict[str, Any]
+        self,
+        stored: Any,
+        wanted: Format[CodeMap] | None,
+        name: str,
+        shape: torch.Size,
+        device: torch.device,
+        state: dict[str, Any],
     ) -> Tensor:
         """A state in the format that the optimizer keeps, from nothing or from one in another format."""
         if stored is None:
             if wanted is None:
-                return torch.zeros(param.shape, dtype=torch.float32, device=param.device)
+                return torch.zeros(shape, dtype=torch.float32, device=device)
             size = wanted.group.block_size
-            return QuantizedState.zeros(param.shape, wanted.elements, size, param.device, self._stream(state))
-        if not isinstance(stored, Tensor) or stored.numel() != param.numel():
+            return QuantizedState.zeros(shape, wanted.elements, size, device, self._stream(state))
+        if not isinstance(stored, Tensor) or stored.numel() != shape.numel():
             got = f"{stored.numel()} elements" if isinstance(stored, Tensor) else f"a {type(stored).__name__}"
             raise fail(
                 f"{type(self._optimizer).__name__}.state[{name}]",
                 got,
-                f"a tensor of the parameter's {param.numel()} elements",
+                f"a tensor of the parameter's {shape.numel()} elements",
                 "load a checkpoint of this model and this partitioning",
             )
         if isinstance(stored, QuantizedState):
             old = stored.blocks
             if stored.whole and wanted == Format(old.code_map, Group("block", old.block_size)):
-                return stored.to(param.device)
+                return stored.to(device)
             if wanted is None or wanted.elements != old.code_map:
                 new = "32-bit" if wanted is None else _shown(wanted.elements)
                 self._say_once(f"{name}: the loaded moments ({_shown(old.code_map)}) go on as {new}")
             stored = stored.dequantize()
         elif wanted is not None:
             self._say_once(f"{name}: the loaded 32-bit moments go on as {_shown(wanted.elements)}")
-        values = stored.detach().to(param.device, torch.float32).reshape(param.shape)
+        values = stored.detach().to(device, torch.float32).reshape(shape)
         if wanted is None:
             return values.contiguous()
         size = wanted.group.block_size
@@ -349,23 +341,23 @@ def _release(state: dict[str, Any], wanted: Callable[[Any], bool]) -> None:
             state[key] = item.value.clone() if isinstance(item.value, Tensor) else item.value
 
 
-def _fits(stored: Any, wanted: Format[CodeMap] | None, param: Tensor) -> bool:
+def _fits(stored: Any, wanted: Format[CodeMap] | None, numel: int, device: torch.device) -> bool:
     """Whether a state can be stepped as it is."""
     if type(stored) is QuantizedState:
-        codes, _, numel, block_size, code_map = stored.blocks
+        codes, _, count, block_size, code_map = stored.blocks
         return (
             wanted is not None
             and block_size == wanted.group.block_size
             and (code_map is wanted.elements or code_map == wanted.elements)
             and stored.whole
-            and numel == param.numel()
-            and codes.device == param.device
+            and count == numel
+            and codes.device == device
         )
     return (
         wanted is None
         and isinstance(stored, Tensor)
         and stored.dtype == torch.float32
-        and stored.numel() == param.numel()
-        and stored.device == param.device
+        and stored.numel() == numel
+        and stored.device == device
         and stored.is_contiguous()
     )

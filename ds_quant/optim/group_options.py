@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ds_quant.base.errors import fail
@@ -40,6 +41,10 @@ class GroupOptions:
         self._by_shape = any(stored and stored["granularity"] != "block" for stored, _ in self._objects)
         self._formats = self._formats_of(())
         self.step = group.get("step")
+
+    def shape(self, param: Tensor) -> torch.Size:
+        """Shape of the states of `param`."""
+        return param.shape
 
     def formats(self, param: Tensor) -> list[Format[CodeMap] | None]:
         """How the states of `param` are stored, in the order of `states`; None for 32 bits."""

@@ -11,6 +11,7 @@ from ds_quant.optim.base import QuantizedOptimizer
 from ds_quant.optim.group_options import FIXED as FIXED_IN_GROUPS
 from ds_quant.optim.group_options import HYPERPARAMETERS, MOMENTS
 from ds_quant.optim.lion import QuantLion
+from ds_quant.optim.muon import QuantMuon
 from ds_quant.optim.sgd import QuantSGD
 
 IMPLEMENTATIONS = ("torch_adam", "fused", "foreach", "capturable")
@@ -33,7 +34,7 @@ class Kind(NamedTuple):
     fixed: Mapping[str, bool]
     """Keys that change the function, and the one value that is allowed."""
     implementations: tuple[str, ...]
-    """Keys that choose between implementations of the same function, which are ignored."""
+    """Keys that choose between implementations of the same function, or that DeepSpeed alone reads."""
     defaults: Callable[[Mapping[str, Any]], dict[str, Any]]
     """Of hyperparameters, as the optimizer that DeepSpeed would have taken for these params has them."""
 
@@ -82,7 +83,16 @@ ADEMAMIX = Kind(
     lambda params: {},
 )
 """Stock DeepSpeed knows no such type, and refuses it: a script that forgets to enable ds_quant fails."""
-KINDS = (ADAM, LION, SGD, ADEMAMIX)
+MUON = Kind(
+    ("Muon",),
+    True,
+    QuantMuon,
+    ("lr", "muon_lr", "adam_lr", "momentum", "ns_method", "betas", "eps", "weight_decay"),
+    {"adam_w_mode": True, "fp32_optimizer_states": True},
+    ("torch_adam", "per_head_muon"),
+    lambda params: {},
+)
+KINDS = (ADAM, LION, SGD, ADEMAMIX, MUON)
 
 TYPES = tuple(name for kind in KINDS for name in kind.types)
 
@@ -114,6 +124,27 @@ def check_states(config: OptimizerConfig, optimizer: type[QuantizedOptimizer], n
             where, one = f"{config.where}.{state}", "one" if len(states) == 1 else "some"
             got = getattr(config, state).model_dump(exclude_unset=True)
             raise fail(where, got, f"{', '.join(states)} with {name}, which has no {state}", f"store {one} of those")
+
+
+def check_zero(raw: Mapping[str, Any], kind: Kind) -> None:
+    """Raise ConfigError where DeepSpeed does not compute Muon's updates as its momentum in few bits needs it."""
+    if kind is not MUON:
+        return
+    section = raw.get("zero_optimization") or {}
+    stage, reduce_scatter = section.get("stage", 0), section.get("reduce_scatter", True)
+    if stage == 0:
+        allowed = "1, 2 or 3 with Muon and ds_quant.optimizer (it is ZeRO that makes updates of whole matrices)"
+        raise fail("zero_optimization.stage", stage, allowed, "set 1, which works with one process too")
+    if stage == 3 and reduce_scatter is not False:
+        allowed = "false with Muon at stage 3 (DeepSpeed gathers whole matrices)"
+        raise fail("zero_optimization.reduce_scatter", reduce_scatter, allowed, "set it so, or use stage 1 or 2")
+    for where, key, reason in (
+        ("zero_optimization", "save_muon_momentum_buffer_in_memory", "it keeps a second momentum of full size"),
+        ("fp16", "enabled", "momentums of gradients with a loss scale are not tested; use bf16"),
+    ):
+        value = (raw.get(where) or {}).get(key)
+        if value and value != "auto":
+            raise fail(f"{where}.{key}", value, f"false with Muon and ds_quant.optimizer ({reason})", "remove it")
 
 
 def check_universal(raw: Mapping[str, Any], kind: Kind) -> None:

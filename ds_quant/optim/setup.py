@@ -15,6 +15,7 @@ from ds_quant.optim.adopt import check_agreement, convert_adamw
 from ds_quant.optim.base import QuantizedOptimizer
 from ds_quant.optim.group_options import DEFAULT_ROUNDING, MOMENTS
 from ds_quant.optim.kinds import ADAM, SGD, TYPES, Kind, check_states, kind_named
+from ds_quant.optim.muon import MOMENTUM, QuantMuon
 
 
 def json_hyperparameters(raw: dict[str, Any]) -> dict[str, Any]:
@@ -200,17 +201,29 @@ def describe_moments(config: OptimizerConfig, kind: Kind = ADAM) -> str:
     for name in kind.optimizer.STATES:
         moment: MomentConfig | None = getattr(config, name)
         if moment is None:
-            parts.append(f"{name} 32-bit")
+            of_muon = name == MOMENTUM and issubclass(kind.optimizer, QuantMuon)
+            parts.append(f"{name} {'in the dtype of gradients' if of_muon else '32-bit'}")
             continue
         group = f"block of {moment.block_size}" if moment.granularity == "block" else moment.granularity
         parts.append(f"{name} {moment.bits}-bit {moment.map} per {group}, {moment.rounding or DEFAULT_ROUNDING}")
     return "; ".join(parts)
 
 
-def bytes_a_parameter(config: OptimizerConfig, kind: Kind = ADAM) -> float:
-    """Bytes of all states of a quantized parameter, scales included, where a scale covers a block."""
+def describe_size(config: OptimizerConfig, kind: Kind = ADAM) -> str:
+    """Bytes a parameter of the states, and of those that the optimizer would have without the section."""
+    if not issubclass(kind.optimizer, QuantMuon):
+        return f"{bytes_a_parameter(config, kind):.2f} bytes a parameter instead of {4 * len(kind.optimizer.STATES)}"
+    adamw = f"{bytes_a_parameter(config, kind, MOMENTS):.2f} bytes a parameter of AdamW's instead of 8"
+    if config.momentum_buffer is None:
+        return f"{adamw}, and those of two gradients for Muon's"
+    momentum = bytes_a_parameter(config, kind, [MOMENTUM])
+    return f"{momentum:.2f} bytes a parameter of Muon's instead of those of two gradients, {adamw}"
+
+
+def bytes_a_parameter(config: OptimizerConfig, kind: Kind = ADAM, names: Iterable[str] | None = None) -> float:
+    """Bytes of all states of a quantized parameter, or of `names`, scales included, where a scale covers a block."""
     total = 0.0
-    for name in kind.optimizer.STATES:
+    for name in kind.optimizer.STATES if names is None else names:
         moment: MomentConfig | None = getattr(config, name)
         if moment is None:
             total += 4

@@ -171,8 +171,7 @@ def digest(engine):
         bits.update(param.detach().float().contiguous().numpy().tobytes())
         state = engine.basic_optimizer.state[param]
         bits.update(f"{float(state['step'])}".encode())
-        for name in state_names(engine):
-            moment = state[name]
+        for moment in (state[name] for name in state_names(engine) if name in state):
             quantized = isinstance(moment, QuantizedState)
             for part in (moment.blocks.codes, moment.blocks.scale) if quantized else (moment,):
                 bits.update(part.detach().contiguous().view(torch.uint8).numpy().tobytes())

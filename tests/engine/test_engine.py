@@ -214,7 +214,7 @@ def test_the_optimizer_of_the_json_is_quantized(caplog):
         ({}, r"optimizer: got \{\}; allowed: an optimizer of type Adam, AdamW, "),
         ({"type": "Lamb", "params": {"lr": 1e-3}}, r'optimizer\.type: got "Lamb"; allowed: "Adam", "AdamW", "Lion"'),
         ({"type": "Lion", "params": {"lr": 1e-3}}, r"optimizer\.exp_avg_sq: got .*; allowed: exp_avg with Lion"),
-        ({"type": "Muon", "params": {"lr": 1e-3}}, r'optimizer\.type: got "Muon"'),
+        ({"type": "Muon", "params": {"nesterov": True}}, r"optimizer\.params\.nesterov: got true"),
         ({"type": "SGD", "params": {"lr": 1e-3}}, r"optimizer\.params\.momentum: got 0\.0; allowed: above 0"),
         (
             {"type": "SGD", "params": {"lr": 1e-3, "momentum": 0.9}},

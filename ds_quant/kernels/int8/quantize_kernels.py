@@ -9,7 +9,7 @@ import triton.language as tl
 from ds_quant.kernels.triton_random import derive_key, mix
 
 PARTS = tl.constexpr(32)
-"""That are read at a time."""
+"""How many parts a program reads at a time."""
 
 
 @triton.jit
