@@ -45,7 +45,7 @@ def draw(judged: Sequence[Judged], title: str, path: Path) -> bool:
     axis.set_yticks(range(len(shown)), [entry.row.name for entry in shown], fontsize=8)
     axis.set_ylim(len(shown) - 0.5, -0.5)
     if named:
-        axis.legend(loc="lower right", fontsize=8)
+        figure.legend(loc="outside right upper", fontsize=8)
     axis.set(xlabel="validation loss less the baseline's, nats a token", title=title)
     save_figure(figure, [axis], path)
     return True

@@ -60,6 +60,9 @@ WEIGHT = {
         "W", "w4_channel", "blocks of 32, output layer in full precision", _linear(weight=_block(4, 32), exclude=_HEADS)
     ),
     "w4_nvfp4": Repair("W", "w4_channel", "NVFP4", _linear(weight={"format": "nvfp4"})),
+    "w4_nvfp4_four_six": Repair(
+        "W", "w4_channel", "NVFP4, 4/6 scales", _linear(weight={"format": "nvfp4", "scale_rule": "four_six"})
+    ),
     "w4_nvint4": Repair("W", "w4_channel", "NVINT4", _linear(weight={"format": "nvint4"})),
     "w4_mxfp4": Repair("W", "w4_channel", "MXFP4, scales rounded up", _linear(weight=dict(_MX))),
 }
@@ -83,6 +86,9 @@ ACTIVATION = {
         _linear(activation=_block(4, 32), exclude=_LAST),
     ),
     "a4_nvfp4": Repair("A", "a4_token", "NVFP4", _linear(activation={"format": "nvfp4"})),
+    "a4_nvfp4_four_six": Repair(
+        "A", "a4_token", "NVFP4, 4/6 scales", _linear(activation={"format": "nvfp4", "scale_rule": "four_six"})
+    ),
     "a4_nvint4": Repair("A", "a4_token", "NVINT4", _linear(activation={"format": "nvint4"})),
     "a4_mxfp4": Repair("A", "a4_token", "MXFP4, scales rounded up", _linear(activation=dict(_MX))),
 }
@@ -98,6 +104,31 @@ GRADIENT = {
         ("outer_input", "outer, stochastic, for dX only", _gradient(bits, "outer", "input")),
     )
 } | {
+    # The gradient of a token's logits has one element near -1 and small ones beside it, which one scale a token loses.
+    "g8_token_no_head": Repair(
+        "G",
+        "g8_token",
+        "per token, nearest, output layer in full precision",
+        _linear(gradient=_gradient(8, "token", "weight", rounding="nearest"), exclude=_HEADS),
+    ),
+    "g4_token_no_head": Repair(
+        "G",
+        "g4_token",
+        "per token, nearest, output layer in full precision",
+        _linear(gradient=_gradient(4, "token", "weight", rounding="nearest"), exclude=_HEADS),
+    ),
+    "g4_outer_no_head": Repair(
+        "G",
+        "g4_token",
+        "outer, stochastic, output layer in full precision",
+        _linear(gradient=_gradient(4, "outer", "weight"), exclude=_HEADS),
+    ),
+    "g4_block32_both": Repair(
+        "G",
+        "g4_token",
+        "blocks of 32, stochastic, for dX and dW",
+        _linear(gradient=_block(4, 32, rounding="stochastic", used_for=list(_BOTH))),
+    ),
     "g4_token_both": Repair(
         "G",
         "g4_token",
@@ -146,6 +177,13 @@ _OUTER = _gradient(4, "outer", *_BOTH)
 # `outer` folds no scales of blocks.
 _STOCHASTIC = _gradient(4, "token", *_BOTH)
 _BLOCKS = (_block(4, 32), _block(4, 32))
+_BLOCK_GRADIENT = _block(4, 32, rounding="stochastic", used_for=list(_BOTH))
+
+
+def _rotated(section: Values, size: int, *used_for: str) -> Values:
+    rotation: Values = {"block_size": size, **({"used_for": list(used_for)} if used_for else {})}
+    return {"linear": {**section["linear"], "rotation": rotation}}
+
 
 COMBINED = {
     "w4a4g4_naive": Repair(
@@ -167,6 +205,21 @@ COMBINED = {
         "w4a4g4_naive",
         "the same with m in 4 and v in 8 bits",
         {**_all4(*_BLOCKS, dict(_STOCHASTIC)), "optimizer": {"exp_avg": {"bits": 4}, "exp_avg_sq": {"bits": 8}}},
+    ),
+    "w4a4g4_block32_g": Repair(
+        "combined", "w4a4g4_naive", "W, A, G in blocks of 32, G stochastic", _all4(*_BLOCKS, dict(_BLOCK_GRADIENT))
+    ),
+    "w4a4g4_block32_hadamard": Repair(
+        "combined",
+        "w4a4g4_naive",
+        "the same, all products rotated by Hadamard matrices of 32",
+        _rotated(_all4(*_BLOCKS, dict(_BLOCK_GRADIENT)), 32),
+    ),
+    "w4a4g4_block32_hadamard_weight": Repair(
+        "combined",
+        "w4a4g4_naive",
+        "the same, dW alone rotated",
+        _rotated(_all4(*_BLOCKS, dict(_BLOCK_GRADIENT)), 32, "weight"),
     ),
     "w4a4g4_nvint4": Repair(
         "combined",

@@ -26,11 +26,13 @@ from studying.plan import Key, Settings
 from studying.results import Result
 from studying.training import Training
 from sweeping import paper
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from ds_quant.base import trainer_checkpoints
 from ds_quant.cli.shared.errors import CommandError
 from ds_quant.cli.shared.spreads import Gap
 from ds_quant.config import QuantConfig
+from ds_quant.linear.convert import convert
 
 ROWS = rows.all_rows()
 GROUP = ("0.7m", "llama", 1.0, 0.002)
@@ -212,6 +214,15 @@ def test_a_rate_is_tuned_when_half_and_double_are_worse() -> None:
     assert tuned({0.001: 4.9, 0.002: 5.0, 0.004: 5.1, 0.008: 5.2}) is None
 
 
+def test_a_repeated_run_is_the_same_to_the_last_digit() -> None:
+    one = a_result("v8_tensor", 0, 0.1 + 0.2)
+    assert results.is_same(one, dataclasses.replace(one, date="2026-12-01", other_loss=1.0))
+    assert not results.is_same(one, dataclasses.replace(one, loss=0.3))
+    nan = dataclasses.replace(one, loss=math.nan, state="diverged")
+    assert results.is_same(nan, dataclasses.replace(nan))
+    assert not results.is_same(nan, one)
+
+
 # ---- rows and sizes
 
 
@@ -226,9 +237,18 @@ def test_every_row_of_the_paper_is_there_as_its_file_has_it() -> None:
 
 @pytest.mark.parametrize("name", ROWS)
 def test_every_row_is_one_that_ds_quant_takes(name: str) -> None:
-    section = json.loads(ROWS[name].config).get("ds_quant")
-    if section is not None:
-        QuantConfig.model_validate(section)
+    section = json.loads(ROWS[name].config.replace(repairs.LAST, "1")).get("ds_quant")
+    quant = None if section is None else QuantConfig.model_validate(section)
+    if quant is not None and quant.linear is not None:
+        for family in protocol.FAMILIES:
+            overrides = protocol.Size(32, 64, 2, 2, 16, 2, 2).overrides(family)
+            values = {key: value == "True" if "tie" in key else int(value) for key, value in overrides.items()}
+            config = AutoConfig.for_model(family, **values, vocab_size=64, bos_token_id=1, eos_token_id=1)
+            model = AutoModelForCausalLM.from_config(config)
+            convert(model, quant.linear)
+            ids = torch.randint(64, (2, 16))
+            model(input_ids=ids, labels=ids).loss.backward()
+            assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
     others = {plan.fingerprint(row) for row in ROWS.values() if row.name != name}
     assert plan.fingerprint(ROWS[name]) not in others
 
@@ -236,7 +256,9 @@ def test_every_row_is_one_that_ds_quant_takes(name: str) -> None:
 def test_repairs_have_the_bits_of_what_they_repair() -> None:
     bits = {"nvfp4": 4, "nvint4": 4, "mxfp4": 4}
     for name, repair in repairs.ALL.items():
-        told = [v for part in repair.section.values() for v in part.values() if isinstance(v, dict)]
+        told = [
+            v for part in repair.section.values() for k, v in part.items() if isinstance(v, dict) and k != "rotation"
+        ]
         most = max(values.get("bits") or bits[values["format"]] for values in told)
         named = {int(digit) for digit in "48" if digit in name.partition("_")[0]}
         assert most == max(named) or name.endswith("m4v8"), name
@@ -245,7 +267,6 @@ def test_repairs_have_the_bits_of_what_they_repair() -> None:
 @pytest.mark.parametrize("family", protocol.FAMILIES)
 def test_parameters_are_those_of_the_models(family: str) -> None:
     from pretraining import arguments, model
-    from transformers import AutoModelForCausalLM
 
     for size in protocol.SIZES.values():
         overrides = ",".join(f"{key}={value}" for key, value in size.overrides(family).items())
@@ -270,6 +291,31 @@ def test_limits_hold_a_further_run_of_the_same_kind() -> None:
     assert not smoke.limits([0.0, 0.1, 0.2, 0.3, 0.4]).hold(math.nan)
     with pytest.raises(CommandError, match="5 to 11"):
         smoke.limits([1.0, 2.0])
+
+
+def test_the_smoke_runs_tell_rows_apart() -> None:
+    made = smoke.measured(list(results.read(smoke.PATH).values()))
+    assert made["w8a8"].hold(0.0)
+    for name in smoke.ROWS[1:]:
+        assert not made[name].hold(0.0), "a run in which the quantizer does nothing must be seen"
+
+
+def test_a_figure_outside_its_limits_fails(capsys: pytest.CaptureFixture[str]) -> None:
+    def short(row: str, seed: int, loss: float, **changes: Any) -> Result:
+        return dataclasses.replace(
+            a_result(row, seed, loss, **changes),
+            key=Key(smoke.SIZE, smoke.FAMILY, smoke.RATIO, smoke.RATE, row, seed),
+        )
+
+    gaps = {"baseline": 0.0, "w8a8": 0.0, "g4_tensor": 0.2}
+    before = [short(row, seed, 6.5 + gap + seed / 1000) for row, gap in gaps.items() for seed in range(5)]
+    now = {row: short(row, smoke.SEED, 6.501 + gap) for row, gap in gaps.items()}
+    assert smoke.compare(list(now.values()), before) == 0
+    for row, loss in (("w8a8", 6.6), ("g4_tensor", 6.501), ("baseline", 6.0), ("w8a8", math.nan)):
+        changed = {**now, row: short(row, smoke.SEED, loss, state="diverged" if math.isnan(loss) else "done")}
+        capsys.readouterr()
+        assert smoke.compare(list(changed.values()), before) == 1, (row, loss)
+        assert f"OUTSIDE: {row}" in capsys.readouterr().out
 
 
 # ---- text
