@@ -121,10 +121,11 @@ class Arguments:
             raise mistake("training arguments", got, "what the Trainer takes", fix) from error
         hf_config = getattr(training, "hf_deepspeed_config", None)
         if hf_config is not None and hf_config.mismatches:
-            raise LaunchError(
-                "The DeepSpeed JSON and the command line differ:\n"
-                + "\n".join(hf_config.mismatches)
-                + '\nDrop the flags, or set these values to "auto" in the JSON.'
+            raise mistake(
+                "the DeepSpeed JSON and the command line",
+                "values that differ:\n" + "\n".join(hf_config.mismatches) + "\n",
+                "equal ones",
+                'drop the flags, or set these values to "auto" in the JSON',
             )
         return training
 

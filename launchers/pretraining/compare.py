@@ -14,7 +14,7 @@ if not __package__:
     # When run as a script, Python looks for modules next to this file; the package is one folder up.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from survival.errors import LaunchError
+from survival.errors import LaunchError, mistake
 
 from pretraining import plots
 
@@ -25,9 +25,8 @@ def load(run: Path) -> tuple[plots.Rows, dict[str, Any]]:
         rows = read_metrics(run / "metrics.csv")
         summary = json.loads((run / "summary.json").read_text())
     except (OSError, ValueError) as error:
-        raise LaunchError(
-            f"{run} is not the folder of a finished run: {error}. It needs metrics.csv and summary.json."
-        ) from error
+        got, allowed = f"not the folder of a finished run ({error})", "a folder with metrics.csv and summary.json"
+        raise mistake(str(run), got, allowed, "name another, or let the run end") from error
     return rows, summary
 
 
@@ -49,7 +48,8 @@ def main(argv: list[str] | None = None) -> int:
         (rows_a, summary_a), (rows_b, summary_b) = load(args.run_a), load(args.run_b)
         steps, gaps = gap(rows_a, rows_b)
         if not steps:
-            raise LaunchError(f"{args.run_a} and {args.run_b} share no step at which both were evaluated.")
+            got, fix = "no step at which both were evaluated", "compare runs with the same --eval_steps"
+            raise mistake(f"{args.run_a} and {args.run_b}", got, "one or more", fix)
     except LaunchError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from survival.errors import LaunchError
+from survival.errors import mistake
 
 from ds_quant.config import QuantConfig
 from ds_quant.config.deepspeed_json import parse_deepspeed_config, read_deepspeed_config
@@ -53,9 +53,11 @@ class DeepSpeedJson:
             if path.lower() == "none":
                 return cls({}, None, from_accelerate=True)
             return cls(read_deepspeed_config(path), path, from_accelerate=True)
-        raise LaunchError(
-            "No DeepSpeed configuration was given. Add --deepspeed ds_configs/w8a8.json "
-            "(ds_configs/baseline.json trains without quantization)."
+        raise mistake(
+            "--deepspeed",
+            "no DeepSpeed configuration",
+            "the path of a JSON file",
+            "add --deepspeed ds_configs/w8a8.json (ds_configs/baseline.json trains without quantization)",
         )
 
     @cached_property
@@ -89,9 +91,11 @@ class DeepSpeedJson:
         }.items():
             ignored = [f"--{flag}" for flag in flags if flag in explicit]
             if section in self.content and ignored:
-                raise LaunchError(
-                    f"{' and '.join(ignored)} would be ignored: the DeepSpeed JSON {self.path or ''} has a "
-                    f'"{section}" section of its own. Drop the flag, or remove "{section}" from the JSON.'
+                raise mistake(
+                    " and ".join(ignored),
+                    f'what would be ignored, since the DeepSpeed JSON {self.path or ""} has a section "{section}"',
+                    "one of the two",
+                    f'drop the flag, or remove "{section}" from the JSON',
                 )
 
 

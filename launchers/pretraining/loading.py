@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from survival.errors import LaunchError
+from survival.errors import mistake
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
 
@@ -94,10 +94,12 @@ class ExactLoading(Trainer):
         if any(checkpoint.glob("data_state_rank*.json")):
             before = "lanes of a stream"
         if before != now:
-            raise LaunchError(
-                f"{checkpoint} was reading other data: {before or 'text in memory'}, here it is "
-                f"{now or 'text in memory'}. Resume with the same --train_shards, or the same way of reading, seed and "
-                "--context_length; or start afresh."
+            raise mistake(
+                str(checkpoint),
+                f"a checkpoint that was reading other data: {before or 'text in memory'}",
+                f"the data of this run, {now or 'text in memory'}",
+                "resume with the same --train_shards, or the same way of reading, seed and --context_length; or start "
+                "afresh",
             )
 
 

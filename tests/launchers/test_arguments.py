@@ -164,7 +164,7 @@ def test_flags_that_the_trainer_would_drop_are_refused(tmp_path: Path, section: 
     config = tmp_path / "c.json"
     config.write_text(json.dumps({section: {"type": "AdamW", "params": {}}}))
     value = {"--lr_scheduler_type": "linear", "--optim": "adamw_torch"}[flag]
-    with pytest.raises(LaunchError, match=f"{flag} would be ignored.*{section}"):
+    with pytest.raises(LaunchError, match=f"{flag}: got what would be ignored.*{section}"):
         parse(DS, str(config), flag, value)
     parse(DS, str(config))  # the preset's own scheduler gives way without a word
     config.write_text("{}")
@@ -173,7 +173,7 @@ def test_flags_that_the_trainer_would_drop_are_refused(tmp_path: Path, section: 
 
 def test_no_json_is_refused_unless_accelerate_has_one(monkeypatch: pytest.MonkeyPatch, plain_json: Path) -> None:
     monkeypatch.delenv("ACCELERATE_USE_DEEPSPEED", raising=False)
-    with pytest.raises(LaunchError, match=r"Add --deepspeed ds_configs/w8a8\.json"):
+    with pytest.raises(LaunchError, match=r"add --deepspeed ds_configs/w8a8\.json"):
         parse()
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", str(plain_json))

@@ -302,7 +302,7 @@ def test_wide_vocabularies_take_four_bytes() -> None:
 def test_bad_text_is_named(small_tokenizer: str, tmp_path: Path) -> None:
     (tmp_path / "rows").mkdir()
     (tmp_path / "rows" / "a.jsonl").write_text('{"text": "one"}\n{"text": null}\n')
-    with pytest.raises(LaunchError, match=r"a.jsonl has documents without text in the column 'text'"):
+    with pytest.raises(LaunchError, match=r"a.jsonl: got documents without text in the column 'text'"):
         shard_writer.write(arguments(tmp_path / "rows", small_tokenizer, tmp_path / "tokens"))
     (tmp_path / "rows" / "a.jsonl").write_text('{"text": "one"}\nnot json\n')
     with pytest.raises(LaunchError, match=r"cannot be read"):

@@ -236,7 +236,7 @@ def test_other_numbers_of_ranks_go_on_with_the_same_batches(
     check_losses(out, undisturbed)
     (out / "summary.json").unlink()
     refused = run_to_end(out, "--resume_from_checkpoint", "auto", "--global_batch_size", "8", expect=2)
-    assert "was trained with a global batch of 4 sequences" in refused
+    assert "--global_batch_size: got 8; allowed: the 4 sequences that " in refused
 
 
 def check_losses(out: Path, other: Path) -> None:
