@@ -19,8 +19,8 @@ help:
 	@echo "make masters    losses with masters of 24 and 16 bits, 12 runs of two minutes"
 	@echo "make communication   losses with gradients in few bits on the wire, 4 ranks, some 15 runs"
 	@echo "make int8       losses with int8 linear layers, 15 runs of two minutes"
-	@echo "make study      the paper's matrix and its repairs at the smallest size, 3 seeds: 200 runs of one minute"
-	@echo "make study-smoke   four short runs of it, against limits that were measured, two minutes"
+	@echo "make study      the paper's matrix and its repairs at the smallest size: some 800 runs of a minute or two"
+	@echo "make study-smoke   three short runs of it, against limits that were measured, two minutes"
 	@echo "make test-kills  kill a run of two ranks at 200 points drawn from a seed, 15 minutes"
 	@echo "make test-stack STACK=oldest   quick, engine, kernel and distributed tests with the oldest versions, an hour and 6 GB"
 	@echo "make clean      remove the environment and the build caches (not runs/)"
@@ -61,6 +61,7 @@ test: lint docs pytest
 # All that the protocol of docs/study.md asks for at the smallest size; what was done is not done again.
 study: venv
 	python launchers/study.py run
+	python launchers/study.py run --scales 0.5 2
 	python launchers/study.py tables
 
 study-smoke: venv

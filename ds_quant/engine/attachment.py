@@ -16,7 +16,7 @@ from ds_quant.engine.preparation import Prepared
 from ds_quant.engine.quant_engine import extend
 from ds_quant.engine.steps import Steps
 from ds_quant.engine.weight_communication import WeightCommunication
-from ds_quant.engine.weight_fetches import WeightFetches
+from ds_quant.engine.weight_fetches import WeightFetches, restore_methods
 from ds_quant.engine.weights import Weights
 from ds_quant.engine.whole_weights import gather_elsewhere
 from ds_quant.kernels.fp8_units import fp8_units
@@ -31,6 +31,7 @@ def attach(engine: Any, prepared: Prepared) -> None:
     Raises ConfigError where the engine does not hold what was prepared.
     """
     quant = prepared.quant
+    restore_methods(engine.module)
     parts: list[Part] = [micro_steps := MicroSteps(engine)]
     if quant.optimizer and quant.optimizer.master:
         parts.append(Masters(engine, quant.optimizer.master))

@@ -41,10 +41,9 @@ class GradientsInPlace:
         partition = self.params_in_partition[group_idx]  # type: ignore[attr-defined]
         return not (partition and self._is_muon_group(partition))  # type: ignore[attr-defined]
 
-    def copy_grads_in_partition(self, param: Any, group_idx: int | None = None) -> None:
-        group = self._get_param_group_idx(param) if group_idx is None else group_idx  # type: ignore[attr-defined]
-        super().copy_grads_in_partition(param, group)  # type: ignore[misc]
-        if self._use_compact_grad_partition_buffer(group):
+    def copy_grads_in_partition(self, param: Any, group_idx: int) -> None:
+        super().copy_grads_in_partition(param, group_idx)  # type: ignore[misc]
+        if self._use_compact_grad_partition_buffer(group_idx):
             param.grad = None  # it has been added to the buffer
 
 
@@ -71,6 +70,7 @@ class Masters(Part):
                 group["params"] = [partitions[number]]
             wrapper._link_all_hp_params()  # safe_get_full_fp32_param reads them
             if hasattr(wrapper, "_use_compact_grad_partition_buffer"):  # since 0.19.8
+                check_live([(wrapper, "params_in_partition")])
                 mix_in(wrapper, GradientsInPlace)
         engine.basic_optimizer.state.clear()  # nothing has been stepped; what is there has the old tensors as keys
 

@@ -103,6 +103,10 @@ SEAMS: tuple[tuple[str, str, str], ...] = (
             "_add_to_grad_partition_buffer",
         )
     ),
+    *(
+        ("deepspeed.runtime.zero.stage_1_and_2", f"DeepSpeedZeroOptimizer.{name}", "gradients of bf16 masters lie once")
+        for name in ("_use_compact_grad_partition_buffer", "copy_grads_in_partition", "_is_muon_group")
+    ),
     ("deepspeed.runtime.zero.stage_1_and_2", "dist.all_reduce", "what stages 1 and 2 reduce with"),
     ("deepspeed.runtime.zero.stage_1_and_2", "dist.reduce", "what stages 1 and 2 reduce with"),
     *(
@@ -141,7 +145,8 @@ SEAMS: tuple[tuple[str, str, str], ...] = (
 
 USED_WITH = {
     # Before 0.19.8 stages 1 and 2 have no buffer of their own partition, and pass nothing to add to.
-    "DeepSpeedZeroOptimizer._add_to_grad_partition_buffer": "DeepSpeedZeroOptimizer._get_compact_grad_partition_slice",
+    f"DeepSpeedZeroOptimizer.{name}": "DeepSpeedZeroOptimizer._get_compact_grad_partition_slice"
+    for name in ("_add_to_grad_partition_buffer", "_use_compact_grad_partition_buffer", "_is_muon_group")
 }
 """Seams that only some releases have, with what those have that use them (in the same module)."""
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from deepspeed import comm as dist
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus, get_allgather_dtype
+from torch import nn
 
 from ds_quant.base.log import say, warn
 from ds_quant.comm.agreement import check_agreement
@@ -27,6 +28,7 @@ from ds_quant.engine.seams import check_live
 from ds_quant.engine.weight_guards import CodedWeights, Guard
 from ds_quant.engine.weight_part import WeightPart
 
+_METHODS = ("all_gather_coalesced", "all_gather", "partition")
 _Parameter = Any
 """A torch.nn.Parameter with the attributes of DeepSpeed's stage 3."""
 
@@ -248,11 +250,21 @@ class _Weights(CodedWeights):
         return part is None or not part.held_in_codes()
 
 
+def restore_methods(model: nn.Module) -> None:
+    """Have the parameters of a model that an engine before has fetched as codes be gathered by DeepSpeed again."""
+    for parameter in model.parameters():
+        if hasattr(parameter, "ds_quant_methods"):
+            for name, method in parameter.ds_quant_methods.items():
+                setattr(parameter, name, method)
+            del parameter.ds_quant_methods
+
+
 def _replace_methods(parameter: _Parameter, part: WeightFetches) -> None:
     """Have the methods by which a parameter is gathered and partitioned go by way of `part`, while it lives."""
-    if not hasattr(parameter, "ds_quant_methods"):  # of another engine before
-        parameter.ds_quant_methods = parameter.all_gather_coalesced, parameter.all_gather, parameter.partition
-    fetch, gather, cut = parameter.ds_quant_methods
+    if hasattr(parameter, "ds_quant_methods"):  # of a layer before, which has it as well
+        return
+    parameter.ds_quant_methods = {name: getattr(parameter, name) for name in _METHODS}
+    fetch, gather, cut = parameter.ds_quant_methods.values()
     owner, itself = weakref.ref(part), weakref.ref(parameter)
 
     @functools.wraps(fetch)
@@ -286,6 +298,6 @@ def _replace_methods(parameter: _Parameter, part: WeightFetches) -> None:
 def _check_live(engine: Any) -> None:
     """Raise ImportError for what is read off a live engine and its parameters, and has moved."""
     names = ["ds_id", "ds_shape", "ds_numel", "ds_status", "ds_tensor", "ds_process_group", "ds_summary"]
-    names += ["all_gather_coalesced", "all_gather", "partition"]
+    names += _METHODS
     parameter = next(iter(engine.module.parameters()))
     check_live([(engine.optimizer, "persistent_parameters"), *((parameter, name) for name in names)])

@@ -57,7 +57,7 @@ def _add_choices(command: argparse.ArgumentParser) -> None:
     command.add_argument("--rows", nargs="+", default=None, metavar="ROW", help="default: all")
     command.add_argument("--sizes", nargs="+", default=["0.7m"], help=f"default: 0.7m; of {', '.join(protocol.SIZES)}")
     command.add_argument("--families", nargs="+", default=["llama"], help="default: llama; of llama, gpt2")
-    command.add_argument("--seeds", default="0 1 2", help="such as '0 1 2' or '0-7' (default: 0 1 2)")
+    command.add_argument("--seeds", help="such as '0 1 2' or '0-7' (default: 0 1 2, then 3-7 where effects are small)")
     command.add_argument("--scales", nargs="+", type=float, default=[1.0], help="of the tuned learning rate")
     command.add_argument("--ratio", default="1", help="tokens a parameter (default: 1)")
     command.add_argument("--runs", type=Path, default=Path("runs/study"), help="default: runs/study")
@@ -78,10 +78,31 @@ def _train(options: argparse.Namespace) -> int:
             if rate is not None:
                 keys = _keys(options, size, family, rate)
                 failed += training.run(keys)
-                _measure_other_domain(options, training, keys)
+                if options.seeds is None and not training.stopped:
+                    more = _more_seeds(options, training, size, family, rate)
+                    failed += training.run(more)
+                    keys += more
+                if not training.stopped:
+                    _measure_other_domain(options, training, keys)
     for key in failed:
         print(f"not done: {plan.shown(key)}", file=sys.stderr)
     return 1 if failed else 0
+
+
+def _more_seeds(options: argparse.Namespace, training: Training, size: str, family: str, rate: float) -> list[Key]:
+    """Runs of the protocol's further seeds, of rows whose effect is small, and the baseline's."""
+    ratio = plan.ratio_of(options.ratio)
+    asked = {key.row for key in _keys(options, size, family, rate)}
+    rows = [training.rows[name] for name in training.rows if name in asked]
+    found = list(results.read(training.csv).values())
+    more: list[Key] = []
+    for scale in options.scales:
+        judged = verdicts.judge(rows, found, (size, family, ratio, scale * rate))
+        small = [entry.row.name for entry in judged if entry.row.name != BASELINE and verdicts.needs_more_seeds(entry)]
+        if small:
+            names, seeds = [BASELINE, *small], protocol.MORE_SEEDS
+            more += plan.keys(names, seeds=seeds, rates=[scale * rate], size=size, family=family, ratio=ratio)
+    return more
 
 
 def _measure_other_domain(options: argparse.Namespace, training: Training, keys: Sequence[Key]) -> None:
@@ -116,7 +137,7 @@ def _write_tables(options: argparse.Namespace) -> int:
         judged = [] if rate is None else verdicts.judge(rows, found, (size, family, ratio, rate))
         name = f"{family}-{size}-{ratio:g}.png"
         if len([entry for entry in judged if entry.seeds]) > 1 and pictures.draw(
-            judged, f"{family}, {size}, {ratio:g} tokens a parameter", folder / name
+            judged, f"{family}, {size}, D/N {ratio:g}", folder / name
         ):
             link = os.path.relpath(folder / name, options.page.parent)
             made += f"\n![gaps of {family}, {size}, D/N {ratio:g}]({link})\n"
@@ -164,7 +185,7 @@ def _keys(options: argparse.Namespace, size: str, family: str, rate: float) -> l
     names = [BASELINE, *(name for name in names if name != BASELINE)]
     return plan.keys(
         names,
-        seeds=matrix.seeds(options.seeds),
+        seeds=protocol.SEEDS if options.seeds is None else matrix.seeds(options.seeds),
         rates=[scale * rate for scale in options.scales],
         size=size,
         family=family,

@@ -84,10 +84,11 @@ def run(
 def compare(now: Sequence[Result], before: Sequence[Result]) -> int:
     """Print each figure beside its limits; 1 if one is outside."""
     made = measured(before)
-    base = _losses(now, BASELINE)[SEED]
+    # A run that diverged has no loss, and NaN is outside.
+    losses = {name: _losses(now, name).get(SEED, math.nan) for name in (BASELINE, *ROWS)}
     code = 0
-    for name in (BASELINE, *ROWS):
-        value = base if name == BASELINE else _losses(now, name)[SEED] - base
+    for name, loss in losses.items():
+        value = loss if name == BASELINE else loss - losses[BASELINE]
         held = made[name].hold(value)
         code = code if held else 1
         what = "loss" if name == BASELINE else "gap"

@@ -133,11 +133,12 @@ def _repair_cells(entry: Judged, ran: dict[str, Judged]) -> list[str]:
     name, what, *figures = _cells(entry)
     of = ran.get(entry.row.repairs)
     before = "" if of is None else (_mean(of.gap) or of.verdict)
-    return [name, entry.row.repairs, what, *figures, before, _repaired(entry)]
+    return [name, entry.row.repairs, what, *figures, before, _repaired(entry, of)]
 
 
-def _repaired(entry: Judged) -> str:
-    if not entry.row.repairs:
+def _repaired(entry: Judged, of: Judged | None) -> str:
+    """Empty where nothing is to be repaired, as far as is known."""
+    if of is None or of.verdict not in (verdicts.DEGRADED, verdicts.DIVERGED):
         return ""
     if entry.gap is None or entry.num_diverged:
         return "no"

@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,7 +36,8 @@ class Training:
     """What `results.of_run` says of the machine."""
     at_once: int = 2
     say: Callable[[str], None] = print
-    _stopped: bool = field(default=False, init=False)
+    stopped: bool = field(default=False, init=False)
+    """Whether a signal came; nothing is started after it."""
 
     def missing(self, keys: Sequence[Key]) -> list[Key]:
         """Those whose figures are not in the CSV, or belong to other settings of the row."""
@@ -59,26 +60,27 @@ class Training:
             waiting = [key for key in self.missing(keys) if not self._keep(key, told=False)]
             going: dict[Key, subprocess.Popen[bytes]] = {}
             total = len(waiting)
-            while (waiting and not self._stopped) or going:
-                while waiting and len(going) < self.at_once and not self._stopped:
-                    key = waiting.pop(0)
-                    self.say(f"{total - len(waiting)} of {total}: {plan.shown(key)}")
-                    going[key] = self._start(key)
-                time.sleep(_LOOK_EVERY)
-                if self._stopped:
-                    for process in going.values():
-                        process.terminate()
-                    # Each writes a checkpoint first; a second signal would cut that short.
-                    for process in going.values():
-                        process.wait()
-                for key, process in list(going.items()):
-                    if process.poll() is None:
-                        continue
-                    del going[key]
-                    if not self._keep(key) and not self._stopped:
-                        failed.append(key)
-                        self.say(f"failed ({process.returncode}): {self._log(key)}")
-            return failed + (waiting if self._stopped else [])
+            try:
+                while (waiting and not self.stopped) or going:
+                    while waiting and len(going) < self.at_once and not self.stopped:
+                        key = waiting.pop(0)
+                        self.say(f"{total - len(waiting)} of {total}: {plan.shown(key)}")
+                        going[key] = self._start(key)
+                    time.sleep(_LOOK_EVERY)
+                    if self.stopped:
+                        _stop(going.values())
+                    for key, process in list(going.items()):
+                        if process.poll() is None:
+                            continue
+                        del going[key]
+                        if not self._keep(key):
+                            failed.append(key)
+                            what = "stopped" if self.stopped else f"failed ({process.returncode})"
+                            self.say(f"{what}: {self._log(key)}")
+            finally:
+                # Nobody would know of them.
+                _stop(going.values())
+            return failed + (waiting if self.stopped else [])
 
     def _start(self, key: Key) -> subprocess.Popen[bytes]:
         settings = self.settings
@@ -121,7 +123,7 @@ class Training:
     @contextmanager
     def _stopping(self) -> Iterator[None]:
         def stop(number: int, frame: FrameType | None) -> None:
-            self._stopped = True
+            self.stopped = True
 
         before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
@@ -129,6 +131,14 @@ class Training:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+def _stop(processes: Collection[subprocess.Popen[bytes]]) -> None:
+    """Each writes a checkpoint before it ends; a second signal would cut that short."""
+    for process in processes:
+        process.terminate()
+    for process in processes:
+        process.wait()
 
 
 @contextmanager

@@ -85,8 +85,10 @@ def judge(rows: Iterable[Row], found: Sequence[Result], group: tuple[str, str, f
 
 
 def needs_more_seeds(judged: Judged) -> bool:
-    """Whether the protocol asks for MORE_SEEDS: the effect is small."""
-    return judged.gap is not None and not judged.num_diverged and abs(judged.gap.mean) < protocol.SMALL_EFFECT
+    """Whether the protocol asks for MORE_SEEDS: SEEDS are done, and the effect is small."""
+    if judged.gap is None or judged.num_diverged or judged.gap.num_pairs < len(protocol.SEEDS):
+        return False
+    return abs(judged.gap.mean) < protocol.SMALL_EFFECT
 
 
 def _group(result: Result) -> tuple[str, str, float, float]:

@@ -65,7 +65,7 @@ def test_a_command_is_called_by_its_name(capsys):
     assert leaves(["plan"]) == 2
     assert capsys.readouterr().err.startswith("usage: ds_quant plan ")
     assert main(["report", "nowhere.json", "--for", "native"]) == 1
-    assert "nowhere.json: no such file" in capsys.readouterr().err
+    assert "nowhere.json: got no such file" in capsys.readouterr().err
     assert main(["evaluate", "nowhere", "--dataset", "python-source"]) == 2
     assert 'nowhere: got "no such folder"' in capsys.readouterr().err
     assert main(["diagnose", "report", "nowhere"]) == 2

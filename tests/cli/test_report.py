@@ -113,7 +113,7 @@ def test_every_problem_of_a_config(root, tmp_path, capsys):
     assert main([str(path)]) == 1
     assert "REFUSED ds_quant.linear.weight.bits: got 9" in capsys.readouterr().out
     assert main([str(tmp_path / "missing.json")]) == 1
-    assert "missing.json: no such file" in capsys.readouterr().out
+    assert "missing.json: got no such file" in capsys.readouterr().out
 
 
 def test_a_stale_lock_is_reported(tmp_path, monkeypatch, capsys):

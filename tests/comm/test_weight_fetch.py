@@ -99,3 +99,15 @@ def test_ranks_with_whole_rows_are_decoded_together(monkeypatch, bits, shape, wo
     for one, other in zip(together, fetched(values, coding, dtype, world_size), strict=True):
         assert torch.equal(one, other)
     assert len(calls) - num_calls == world_size * (world_size - 1)
+
+
+def test_layouts_of_a_large_model_on_1024_ranks():
+    """70e9 elements in layers of few shapes: a layout for each shape, and half the bytes of bf16."""
+    shapes = [(8192, 8192), (1024, 8192), (1024, 8192), (8192, 8192), (28672, 8192), (28672, 8192), (8192, 28672)] * 80
+    weight_fetch._layout.cache_clear()
+    weights = [PartitionedWeight(shape, Coding(8, "row"), torch.bfloat16, 1024, 5) for shape in shapes]
+    assert weight_fetch._layout.cache_info().currsize == 4
+    for (rows, width), weight in zip(shapes, weights, strict=True):
+        assert weight.num_shared == 0
+        exact = rows * width // 1024 + 2 * rows // 1024
+        assert exact <= weight.slot_bytes < exact + 16

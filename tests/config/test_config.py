@@ -841,9 +841,9 @@ def test_an_unreadable_file(tmp_path):
 def test_a_missing_file_is_called_missing(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     message = failure(name)
-    assert message.startswith(f"{name}: no such file")
+    assert message.startswith(f"{name}: got no such file")
     assert str(tmp_path) in message
-    assert failure(tmp_path / name).startswith(f"{tmp_path / name}: no such file")
+    assert failure(tmp_path / name).startswith(f"{tmp_path / name}: got no such file")
 
 
 def test_broken_base64_text_says_where():

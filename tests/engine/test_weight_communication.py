@@ -85,3 +85,15 @@ def test_stage_3_refuses_and_says_the_same(caplog):
     assert "codes that layers compute with, in 8 bits: 100.0% of the elements" in caplog.text
     engine.gather_weights()
     assert engine.ds_quant_weight_communication.summary()["weight_wire_bytes_per_step"] is None
+
+
+def test_another_engine_gathers_parameters_by_its_own_ways():
+    """And not by those of an engine that does not hear of its steps."""
+    model = nn.Sequential(nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False))
+    first = start(model, CODES, {"exclude": []}, **STAGE_3)
+    replaced = model[0].weight.all_gather
+    plain = {"linear": {"weight": {"bits": 8}, "activation": {"bits": 8}, "exclude": []}}
+    start(model, CODES, ds_quant=plain, **STAGE_3)
+    assert model[0].weight.all_gather is replaced.__wrapped__
+    assert not hasattr(model[0].weight, "ds_quant_methods")
+    assert first.module is model

@@ -10,6 +10,7 @@ import os
 import random
 import signal
 import statistics
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -116,6 +117,13 @@ def test_only_like_runs_are_paired() -> None:
     entry = judged("w8_tensor", [*base, *good, a_result("w8_tensor", 2, math.nan, state="diverged", steps=30)])
     assert (entry.verdict, entry.num_diverged, entry.seeds) == ("diverged", 1, 3)
     assert not verdicts.needs_more_seeds(entry)
+
+
+def test_small_effects_take_more_seeds() -> None:
+    base = [a_result("baseline", seed, 5.0) for seed in range(3)]
+    for gap, count, expected in ((0.009, 3, True), (-0.009, 3, True), (0.011, 3, False), (0.009, 2, False)):
+        found = [*base, *(a_result("w8a8", seed, 5.0 + gap) for seed in range(count))]
+        assert verdicts.needs_more_seeds(judged("w8a8", found)) is expected, (gap, count)
 
 
 def test_a_run_diverges_by_its_end_not_by_its_way() -> None:
@@ -317,15 +325,18 @@ def test_a_killed_run_goes_on_and_a_finished_one_is_left(
     training = Training(Settings(tmp_path / "runs", corpus), ROWS, tmp_path / "runs.csv", where, say=said.append)
     out = plan.folder(key, ROWS["w8a8"], training.settings)
 
-    process = training._start(key)
-    deadline = time.monotonic() + 200
-    while trainer_checkpoints.newest_whole(out) is None:
-        assert process.poll() is None, training._log(key).read_text()
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    def kill() -> None:
+        while trainer_checkpoints.newest_whole(out) is None:
+            time.sleep(0.05)
+        os.kill(json.loads((out / "status.json").read_text())["pid"], signal.SIGKILL)
+
+    killer = threading.Thread(target=kill, daemon=True)
+    killer.start()
+    assert training.run([key]) == [key]
+    killer.join(timeout=1)
     assert not (out / "summary.json").exists(), "killed in the middle"
+    assert said[-1].startswith("failed (-9)")
+    assert not training.csv.exists()
 
     assert training.missing([key]) == [key]
     assert training.run([key]) == [], training._log(key).read_text()

@@ -72,10 +72,14 @@ def numbers(seed: int, files: list[Path]) -> dict[str, list[Tensor]]:
         try:
             tensors = load_file(path)
         except Exception as error:  # of safetensors, which has classes of its own
-            raise CommandError(f"--tensors: got {path}, which is no readable safetensors file ({error})") from error
+            raise CommandError(
+                f"--tensors: got {path}, which is no readable safetensors file ({error}); allowed: files written by "
+                "safetensors; fix: name another, or copy it again"
+            ) from error
         matrices = [tensor.float() for tensor in tensors.values() if tensor.dim() == 2 and tensor.is_floating_point()]
         if not matrices:
-            raise CommandError(f"--tensors: got {path} without a matrix of floating-point numbers")
+            got, allowed = f"{path} without a matrix of floating-point numbers", "files with one"
+            raise CommandError(f"--tensors: got {got}; allowed: {allowed}; fix: name another")
         found[path.name] = matrices
     return found
 

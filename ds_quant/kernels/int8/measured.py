@@ -133,7 +133,10 @@ def device_milliseconds(ways: Mapping[str, Callable[[], Any]]) -> Milliseconds:
             failure = error
             warn(f"int8 products: {name} is not taken for a shape, because it fails: {error}")
     if not times:
-        raise RuntimeError("no way to multiply int8 works on this device") from failure
+        raise RuntimeError(
+            f"int8 products: got an error from each of {', '.join(ways)}, the last {failure}; allowed: one that works "
+            "on this device; fix: set DS_QUANT_KERNELS=reference, and report this"
+        ) from failure
     for _ in range(_ROUNDS):
         for name, pairs in times.items():
             pairs.append((torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)))
