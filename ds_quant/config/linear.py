@@ -88,6 +88,7 @@ class LinearConfig(Section):
             yield nothing(self, "weight, activation or gradient")
         if not self.include:
             yield "include", [], "a list of shell patterns, at least one", 'remove it for ["*"], or remove the section'
+        yield from self._mean_rules()
         if self.rotation:
             yield from self._rotation_rules(self.rotation)
         yield from self._folding_rules()
@@ -95,6 +96,20 @@ class LinearConfig(Section):
             yield from self._int8_rules()
         elif self.backend == "fp8":
             yield from self._fp8_rules()
+
+    def _mean_rules(self) -> Iterator[Rule]:
+        for name, operand in (("activation", self.activation), ("gradient", self.gradient)):
+            if operand and operand.split_mean and self.backend != "simulated":
+                fix = 'remove it, or use backend "simulated"'
+                yield f"{name}.split_mean", True, f'false with backend "{self.backend}"', fix
+        if not (self.gradient and self.gradient.split_mean):
+            return
+        if self.backward_operands == "original":
+            allowed = 'false with backward_operands "original"'
+            yield "gradient.split_mean", True, allowed, "remove one of the two"
+        elif "weight" in self.gradient.used_for and not (self.activation and self.activation.split_mean):
+            allowed = "with activation.split_mean as well: the weight gradient needs both means"
+            yield "gradient.split_mean", True, allowed, 'add that, or set gradient.used_for to ["input"]'
 
     def rotated_products(self) -> tuple[str, ...]:
         """Those of ("Y", "dX", "dW") whose operands are rotated."""

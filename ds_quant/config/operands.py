@@ -132,6 +132,9 @@ class ActivationConfig(OperandConfig):
     codes from -2^(b-1) on with a scale of absmax / ((2^b-1)/2), as servers of compressed-tensors quantize."""
     rounding: Rounding = "nearest"
     """`nearest` (ties to even) or `stochastic`."""
+    split_mean: bool = False
+    """Take the mean over tokens off before quantizing, and add its part in full precision (Averis). Backend `simulated`
+    only."""
 
     def rules(self) -> Iterator[Rule]:
         yield from super().rules()
@@ -162,6 +165,9 @@ class GradientConfig(OperandConfig):
     """Codes -(2^(b-1)-1) to 2^(b-1)-1 around zero, or all 2^b levels between minimum and maximum."""
     rounding: Rounding = "nearest"
     """`nearest` (ties to even) or `stochastic`."""
+    split_mean: bool = False
+    """Take the mean over tokens off before quantizing, and add its part in full precision (Averis). Backend `simulated`
+    only, and for weight gradients only where that of the activation is, too."""
 
     def rules(self) -> Iterator[Rule]:
         yield from super().rules()

@@ -16,6 +16,7 @@ from ds_quant.base.errors import fail
 from ds_quant.config import GradientCommunicationConfig, GradientConfig, LinearConfig
 from ds_quant.diagnostics.measurement import Measurement, Row
 from ds_quant.diagnostics.recorder import Recorder, is_transposed, zeros
+from ds_quant.linear import token_means
 from ds_quant.linear.modules import QuantizedModule, describe
 from ds_quant.linear.recipe import STREAM_ACTIVATION, STREAM_GRAD_WEIGHT, Plan, plan_of
 from ds_quant.linear.rotated import quantize_rotated
@@ -31,6 +32,13 @@ def quantized_weight_gradient(x: Tensor, grad_output: Tensor, plan: Plan, key: T
 
     key: for quantizers that round stochastically.
     """
+    x, x_mean = token_means.split(x, None if plan.original_operands else plan.activation)
+    centred, _ = token_means.split(grad_output, plan.grad_weight)
+    found = _product_of_quantized(x, centred, plan, key)
+    return found if x_mean is None else found + token_means.outer(grad_output, x_mean, transposed=False)
+
+
+def _product_of_quantized(x: Tensor, grad_output: Tensor, plan: Plan, key: Tensor | None) -> Tensor:
     if "dW" in plan.rotated:
         assert plan.activation is not None
         assert plan.grad_weight is not None

@@ -11,6 +11,7 @@ from ds_quant.diagnostics.measurement import Measurement, Row
 from ds_quant.diagnostics.recorder import Recorder, weight_matrix, zeros
 from ds_quant.linear.modules import QuantizedModule
 from ds_quant.linear.recipe import Quantizer
+from ds_quant.linear.token_means import split
 from ds_quant.numerics.integer import Quantized, dequantize, integer_values, symmetric_levels
 from ds_quant.numerics.minifloat import MINIFLOATS
 from ds_quant.numerics.rotation import rotate_rows
@@ -106,6 +107,7 @@ class QuantizationErrorRecorder(Recorder):
         if key not in self._quantizers:
             return
         quantizer = self._quantizers[key][2]
+        values, _ = split(values, quantizer)
         if key in self._rotation_block:  # as the forward quantizes it; what is lost is as long as after turning back
             values = rotate_rows(values.detach().float(), self._rotation_block[key])
         sums, maximum = error_sums(values, quantizer(values, None, 0), quantizer.bits, full_range=quantizer.full_range)

@@ -123,6 +123,8 @@ def _of_any_numbers(config: LinearConfig) -> _Broken:
     broken: _Broken = []
     zero_point = "true: the server's products have no zero point here"
     drawn = '"nearest": a server draws no random bits'
+    if config.activation and config.activation.split_mean:
+        broken.append(("activation.split_mean", True, "false: a server takes no mean of tokens"))
     if "Y" in config.rotated_products():
         broken.append(("rotation.used_for", "output", "a forward without: a server rotates nothing"))
     for name, operand in (("weight", config.weight), ("activation", config.activation)):

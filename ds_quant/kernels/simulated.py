@@ -66,6 +66,20 @@ def _(x: Tensor, block_size: int) -> Tensor:
     return x.new_empty(x.shape, dtype=torch.float32)
 
 
+@torch.library.custom_op("ds_quant::token_mean", mutates_args=())
+def token_mean(x: Tensor) -> Tensor:
+    """fp32 [features]: the mean of x [tokens, features], fp32, bf16 or fp16; zeros of no tokens.
+
+    An operator of its own in graphs, whose sums would have another order.
+    """
+    return x.detach().float().sum(0) / max(x.shape[0], 1)
+
+
+@token_mean.register_fake
+def _(x: Tensor) -> Tensor:
+    return x.new_empty(x.shape[1:], dtype=torch.float32)
+
+
 def finish(
     products: Tensor, row_scale: Tensor | None, column_scale: Tensor | None, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:

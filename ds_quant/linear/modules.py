@@ -173,6 +173,8 @@ def describe(config: LinearConfig) -> str:
             text += " asymmetric"
         if isinstance(operand, ActivationConfig) and operand.range == "full":
             text += " full range"
+        if not isinstance(operand, WeightConfig) and operand.split_mean:
+            text += " less its mean"
         if operand.rounding != "nearest":
             text += f" {operand.rounding}"
         parts.append(text)

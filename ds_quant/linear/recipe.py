@@ -60,6 +60,8 @@ class Quantizer(NamedTuple):
     block_rows: int = 1
     scale_rule: str = "floor"
     turned: bool = False
+    split_mean: bool = False
+    """Of X and G: the mean of the tokens is taken off first, see `token_means`."""
 
     @property
     def format(self) -> Format[Integers | Minifloat]:
@@ -167,6 +169,7 @@ def plan_of(config: LinearConfig, *, transposed: bool, stream: int) -> Plan:
             rounding=a.rounding,
             block_size=a.block_size,
             full_range=a.range == "full",
+            split_mean=a.split_mean,
             **_elements(a),
         )
     if g:
@@ -178,6 +181,7 @@ def plan_of(config: LinearConfig, *, transposed: bool, stream: int) -> Plan:
                 symmetric=g.symmetric,
                 rounding=g.rounding,
                 block_size=g.block_size,
+                split_mean=g.split_mean,
                 fold=outer,
                 **_elements(g),
             )
@@ -188,6 +192,7 @@ def plan_of(config: LinearConfig, *, transposed: bool, stream: int) -> Plan:
                 symmetric=g.symmetric,
                 rounding=g.rounding,
                 block_size=g.block_size,
+                split_mean=g.split_mean,
                 fold=outer,
                 turned=columns == "block",
                 **_elements(g),

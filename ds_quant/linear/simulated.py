@@ -19,14 +19,15 @@ are those of `kernels.fp8`: on the device's own units where it has them. All els
 For the backward the codes of X are held, one byte an element, and of W nothing but the Parameter itself.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ds_quant.kernels import simulated as kernels
-from ds_quant.kernels.fp8 import ops as fp8_ops
+from ds_quant.linear import token_means
+from ds_quant.linear.products import Operand, product
 from ds_quant.linear.recipe import (
     STREAM_ACTIVATION,
     STREAM_GRAD_INPUT,
@@ -36,99 +37,7 @@ from ds_quant.linear.recipe import (
     Quantizer,
 )
 from ds_quant.linear.rotated import quantize_rotated
-from ds_quant.numerics.integer import Quantized, dequantize, integer_values
-
-_NARROW = (torch.bfloat16, torch.float16)
-
-
-class _Operand(NamedTuple):
-    """One side of a product: a matrix whose dimension `contracted` is summed over.
-
-    `value` is a tensor in the model's dtype, or quantized. `scaled` is False where the scale of a quantized operand
-    was folded into the other one.
-    """
-
-    value: Tensor | Quantized
-    contracted: int
-    scaled: bool = True
-
-    @property
-    def value_device(self) -> torch.device:
-        return self.value.codes.device if isinstance(self.value, Quantized) else self.value.device
-
-    @property
-    def scale_is_contracted(self) -> bool:
-        if not isinstance(self.value, Quantized) or not self.scaled:
-            return False
-        # Blocks run along the features, so their scale varies along both dimensions.
-        return self.value.granularity in ("block", "column" if self.contracted == 1 else "row")
-
-    def _contracted_last(self, tensor: Tensor) -> Tensor:
-        return tensor if self.contracted == 1 else tensor.t()
-
-    def dense(self, dtype: torch.dtype) -> Tensor:
-        """[rows, contracted] in dtype, dequantized."""
-        value = dequantize(self.value, dtype) if isinstance(self.value, Quantized) else self.value.to(dtype)
-        return self._contracted_last(value)
-
-    def factors(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """[rows, contracted]: what is multiplied before any scale is applied. Other dtypes than fp32 must hold it."""
-        if not isinstance(self.value, Quantized):
-            value = self.value.to(dtype)
-        elif dtype == torch.float32:
-            value = integer_values(self.value)
-        elif self.value.elements == "integer":
-            value = self.value.codes.to(dtype)
-        else:
-            value = integer_values(self.value).to(dtype)
-        return self._contracted_last(value)
-
-    def float8(self) -> Tensor:
-        """[rows, contracted]: the codes as floating point of 8 bits."""
-        assert isinstance(self.value, Quantized)
-        return self._contracted_last(self.value.codes.view(fp8_ops.DTYPES[self.value.elements]))
-
-    def narrow_dtypes(self) -> tuple[torch.dtype, ...]:
-        """Dtypes of 16 bits that hold the factors."""
-        if isinstance(self.value, Quantized):
-            return _NARROW if self.value.zero_point is None else ()
-        return (self.value.dtype,) if self.value.dtype in _NARROW else ()
-
-    def scale(self) -> Tensor | None:
-        """fp32 scale of each row, [rows, 1] or one element; None where there is none to apply."""
-        if not isinstance(self.value, Quantized) or not self.scaled:
-            return None
-        return self.value.scale.reshape(-1, 1)
-
-    def flat_scale(self) -> Tensor | None:
-        """fp32 scale of each row, [rows] or one element; None where there is none to apply."""
-        scale = self.scale()
-        return None if scale is None else scale.reshape(-1)
-
-
-def _product(
-    a: _Operand, b: _Operand, dtype: torch.dtype, bias: Tensor | None = None, *, in_fp8: bool = False
-) -> Tensor:
-    """a [M, K] times the transpose of b [N, K], plus bias [N], rounded once to dtype [M, N].
-
-    in_fp8: two quantized operands are fp8 whose scales may wait, and the device multiplies them as such.
-    """
-    if in_fp8 and isinstance(a.value, Quantized) and isinstance(b.value, Quantized):
-        return fp8_ops.fp8_matmul(a.float8(), b.float8(), a.flat_scale(), b.flat_scale(), bias, dtype)
-    quantized = isinstance(a.value, Quantized) or isinstance(b.value, Quantized)
-    if not quantized or a.scale_is_contracted or b.scale_is_contracted:
-        return F.linear(a.dense(dtype), b.dense(dtype), None if bias is None else bias.to(dtype))
-    y = _sums(a, b)
-    return kernels.finish(y, a.scale(), b.scale(), bias, dtype)
-
-
-def _sums(a: _Operand, b: _Operand) -> Tensor:
-    """fp32 [M, N]: the products of the factors, exact, summed up in fp32."""
-    if kernels.multiplies_narrow(a.value_device):
-        narrow = [dtype for dtype in a.narrow_dtypes() if dtype in b.narrow_dtypes()]
-        if narrow:
-            return torch.mm(a.factors(narrow[0]), b.factors(narrow[0]).t(), out_dtype=torch.float32)
-    return torch.mm(a.factors(), b.factors().t())
+from ds_quant.numerics.integer import Quantized
 
 
 class SimulatedLinear(torch.autograd.Function):
@@ -148,9 +57,12 @@ class SimulatedLinear(torch.autograd.Function):
         with torch.autocast(x.device.type, enabled=False):
             w = weight.t() if plan.transposed else weight  # [out, in]
             x2 = x.reshape(-1, x.shape[-1])
-            qx, qw = _forward_operands(x2, w, plan, local_key, replicated_key)
-            a = _Operand(x2 if qx is None else qx, 1)
-            b = _Operand(w if qw is None else qw, 1)
+            centred, x_mean = token_means.split(x2, plan.activation)
+            qx, qw = _forward_operands(centred, w, plan, local_key, replicated_key)
+            a = Operand(x2 if qx is None else qx, 1)
+            b = Operand(w if qw is None else qw, 1)
+            has_bias, bias_dtype = bias is not None, None if bias is None else bias.dtype
+            bias = token_means.as_bias(x_mean, b, bias, plan.rotation_block if "Y" in plan.rotated else 0)
             cast_bias = None if bias is None else bias.to(dtype)
             if qx is None and qw is None:
                 y = F.linear(x, w.to(dtype), cast_bias)
@@ -159,26 +71,26 @@ class SimulatedLinear(torch.autograd.Function):
             else:
                 # No view, which a model could not go on to change in place, as Falcon's layers do.
                 y = torch.ops.aten._unsafe_view(
-                    _product(a, b, dtype, bias, in_fp8=plan.in_fp8), (*x.shape[:-1], w.shape[0])
+                    product(a, b, dtype, bias, in_fp8=plan.in_fp8), (*x.shape[:-1], w.shape[0])
                 )
         ctx.plan, ctx.dtype, ctx.x_shape = plan, dtype, x.shape
-        ctx.has_bias = bias is not None
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        qx = _for_weight_gradient(x2, qx, plan, local_key) if ctx.needs_input_grad[1] else None
+        ctx.has_bias, ctx.bias_dtype = has_bias, bias_dtype
+        wants_weight = ctx.needs_input_grad[1]
+        qx = _for_weight_gradient(centred, qx, plan, local_key) if wants_weight else None
         if qx is None:
-            ctx.x_rebuild = None
-            x_saved: tuple[Tensor | None, ...] = (x2, None, None)
+            ctx.x_rebuild = x_mean = None
+            x_saved: tuple[Tensor | None, ...] = (x2 if wants_weight else None, None, None)
         else:
             # One byte an element instead of the activation itself.
             ctx.x_rebuild = (qx.granularity, qx.block_size, qx.elements)
             x_saved = (qx.codes, qx.scale, qx.zero_point)
-        ctx.save_for_backward(weight, local_key, replicated_key, *x_saved)
+        ctx.save_for_backward(weight, local_key, replicated_key, x_mean, *x_saved)
         return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        weight, local_key, replicated_key, *x_saved = ctx.saved_tensors
+        weight, local_key, replicated_key, x_mean, *x_saved = ctx.saved_tensors
         plan, dtype = ctx.plan, ctx.dtype
         grad_x = grad_weight = grad_bias = None
         with torch.autocast(grad_output.device.type, enabled=False):
@@ -186,14 +98,20 @@ class SimulatedLinear(torch.autograd.Function):
             if ctx.needs_input_grad[0]:
                 # From the Parameter once more: with ZeRO-3 it is gathered for this layer's backward only.
                 w = weight.t() if plan.transposed else weight
-                a, b = _input_gradient_operands(g, w, plan, local_key, replicated_key)
-                grad_x = _product(a, b, dtype, in_fp8=plan.in_fp8).reshape(ctx.x_shape)
+                centred, g_mean = token_means.split(g, plan.grad_input)
+                a, b = _input_gradient_operands(centred, w, plan, local_key, replicated_key)
+                term = token_means.as_bias(g_mean, b, None, plan.rotation_block if "dX" in plan.rotated else 0)
+                grad_x = product(a, b, dtype, term, in_fp8=plan.in_fp8).reshape(ctx.x_shape)
             if ctx.needs_input_grad[1]:
                 x = x_saved[0] if ctx.x_rebuild is None else Quantized(*x_saved, *ctx.x_rebuild)
-                a, b = _weight_gradient_operands(g, x, plan, local_key)
+                centred, _ = token_means.split(g, plan.grad_weight)
+                a, b = _weight_gradient_operands(centred, x, plan, local_key)
                 if plan.transposed:
                     a, b = b, a
-                grad_weight = _product(a, b, dtype, in_fp8=plan.in_fp8).to(weight.dtype)
+                grad_weight = product(a, b, dtype, in_fp8=plan.in_fp8)
+                if x_mean is not None:
+                    grad_weight = grad_weight.float() + token_means.outer(g, x_mean, plan.transposed)
+                grad_weight = grad_weight.to(weight.dtype)
             if ctx.has_bias and ctx.needs_input_grad[2]:
                 grad_bias = g.sum(0).to(ctx.bias_dtype)
         return grad_x, grad_weight, grad_bias, None, None, None, None
@@ -230,14 +148,14 @@ def _for_weight_gradient(x: Tensor, qx: Quantized | None, plan: Plan, key: Tenso
 
 def _input_gradient_operands(
     g: Tensor, w: Tensor, plan: Plan, local_key: Tensor | None, replicated_key: Tensor | None
-) -> tuple[_Operand, _Operand]:
+) -> tuple[Operand, Operand]:
     """G [tokens, out] and W [out, in] for dX."""
     g_stream, w_stream = plan.stream + STREAM_GRAD_INPUT, plan.stream + STREAM_WEIGHT
     if "dX" in plan.rotated:
         assert plan.grad_input is not None
         assert plan.weight is not None
         gq = quantize_rotated(g, plan.grad_input, local_key, g_stream, plan.rotation_block)
-        return _Operand(gq, 1), _Operand(
+        return Operand(gq, 1), Operand(
             quantize_rotated(w.t(), plan.weight, replicated_key, w_stream, plan.rotation_block), 1
         )
     other: Tensor | Quantized = w
@@ -248,31 +166,31 @@ def _input_gradient_operands(
 
 def _weight_gradient_operands(
     g: Tensor, x: Tensor | Quantized, plan: Plan, key: Tensor | None
-) -> tuple[_Operand, _Operand]:
+) -> tuple[Operand, Operand]:
     """G [tokens, out] and X, as `_for_weight_gradient` left it, for dW."""
     stream = plan.stream + STREAM_GRAD_WEIGHT
     if "dW" in plan.rotated:
         assert plan.grad_weight is not None
         gq = quantize_rotated(g.t(), plan.grad_weight, key, stream, plan.rotation_block)
-        return _Operand(gq, 1), _Operand(x, 1)
+        return Operand(gq, 1), Operand(x, 1)
     return _gradient_product(g, x, plan.grad_weight, key, stream, 0)
 
 
 def _gradient_product(
     g: Tensor, other: Tensor | Quantized, quantizer: Quantizer | None, key: Tensor | None, stream: int, contracted: int
-) -> tuple[_Operand, _Operand]:
+) -> tuple[Operand, Operand]:
     """The two operands of dX (G contracted over dimension 1) or dW (over dimension 0)."""
     if quantizer is None:
-        return _Operand(g, contracted), _Operand(other, 0)
+        return Operand(g, contracted), Operand(other, 0)
     if quantizer.turned:  # blocks of consecutive tokens, which are contracted
-        return _Operand(_quantized(g.t(), quantizer, key, stream), 1), _Operand(other, 0)
+        return Operand(_quantized(g.t(), quantizer, key, stream), 1), Operand(other, 0)
     if not (quantizer.fold and isinstance(other, Quantized)):
-        return _Operand(_quantized(g, quantizer, key, stream), contracted), _Operand(other, 0)
+        return Operand(_quantized(g, quantizer, key, stream), contracted), Operand(other, 0)
     # `other` is [contracted, free] with one scale per contracted index, or one scale in all.
     scale = other.scale.reshape(-1)
-    return _Operand(
+    return Operand(
         _quantized(g, quantizer, key, stream, scale if contracted == 1 else scale.reshape(-1, 1)), contracted
-    ), _Operand(other, 0, scaled=False)
+    ), Operand(other, 0, scaled=False)
 
 
 def _quantized(

@@ -102,6 +102,7 @@ def test_defaults():
         "bits": 7,
         "granularity": "token",
         "range": "narrow",
+        "split_mean": False,
         **block,
         **operand,
     }
@@ -109,6 +110,7 @@ def test_defaults():
         "bits": 2,
         "granularity": "outer",
         "used_for": ("weight", "input"),
+        "split_mean": False,
         **block,
         **operand,
     }
@@ -197,6 +199,24 @@ WRONG_VALUES = [
         "128",
         'only with granularity "block"',
         "remove it",
+    ),
+    *(
+        ({"linear": {**W8A8G8, **linear}}, f"{LINEAR}.{part}.split_mean", "true", allowed, fix)
+        for linear, part, allowed, fix in (
+            ({"gradient": {"bits": 8, "split_mean": True}}, "gradient", "with activation.split_mean", "add that"),
+            (
+                {"gradient": {"bits": 8, "split_mean": True}, "backward_operands": "original"},
+                "gradient",
+                'false with backward_operands "original"',
+                "remove one",
+            ),
+            (
+                {"activation": {"bits": 8, "split_mean": True}, "backend": "int8"},
+                "activation",
+                'false with backend "int8"',
+                'backend "simulated"',
+            ),
+        )
     ),
     *(
         ({"linear": {**W8A8G8, "exclude_blocks": ends}}, f"{LINEAR}.exclude_blocks{key}", got, allowed, "")

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ds_quant.kernels import simulated as kernels
 from ds_quant.linear import simulated
-from ds_quant.linear.simulated import _Operand, _sums
+from ds_quant.linear.products import Operand, sums
 from ds_quant.numerics.format import Format, Group, Integers, quantize_to
 from ds_quant.numerics.integer import quantize
 from ds_quant.numerics.random import derive_key, fold_key
@@ -113,7 +113,7 @@ def expected_dtype(left, right):
 def test_narrow_products(monkeypatch, left, right):
     """As on a device that has them: exact operands in the dtype that both are exact in, sums in fp32."""
     a, b = OPERANDS[left](torch.randn(5, 24) + 3), OPERANDS[right](torch.randn(7, 24))
-    want = _sums(_Operand(a, 1), _Operand(b, 1))
+    want = sums(Operand(a, 1), Operand(b, 1))
     seen, real = [], torch.mm
 
     def mm(x, y, out_dtype=FP32):
@@ -123,7 +123,7 @@ def test_narrow_products(monkeypatch, left, right):
 
     monkeypatch.setattr(torch, "mm", mm)
     monkeypatch.setattr(kernels, "multiplies_narrow", lambda device: True)
-    got = _sums(_Operand(a, 1), _Operand(b, 1))
+    got = sums(Operand(a, 1), Operand(b, 1))
     assert seen == [(expected_dtype(left, right),) * 2]
     assert torch.equal(got, want)
 
@@ -146,7 +146,7 @@ def test_a_traced_gpu_multiplies_narrow(monkeypatch):
         x, w = (torch.empty(size, 8, device="cuda", dtype=BF16) for size in (5, 7))
         a, b = (quantize(operand, 8, granularity="row") for operand in (x, w))
         with OperatorNames() as operators:
-            y = _sums(_Operand(a, 1), _Operand(b, 1))
+            y = sums(Operand(a, 1), Operand(b, 1))
         assert (y.dtype, y.shape, y.device.type) == (FP32, (5, 7), "cuda")
     computed = [name for name in operators.found if name != "prim.device"]
     assert computed == ["_to_copy", "_to_copy", "t", "mm.dtype"]

@@ -11,7 +11,7 @@ from ds_quant.base.number_formats import FORMATS
 from ds_quant.config import ConfigError, LinearConfig
 from ds_quant.kernels import simulated as kernels
 from ds_quant.linear.convert import convert, step_key_of
-from ds_quant.linear.simulated import _Operand, _sums
+from ds_quant.linear.products import Operand, sums
 from ds_quant.numerics.format import named_format, quantize_to
 
 IN_BLOCKS = [name for name, named in FORMATS.items() if named.block_size]
@@ -70,11 +70,11 @@ def test_products_of_codes_are_exact_in_16_bits(monkeypatch, name):
     if fmt.group.granularity == "block":
         fmt = fmt._replace(group=fmt.group._replace(granularity="row"), scale=fmt.scale._replace(kind="float"))
     a, b = quantize_to(torch.randn(5, 24), fmt), quantize_to(torch.randn(7, 24), fmt)
-    want = _sums(_Operand(a, 1), _Operand(b, 1))
+    want = sums(Operand(a, 1), Operand(b, 1))
     seen, real = [], torch.mm
     monkeypatch.setattr(torch, "mm", lambda x, y, out_dtype=None: (seen.append(x.dtype), real(x.float(), y.float()))[1])
     monkeypatch.setattr(kernels, "multiplies_narrow", lambda device: True)
-    assert torch.equal(_sums(_Operand(a, 1), _Operand(b, 1)), want)
+    assert torch.equal(sums(Operand(a, 1), Operand(b, 1)), want)
     assert seen == [torch.bfloat16]
 
 

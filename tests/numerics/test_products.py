@@ -136,13 +136,13 @@ def test_epilogue(rng, shape):
 def test_linear_has_these_operands_and_results(monkeypatch, rounding, layout, weight, activation, gradient):
     """Every sum of products of this size is exact in fp32, so that results are equal as well."""
     calls = []
-    product = simulated._product
+    product = simulated.product
 
     def recording(a, b, dtype, bias=None, **how):
         calls.append((a, b, bias, product(a, b, dtype, bias, **how)))
         return calls[-1][-1]
 
-    monkeypatch.setattr(simulated, "_product", recording)
+    monkeypatch.setattr(simulated, "product", recording)
     torch.manual_seed(0)
     config = {
         "weight": {"bits": 8, "granularity": weight},

@@ -1,0 +1,103 @@
+"""Operands whose mean over tokens is split off: against the products of what is left, and what it is for."""
+
+import pytest
+import torch
+from linear_oracle import IN, OUT, random_case, run
+
+import ds_quant
+from ds_quant.numerics.format import Format, Group, Integers, fake_quantize_to, named_format
+from ds_quant.numerics.rotation import rotate_rows, unrotate
+
+NV = {"format": "nvfp4"}
+PLAIN = [
+    {"weight": NV, "activation": NV, "gradient": NV},
+    {"weight": {"bits": 4}, "activation": {"bits": 4}, "gradient": {"bits": 4}},
+    {"activation": {"bits": 4}},
+    {"weight": NV, "activation": NV, "gradient": NV, "rotation": {"block_size": 16}},
+]
+
+
+def split(config, *names):
+    return {key: {**value, "split_mean": True} if key in names else value for key, value in config.items()}
+
+
+@pytest.mark.parametrize("layout", ["linear", "conv1d"])
+def test_the_three_products(layout):
+    """Those of centred operands, which `simulated` has without the option, and the terms of means in float64."""
+    for config in PLAIN:
+        for names in (("activation",), ("activation", "gradient")):
+            x, w, bias, g = random_case(torch.float32, int(torch.randint(2**31, ()).item()))
+            x, g = x + 3 * torch.randn(IN), g + torch.randn(OUT)
+            got = run(split(config, *names), x, w, bias, g, layout)
+            # In fp32, as the layer takes it off: the quantizers see the same numbers.
+            m, n = x.sum(0) / len(x), g.sum(0) / len(g)
+            centred_g = g - n if "gradient" in names and "gradient" in config else g
+            y, dx, dw, _ = run(config, x - m, w, torch.zeros(OUT), centred_g, layout)
+            want_y = y.double() + seen_weight(config, w) @ m.double() + bias.double()
+            of_input = seen_weight(config, w.t()) if "rotation" in config else seen_weight(config, w).t()
+            want_dx = dx.double() + (of_input @ n.double() if centred_g is not g else 0)
+            want_dw = dw.double() + torch.outer(g.double().sum(0), m.double())
+            for a, b, what in ((got[0], want_y, "y"), (got[1], want_dx, "dx"), (got[2], want_dw, "dw")):
+                # Some tens of roundings in fp32, and of W that is rotated and turned back; a code is 2^-4 off.
+                assert (a.double() - b).norm() <= 2.0**-18 * b.norm(), (what, config, names)
+            assert torch.equal(got[3], g.sum(0))
+
+
+def seen_weight(config, w):
+    """float64 [free, contracted]: W, or its transpose, as the product that contracts its columns has it."""
+    if "weight" not in config:
+        return w.double()
+    name = config["weight"].get("format")
+    fmt = named_format(name) if name else Format(Integers(config["weight"]["bits"]), Group("row"))
+    if "rotation" not in config:
+        return fake_quantize_to(w, fmt).double()
+    rotated = fake_quantize_to(rotate_rows(w.contiguous(), 16), fmt)
+    return torch.stack([unrotate(row, 16) for row in rotated]).double()
+
+
+def test_a_common_part_of_all_tokens_costs_nothing():
+    """Of ten times the rest: what the quantizer loses of X falls with it, by more than half in Y and dW."""
+    x, w, bias, g = random_case(torch.float32, 0)
+    x = torch.randn(64, IN) + 10 * torch.randn(IN)
+    g = torch.randn(64, OUT)
+    exact = (x @ w.t() + bias, g.t() @ x)
+    config = {"activation": {"bits": 4}, "gradient": {"bits": 8}}
+    errors = []
+    for each in (config, split(config, "activation")):
+        y, _, dw, _ = run(each, x, w, bias, g, "linear")
+        errors.append([float((y - exact[0]).norm()), float((dw - exact[1]).norm())])
+    assert errors[1][0] < errors[0][0] / 2
+    assert errors[1][1] < errors[0][1] / 2
+
+
+def test_compiled_as_one_graph():
+    """The same codes; sums of the terms with means may have another order."""
+    torch._dynamo.reset()
+    module = ds_quant.QuantLinear(IN, 8, config=split(PLAIN[1], "activation", "gradient"))
+    x, g = torch.randn(21, IN) + 2, torch.randn(21, 8) + 1
+    results = []
+    for call in (module, torch.compile(module, fullgraph=True)):
+        module.weight.grad = None
+        leaf = x.clone().requires_grad_()
+        y = call(leaf)
+        y.backward(g)
+        results.append((y.detach(), leaf.grad, module.weight.grad))
+    for got, want in zip(*results, strict=True):
+        # IN or 21 terms in fp32, no larger than some ten times the largest result; a code would be 2^-4 off.
+        assert (got - want).abs().max() <= 2 * IN * 2.0**-24 * 10 * want.abs().max()
+
+
+def test_edges():
+    config = split(PLAIN[1], "activation", "gradient")
+    module = ds_quant.QuantLinear(IN, OUT, config=config)
+    assert module(torch.zeros(0, IN)).shape == (0, OUT)
+    one = torch.randn(1, IN)
+    torch.testing.assert_close(module(one), run_one(module, one))  # a single token is its mean
+    x = torch.randn(4, IN)
+    x[1, 2] = torch.nan
+    assert module(x).isnan().all(), "the mean takes it to all tokens"
+    assert "A4 token less its mean, G4 outer less its mean" in module.describe()
+
+
+def run_one(module, x):
+    return x @ seen_weight({"weight": {"bits": 4}}, module.weight.detach()).float().t() + module.bias
