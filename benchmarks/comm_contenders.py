@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -90,30 +90,19 @@ def _scatter_and_sum(dtype: torch.dtype) -> Callable[[Tensor], Run]:
     return make
 
 
-def _our_all_reduce(bits: int, rotation: str = "none") -> Callable[[Tensor], Run]:
+def _ours(bits: int, rotation: str = "none", *, scatters: bool = False) -> Callable[[Tensor], Run]:
+    """Our all-reduce, or reduce-scatter."""
+
     def make(gradients: Tensor) -> Run:
         from ds_quant import comm
 
         buffer = gradients.clone()
-        return Run(
-            lambda: buffer.copy_(gradients),
-            lambda: comm.all_reduce(buffer, bits=bits, block_size=BLOCK_SIZE, rotation=rotation),
-            lambda: buffer,
-        )
-
-    return make
-
-
-def _our_reduce_scatter(bits: int, rotation: str = "none") -> Callable[[Tensor], Run]:
-    def make(gradients: Tensor) -> Run:
-        from ds_quant import comm
-
-        buffer = gradients.clone()
+        options: dict[str, Any] = {"bits": bits, "block_size": BLOCK_SIZE, "rotation": rotation}
+        if not scatters:
+            return Run(lambda: buffer.copy_(gradients), lambda: comm.all_reduce(buffer, **options), lambda: buffer)
         output = buffer.new_empty(buffer.numel() // dist.get_world_size())
         return Run(
-            lambda: buffer.copy_(gradients),
-            lambda: comm.reduce_scatter(output, buffer, bits=bits, block_size=BLOCK_SIZE, rotation=rotation),
-            lambda: output,
+            lambda: buffer.copy_(gradients), lambda: comm.reduce_scatter(output, buffer, **options), lambda: output
         )
 
     return make
@@ -211,12 +200,12 @@ PLAIN = {
 ALL = (
     Contender("fp32 all-reduce", ALL_REDUCE, _all_reduce(torch.float32), lambda n, w: all_reduced(4 * n, w)),
     Contender("bf16 all-reduce", ALL_REDUCE, _all_reduce(torch.bfloat16), lambda n, w: all_reduced(2 * n, w)),
-    Contender("8 bits all-reduce", ALL_REDUCE, _our_all_reduce(8), lambda n, w: all_reduced(quantized(n, 8), w)),
-    Contender("4 bits all-reduce", ALL_REDUCE, _our_all_reduce(4), lambda n, w: all_reduced(quantized(n, 4), w)),
+    Contender("8 bits all-reduce", ALL_REDUCE, _ours(8), lambda n, w: all_reduced(quantized(n, 8), w)),
+    Contender("4 bits all-reduce", ALL_REDUCE, _ours(4), lambda n, w: all_reduced(quantized(n, 4), w)),
     Contender(
         "4 bits hadamard all-reduce",
         ALL_REDUCE,
-        _our_all_reduce(4, "hadamard"),
+        _ours(4, "hadamard"),
         lambda n, w: all_reduced(quantized(n, 4), w),
     ),
     # gloo's reduce-scatter is an all-reduce whose result is cut: it sends twice what it would have to.
@@ -241,15 +230,15 @@ ALL = (
         "bf16 reduce-scatter a2a", REDUCE_SCATTER, _scatter_and_sum(torch.bfloat16), lambda n, w: scattered(2 * n, w)
     ),
     Contender(
-        "8 bits reduce-scatter", REDUCE_SCATTER, _our_reduce_scatter(8), lambda n, w: scattered(quantized(n, 8), w)
+        "8 bits reduce-scatter", REDUCE_SCATTER, _ours(8, scatters=True), lambda n, w: scattered(quantized(n, 8), w)
     ),
     Contender(
-        "4 bits reduce-scatter", REDUCE_SCATTER, _our_reduce_scatter(4), lambda n, w: scattered(quantized(n, 4), w)
+        "4 bits reduce-scatter", REDUCE_SCATTER, _ours(4, scatters=True), lambda n, w: scattered(quantized(n, 4), w)
     ),
     Contender(
         "4 bits hadamard reduce-scatter",
         REDUCE_SCATTER,
-        _our_reduce_scatter(4, "hadamard"),
+        _ours(4, "hadamard", scatters=True),
         lambda n, w: scattered(quantized(n, 4), w),
     ),
     Contender("DDP without hook", DDP, _DDP(), lambda n, w: all_reduced(4 * n, w)),

@@ -19,10 +19,12 @@ from benchmarks.ranks import ROOT, run_ranks
 from benchmarks.slow_link import INTERFACE, Link
 from ds_quant.cli.shared.errors import CommandError
 from ds_quant.cli.shared.tables import environment, print_table, write_csv
+from ds_quant.config import ConfigError, QuantConfig
+from ds_quant.config.refusals import check_refusals
 
 HELP = "seconds and bytes of whole training steps of the default job, over slow links too"
 
-_DEFAULT = ("baseline.json", "comm8.json", "comm4.json")
+_DEFAULT = ("baseline.json", "comm8.json", "comm4.json", "full_int8.json", "wire8.json", "wire4.json")
 
 
 class Job(NamedTuple):
@@ -112,9 +114,22 @@ def _jobs(configs: str | None, stages: str | None) -> list[Job]:
             raise CommandError(f"--configs: got {file}: {error}; allowed: DeepSpeed JSON files; correct it") from error
         for stage in _stages(stages) or [shipped]:
             zero = {**content.get("zero_optimization", {}), "stage": stage}
-            jobs.append(Job(file.stem, stage, {**content, "zero_optimization": zero}))
+            job = Job(file.stem, stage, {**content, "zero_optimization": zero})
+            if stages and (why := _refusal(job)):
+                print(f"left out: {job.name} at stage {stage}: {why}")
+            else:
+                jobs.append(job)
     # All of a stage one after the other: they are compared.
     return sorted(jobs, key=lambda job: job.stage)
+
+
+def _refusal(job: Job) -> str | None:
+    """Why a configuration cannot be run at the stage of its job."""
+    try:
+        check_refusals(job.content, QuantConfig.load(job.content))
+    except ConfigError as error:
+        return str(error)
+    return None
 
 
 def _stages(text: str | None) -> list[int]:

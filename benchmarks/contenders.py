@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ds_quant.optim import QuantAdamW, QuantAdEMAMix, QuantLion, QuantSGD
+from ds_quant.optim.master import MasterTensor
 from ds_quant.optim.state import QuantizedState
 
 Make = Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer]
@@ -24,6 +25,8 @@ class Contender(NamedTuple):
     make: Make
     needs: str | None = None
     """The package that it comes from, if it is not ours."""
+    moved: int = 12
+    """Bytes of weights, masters and gradients that a step must move, an element: fp32, unless said."""
 
 
 def _quant(exp_avg: dict | None, exp_avg_sq: dict | None) -> Make:
@@ -33,6 +36,27 @@ def _quant(exp_avg: dict | None, exp_avg_sq: dict | None) -> Make:
 def _other(optimizer: Callable[..., torch.optim.Optimizer], **bits: int | None) -> Make:
     states = {name: count and {"bits": count} for name, count in bits.items()}
     return lambda params: optimizer(params, lr=LR, **states)
+
+
+def _masters(bits: int, exp_avg: dict, exp_avg_sq: dict) -> Make:
+    """bf16 weights and gradients, as ZeRO has them."""
+
+    def make(params: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+        optimizer = QuantAdamW([torch.zeros(1)], lr=LR, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)
+        optimizer.param_groups[0]["params"] = [_master(param, bits) for param in params]
+        return optimizer
+
+    return make
+
+
+def _master(param: torch.nn.Parameter, bits: int) -> MasterTensor:
+    weight = torch.empty(param.shape, dtype=torch.bfloat16, device=param.device)
+    low_bits = torch.empty_like(weight, dtype=torch.int8) if bits == 24 else None
+    master = MasterTensor(weight, low_bits, is_stochastic=bits == 16)
+    master.copy_(param.detach())
+    assert param.grad is not None
+    master.grad = param.grad.bfloat16()
+    return master
 
 
 def _deepspeed(params: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
@@ -58,6 +82,9 @@ ALL = (
     Contender("QuantAdamW, 8 bits", _quant({"bits": 8}, {"bits": 8})),
     Contender("QuantAdamW, m 4 v 8 bits", _quant({"bits": 4}, {"bits": 8})),
     Contender("QuantAdamW, 4 bits", _quant({"bits": 4}, {"bits": 4})),
+    Contender("QuantAdamW, master 24, 8 bits", _masters(24, {"bits": 8}, {"bits": 8}), moved=8),
+    Contender("QuantAdamW, master 24, 4 bits", _masters(24, {"bits": 4}, {"bits": 4}), moved=8),
+    Contender("QuantAdamW, master 16, 8 bits", _masters(16, {"bits": 8}, {"bits": 8}), moved=6),
     Contender("QuantLion 8-bit", _other(QuantLion, exp_avg=8)),
     Contender("QuantLion 4-bit", _other(QuantLion, exp_avg=4)),
     Contender("QuantSGD 8-bit", _other(QuantSGD, momentum_buffer=8)),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import os
 import re
 from pathlib import Path
@@ -26,11 +25,11 @@ BANDWIDTH_BYTES = 12
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Steps of one fp32 parameter (50M) or of many (2000x1024), all optimizers in turns. `ratio` is to torch's "
-        "fused AdamW in the same round, median and 20th to 80th percentile. `floor` is the time that the bytes it must "
-        "move take at the bandwidth of an in-place addition in the same run, over its own time. On cuda, times are "
-        "those of the device between events, and the host's stand beside them. Competitors: "
-        "pip install 'ds_quant[bench]'."
+        "Steps of one fp32 parameter (50M) or of many (2000x1024), all optimizers in turns; those with `master` in "
+        "their name have bf16 weights and gradients. `ratio` is to torch's fused AdamW in the same round, median and "
+        "20th to 80th percentile. `floor` is the time that the bytes it must move take at the bandwidth of an in-place "
+        "addition in the same run, over its own time. On cuda, times are those of the device between events, and the "
+        "host's stand beside them. Competitors: pip install 'ds_quant[bench]'."
     )
     parser.add_argument(
         "--sizes", default="1M,10M,50M,2000x1024", help="elements, or COUNTxELEMENTS; k, M, G (default: %(default)s)"
@@ -55,7 +54,7 @@ def run(options: argparse.Namespace) -> None:
     choices.at_least("--iterations", options.iterations, 1)
     torch.set_num_threads(options.threads)
     device = torch.device(options.device)
-    chosen = _choose(options.only)
+    chosen = choices.choose(contenders.ALL, options.only, contenders.BASE)
     where = environment(device)
     print(f"{where['processor']}, {where['threads']} threads, torch {where['torch']}, {where['commit']}")
     print(f"QuantAdamW is served by {adamw_.implementation(device)}")
@@ -81,25 +80,6 @@ def _number(digits: str, unit: str) -> int:
     if not unit:
         return round(float(digits))
     return -(-round(float(digits) * {"k": 10**3, "M": 10**6, "G": 10**9}[unit]) // 256) * 256
-
-
-def _choose(only: str | None) -> list[contenders.Contender]:
-    wanted = [part.strip().lower() for part in only.split(",")] if only else [""]
-    for part in wanted:
-        if not any(part in contender.name.lower() for contender in contenders.ALL):
-            names = ", ".join(contender.name for contender in contenders.ALL)
-            raise CommandError(f"--only: got {part!r}; allowed: parts of {names}; correct it")
-    chosen = []
-    for contender in contenders.ALL:
-        if contender.name != contenders.BASE and not any(part in contender.name.lower() for part in wanted):
-            continue
-        if contender.needs and importlib.util.find_spec(contender.needs) is None:
-            print(
-                f"left out: {contender.name}, since {contender.needs} is not installed (pip install 'ds_quant[bench]')"
-            )
-            continue
-        chosen.append(contender)
-    return chosen
 
 
 def _measure(
@@ -137,12 +117,13 @@ def _measure(
     )
     bandwidth = BANDWIDTH_BYTES * total / timing.spread(seconds[BANDWIDTH]).p50
     ratio = timing.ratios(seconds, contenders.BASE)
+    moved = {contender.name: contender.moved for contender in chosen}
     rows = []
     for name, optimizer in optimizers.items():
         state = contenders.state_bytes(optimizer)
         took = timing.spread(seconds[name])
         # Parameters are read and written, gradients read, the state read and written.
-        floor = (12 * total + 2 * state) / bandwidth
+        floor = (moved[name] * total + 2 * state) / bandwidth
         rows.append(
             {
                 "size": text,

@@ -5,4 +5,4 @@ import sys
 from ds_quant.cli.diagnose import main
 
 if __name__ == "__main__":
-    sys.exit(main(prog="diagnose.py"))
+    sys.exit(main(prog="python launchers/diagnose.py"))

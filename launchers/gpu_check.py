@@ -25,7 +25,7 @@ from typing import Any
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # where the package benchmarks is
 
 from benchmarks.gpu_check import environment, plan, promises, report, running
-from benchmarks.gpu_check.recording import write_whole
+from ds_quant.base.whole_folder import write_json
 from ds_quant.cli.shared.errors import CommandError
 
 
@@ -54,7 +54,7 @@ def _run(options: argparse.Namespace) -> int:
             "--dry-run for the same ways on the CPU"
         )
     options.out.mkdir(parents=True, exist_ok=True)
-    write_whole(options.out / "environment.json", where)
+    write_json(options.out / "environment.json", where)
     for key, value in where.items():
         print(f"{key}: {value}", flush=True)
     results = _run_steps(steps, options)
@@ -69,7 +69,7 @@ def _run(options: argparse.Namespace) -> int:
             for verdict in verdicts
         ],
     }
-    write_whole(options.out / "summary.json", summary)
+    write_json(options.out / "summary.json", summary)
     path = report.write(options.out, page)
     print(page.partition("\n## 1.")[0] if 1 in results else page)
     print(f"written: {path}")

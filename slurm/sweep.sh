@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Run the whole experiment matrix on a cluster, unattended, and collect it in one table. In the root of the repository:
 #
-#     sbatch slurm/sweep.sh                                      every config in ds_configs/, seeds 0 to 2
+#     sbatch slurm/sweep.sh                                      every config in ds_configs/ and its paper/, seeds 0 to 2
+#     CONFIGS="paper_*" sbatch slurm/sweep.sh                    the matrix of the paper alone
 #     CONFIGS="baseline w8a8*" SEEDS=0-4 sbatch --nodes=2 --gpus-per-node=8 --time=24:00:00 slurm/sweep.sh
 #     bash slurm/sweep.sh --dry-run --tokens-per-second 400000   the plan, without a cluster
 #

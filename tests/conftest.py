@@ -8,6 +8,7 @@ import signal
 import sys
 from pathlib import Path
 
+import hypothesis
 import numpy as np
 import pytest
 
@@ -20,6 +21,12 @@ os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(ROOT / ".cache" / "torch_exten
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+# How many examples hypothesis draws for each test: `full` unless --hypothesis-profile names another. No deadlines: the
+# first example may import torch or compile a kernel, and machines are shared.
+hypothesis.settings.register_profile("full", max_examples=175, deadline=None)
+hypothesis.settings.register_profile("quick", max_examples=50, deadline=None)
+hypothesis.settings.load_profile("full")
 
 
 LONGEST_FIRST = (

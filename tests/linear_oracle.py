@@ -7,6 +7,7 @@ from numerics import format_oracle, oracle
 import ds_quant
 from ds_quant.base.number_formats import FORMATS
 from ds_quant.linear.convert import step_key_of
+from ds_quant.numerics.rotation import rotate_rows
 
 TOKENS, IN, OUT = 11, 37, 19
 W8A8G8_INT8 = {
@@ -42,7 +43,7 @@ class Side:
             )
             contracted = granularity == "block" or granularity == ("column" if not transposed else "row")
             if granularity == "tensor":
-                scales = scales.reshape(-1)[0]
+                scales = scales[:1, :1]
             if granularity == "row":
                 scales = scales[:, :1]
             elif granularity == "column":
@@ -127,7 +128,10 @@ def expected(x, w, bias, g, config, dtype):
             return Side.plain(x.t() if transposed else x)
         return Side.quantized(x, activation, names_x[activation.get("granularity", default_x)], transposed=transposed)
 
+    rotated = rotated_products(config)
     y = product(of_activation(False), of_weight(False), dtype, bias, integer=integer)
+    if "output" in rotated:
+        y = rotated_product((x, activation), (w, weight), config, dtype, bias)
     original = config.get("backward_operands") == "original"
     other_w = Side.plain(w.t()) if original else of_weight(True)
     other_x = Side.plain(x.t()) if original else of_activation(True)
@@ -147,15 +151,39 @@ def expected(x, w, bias, g, config, dtype):
         name = outer_name if granularity == "outer" else names_x[granularity]
         return product(Side.quantized(folded, gradient, name, transposed=transposed), other, dtype, integer=integer)
 
-    if "input" in used:
+    if "input" in rotated:
+        dx = rotated_product((g, gradient), (w.t(), weight), config, dtype)
+    elif "input" in used:
         dx = with_gradient(other_w, bool(weight) and not original, "row", False)
     else:
         dx = product(Side.plain(g), other_w, dtype, integer=integer)
-    if "weight" in used:
+    if "weight" in rotated:
+        dw = rotated_product((g.t(), gradient), (x.t(), activation), config, dtype)
+    elif "weight" in used:
         dw = with_gradient(other_x, bool(activation) and not original, "column", True)
     else:
         dw = product(Side.plain(g.t()), other_x, dtype, integer=integer)
     return y, dx, dw
+
+
+def rotated_products(config):
+    """Names as in rotation.used_for."""
+    if "rotation" not in config:
+        return ()
+    return config["rotation"].get("used_for", ("output", "input", "weight"))
+
+
+def rotated_product(left, right, config, dtype, bias=None):
+    """Of two pairs (matrix [free, contracted], its configuration), which are rotated and then quantized."""
+    sides = []
+    for matrix, how in (left, right):
+        in_blocks = "format" in how and FORMATS[how["format"]].block_size
+        granularity = how.get("granularity", "block" if in_blocks else "row")
+        granularity = granularity if granularity in ("block", "tensor") else "row"
+        # Rotated in fp32 by what tests/numerics/test_rotation_of_rows.py holds to dense matrices.
+        rotated = rotate_rows(matrix.float(), config["rotation"].get("block_size", 16))
+        sides.append(Side.quantized(rotated, how, granularity))
+    return product(*sides, dtype, bias)
 
 
 def run(config, x, w, bias, g, layout):

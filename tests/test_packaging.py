@@ -10,7 +10,31 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
+from ds_quant.cli import diagnose
+from ds_quant.cli.command import COMMANDS
 from ds_quant.engine import seams
+
+MARK = "-" * 40
+# The report, then the help of every command without any package that only an extra brings.
+PROGRAM = f"""
+import contextlib, sys
+import ds_quant
+from ds_quant.cli import command, diagnose, report
+print(ds_quant.__file__)
+report.main([])
+for name in ("compressed_tensors", "datasets", "jinja2", "lm_eval", "matplotlib", "rich", "sentencepiece", "wandb"):
+    sys.modules[name] = None
+for words in [[name] for name in command.COMMANDS] + [["diagnose", name] for name in diagnose.COMMANDS]:
+    print("{MARK}")
+    with contextlib.suppress(SystemExit):
+        command.main([*words, "--help"])
+"""
+
+
+def files_of(folder):
+    """The files of the package in a folder, by relative path, but what Python writes itself."""
+    found = (path for path in (folder / "ds_quant").rglob("*") if path.is_file() and path.suffix != ".pyc")
+    return {str(path.relative_to(folder)) for path in found}
 
 
 def test_installed_package_runs_outside_the_checkout(root, tmp_path):
@@ -22,22 +46,24 @@ def test_installed_package_runs_outside_the_checkout(root, tmp_path):
     done = subprocess.run([*command, "--target", site, copy], capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     assert (site / "ds_quant" / "py.typed").is_file()
-    modules = {str(path.relative_to(copy)) for path in (copy / "ds_quant").rglob("*.py")}
-    assert {str(path.relative_to(site)) for path in (site / "ds_quant").rglob("*.py")} == modules
+    assert files_of(site) == files_of(copy)
     assert not (site / "tests").exists()
     assert {"ds_quant", "ds_quant_export", "ds_quant_report"} <= {path.name for path in (site / "bin").iterdir()}
-    program = "import ds_quant, ds_quant.cli.report as r; print(ds_quant.__file__); r.main([])"
     done = subprocess.run(
-        [sys.executable, "-c", program],
+        [sys.executable, "-c", PROGRAM],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=200,
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(site), "DS_ACCELERATOR": "cpu"},
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(str(site))
-    assert "MISSING" not in done.stdout
+    report, *helps = done.stdout.split(MARK)
+    assert "MISSING" not in report
+    assert len(helps) == len(COMMANDS) + len(diagnose.COMMANDS)
+    for text, name in zip(helps, [*COMMANDS, *(f"diagnose {name}" for name in diagnose.COMMANDS)], strict=True):
+        assert text.strip().startswith(f"usage: ds_quant {name} ")
 
 
 def pinned(file):

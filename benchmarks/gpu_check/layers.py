@@ -1,4 +1,4 @@
-"""Step 6: int8 Linear and Conv1D against `simulated`; times, launches and host waits of a layer."""
+"""Step 6: int8 Linear and Conv1D against `simulated`; times, launches and host waits of a layer; products of fp8."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from benchmarks import linear_contenders, recipes, roofline, step_profile
 from benchmarks.device_timing import Timer, host_waits, launches
+from benchmarks.gpu_check import fp8
 from benchmarks.gpu_check.recording import Record
 from benchmarks.linear_contenders import Layer, Operands
 from ds_quant import QuantConv1D, QuantLinear
@@ -25,7 +26,7 @@ _NEAREST, _STOCHASTIC = recipes.w8a8g8("int8"), recipes.w8a8g8("int8", rounding=
 def run(record: Record) -> None:
     """Numbers first, times after."""
     parts = {"numbers": _numbers, "launches and waits": _launches, "memory": _memory, "times": _times}
-    for name, part in {**parts, "simulated": _simulated}.items():
+    for name, part in {**parts, "simulated": _simulated, "fp8": fp8.run}.items():
         with record.part(name):
             part(record)
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import sys
 import time
 import traceback
@@ -15,6 +13,7 @@ from typing import Any
 import torch
 
 from benchmarks.gpu_check import promises
+from ds_quant.base.whole_folder import write_json
 
 Row = dict[str, Any]
 
@@ -75,11 +74,4 @@ class Record:
         return small if self.dry_run else full
 
     def _write(self) -> None:
-        write_whole(self._path, self.content)
-
-
-def write_whole(path: Path, content: Any) -> None:
-    """Write JSON beside `path` and rename it: a reader finds the old or the new, never a part."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_text(json.dumps(content, indent=1), encoding="utf-8")
-    beside.replace(path)
+        write_json(self._path, self.content)

@@ -8,6 +8,7 @@ from typing import Any
 
 from benchmarks.gpu_check.promises import AT_LEAST, Verdict
 from benchmarks.gpu_check.running import DONE
+from ds_quant.base.whole_folder import write_whole
 from ds_quant.cli.shared.tables import escaped, markdown_table
 
 
@@ -55,7 +56,5 @@ def shown(value: Any) -> str:
 def write(folder: Path, text: str) -> Path:
     """report.md in the folder."""
     path = folder / "report.md"
-    beside = path.with_name(".report.md")
-    beside.write_text(text, encoding="utf-8")
-    beside.replace(path)
+    write_whole(path, text)
     return path

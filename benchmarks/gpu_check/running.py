@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu_check.plan import Step
-from benchmarks.gpu_check.recording import write_whole
+from ds_quant.base.whole_folder import write_json
 
 ROOT = Path(__file__).resolve().parents[2]
 _TAIL_CHARACTERS = 4000
@@ -73,7 +73,7 @@ def run_step(
         **recorded,
         "output_tail": None if state == DONE else log.read_text(errors="replace")[-_TAIL_CHARACTERS:],
     }
-    write_whole(folder / f"step-{step.number}.json", result)
+    write_json(folder / f"step-{step.number}.json", result)
     return result
 
 

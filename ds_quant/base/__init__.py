@@ -1,1 +1,4 @@
-"""What every room uses: errors, messages, patterns of names, and files that are written whole or checked before use."""
+"""What every subpackage uses: errors, messages, patterns of names, whole files, and checks of files before use.
+
+Begin with `errors` (ConfigError, and how its messages are built) and `whole_folder` (files and folders, written whole).
+"""

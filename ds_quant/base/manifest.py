@@ -25,7 +25,7 @@ class FileEntry(NamedTuple):
     path: str
     """Relative to the checkpoint, with slashes."""
     size: int
-    """Bytes."""
+    """In bytes."""
     sha256: str
 
 

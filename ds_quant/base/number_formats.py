@@ -10,7 +10,7 @@ class NamedFormat(NamedTuple):
     """What the name of a format says of it."""
 
     bits: int
-    """Of an element."""
+    """Bits of an element."""
     elements: str
     """Of floating point: its name in `numerics.minifloat`. "integer": evenly spaced, symmetric."""
     scale: str = "float"
@@ -35,8 +35,10 @@ FORMATS = {
 
 SCALE_RULES = ("floor", "up")
 """How the exponent of an E8M0 scale is found; see `numerics.scales`."""
+FOUR_SIX = "four_six"
+"""How the scales of nvfp4 are found otherwise; see `numerics.four_six`."""
 
 
 def scale_bits(fmt: NamedFormat) -> int:
-    """Of one stored scale."""
+    """How many bits one stored scale has."""
     return 32 if fmt.scale == "float" else 8

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ds_quant.base import manifest
+from ds_quant.base.errors import fail
 
 _NAME = re.compile(r"checkpoint-(\d+)")
 
@@ -20,10 +21,10 @@ def listed(output_dir: Path) -> list[Path]:
 
 
 def step_of(checkpoint: Path) -> int:
-    """The step in a checkpoint folder's name."""
+    """The step in a checkpoint folder's name. Raises ConfigError for another name."""
     match = _NAME.fullmatch(checkpoint.name)
     if match is None:
-        raise ValueError(f"{checkpoint} is not named checkpoint-N")
+        raise fail(str(checkpoint), checkpoint.name, "a folder named checkpoint-N", "name a checkpoint of the Trainer")
     return int(match[1])
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,8 +29,7 @@ def whole_folder(out: Path) -> Iterator[Path]:
     temporary.mkdir()
     try:
         yield temporary
-        for path in (*temporary.iterdir(), temporary):
-            sync(path)
+        sync_tree(temporary)
         os.rename(temporary, out)  # onto an empty folder, or none
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -37,27 +37,42 @@ def whole_folder(out: Path) -> Iterator[Path]:
     sync(out.parent)
 
 
+def replace_folder(written: Path, folder: Path) -> None:
+    """Rename a finished folder to `folder`, in place of what was there. Raises OSError.
+
+    What is in it is on the disk before, so that a power cut leaves no half of it under the name.
+    """
+    sync_tree(written)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(written, folder)
+    sync(folder.parent)
+
+
 @contextlib.contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
+def whole_file(path: Path, *, durable: bool = True) -> Iterator[Path]:
     """A file to write that replaces `path` at the end, or vanishes: a reader finds the old one or the new one.
 
-    Both are on the disk by then, so that this holds after a power cut, too. Raises OSError.
+    durable: the new one is on the disk by then, so that this holds after a power cut, too. A cache that can tell and
+        replace damaged files does without, since flushing takes time. Raises OSError.
     """
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # Ranks on other nodes may have the same process number, and threads have.
+    beside = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
     try:
         yield beside
-        sync(beside)
+        if durable:
+            sync(beside)
         os.replace(beside, path)
     except BaseException:
         with contextlib.suppress(OSError):
             beside.unlink(missing_ok=True)
         raise
-    sync(path.parent)
+    if durable:
+        sync(path.parent)
 
 
-def write_whole(path: Path, content: str | bytes) -> None:
+def write_whole(path: Path, content: str | bytes, *, durable: bool = True) -> None:
     """Replace a file as `whole_file` does; text is written in UTF-8. Raises OSError."""
-    with whole_file(path) as beside:
+    with whole_file(path, durable=durable) as beside:
         beside.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
@@ -76,3 +91,11 @@ def sync(path: Path) -> None:
             raise
     finally:
         os.close(opened)
+
+
+def sync_tree(folder: Path) -> None:
+    """`sync` of a folder and all that is in it. Raises OSError."""
+    for parent, _, files in os.walk(folder):
+        for name in files:
+            sync(Path(parent, name))
+        sync(Path(parent))

@@ -5,7 +5,7 @@
     ds_quant diagnose report FOLDER [FOLDER ...]
 
 `ds_quant diagnose COMMAND --help` lists what a command takes. Inside training the same is done every so many steps by
-the JSON's "diagnostics" (docs/diagnostics.md). Exit code: 0; 2 where something cannot be measured as asked; 1 where
+"diagnostics" in the JSON's "ds_quant". Exit code: 0; 2 where something cannot be measured as asked; 1 where
 `memory --table` finds a prediction that is off.
 """
 

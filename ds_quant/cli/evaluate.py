@@ -4,8 +4,8 @@
     ds_quant evaluate runs/w8a8-s1 runs/baseline-s1 --quantizers trained off w4_channel.json \\
         --dataset paper --tasks paper --output results.json results.md
 
-A row is a checkpoint with a choice of quantizers, a column a text or a task. docs/evaluate.md tells how each figure is
-defined. Exit status: 0; 2 for what is refused, with nothing written.
+A row is a checkpoint with a choice of quantizers, a column a text or a task. Exit status: 0; 2 for what is refused,
+with nothing written.
 """
 
 from __future__ import annotations

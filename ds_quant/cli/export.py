@@ -2,7 +2,7 @@
 
 With linears trained in W8A8, in fp8 or with few-bit weights alone, OUT is a compressed-tensors checkpoint: codes times
 scale is the very weight that training multiplied by, and nothing is calibrated. With `--format bf16` it is
-the same checkpoint in bf16, without quantizers. docs/export.md says how each server handles it.
+the same checkpoint in bf16, without quantizers.
 
 OUT is written beside its place and renamed into it at the end.
 """

@@ -49,6 +49,7 @@ def environment() -> tuple[list[tuple[str, str]], list[str]]:
         from ds_quant import engine
         from ds_quant.engine.extension_locks import check_extension_locks
         from ds_quant.kernels import registry
+        from ds_quant.kernels.fp8_units import fp8_units
         from ds_quant.kernels.integer_units import integer_units
     except (ConfigError, ImportError) as error:
         return [("deepspeed", "cannot be used")], [str(error)]
@@ -59,6 +60,7 @@ def environment() -> tuple[list[tuple[str, str]], list[str]]:
         rows += [(f"{title} on {device}", serving) for title, serving in registry.report(device)]
     units = integer_units(torch.device(name))
     rows.append((f"int8 products on {name}", units.line()))
+    rows.append((f"fp8 products on {name}", fp8_units(torch.device(name)).line()))
     for seam, there in engine.find_seams().items():
         rows.append((f"seam {seam}", "found" if there else "MISSING"))
     try:
@@ -105,7 +107,7 @@ def explain(source: Any) -> tuple[list[tuple[str, str]], list[str]]:
     else:
         rows.append(("gradients on the wire", "full precision"))
     if quant.communication and quant.communication.weight:
-        rows += _weights(quant.communication.weight)
+        rows += _weights(quant.communication.weight, stage)
     if quant.diagnostics:
         checks.append(lambda: rows.extend(_diagnostics(quant)))
     for check in checks:
@@ -165,14 +167,15 @@ def _wire(config: GradientCommunicationConfig, raw: dict[str, Any], stage: Any) 
     ]
 
 
-def _weights(config: WeightCommunicationConfig) -> list[tuple[str, str]]:
+def _weights(config: WeightCommunicationConfig, stage: Any) -> list[tuple[str, str]]:
     from ds_quant.comm.weight_difference import describe_weights, wire_format
 
     rows = [("weights on the wire", describe_weights(config))]
     if config.mode == "difference":
         fmt = wire_format(config)
         rows.append(("  bytes an element", f"{fmt.bits / 8 + 4 / fmt.block_size:.3f} instead of 4 or 2"))
-    return rows
+    when = "before the forward and the backward of a layer" if stage == 3 else "once a step"
+    return [*rows, ("  gathered", when)]
 
 
 def _moment_checks(config: OptimizerConfig, raw: dict[str, Any], stage: Any) -> list[Callable[[], Any]]:

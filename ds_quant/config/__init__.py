@@ -18,7 +18,8 @@ from ds_quant.config.deepspeed_json import (
     unresolved_auto,
 )
 from ds_quant.config.diagnostics import DiagnosticsConfig
-from ds_quant.config.linear import ActivationConfig, GradientConfig, LinearConfig, WeightConfig
+from ds_quant.config.linear import LinearConfig, RotationConfig
+from ds_quant.config.operands import ActivationConfig, GradientConfig, WeightConfig
 from ds_quant.config.optimizer import MasterConfig, MomentConfig, OptimizerConfig
 from ds_quant.config.quant_config import QuantConfig, json_schema
 
@@ -36,6 +37,7 @@ __all__ = [
     "MomentConfig",
     "OptimizerConfig",
     "QuantConfig",
+    "RotationConfig",
     "WeightCommunicationConfig",
     "WeightConfig",
     "has_tripwire",

@@ -39,14 +39,15 @@ class GradientCommunicationConfig(Section):
 
 
 class WeightCommunicationConfig(Section):
-    """How updated weights cross the wire, once a step at ZeRO stages 1 and 2."""
+    """How weights cross the wire: updated ones once a step at ZeRO stages 1 and 2, those of a layer before its forward
+    and its backward at stage 3."""
 
     where: ClassVar[str] = f"{SECTION}.communication.weight"
 
     mode: Literal["codes", "difference"]
     """`codes`: of a weight that its layers quantize by channel, the codes that they compute with, and scales: training
-    stays what it is, bit for bit. All other parameters cross the wire in their dtype. `difference`: of all parameters,
-    codes of what the owner's fp32 weights are above what the ranks have. Required."""
+    stays what it is, bit for bit. All other parameters cross the wire in their dtype. `difference`, at stages 1
+    and 2: of all parameters, codes of what the owner's fp32 weights are above what the ranks have. Required."""
     bits: WireBits | None = None
     """Of `difference`: bits of a code, 4 or 8. Required there."""
     block_size: FlatBlock | None = None
@@ -77,7 +78,7 @@ class CommunicationConfig(Section):
     gradient: GradientCommunicationConfig | None = None
     """Absent: gradients are reduced by DeepSpeed."""
     weight: WeightCommunicationConfig | None = None
-    """Absent: updated weights are gathered by DeepSpeed."""
+    """Absent: weights are gathered by DeepSpeed."""
 
     def rules(self) -> Iterator[Rule]:
         if not (self.gradient or self.weight):

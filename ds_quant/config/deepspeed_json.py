@@ -80,12 +80,13 @@ def read_deepspeed_config(source: Any) -> dict[str, Any]:
             with open(path, encoding="utf-8") as file:
                 text = file.read()
         except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{path}: cannot be read as text ({error}); fix: name a JSON file") from error
+            got = f"a file that cannot be read as text ({error})"
+            raise ConfigError(f"{path}: got {got}; allowed: a readable JSON file; fix: name one") from error
         return parse_deepspeed_config(text, str(path))
     decoded = _decode_base64(path)
     if decoded is None:
         raise ConfigError(
-            f"{_shorten(path)}: no such file (working directory {os.getcwd()}); "
+            f"{_shorten(path)}: got no such file (working directory {os.getcwd()}); "
             "allowed: the path of a JSON file, a dict, or the JSON in URL-safe base64; fix: correct the path"
         )
     return parse_deepspeed_config(decoded, "base64 config")

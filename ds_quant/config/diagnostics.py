@@ -8,7 +8,7 @@ from pydantic_core import PydanticCustomError
 
 from ds_quant.base.errors import problem
 from ds_quant.config.deepspeed_json import SECTION
-from ds_quant.config.linear import GradientConfig
+from ds_quant.config.operands import GradientConfig
 from ds_quant.config.optimizer import MomentConfig
 from ds_quant.config.section import Allowed, Rule, Section, allowed_values
 

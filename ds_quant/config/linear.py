@@ -1,177 +1,43 @@
-"""`ds_quant.linear`: how the operands of linear layers are quantized."""
+"""`ds_quant.linear`: which operands of linear layers are quantized, where, and what multiplies them."""
 
-from collections.abc import Callable, Iterator
-from typing import Annotated, Any, ClassVar, Literal
+from collections.abc import Iterator
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field, SerializerFunctionWrapHandler, WithJsonSchema, model_serializer
+from pydantic import BeforeValidator, Field
 
-from ds_quant.base.number_formats import FORMATS, NamedFormat
 from ds_quant.config.deepspeed_json import SECTION
-from ds_quant.config.section import NOTHING, Allowed, BlockSection, Rule, Section, allowed_values
-from ds_quant.config.values import (
-    Bits,
-    ClassNames,
-    FormatName,
-    LinearBlock,
-    Patterns,
-    Rounding,
-    exact_int,
-    not_null,
-    nothing,
-)
+from ds_quant.config.operands import ActivationConfig, GradientConfig, WeightConfig
+from ds_quant.config.section import NOTHING, Allowed, Rule, Section, allowed_values
+from ds_quant.config.values import ClassNames, Patterns, exact_int, nothing
 
-# Null is no value of either, only what their absence is to Python.
-_BITS_SCHEMA = WithJsonSchema({"type": "integer", "minimum": 2, "maximum": 8})
-_FORMAT_SCHEMA = WithJsonSchema({"type": "string", "enum": list(FORMATS)})
+_OTHER_BACKEND = 'use that, or backend "simulated"'
+_FREE_SCALES = {"weight": ("channel", "tensor"), "activation": ("token", "tensor"), "gradient": ("outer", "tensor")}
+"""Granularities of which no product contracts what has scales of its own."""
+_PRODUCTS = {"output": "Y", "input": "dX", "weight": "dW"}
 
 
-def _granularity(usual: str) -> Callable[[dict[str, Any]], Any]:
-    """`block` for formats whose blocks are fixed."""
+class RotationConfig(Section):
+    """A randomized Hadamard rotation of both operands of a product, along what it contracts, before they are quantized.
 
-    def default(data: dict[str, Any]) -> str:
-        named = FORMATS.get(data.get("format") or "")
-        return "block" if named and named.block_size else usual
+    It spreads outliers over a block and cancels in the product.
+    """
 
-    return default
+    where: ClassVar[str] = f"{SECTION}.linear.rotation"
 
-
-def _block_size(data: dict[str, Any]) -> int:
-    named = FORMATS.get(data.get("format") or "")
-    return named.block_size if named and named.block_size else 128
-
-
-class OperandConfig(BlockSection):
-    """What the operands have in common: integers of some bits, or a format by its name."""
-
-    bits: Annotated[Bits | None, BeforeValidator(not_null), _BITS_SCHEMA] = None
-    """Bits of an integer code, 2 to 8. Either this or `format` is required."""
-    format: Annotated[FormatName | None, BeforeValidator(not_null), _FORMAT_SCHEMA] = None
-    """In place of `bits`, with backend `simulated`: floating point of 8, 6 or 4 bits (`fp8_e4m3`, ...) with scales as
-    `granularity` says, or a format with blocks of its own: `mxfp8`, `mxfp6`, `mxfp4`, `mxint8` (32 elements, a power of
-    two as scale), `nvfp4`, `nvint4` (16 elements, an fp8 scale and one fp32 for the tensor)."""
-    scale_rule: Annotated[Literal["floor", "up"] | None, Allowed('"floor" or "up"')] = None
-    """The power of two of a block of `mx...`: `floor` (default), as OCP MX 1.0 has it, where the largest elements may
-    saturate; `up`, the smallest one with which none does."""
-
-    @property
-    def named_format(self) -> NamedFormat | None:
-        """What `format` names."""
-        return FORMATS[self.format] if self.format else None
-
-    def rules(self) -> Iterator[Rule]:
-        yield from super().rules()
-        if (self.bits is None) == (self.format is None):
-            if self.bits is None:
-                yield "bits", NOTHING, 'an integer from 2 to 8, or "format" in its place', "add it"
-            else:
-                yield "format", self.format, 'absent beside "bits", which says another one', "remove one of the two"
-        named = self.named_format
-        if self.scale_rule is not None and (named is None or named.scale != "e8m0"):
-            allowed = "only with a format whose scales are powers of two (mxfp8, mxfp6, mxfp4, mxint8)"
-            yield "scale_rule", self.scale_rule, allowed, "remove it"
-        if named is not None:
-            yield from self._format_rules(named)
-
-    def _format_rules(self, named: NamedFormat) -> Iterator[Rule]:
-        if not getattr(self, "symmetric", True):
-            yield "symmetric", False, f'true with format "{self.format}", which has no zero point', "remove it"
-        if getattr(self, "range", "narrow") == "full":
-            yield "range", "full", f'"narrow" with format "{self.format}"', "remove it, or use bits"
-        if not named.block_size:
-            return
-        granularity = getattr(self, "granularity", "block")
-        if granularity != "block":
-            allowed = f'"block" with format "{self.format}", whose scales are those of {named.block_size} elements'
-            yield "granularity", granularity, allowed, "remove it"
-        if "block_size" in self.model_fields_set and getattr(self, "block_size", None) != named.block_size:
-            allowed = f'{named.block_size} with format "{self.format}"'
-            yield "block_size", getattr(self, "block_size", None), allowed, "remove it"
-
-    @model_serializer(mode="wrap")
-    def _without_idle_block_size(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        absent = [name for name in ("bits", "format", "scale_rule") if getattr(self, name) is None]
-        if self._block_size_is_idle():
-            absent.append("block_size")
-        return {key: value for key, value in serialize(self).items() if key not in absent}
-
-
-class WeightConfig(OperandConfig):
-    """How the weight of a linear is quantized."""
-
-    where: ClassVar[str] = f"{SECTION}.linear.weight"
-
-    granularity: Literal["tensor", "channel", "block"] = Field(default_factory=_granularity("channel"))
-    """What shares a scale: the tensor, an output feature, or `block_size` consecutive input features. Default
-    `channel`, with a format that has blocks of its own `block`."""
-    block_size: LinearBlock = Field(default_factory=_block_size)
-    """Consecutive input features that share a scale; a tail block where it does not divide. For granularity `block`."""
-    block_rows: Annotated[Literal[1, 16], BeforeValidator(exact_int), Allowed("1 or 16")] = 1
-    """Output features that share a scale as well, with format `nvfp4` or `nvint4`: 16 for tiles of 16 x 16."""
-    symmetric: bool = True
-    """Codes -(2^(b-1)-1) to 2^(b-1)-1 around zero, or all 2^b levels between minimum and maximum."""
-    rounding: Rounding = "nearest"
-    """`nearest` (ties to even) or `stochastic`, for weights with backend `simulated` only."""
-
-    def rules(self) -> Iterator[Rule]:
-        yield from super().rules()
-        if self.block_rows != 1 and self.format not in ("nvfp4", "nvint4"):
-            yield "block_rows", self.block_rows, '1, or 16 with format "nvfp4" or "nvint4"', "remove it"
-
-
-class ActivationConfig(OperandConfig):
-    """How the input of a linear is quantized."""
-
-    where: ClassVar[str] = f"{SECTION}.linear.activation"
-
-    granularity: Literal["tensor", "token", "channel", "block"] = Field(default_factory=_granularity("token"))
-    """What shares a scale: the tensor, a row, an input feature, or `block_size` consecutive input features of a row.
-    Default `token`, with a format that has blocks of its own `block`."""
-    block_size: LinearBlock = Field(default_factory=_block_size)
-    """Consecutive input features that share a scale; a tail block where it does not divide. For granularity `block`."""
-    symmetric: bool = True
-    """Symmetric codes around zero (see `range`), or all 2^b levels between minimum and maximum."""
-    range: Literal["narrow", "full"] = "narrow"
-    """Of symmetric codes: `narrow`, -(2^(b-1)-1) to 2^(b-1)-1 with a scale of absmax / (2^(b-1)-1); or `full`, all 2^b
-    codes from -2^(b-1) on with a scale of absmax / ((2^b-1)/2), as servers of compressed-tensors quantize."""
-    rounding: Rounding = "nearest"
-    """`nearest` (ties to even) or `stochastic`."""
-
-    def rules(self) -> Iterator[Rule]:
-        yield from super().rules()
-        if self.range == "full" and not self.symmetric:
-            reason = '"narrow" with symmetric false: asymmetric codes use all 2^b levels anyway'
-            yield "range", "full", reason, "remove it, or set symmetric to true"
-
-
-class GradientConfig(OperandConfig):
-    """How the output gradient of a linear is quantized in its backward products."""
-
-    where: ClassVar[str] = f"{SECTION}.linear.gradient"
-
-    granularity: Literal["tensor", "token", "channel", "outer", "block"] = Field(default_factory=_granularity("outer"))
-    """What shares a scale: the tensor, a row, an output feature, or (`outer`) a row for the input gradient and an
-    output feature for the weight gradient, after the other operand's scale is folded in. Only a format that has blocks
-    of its own takes `block`, and only that: consecutive output features for the input gradient, consecutive tokens for
-    the weight gradient."""
+    block_size: Annotated[Literal[16, 32, 64, 128], BeforeValidator(exact_int), Allowed("16, 32, 64 or 128")] = 16
+    """Consecutive elements that are rotated together; a tail is rotated in parts."""
     used_for: Annotated[
-        tuple[Literal["weight", "input"], ...],
+        tuple[Literal["output", "input", "weight"], ...] | None,
         Field(strict=False),
-        Allowed('a list of "weight", "input" or both, each once'),
-    ] = ("weight", "input")
-    """Which backward products see the quantized gradient; the others get the original."""
-    symmetric: bool = True
-    """Codes -(2^(b-1)-1) to 2^(b-1)-1 around zero, or all 2^b levels between minimum and maximum."""
-    rounding: Rounding = "nearest"
-    """`nearest` (ties to even) or `stochastic`."""
+        Allowed('a list of "output", "input", "weight" or some of them, each once'),
+    ] = None
+    """Products whose operands are rotated: the output, the input gradient, the weight gradient. Null (default): all
+    whose two operands are quantized."""
 
     def rules(self) -> Iterator[Rule]:
-        yield from super().rules()
-        if self.granularity == "block" and not (self.named_format and self.named_format.block_size):
-            names = ", ".join(name for name, named in FORMATS.items() if named.block_size)
-            yield "granularity", "block", f"only with a format of fixed blocks ({names})", 'remove it for "outer"'
-        if not self.used_for or len(set(self.used_for)) < len(self.used_for):
-            fix = 'list each product once, or leave "gradient" out to quantize none'
-            yield "used_for", list(self.used_for), allowed_values(GradientConfig, "used_for"), fix
+        if self.used_for is not None and (not self.used_for or len(set(self.used_for)) < len(self.used_for)):
+            fix = "list each product once, or remove the key for all"
+            yield "used_for", list(self.used_for), allowed_values(RotationConfig, "used_for"), fix
 
 
 class LinearConfig(Section):
@@ -185,10 +51,13 @@ class LinearConfig(Section):
     """Absent: inputs are not quantized."""
     gradient: GradientConfig | None = None
     """Absent: output gradients are not quantized."""
-    backend: Literal["simulated", "int8"] = "simulated"
-    """`int8` runs the products on integer units; `simulated` computes the same function in floating point."""
+    backend: Literal["simulated", "int8", "fp8"] = "simulated"
+    """`int8` runs the products on integer units, `fp8` on units for 8-bit floating point, where the device has them;
+    `simulated` computes the same functions in floating point."""
     backward_operands: Literal["quantized", "original"] = "quantized"
     """Whether the backward products use the quantized input and weight, or the originals."""
+    rotation: RotationConfig | None = None
+    """With backend `simulated`: operands are rotated before they are quantized. Absent: they are not."""
     include: Patterns = ("*",)
     """Shell patterns on module names (`*` crosses dots): what is quantized. Default all linears."""
     include_classes: ClassNames = ()
@@ -202,50 +71,111 @@ class LinearConfig(Section):
             yield nothing(self, "weight, activation or gradient")
         if not self.include:
             yield "include", [], "a list of shell patterns, at least one", 'remove it for ["*"], or remove the section'
+        if self.rotation:
+            yield from self._rotation_rules(self.rotation)
         yield from self._folding_rules()
         if self.backend == "int8":
             yield from self._int8_rules()
+        elif self.backend == "fp8":
+            yield from self._fp8_rules()
+
+    def rotated_products(self) -> tuple[str, ...]:
+        """Those of ("Y", "dX", "dW") whose operands are rotated."""
+        if not self.rotation:
+            return ()
+        found = self._products_of_two() if self.rotation.used_for is None else self.rotation.used_for
+        return tuple(name for product, name in _PRODUCTS.items() if product in found)
+
+    def _products_of_two(self) -> list[str]:
+        """The products whose two operands are quantized."""
+        gradients = self.gradient.used_for if self.gradient and self.backward_operands == "quantized" else ()
+        others = {"output": self.weight and self.activation, "input": self.weight, "weight": self.activation}
+        return [name for name, other in others.items() if other and (name == "output" or name in gradients)]
+
+    def _rotation_rules(self, rotation: RotationConfig) -> Iterator[Rule]:
+        if self.backend != "simulated":
+            reason = f'absent with backend "{self.backend}", whose products share their operands'
+            yield "rotation", rotation.model_dump(exclude_unset=True), reason, 'remove it, or use backend "simulated"'
+        of_two = self._products_of_two()
+        missing = [name for name in rotation.used_for or () if name not in of_two]
+        if missing or not of_two:
+            allowed = "products whose two operands are quantized" + (f" ({', '.join(of_two)})" if of_two else ": none")
+            fix = "take out the others, or quantize their operands" if of_two else "remove rotation, or quantize more"
+            yield "rotation.used_for", list(rotation.used_for or ()), allowed, fix
+        rotated = self.rotated_products()
+        mixed = "whose scales lie on an axis that rotation mixes"
+        if "Y" in rotated and self.activation and self.activation.granularity == "channel":
+            allowed = f'"tensor", "token" or "block" with a rotated output, not one {mixed}'
+            yield "activation.granularity", "channel", allowed, "use one of them, or leave the output out of rotation"
+        for product, name, granularity in (("dX", "input", "channel"), ("dW", "weight", "token")):
+            if product in rotated and self.gradient and self.gradient.granularity == granularity:
+                allowed = f'"outer", "tensor" or "block" with a rotated {name} gradient, not one {mixed}'
+                fix = f'use one of them, or leave "{name}" out of rotation'
+                yield "gradient.granularity", granularity, allowed, fix
 
     def _folding_rules(self) -> Iterator[Rule]:
         if self.backward_operands == "original" or not self.gradient or self.gradient.granularity != "outer":
             return
         fix = 'set gradient.granularity to "token" or "channel", or backward_operands to "original"'
-        if "input" in self.gradient.used_for and self.weight and self.weight.granularity == "block":
+        rotated = self.rotated_products()  # which fold nothing
+        folds = [name for name in self.gradient.used_for if _PRODUCTS[name] not in rotated]
+        if "input" in folds and self.weight and self.weight.granularity == "block":
             reason = '"tensor" or "channel": a gradient of granularity "outer" cannot fold a scale per block'
             yield "weight.granularity", "block", reason, fix
         granularity = self.activation.granularity if self.activation else "token"
-        if "weight" in self.gradient.used_for and granularity in ("block", "channel"):
+        if "weight" in folds and granularity in ("block", "channel"):
             reason = f'"tensor" or "token": a gradient of granularity "outer" cannot fold a scale per {granularity}'
             yield "activation.granularity", granularity, reason, fix
 
     def _int8_rules(self) -> Iterator[Rule]:
-        fix = 'use that, or backend "simulated"'
-        operands = {"weight": ("channel", "tensor"), "activation": ("token", "tensor"), "gradient": ("outer", "tensor")}
-        for name, granularities in operands.items():
+        fitting = []
+        for name in _FREE_SCALES:
             operand = getattr(self, name)
             if operand and operand.format:
-                yield f"{name}.format", operand.format, 'bits with backend "int8", whose products are of integers', fix
+                allowed = 'bits with backend "int8", whose products are of integers'
+                yield f"{name}.format", operand.format, allowed, _OTHER_BACKEND
                 continue
             if operand and not operand.symmetric:
                 reason = 'true with backend "int8": a zero point has no place in an integer product'
-                yield f"{name}.symmetric", False, reason, fix
-            if operand and operand.granularity not in granularities:
-                words = " or ".join(f'"{granularity}"' for granularity in granularities)
-                reason = f'{words} with backend "int8": any other scale lies on a contraction axis'
-                yield f"{name}.granularity", operand.granularity, reason, fix
-        yield from self._int8_gradient_rules()
+                yield f"{name}.symmetric", False, reason, _OTHER_BACKEND
+            fitting.append(name)
+        yield from self._scale_rules(fitting)
         if self.weight and self.weight.rounding == "stochastic":
             reason = '"nearest" with backend "int8": forward and backward must find the same codes'
-            yield "weight.rounding", "stochastic", reason, fix
+            yield "weight.rounding", "stochastic", reason, _OTHER_BACKEND
 
-    def _int8_gradient_rules(self) -> Iterator[Rule]:
+    def _fp8_rules(self) -> Iterator[Rule]:
+        fitting = []
+        for name in _FREE_SCALES:
+            operand = getattr(self, name)
+            formats = ("fp8_e4m3", "fp8_e5m2") if name == "gradient" else ("fp8_e4m3",)
+            if operand and operand.format not in formats:
+                words = " or ".join(f'"{each}"' for each in formats)
+                got = operand.format or NOTHING
+                yield f"{name}.format", got, f'{words} with backend "fp8"', _OTHER_BACKEND
+                continue
+            fitting.append(name)
+        yield from self._scale_rules(fitting)
+
+    def _scale_rules(self, names: list[str]) -> Iterator[Rule]:
+        """Products on units have their scales applied at their end."""
+        for name in names:
+            operand = getattr(self, name)
+            if operand and operand.granularity not in _FREE_SCALES[name]:
+                words = " or ".join(f'"{granularity}"' for granularity in _FREE_SCALES[name])
+                reason = f'{words} with backend "{self.backend}": any other scale lies on a contraction axis'
+                yield f"{name}.granularity", operand.granularity, reason, _OTHER_BACKEND
+        if "gradient" in names:
+            yield from self._one_scale_rules()
+
+    def _one_scale_rules(self) -> Iterator[Rule]:
         """A gradient with one scale folds none in, so that the other operand's would lie on the contraction axis."""
         gradient = self.gradient
-        if not gradient or gradient.format or gradient.granularity != "tensor" or self.backward_operands == "original":
+        if not gradient or gradient.granularity != "tensor" or self.backward_operands == "original":
             return
         others = {"input": ("weight", self.weight), "weight": ("activation", self.activation)}
         for product, (name, other) in others.items():
             if product in gradient.used_for and other and other.granularity in ("channel", "token"):
-                allowed = f'"outer" with backend "int8" and {name}.granularity "{other.granularity}"'
+                allowed = f'"outer" with backend "{self.backend}" and {name}.granularity "{other.granularity}"'
                 fix = f'use that, or {name}.granularity "tensor", or backend "simulated"'
                 yield "gradient.granularity", "tensor", allowed, fix

@@ -52,6 +52,7 @@ class QuantConfig(Section):
             'linear.weight.granularity "channel"': linear and linear.weight and linear.weight.granularity != "channel",
             "linear.weight.symmetric true": linear and linear.weight and not linear.weight.symmetric,
             'linear.weight.rounding "nearest"': linear and linear.weight and linear.weight.rounding != "nearest",
+            "no linear.rotation": linear and linear.rotation,
             'linear.backward_operands "quantized"': linear and linear.backward_operands != "quantized",
         }
         needs = [need for need, is_missing in problems.items() if is_missing]

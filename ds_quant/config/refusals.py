@@ -55,8 +55,8 @@ def _is_no_stage(value: Any) -> bool:
     return value is not None and not (type(value) is int and 0 <= value <= 3)
 
 
-def _gathers_no_updates(value: Any) -> bool:
-    return value is None or (type(value) is int and value in (0, 3))
+def _is_three(value: Any) -> bool:
+    return type(value) is int and value == 3
 
 
 @dataclass(frozen=True)
@@ -87,11 +87,27 @@ REFUSALS = (
     ),
     Refusal(
         "zero_optimization.stage",
-        _gathers_no_updates,
+        _is_no_partition,
         ("communication.weight",),
+        "1, 2 or 3",
+        "at stage 0 nothing is gathered",
+        'use stage 1, or remove "weight" from communication',
+    ),
+    Refusal(
+        "zero_optimization.stage",
+        _is_three,
+        ("communication.weight.bits",),  # what only mode "difference" has
         "1 or 2",
-        "at stage 0 nothing is gathered, and at stage 3 weights are gathered for each layer, not in few bits",
-        'use stage 1 if the model fits, or remove "weight" from communication',
+        "at stage 3 no rank keeps a replica of the weights that a difference could be added to",
+        'use mode "codes" where layers quantize their weights, stage 1 if the model fits, or remove "weight" from '
+        "communication",
+    ),
+    Refusal(
+        "zero_optimization.zero_hpz_partition_size",
+        _is_above_one,
+        ("communication.weight",),
+        "1",
+        "ZeRO++'s hpZ keeps second partitions, made of what a forward has fetched",
     ),
     Refusal(
         "tensor_parallel.autotp_size",

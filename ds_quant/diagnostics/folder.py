@@ -1,7 +1,7 @@
-"""The folder of a run's measurements: one JSON file a look, the scalars as CSV, the report.
+"""The folder of a run's measurements: a JSON file for each look, the scalars as CSV, and the report.
 
-A look's file is there whole or not at all. Looks of steps that a resumed run takes again are removed when it begins, so
-that no step stands there twice; those of a run that started over are moved aside.
+A look's file is written whole or not at all. When a run resumes, the looks of steps that it takes again are removed, so
+that no step appears twice; when a run starts over, the earlier looks are moved aside.
 """
 
 import json

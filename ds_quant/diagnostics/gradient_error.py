@@ -18,6 +18,7 @@ from ds_quant.diagnostics.measurement import Measurement, Row
 from ds_quant.diagnostics.recorder import Recorder, is_transposed, zeros
 from ds_quant.linear.modules import QuantizedModule, describe
 from ds_quant.linear.recipe import STREAM_ACTIVATION, STREAM_GRAD_WEIGHT, Plan, plan_of
+from ds_quant.linear.rotated import quantize_rotated
 from ds_quant.numerics import wire
 from ds_quant.numerics.integer import Quantized, dequantize, integer_values
 from ds_quant.numerics.random import fold_key, fold_words
@@ -30,6 +31,15 @@ def quantized_weight_gradient(x: Tensor, grad_output: Tensor, plan: Plan, key: T
 
     key: for quantizers that round stochastically.
     """
+    if "dW" in plan.rotated:
+        assert plan.activation is not None
+        assert plan.grad_weight is not None
+        sides = (
+            (grad_output, plan.grad_weight, plan.stream + STREAM_GRAD_WEIGHT),
+            (x, plan.activation, plan.stream + STREAM_ACTIVATION),
+        )
+        a, b = (dequantize(quantize_rotated(t.t(), q, key, stream, plan.rotation_block)) for t, q, stream in sides)
+        return torch.mm(a, b.t())
     operand: Tensor | Quantized = x
     if plan.activation and not plan.original_operands:
         operand = plan.activation(x, key, plan.stream + STREAM_ACTIVATION)
@@ -39,7 +49,10 @@ def quantized_weight_gradient(x: Tensor, grad_output: Tensor, plan: Plan, key: T
         if folds:
             assert isinstance(operand, Quantized)
             g = g * operand.scale.reshape(-1, 1)
-        g = dequantize(plan.grad_weight(g, key, plan.stream + STREAM_GRAD_WEIGHT))
+        stream = plan.stream + STREAM_GRAD_WEIGHT
+        turned = plan.grad_weight.turned  # blocks of consecutive tokens
+        g = dequantize(plan.grad_weight(g.t() if turned else g, key, stream))
+        g = g.t() if turned else g
     if isinstance(operand, Quantized):
         operand = integer_values(operand) if folds else dequantize(operand)
     return torch.mm(g.t(), operand.float())

@@ -82,6 +82,13 @@ class OscillationRecorder(Recorder):
                     "weights in integers (bits, mxint8, nvint4), whose thresholds are evenly spaced",
                     "leave oscillation out",
                 )
+            if "Y" in module._quant_plan.rotated:
+                raise fail(
+                    "diagnostics: oscillation",
+                    "weights that are rotated before they are quantized",
+                    "weights whose codes are of single elements",
+                    "leave oscillation out",
+                )
             self._quantizers[name] = module._quant_plan.weight
             self._sums.setdefault(name, zeros(len(_SUMS), module.weight))
 

@@ -13,6 +13,7 @@ from ds_quant.linear.modules import QuantizedModule
 from ds_quant.linear.recipe import Quantizer
 from ds_quant.numerics.integer import Quantized, dequantize, integer_values, symmetric_levels
 from ds_quant.numerics.minifloat import MINIFLOATS
+from ds_quant.numerics.rotation import rotate_rows
 
 _SUMS = ("error", "square", "zeroed", "nonzero", "ends", "numel")
 _OPERANDS = ("weight", "activation")
@@ -75,6 +76,7 @@ class QuantizationErrorRecorder(Recorder):
     def __init__(self) -> None:
         super().__init__()
         self._quantizers: dict[str, tuple[str, str, Quantizer]] = {}
+        self._rotation_block: dict[str, int] = {}
         self._weights_seen: set[str] = set()
 
     def prepare(self, name: str, module: nn.Module) -> None:
@@ -84,6 +86,8 @@ class QuantizationErrorRecorder(Recorder):
             quantizer: Quantizer | None = getattr(module._quant_plan, operand)
             if quantizer is not None:
                 key = f"{name} {operand}"
+                if "Y" in module._quant_plan.rotated:
+                    self._rotation_block[key] = module._quant_plan.rotation_block
                 self._quantizers[key] = (name, operand, quantizer._replace(rounding="nearest"))
                 self._sums.setdefault(key, zeros(len(_SUMS), module.weight))
                 self._maxima.setdefault(key, zeros(1, module.weight))
@@ -102,6 +106,8 @@ class QuantizationErrorRecorder(Recorder):
         if key not in self._quantizers:
             return
         quantizer = self._quantizers[key][2]
+        if key in self._rotation_block:  # as the forward quantizes it; what is lost is as long as after turning back
+            values = rotate_rows(values.detach().float(), self._rotation_block[key])
         sums, maximum = error_sums(values, quantizer(values, None, 0), quantizer.bits, full_range=quantizer.full_range)
         self._sums[key] += sums
         self._maxima[key].copy_(torch.maximum(self._maxima[key], maximum))

@@ -11,7 +11,7 @@ Looks = Sequence[Measurement]
 
 
 def label_of(found: Measurement, number: int) -> str:
-    """What tells a measurement from the others of a picture: the checkpoint's name, its step, or its number."""
+    """The label of a measurement in a picture: the checkpoint's name, its step, or its number."""
     name, quantizers = found.settings.get("name"), found.settings.get("quantizers")
     if name is not None:
         return f"{name}, {quantizers}" if quantizers else str(name)

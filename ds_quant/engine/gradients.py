@@ -79,8 +79,8 @@ class GradientCommunication:
             position += length
         if self.feedback is not None and not any(span.name for span in found):
             raise RuntimeError(
-                f"ds_quant: gradients of {numel} elements belong to no parameter that is known; fix: set "
-                "ds_quant.communication.gradient.error_feedback to false, and report it"
+                f"ds_quant.communication.gradient.error_feedback: got gradients of {numel} elements that belong to no "
+                "known parameter; allowed: gradients of parameters of the model; fix: set it to false, and report this"
             )
         return found
 

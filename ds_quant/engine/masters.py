@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ds_quant.base.errors import fail
 from ds_quant.config import MasterConfig
+from ds_quant.engine.engine_class import mix_in
 from ds_quant.engine.parts import Part
 from ds_quant.engine.seams import check_live
 from ds_quant.optim.master import MasterTensor
@@ -27,6 +28,23 @@ def in_json(raw: dict[str, Any]) -> dict[str, Any]:
     name = "bf16" if "bf16" in raw else "bfloat16"
     # The second switch is what lets DeepSpeed have the first one without offloading; the moments are not its business.
     return {**raw, name: {**raw[name], "bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}}
+
+
+class GradientsInPlace:
+    """Mixed into the class of a live DeepSpeedZeroOptimizer: reduced gradients lie where the step reads them.
+
+    DeepSpeed adds them to one buffer of the partition where they are accumulated in fp32. Those of bf16 it keeps apart,
+    and copies them into such a buffer for the step, when there are two of each.
+    """
+
+    def _use_compact_grad_partition_buffer(self, group_idx: int) -> bool:
+        partition = self.params_in_partition[group_idx]  # type: ignore[attr-defined]
+        return not (partition and self._is_muon_group(partition))  # type: ignore[attr-defined]
+
+    def copy_grads_in_partition(self, param: Any, group_idx: int) -> None:
+        super().copy_grads_in_partition(param, group_idx)  # type: ignore[misc]
+        if self._use_compact_grad_partition_buffer(group_idx):
+            param.grad = None  # it has been added to the buffer
 
 
 class Masters(Part):
@@ -51,6 +69,9 @@ class Masters(Part):
                 partitions[number] = self._master(weight, partitions[number])
                 group["params"] = [partitions[number]]
             wrapper._link_all_hp_params()  # safe_get_full_fp32_param reads them
+            if hasattr(wrapper, "_use_compact_grad_partition_buffer"):  # since 0.19.8
+                check_live([(wrapper, "params_in_partition")])
+                mix_in(wrapper, GradientsInPlace)
         engine.basic_optimizer.state.clear()  # nothing has been stepped; what is there has the old tensors as keys
 
     def _master(self, weight: Tensor, old: Tensor) -> MasterTensor:

@@ -20,6 +20,7 @@ from ds_quant.engine.parts import Loading, Part
 from ds_quant.engine.seams import check_live
 from ds_quant.engine.steps import Steps
 from ds_quant.engine.weight_communication import WeightCommunication
+from ds_quant.engine.weight_fetches import WeightFetches
 from ds_quant.engine.weights import Weights
 
 ORDER: tuple[type[Part], ...] = (
@@ -30,6 +31,7 @@ ORDER: tuple[type[Part], ...] = (
     Weights,
     Communication,
     WeightCommunication,
+    WeightFetches,
     Diagnostics,
 )
 """The order in which every hook calls the parts.

@@ -22,10 +22,10 @@ class Kind(NamedTuple):
     """What the files hold."""
 
     stem: str
-    """Of their names."""
+    """The part of the files' names that tells kinds apart."""
     content: str
     without: str
-    """What happens without them."""
+    """What a resumed run does without them, for messages."""
 
     def file(self, folder: str | Path, rank: int) -> Path:
         return Path(folder) / f"ds_quant_{self.stem}_rank_{rank:05d}.safetensors"

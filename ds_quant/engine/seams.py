@@ -45,6 +45,18 @@ SEAMS: tuple[tuple[str, str, str], ...] = (
     ("deepspeed.runtime.zero.stage_1_and_2", "DeepSpeedZeroOptimizer.step", "weights are gathered in it"),
     ("deepspeed.runtime.zero.stage_1_and_2", "all_gather_dp_groups", "what stages 1 and 2 gather with"),
     ("deepspeed.runtime.utils", "all_gather_dp_groups", "gathers whole weights"),
+    (
+        "deepspeed.runtime.zero.partition_parameters",
+        "Init._convert_to_deepspeed_param",
+        "gives parameters the methods that fetch them as codes",
+    ),
+    ("deepspeed.runtime.zero.partition_parameters", "ZeroParamStatus", "whether a parameter is there"),
+    ("deepspeed.runtime.zero.partition_parameters", "get_allgather_dtype", "the dtype in which one is gathered"),
+    (
+        "deepspeed.runtime.zero.partitioned_param_coordinator",
+        "PartitionedParameterCoordinator.fetch_sub_module",
+        "asks for parameters before the forward and the backward of their layers",
+    ),
     ("deepspeed.runtime.engine", "DeepSpeedEngine.offload_states", "refused at stage 3"),
     ("deepspeed.runtime.engine", "DeepSpeedEngine.reload_states", "links the moments again"),
     (
@@ -91,6 +103,10 @@ SEAMS: tuple[tuple[str, str, str], ...] = (
             "_add_to_grad_partition_buffer",
         )
     ),
+    *(
+        ("deepspeed.runtime.zero.stage_1_and_2", f"DeepSpeedZeroOptimizer.{name}", "gradients of bf16 masters lie once")
+        for name in ("_use_compact_grad_partition_buffer", "copy_grads_in_partition", "_is_muon_group")
+    ),
     ("deepspeed.runtime.zero.stage_1_and_2", "dist.all_reduce", "what stages 1 and 2 reduce with"),
     ("deepspeed.runtime.zero.stage_1_and_2", "dist.reduce", "what stages 1 and 2 reduce with"),
     *(
@@ -129,7 +145,8 @@ SEAMS: tuple[tuple[str, str, str], ...] = (
 
 USED_WITH = {
     # Before 0.19.8 stages 1 and 2 have no buffer of their own partition, and pass nothing to add to.
-    "DeepSpeedZeroOptimizer._add_to_grad_partition_buffer": "DeepSpeedZeroOptimizer._get_compact_grad_partition_slice",
+    f"DeepSpeedZeroOptimizer.{name}": "DeepSpeedZeroOptimizer._get_compact_grad_partition_slice"
+    for name in ("_add_to_grad_partition_buffer", "_use_compact_grad_partition_buffer", "_is_muon_group")
 }
 """Seams that only some releases have, with what those have that use them (in the same module)."""
 

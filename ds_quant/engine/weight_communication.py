@@ -22,20 +22,20 @@ from ds_quant.base.errors import fail
 from ds_quant.base.log import say
 from ds_quant.comm.agreement import check_agreement
 from ds_quant.comm.buffers import Buffers
-from ds_quant.comm.statistics import Statistics, Traffic
 from ds_quant.comm.weight_difference import WHOLE_EVERY, DifferenceGather, describe_weights, rounding_of, wire_format
 from ds_quant.comm.weight_gather import WeightGather
 from ds_quant.comm.weight_layout import Weight, build
 from ds_quant.config import WeightCommunicationConfig
-from ds_quant.engine.coded_weights import coded_weights
+from ds_quant.engine.coded_weights import check_any_coded, coded_weights, tell_codes
 from ds_quant.engine.engine_class import mix_in
-from ds_quant.engine.parts import Loading, Part
+from ds_quant.engine.parts import Loading
 from ds_quant.engine.rank_files import REPLICAS, read_tensors, save_tensors
 from ds_quant.engine.reduction import replaced
 from ds_quant.engine.replicas import Replicas
 from ds_quant.engine.seams import check_live
 from ds_quant.engine.steps import seed_of_first_rank
 from ds_quant.engine.weight_guards import CodedWeights, Guard
+from ds_quant.engine.weight_part import WeightPart
 from ds_quant.linear.weight_codes import weights_changed
 from ds_quant.numerics.random import fold_words
 
@@ -65,7 +65,7 @@ def gather_whole_of(parameters: Iterable[Any]) -> None:
             part().gather_whole()
 
 
-class WeightCommunication(Part):
+class WeightCommunication(WeightPart):
     """Has a live engine gather its updated weights by `config`. All ranks make it.
 
     Raises:
@@ -75,7 +75,7 @@ class WeightCommunication(Part):
     """
 
     def __init__(self, engine: Any, config: WeightCommunicationConfig) -> None:
-        super().__init__(engine)
+        super().__init__(engine, config)
         wrapper = engine.optimizer
         if not hasattr(wrapper, "ipg_buckets"):
             raise fail(
@@ -85,12 +85,6 @@ class WeightCommunication(Part):
                 "remove data_types.grad_accum_dtype, or communication.weight",
             )
         _check_live(engine)
-        self.config = config
-        # On an accelerator, reading errors has the host wait for it at the end of a step: only where somebody looks.
-        with_errors = torch.device(engine.device).type == "cpu" or engine.monitor.enabled
-        self.statistics = Statistics(with_errors=with_errors and config.mode == "difference")
-        self.last_step = self.total = Traffic(0, 0, 0.0, 0.0)
-        self.num_steps = 0
         self._weights = CodedWeights()
         self._wrapper: Any = weakref.proxy(wrapper)
         groups = _groups(engine, config)
@@ -216,31 +210,6 @@ class WeightCommunication(Part):
         if self._replicas and path is not None:
             self._replicas.load(loaded)
 
-    # ---- the end of a step
-
-    def after_step(self, *, is_whole: bool) -> None:
-        if not is_whole:
-            return
-        self.last_step = self.statistics.take()
-        self.total = self.total.plus(self.last_step)
-        self.num_steps += 1
-        if self.engine.monitor.enabled and self.last_step.sent_bytes:
-            figures: dict[str, float] = {"weight_wire_bytes": self.last_step.sent_bytes}
-            if self.last_step.squared_norm:
-                figures["weight_quantization_error"] = self.last_step.relative_error
-            samples = self.engine.global_samples
-            events = [(f"Train/ds_quant/{name}", value, samples) for name, value in figures.items()]
-            self.engine.monitor.write_events(events)
-
-    def summary(self) -> dict[str, Any]:
-        """Of the steps of this process, for its rank: figures for a report; None where nothing crossed a wire."""
-        sent = self.total.sent_bytes
-        return {
-            "weight_wire_bytes_per_step": round(sent / self.num_steps) if sent else None,
-            "weight_compression_ratio": self.total.compression if sent else None,
-            "weight_quantization_error": self.total.relative_error if self.total.squared_norm else None,
-        }
-
 
 def _groups(engine: Any, config: WeightCommunicationConfig) -> list[list[Weight]]:
     """The weights of each flat group, in the order in which they lie there."""
@@ -255,13 +224,7 @@ def _groups(engine: Any, config: WeightCommunicationConfig) -> list[list[Weight]
         ]
         for parameters, offsets in zip(wrapper.round_robin_bit16_groups, wrapper.round_robin_bit16_offsets, strict=True)
     ]
-    if config.mode == "codes" and not any(weight.coding for group in groups for weight in group):
-        raise fail(
-            "ds_quant.communication.weight.mode",
-            config.mode,
-            "a model with trained weights that only quantized layers read",
-            'see ds_quant.linear.include and exclude, or use mode "difference"',
-        )
+    check_any_coded(config, [weight for group in groups for weight in group])
     return groups
 
 
@@ -274,20 +237,8 @@ def _check_live(engine: Any) -> None:
 
 
 def _tell(config: WeightCommunicationConfig, weights: Sequence[Weight]) -> None:
-    def numel(of: Iterable[Weight]) -> int:
-        return sum(torch.Size(weight.shape).numel() for weight in of)
-
     if config.mode == "codes":
-        share = 100 * numel(weight for weight in weights if weight.coding) / numel(weights)
-        bits = sorted({weight.coding.bits for weight in weights if weight.coding})
-        whole = [weight.name for weight in weights if weight.coding is None and len(weight.shape) > 1]
-        say(
-            f"weights cross the wire as {describe_weights(config)}, in {' and '.join(map(str, bits))} bits: "
-            f"{share:.1f}% of the trainable elements"
-        )
-        if whole:
-            more = f" and {len(whole) - 3} more" if len(whole) > 3 else ""
-            say(f"in their dtype, since not only quantized layers read them: {', '.join(whole[:3])}{more}")
+        tell_codes(config, weights, "trainable elements")
     else:
         every = config.whole_every or WHOLE_EVERY
         say(f"weights cross the wire as {describe_weights(config)}; whole at the first step and every {every} steps")

@@ -11,9 +11,12 @@ class CodedWeights:
     def __init__(self) -> None:
         self.whole = True
 
+    def is_whole(self) -> bool:
+        return self.whole
+
     def check(self, what: str) -> None:
         """Raise RuntimeError unless they are."""
-        if not self.whole:
+        if not self.is_whole():
             raise RuntimeError(
                 f"{what}: got weights of which this rank holds parts in few bits (ds_quant.communication.weight); "
                 f"allowed: whole weights; fix: {_REMEDY}"

@@ -128,6 +128,8 @@ def _of_any_numbers(config: LinearConfig) -> _Broken:
             broken.append((f"{name}.symmetric", False, zero_point))
         if operand and operand.rounding != "nearest":
             broken.append((f"{name}.rounding", operand.rounding, drawn))
+    if config.rotation:
+        broken.append(("rotation", config.rotation.model_dump(), "none: a server rotates nothing"))
     return broken
 
 

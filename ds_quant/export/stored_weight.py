@@ -5,18 +5,21 @@ and has to be the one that training multiplied by: bit for bit in fp32 for integ
 for MX, where that changes nothing, and NVFP4, which the package decodes in bf16.
 """
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ds_quant.base.errors import fail
+from ds_quant.base.number_formats import FOUR_SIX
 from ds_quant.export.serving_format import FP8, PLAIN, ServingFormat, version
 from ds_quant.linear.recipe import STREAM_WEIGHT
 from ds_quant.numerics.integer import Quantized, dequantize, integer_values
 
-_LARGEST_E4M3 = 448.0
+_LARGEST_BLOCKS = {"floor": (448.0,), FOUR_SIX: (256.0, 384.0, 352.0, 320.0, 288.0)}
+"""What the largest scale of a block of NVFP4 may be in E4M3, by `scale_rule`."""
 _NEIGHBOURS = 8
 """How many numbers on either side of the reciprocal of an NVFP4 scale are tried."""
 
@@ -68,7 +71,7 @@ def _ways(q: Quantized, form: ServingFormat, shape: torch.Size) -> Iterator[dict
     elif form.name == "mxfp4-pack-quantized":
         yield {"weight_scale": _exponents(scale), "weight_packed": _pairs(codes)}
     else:
-        for blocks, tensor in _two_levels(scale):
+        for blocks, tensor in _two_levels(scale, _LARGEST_BLOCKS[form.quantizer.scale_rule]):
             yield {"weight_scale": blocks, "weight_packed": _pairs(codes), "weight_global_scale": tensor}
 
 
@@ -82,15 +85,15 @@ def _pairs(codes: Tensor) -> Tensor:
     return codes[:, 0::2] | (codes[:, 1::2] << 4)
 
 
-def _two_levels(scale: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+def _two_levels(scale: Tensor, largest_blocks: Sequence[float]) -> Iterator[tuple[Tensor, Tensor]]:
     """Scales of blocks in E4M3 and the number they are divided by, which gives `scale` again or nearly so.
 
     Training multiplies by the scale of the tensor, servers divide by its reciprocal, which is rounded: the numbers next
     to it are tried, too, as one of them may give each scale of a block the same bits.
     """
     largest = scale.max()
-    middle = (_LARGEST_E4M3 / largest if largest > 0 else torch.ones_like(largest)).reshape(1)
-    for distance in sorted(range(-_NEIGHBOURS, _NEIGHBOURS + 1), key=abs):
+    for block, distance in itertools.product(largest_blocks, sorted(range(-_NEIGHBOURS, _NEIGHBOURS + 1), key=abs)):
+        middle = (block / largest if largest > 0 else torch.ones_like(largest)).reshape(1)
         tensor = (middle.view(torch.int32) + distance).view(torch.float32)
         yield (scale * tensor).to(torch.float8_e4m3fn), tensor
 

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ds_quant.base.log import warn
+from ds_quant.base.whole_folder import whole_file
 
 FOLDER = Path(__file__).parent / "csrc"
 DRIVERS = ("adamw.cpp", "wire.cpp", "products.cpp", "masters.cpp")
@@ -30,7 +31,8 @@ STAGES = ("stages.cpp", "wire_stages.cpp", "products_stages.cpp", "masters_stage
 """Compiled once for each instruction set."""
 HEADERS = (
     *("common.h", "threads.h", "simd.h", "random.h", "convert.h", "absmax.h"),
-    *("adamw.h", "decode.h", "encode.h", "back.h", "wire.h", "hadamard.h", "products.h", "masters.h"),
+    *("adamw.h", "decode.h", "encode.h", "back.h", "wire.h", "hadamard.h", "products.h"),
+    *("masters.h", "masters_loops.h"),
 )
 SOURCES = (*DRIVERS, *STAGES, *HEADERS)
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno", "-w")
@@ -182,23 +184,19 @@ def _build(path: Path, compiler: list[str]) -> None:
     """Compile into a file of this process's own beside `path`, then put it there in one step."""
     isa_flags = _isa_flags()
     common = [*compiler, *FLAGS, *(["-DDS_QUANT_X86"] if len(isa_flags) > 1 else [])]
-    descriptor, unfinished = tempfile.mkstemp(prefix=f"{path.stem}.", suffix=".tmp", dir=path.parent)
-    os.close(descriptor)
-    try:
+    # Not durable: a file that a power cut has damaged lacks its hash, and is built again.
+    with whole_file(path, durable=False) as unfinished:
         with tempfile.TemporaryDirectory(prefix="ds_quant_build_") as folder:
             commands = [[*common, "-c", str(FOLDER / name)] for name in DRIVERS]
             for isa, flags in isa_flags.items():
                 commands += [[*common, *flags, f"-DDS_QUANT_ISA={isa}", "-c", str(FOLDER / name)] for name in STAGES]
             objects = [f"{folder}/{number}.o" for number in range(len(commands))]
             _run([[*command, "-o", into] for command, into in zip(commands, objects, strict=True)])
-            _run([[*compiler, "-shared", *objects, "-o", unfinished]])
-        content = Path(unfinished).read_bytes()
+            _run([[*compiler, "-shared", *objects, "-o", str(unfinished)]])
+        content = unfinished.read_bytes()
         # Loaders ignore what follows the last section.
-        Path(unfinished).write_bytes(content + hashlib.sha256(content).digest())
-        os.chmod(unfinished, 0o700)  # the linker creates the file with the permissions of the umask
-        os.replace(unfinished, path)
-    finally:
-        Path(unfinished).unlink(missing_ok=True)
+        unfinished.write_bytes(content + hashlib.sha256(content).digest())
+        unfinished.chmod(0o700)  # the linker creates the file with the permissions of the umask
 
 
 def _run(commands: list[list[str]]) -> None:

@@ -84,9 +84,10 @@ BACKENDS = [
     ),
     Backend("cuda", ("cuda",), is_usable=_runs_triton),
     Backend("compiled", ("cuda",)),
+    Backend("aten", ("cpu", "cuda")),
 ]
 """In the order in which they are asked."""
-FAMILIES = ("adamw", "elementwise", "masters", "int8", "wire")
+FAMILIES = ("adamw", "elementwise", "masters", "int8", "fp8", "wire")
 
 
 class Operation(Generic[P, R]):
@@ -211,7 +212,8 @@ def _serving(
         return None, asked.reference
     serving = [backend for backend in BACKENDS if kind in backend.devices]
     # One that would serve anyway is named to leave out those before it.
-    serving = [backend for backend in serving if backend.name == choice and not backend.by_choice] or serving
+    named = [number for number, backend in enumerate(serving) if backend.name == choice and not backend.by_choice]
+    serving = serving[named[0] :] if named else serving
     for backend in sorted(serving, key=lambda backend: not backend.by_choice):
         if backend.name == without or (backend.by_choice and backend.name != choice):
             continue

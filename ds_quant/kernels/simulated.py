@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ds_quant.kernels.choice import REFERENCE, chosen
 from ds_quant.kernels.compiling import compile_whole
+from ds_quant.numerics import rotation
 from ds_quant.numerics.format import Format, Integers, quantize_to
 from ds_quant.numerics.integer import Quantized
 from ds_quant.numerics.minifloat import Minifloat
@@ -49,6 +50,20 @@ def quantize(
         return _quantize(x, factor, to, rounding, subkey)
     x, factor = x.detach().contiguous(), None if factor is None else factor.detach().contiguous()
     return Quantized(*_compiled(_quantize_as, (to, rounding))(x, factor, subkey))
+
+
+@torch.library.custom_op("ds_quant::rotate_rows", mutates_args=())
+def rotate_rows(x: Tensor, block_size: int) -> Tensor:
+    """`numerics.rotation.rotate_rows` of x [rows, features], fp32, bf16 or fp16, in fp32.
+
+    An operator of its own in graphs: fused, each element would be computed from all of its block again and again.
+    """
+    return rotation.rotate_rows(x.detach().float(), block_size).contiguous()
+
+
+@rotate_rows.register_fake
+def _(x: Tensor, block_size: int) -> Tensor:
+    return x.new_empty(x.shape, dtype=torch.float32)
 
 
 def finish(

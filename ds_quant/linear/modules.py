@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ds_quant.base.number_formats import FOUR_SIX
 from ds_quant.config import ActivationConfig, GradientConfig, LinearConfig, WeightConfig
 from ds_quant.linear import recomputation
 from ds_quant.linear.int8 import Int8Linear
@@ -80,7 +81,7 @@ class QuantizedModule(nn.Module):
         local_key = replicated_key = None
         if self._quant_plan.stochastic:
             # `simulated` derives subkeys in Python, from keys that need no device; in graphs all is on the device.
-            in_python = self.quant_config.backend == "simulated" and not torch.compiler.is_compiling()
+            in_python = self.quant_config.backend != "int8" and not torch.compiler.is_compiling()
             device = torch.device("cpu") if in_python else x.device
             local_key, replicated_key = self.step_key.keys_of_call(self._quant_plan.stream, device)
         if self.quant_config.backend == "int8":
@@ -153,19 +154,21 @@ class QuantLinear(QuantizedModule, nn.Linear):
 def describe(config: LinearConfig) -> str:
     """A linear configuration in one line: ``W8 channel, A8 token, G8 outer stochastic for dX+dW (simulated)``.
 
-    With backend int8 the products that run on integer units stand at its end: ``(int8: Y, dX, dW)``.
+    With backend int8 or fp8 the products that run on such units stand at its end: ``(int8: Y, dX, dW)``.
     """
     parts = []
     for letter, operand in (("W", config.weight), ("A", config.activation), ("G", config.gradient)):
         if operand is None:
             continue
         text = f"{letter}{operand.bits or ' ' + str(operand.format)} {operand.granularity}"
-        if not isinstance(operand, GradientConfig) and operand.granularity == "block":
+        if operand.granularity == "block" and not (isinstance(operand, GradientConfig) and operand.format):
             text += f" of {operand.block_size}"
         if isinstance(operand, WeightConfig) and operand.block_rows > 1:
             text += f" x {operand.block_rows}"
         if operand.scale_rule == "up":
             text += " scales up"
+        if operand.scale_rule == FOUR_SIX:
+            text += " 4/6"
         if not operand.symmetric:
             text += " asymmetric"
         if isinstance(operand, ActivationConfig) and operand.range == "full":
@@ -175,10 +178,12 @@ def describe(config: LinearConfig) -> str:
         parts.append(text)
     if config.gradient:
         parts[-1] += " for " + "+".join({"input": "dX", "weight": "dW"}[name] for name in config.gradient.used_for)
+    if config.rotation:
+        parts.append(f"Hadamard {config.rotation.block_size} for {'+'.join(config.rotated_products())}")
     if config.backward_operands == "original":
         parts.append("original operands in the backward")
     backend: str = config.backend
-    if backend == "int8":
-        integer = plan_of(config, transposed=False, stream=0).both_quantized
-        backend += ": " + (", ".join(integer) or "no product, each has an unquantized operand")
+    if backend != "simulated":
+        narrow = plan_of(config, transposed=False, stream=0).both_quantized
+        backend += ": " + (", ".join(narrow) or "no product, each has an unquantized operand")
     return ", ".join(parts) + f" ({backend})"

@@ -18,7 +18,7 @@ With `backward_operands: original` the backward sees the unquantized X and W, as
 Chitsaz et al., EMNLP 2024 (arXiv 2407.11722); the bias gradient is always the sum of the unquantized G. Gradients pass
 the quantizers of X and W unchanged (straight-through estimator without a clipping mask).
 
-`simulated` and `int8` compute these products.
+`simulated` and `int8` compute these products; with backend `fp8` it is `simulated`, on the device's units for fp8.
 """
 
 from typing import Any, NamedTuple
@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from ds_quant.config import LinearConfig
-from ds_quant.config.linear import OperandConfig
+from ds_quant.config.operands import OperandConfig
 from ds_quant.numerics.format import Format, Group, Integers, named_format, quantize_to
 from ds_quant.numerics.integer import Quantized
 from ds_quant.numerics.minifloat import Minifloat
@@ -75,6 +75,11 @@ class Quantizer(NamedTuple):
         elements = Integers(self.bits, self.symmetric, self.full_range)
         return Format(elements, Group(self.granularity, self.block_size))
 
+    def of_rows(self) -> "Quantizer":
+        """For a matrix [free, contracted] that is quantized for one product: scales of rows, of blocks, or of all."""
+        rows = "row" if self.granularity == "column" else self.granularity
+        return self._replace(granularity=rows, fold=False, turned=False)
+
     def __call__(self, x: Tensor, key: Tensor | None, stream: int) -> Quantized:
         subkey = derive_key(key, stream) if key is not None and self.rounding == "stochastic" else None
         return quantize_to(x, self.format, rounding=self.rounding, key=subkey)
@@ -109,6 +114,11 @@ class Plan(NamedTuple):
     original_operands: bool
     transposed: bool
     stream: int
+    in_fp8: bool = False
+    """Products of two quantized operands are products of float8 matrices."""
+    rotated: tuple[str, ...] = ()
+    """Those of ("Y", "dX", "dW") whose operands are rotated first, see `rotated`."""
+    rotation_block: int = 0
 
     @property
     def stochastic(self) -> bool:
@@ -164,7 +174,12 @@ def plan_of(config: LinearConfig, *, transposed: bool, stream: int) -> Plan:
         if "input" in g.used_for:
             rows = "row" if outer else _GRADIENT[g.granularity]
             grad_input = Quantizer(
-                granularity=rows, symmetric=g.symmetric, rounding=g.rounding, fold=outer, **_elements(g)
+                granularity=rows,
+                symmetric=g.symmetric,
+                rounding=g.rounding,
+                block_size=g.block_size,
+                fold=outer,
+                **_elements(g),
             )
         if "weight" in g.used_for:
             columns = "column" if outer else _GRADIENT[g.granularity]
@@ -172,8 +187,13 @@ def plan_of(config: LinearConfig, *, transposed: bool, stream: int) -> Plan:
                 granularity=columns,
                 symmetric=g.symmetric,
                 rounding=g.rounding,
+                block_size=g.block_size,
                 fold=outer,
                 turned=columns == "block",
                 **_elements(g),
             )
-    return Plan(weight, activation, grad_input, grad_weight, config.backward_operands == "original", transposed, stream)
+    original = config.backward_operands == "original"
+    plan = Plan(weight, activation, grad_input, grad_weight, original, transposed, stream, config.backend == "fp8")
+    if not config.rotation:
+        return plan
+    return plan._replace(rotated=config.rotated_products(), rotation_block=config.rotation.block_size)

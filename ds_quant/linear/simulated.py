@@ -13,6 +13,9 @@ so are unquantized operands that are bf16 already (or fp16, and then the integer
 point has no bound, and unquantized fp32 remain fp32. Quantizers and what follows the products are compiled there
 (`kernels.simulated`), and have the same bits.
 
+With backend `fp8` products of two quantized operands, which are then e4m3 or e5m2 with no scale on the contracted axis,
+are those of `kernels.fp8`: on the device's own units where it has them. All else is as above, code for code.
+
 For the backward the codes of X are held, one byte an element, and of W nothing but the Parameter itself.
 """
 
@@ -23,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ds_quant.kernels import simulated as kernels
+from ds_quant.kernels.fp8 import ops as fp8_ops
 from ds_quant.linear.recipe import (
     STREAM_ACTIVATION,
     STREAM_GRAD_INPUT,
@@ -31,6 +35,7 @@ from ds_quant.linear.recipe import (
     Plan,
     Quantizer,
 )
+from ds_quant.linear.rotated import quantize_rotated
 from ds_quant.numerics.integer import Quantized, dequantize, integer_values
 
 _NARROW = (torch.bfloat16, torch.float16)
@@ -78,6 +83,11 @@ class _Operand(NamedTuple):
             value = integer_values(self.value).to(dtype)
         return self._contracted_last(value)
 
+    def float8(self) -> Tensor:
+        """[rows, contracted]: the codes as floating point of 8 bits."""
+        assert isinstance(self.value, Quantized)
+        return self._contracted_last(self.value.codes.view(fp8_ops.DTYPES[self.value.elements]))
+
     def narrow_dtypes(self) -> tuple[torch.dtype, ...]:
         """Dtypes of 16 bits that hold the factors."""
         if isinstance(self.value, Quantized):
@@ -90,9 +100,21 @@ class _Operand(NamedTuple):
             return None
         return self.value.scale.reshape(-1, 1)
 
+    def flat_scale(self) -> Tensor | None:
+        """fp32 scale of each row, [rows] or one element; None where there is none to apply."""
+        scale = self.scale()
+        return None if scale is None else scale.reshape(-1)
 
-def _product(a: _Operand, b: _Operand, dtype: torch.dtype, bias: Tensor | None = None) -> Tensor:
-    """a [M, K] times the transpose of b [N, K], plus bias [N], rounded once to dtype [M, N]."""
+
+def _product(
+    a: _Operand, b: _Operand, dtype: torch.dtype, bias: Tensor | None = None, *, in_fp8: bool = False
+) -> Tensor:
+    """a [M, K] times the transpose of b [N, K], plus bias [N], rounded once to dtype [M, N].
+
+    in_fp8: two quantized operands are fp8 whose scales may wait, and the device multiplies them as such.
+    """
+    if in_fp8 and isinstance(a.value, Quantized) and isinstance(b.value, Quantized):
+        return fp8_ops.fp8_matmul(a.float8(), b.float8(), a.flat_scale(), b.flat_scale(), bias, dtype)
     quantized = isinstance(a.value, Quantized) or isinstance(b.value, Quantized)
     if not quantized or a.scale_is_contracted or b.scale_is_contracted:
         return F.linear(a.dense(dtype), b.dense(dtype), None if bias is None else bias.to(dtype))
@@ -126,10 +148,7 @@ class SimulatedLinear(torch.autograd.Function):
         with torch.autocast(x.device.type, enabled=False):
             w = weight.t() if plan.transposed else weight  # [out, in]
             x2 = x.reshape(-1, x.shape[-1])
-            qx = (
-                _quantized(x2, plan.activation, local_key, plan.stream + STREAM_ACTIVATION) if plan.activation else None
-            )
-            qw = _quantized(w, plan.weight, replicated_key, plan.stream + STREAM_WEIGHT) if plan.weight else None
+            qx, qw = _forward_operands(x2, w, plan, local_key, replicated_key)
             a = _Operand(x2 if qx is None else qx, 1)
             b = _Operand(w if qw is None else qw, 1)
             cast_bias = None if bias is None else bias.to(dtype)
@@ -139,11 +158,14 @@ class SimulatedLinear(torch.autograd.Function):
                 y = F.linear(a.dense(dtype).reshape(x.shape), b.dense(dtype), cast_bias)
             else:
                 # No view, which a model could not go on to change in place, as Falcon's layers do.
-                y = torch.ops.aten._unsafe_view(_product(a, b, dtype, bias), (*x.shape[:-1], w.shape[0]))
+                y = torch.ops.aten._unsafe_view(
+                    _product(a, b, dtype, bias, in_fp8=plan.in_fp8), (*x.shape[:-1], w.shape[0])
+                )
         ctx.plan, ctx.dtype, ctx.x_shape = plan, dtype, x.shape
         ctx.has_bias = bias is not None
         ctx.bias_dtype = None if bias is None else bias.dtype
-        if qx is None or plan.original_operands:
+        qx = _for_weight_gradient(x2, qx, plan, local_key) if ctx.needs_input_grad[1] else None
+        if qx is None:
             ctx.x_rebuild = None
             x_saved: tuple[Tensor | None, ...] = (x2, None, None)
         else:
@@ -162,22 +184,78 @@ class SimulatedLinear(torch.autograd.Function):
         with torch.autocast(grad_output.device.type, enabled=False):
             g = grad_output.reshape(-1, grad_output.shape[-1])
             if ctx.needs_input_grad[0]:
+                # From the Parameter once more: with ZeRO-3 it is gathered for this layer's backward only.
                 w = weight.t() if plan.transposed else weight
-                other: Tensor | Quantized = w
-                if plan.weight and not plan.original_operands:
-                    # Made again from the Parameter: with ZeRO-3 it is gathered for this layer's backward only.
-                    other = _quantized(w, plan.weight, replicated_key, plan.stream + STREAM_WEIGHT)
-                a, b = _gradient_product(g, other, plan.grad_input, local_key, plan.stream + STREAM_GRAD_INPUT, 1)
-                grad_x = _product(a, b, dtype).reshape(ctx.x_shape)
+                a, b = _input_gradient_operands(g, w, plan, local_key, replicated_key)
+                grad_x = _product(a, b, dtype, in_fp8=plan.in_fp8).reshape(ctx.x_shape)
             if ctx.needs_input_grad[1]:
                 x = x_saved[0] if ctx.x_rebuild is None else Quantized(*x_saved, *ctx.x_rebuild)
-                a, b = _gradient_product(g, x, plan.grad_weight, local_key, plan.stream + STREAM_GRAD_WEIGHT, 0)
+                a, b = _weight_gradient_operands(g, x, plan, local_key)
                 if plan.transposed:
                     a, b = b, a
-                grad_weight = _product(a, b, dtype).to(weight.dtype)
+                grad_weight = _product(a, b, dtype, in_fp8=plan.in_fp8).to(weight.dtype)
             if ctx.has_bias and ctx.needs_input_grad[2]:
                 grad_bias = g.sum(0).to(ctx.bias_dtype)
         return grad_x, grad_weight, grad_bias, None, None, None, None
+
+
+def _forward_operands(
+    x: Tensor, w: Tensor, plan: Plan, local_key: Tensor | None, replicated_key: Tensor | None
+) -> tuple[Quantized | None, Quantized | None]:
+    """X [tokens, in] and W [out, in] for Y; None where they are not quantized."""
+    x_stream, w_stream = plan.stream + STREAM_ACTIVATION, plan.stream + STREAM_WEIGHT
+    if "Y" in plan.rotated:
+        assert plan.activation is not None
+        assert plan.weight is not None
+        qx = quantize_rotated(x, plan.activation, local_key, x_stream, plan.rotation_block)
+        return qx, quantize_rotated(w, plan.weight, replicated_key, w_stream, plan.rotation_block)
+    return (
+        _quantized(x, plan.activation, local_key, x_stream) if plan.activation else None,
+        _quantized(w, plan.weight, replicated_key, w_stream) if plan.weight else None,
+    )
+
+
+def _for_weight_gradient(x: Tensor, qx: Quantized | None, plan: Plan, key: Tensor | None) -> Quantized | None:
+    """X as dW contracts it: [in, tokens] where that is rotated, else [tokens, in]; None where it is not quantized.
+
+    qx: X in the forward.
+    """
+    if plan.activation is None or plan.original_operands:
+        return None
+    stream = plan.stream + STREAM_ACTIVATION
+    if "dW" in plan.rotated:
+        return quantize_rotated(x.t(), plan.activation, key, stream, plan.rotation_block)
+    return _quantized(x, plan.activation, key, stream) if "Y" in plan.rotated else qx
+
+
+def _input_gradient_operands(
+    g: Tensor, w: Tensor, plan: Plan, local_key: Tensor | None, replicated_key: Tensor | None
+) -> tuple[_Operand, _Operand]:
+    """G [tokens, out] and W [out, in] for dX."""
+    g_stream, w_stream = plan.stream + STREAM_GRAD_INPUT, plan.stream + STREAM_WEIGHT
+    if "dX" in plan.rotated:
+        assert plan.grad_input is not None
+        assert plan.weight is not None
+        gq = quantize_rotated(g, plan.grad_input, local_key, g_stream, plan.rotation_block)
+        return _Operand(gq, 1), _Operand(
+            quantize_rotated(w.t(), plan.weight, replicated_key, w_stream, plan.rotation_block), 1
+        )
+    other: Tensor | Quantized = w
+    if plan.weight and not plan.original_operands:
+        other = _quantized(w, plan.weight, replicated_key, w_stream)
+    return _gradient_product(g, other, plan.grad_input, local_key, g_stream, 1)
+
+
+def _weight_gradient_operands(
+    g: Tensor, x: Tensor | Quantized, plan: Plan, key: Tensor | None
+) -> tuple[_Operand, _Operand]:
+    """G [tokens, out] and X, as `_for_weight_gradient` left it, for dW."""
+    stream = plan.stream + STREAM_GRAD_WEIGHT
+    if "dW" in plan.rotated:
+        assert plan.grad_weight is not None
+        gq = quantize_rotated(g.t(), plan.grad_weight, key, stream, plan.rotation_block)
+        return _Operand(gq, 1), _Operand(x, 1)
+    return _gradient_product(g, x, plan.grad_weight, key, stream, 0)
 
 
 def _gradient_product(

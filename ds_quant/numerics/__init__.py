@@ -1,4 +1,9 @@
-"""Pure functions of the quantizers: tensors in, tensors out. They know no model and no DeepSpeed."""
+"""Pure functions of the quantizers: tensors in, tensors out. They know no model and no DeepSpeed.
+
+Begin with `format` (what a number format is), `integer` (the layers' integers), `blockwise` and `codes` (states of
+optimizers) and `wire` (messages). `random` has the bits of stochastic rounding. Steps of optimizers are a module each:
+`adam`, `lion`, `sgd`, `ademamix`.
+"""
 
 from ds_quant.numerics.blockwise import (
     QuantizedBlocks,

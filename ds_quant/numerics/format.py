@@ -24,8 +24,9 @@ from typing import Generic, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from ds_quant.base.number_formats import FORMATS
+from ds_quant.base.number_formats import FORMATS, FOUR_SIX
 from ds_quant.numerics.codes import CodeMap
+from ds_quant.numerics.four_six import four_six_scale
 from ds_quant.numerics.integer import (
     Quantized,
     check_arguments,
@@ -67,7 +68,7 @@ class ScaleCodec(NamedTuple):
 
     kind: str = "float"
     rule: str = "floor"
-    """Of e8m0: "floor" or "up"."""
+    """Of e8m0: "floor" or "up". Of e4m3: "four_six" as `four_six` has it, any other as `scales` does."""
 
 
 E_co = TypeVar("E_co", bound=Integers | Minifloat | CodeMap, covariant=True)
@@ -123,7 +124,10 @@ def quantize_to(
     absmax = reduce_groups(x.abs(), torch.amax, granularity, block_size)
     if block_rows > 1:
         absmax = _over_rows(absmax, block_rows)
-    scale = _scale(absmax, elements, scale_codec)
+    if scale_codec.kind == "e4m3" and scale_codec.rule == FOUR_SIX:
+        scale = four_six_scale(x, absmax, block_size, block_rows)
+    else:
+        scale = _scale(absmax, elements, scale_codec)
     steps = in_steps(x, expand_groups(scale, x, granularity, block_size))
     if isinstance(elements, Integers):
         levels = symmetric_levels(elements.bits, full_range=False)

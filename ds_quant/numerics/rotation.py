@@ -13,6 +13,8 @@ of m elements, m a power of two:
 A last block whose length is no power of two is cut into its binary parts, the largest first: 13 elements are 8, 4 and
 1. Each part has an H of its own; signs go by the index in the block.
 
+A matrix [rows, features] is rotated row by row: each row as that 1-D tensor.
+
 H is its own inverse, up to rounding. An Inf or a NaN reaches the whole of its part, and large numbers may overflow.
 """
 
@@ -29,12 +31,17 @@ SIGN_KEY = (0x48616461, 0x6D617264)
 
 def rotate(t: Tensor, block_size: int) -> Tensor:
     """The fp32 tensor `t`, [numel], rotated block by block, as the module docstring defines it."""
-    return _transform(t * signs_of(t.numel(), block_size, t.device), block_size)
+    return rotate_rows(t[None], block_size)[0]
+
+
+def rotate_rows(x: Tensor, block_size: int) -> Tensor:
+    """The fp32 matrix `x`, [rows, features], each of its rows rotated."""
+    return _transform(x * signs_of(x.shape[-1], block_size, x.device), block_size)
 
 
 def unrotate(y: Tensor, block_size: int) -> Tensor:
     """The inverse of `rotate`, up to rounding."""
-    return _transform(y, block_size) * signs_of(y.numel(), block_size, y.device)
+    return _transform(y[None], block_size)[0] * signs_of(y.numel(), block_size, y.device)
 
 
 def signs_of(numel: int, block_size: int, device: torch.device | str | None = None) -> Tensor:
@@ -56,7 +63,7 @@ def norm(length: int) -> float:
 
 
 def hadamard(rows: Tensor) -> Tensor:
-    """H of each row of the fp32 tensor `rows`, [num_rows, power of two]."""
+    """H of each row of the fp32 tensor `rows`, [..., power of two]."""
     length = rows.shape[-1]
     h = 1
     while h < length:
@@ -66,12 +73,13 @@ def hadamard(rows: Tensor) -> Tensor:
     return rows * norm(length)
 
 
-def _transform(t: Tensor, block_size: int) -> Tensor:
-    covered = t.numel() // block_size * block_size
-    parts = [hadamard(t[:covered].view(-1, block_size)).view(-1)]
+def _transform(x: Tensor, block_size: int) -> Tensor:
+    features = x.shape[-1]
+    covered = features // block_size * block_size
+    parts = [hadamard(x[:, :covered].unflatten(-1, (-1, block_size))).flatten(1)] if covered else []
     part = block_size
     while part := part // 2:
-        if (t.numel() - covered) & part:
-            parts.append(hadamard(t[covered : covered + part].view(1, -1)).view(-1))
+        if (features - covered) & part:
+            parts.append(hadamard(x[:, covered : covered + part]))
             covered += part
-    return torch.cat(parts)
+    return torch.cat(parts, dim=-1) if parts else x

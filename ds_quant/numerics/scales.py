@@ -41,10 +41,23 @@ def e8m0_scale(absmax: Tensor, largest: float, rule: str, implied: int = 0) -> T
 
 def e4m3_scale(absmax: Tensor, largest: float) -> Tensor:
     """fp32 of absmax's shape."""
-    finite = absmax.isfinite()
-    known = torch.where(finite, absmax, 0.0)
-    tensor = divide_to_fit(known.amax() if known.numel() else known.new_zeros(()), E4M3.largest * largest)
+    tensor = divide_to_fit(largest_finite(absmax), E4M3.largest * largest)
+    return times_tensor(e4m3_blocks(absmax, largest, tensor), tensor, absmax)
+
+
+def largest_finite(absmax: Tensor) -> Tensor:
+    """fp32 of no dimension; 0 where there is none."""
+    known = torch.where(absmax.isfinite(), absmax, 0.0)
+    return known.amax() if known.numel() else known.new_zeros(())
+
+
+def e4m3_blocks(absmax: Tensor, largest: float, tensor: Tensor) -> Tensor:
+    """The blocks' part of the scale, a value of e4m3; 0 in a tensor of zeros."""
+    known = torch.where(absmax.isfinite(), absmax, 0.0)
     in_units = torch.where(tensor > 0, divide(divide(known, largest), tensor.expand_as(known)), 0.0)
-    block = decode(encode(in_units.clamp(min=_SMALLEST_E4M3), E4M3), E4M3)
-    scale = torch.where(known > 0, block * tensor, 0.0)
-    return torch.where(finite, scale, torch.nan)
+    return decode(encode(in_units.clamp(min=_SMALLEST_E4M3), E4M3), E4M3)
+
+
+def times_tensor(block: Tensor, tensor: Tensor, absmax: Tensor) -> Tensor:
+    """The scale; 0 for blocks of zeros, NaN for those with an Inf or a NaN."""
+    return torch.where(absmax.isfinite(), torch.where(absmax > 0, block * tensor, 0.0), torch.nan)

@@ -12,10 +12,11 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from ds_quant.kernels.adamw import ops
-from ds_quant.kernels.adamw.work import AdamWWork
+from ds_quant.kernels.adamw.work import AdamWWork, MastersWork
 from ds_quant.numerics.adam import AdamWScalars, adamw_scalars
-from ds_quant.optim.base import Item, QuantizedOptimizer
+from ds_quant.optim.base import QuantizedOptimizer
 from ds_quant.optim.group_options import GroupOptions, check_hyperparameters
+from ds_quant.optim.items import Item, MasterItem
 
 
 class QuantAdamW(QuantizedOptimizer):
@@ -68,13 +69,22 @@ class QuantAdamW(QuantizedOptimizer):
         """One call of the fused kernel."""
         adamw_steps(items)
 
+    def do_master_steps(self, items: Sequence[MasterItem]) -> None:
+        """One call of the fused kernel, where it takes masters."""
+        if ops.fuses_masters(items[0].item.param.device):
+            ops.adamw_masters_([MastersWork(_work(item), low_bits, key) for item, low_bits, key in items])
+        else:
+            super().do_master_steps(items)
+
 
 def adamw_steps(items: Sequence[Item]) -> None:
     """AdamW's steps of `items`, whose options are AdamWOptions, by one call of the fused kernel."""
-    works = []
-    for param, grad, (exp_avg, exp_avg_sq), keys, stream, step, options in items:
-        works.append(AdamWWork(param, grad, exp_avg, exp_avg_sq, options.scalars(step), keys[0], keys[1], stream))
-    ops.adamw_(works)
+    ops.adamw_([_work(item) for item in items])
+
+
+def _work(item: Item) -> AdamWWork:
+    param, grad, (exp_avg, exp_avg_sq), keys, stream, step, options = item
+    return AdamWWork(param, grad, exp_avg, exp_avg_sq, options.scalars(step), keys[0], keys[1], stream)
 
 
 class AdamWOptions(GroupOptions):

@@ -21,7 +21,7 @@ partition of ZeRO has its own.
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -29,34 +29,15 @@ from torch import Tensor
 from ds_quant.base.errors import fail
 from ds_quant.base.log import say
 from ds_quant.config import ConfigError
+from ds_quant.kernels.masters import ops as masters
 from ds_quant.numerics.codes import CodeMap
 from ds_quant.numerics.format import Format, Group
-from ds_quant.numerics.random import derive_words, fold_words
+from ds_quant.numerics.random import fold_words
 from ds_quant.numerics.stored_states import State
-from ds_quant.numerics.stored_states import part as part_of
 from ds_quant.optim.group_options import GroupOptions, check_parameters, state_option
+from ds_quant.optim.items import Item, MasterItem, master_items
 from ds_quant.optim.master import MasterTensor
 from ds_quant.optim.state import QuantizedState
-
-PART_STREAM, MASTER_STREAM = 1 << 62, 1 << 61
-"""Of the keys of parts of masters, and of the rounding of masters: apart from the streams of states, which count up."""
-
-
-class Item(NamedTuple):
-    """One parameter of one step. All tensors are contiguous; `param` and `states` are written in place."""
-
-    param: Tensor
-    grad: Tensor
-    states: list[State]
-    """In the order of STATES: fp32 of the parameter's shape, or codes and scales."""
-    keys: list[tuple[int, int] | None]
-    """One a state: of stochastic rounding, before its subkey is derived; None rounds to nearest."""
-    stream: int
-    """Names the parameter. State number i draws with derive_key(key, i + stream * the number of states)."""
-    step: int
-    """Number of this step, from 1."""
-    options: Any
-    """What `group_options` made of the parameter's group."""
 
 
 class QuantizedOptimizer(torch.optim.Optimizer):
@@ -91,6 +72,18 @@ class QuantizedOptimizer(torch.optim.Optimizer):
         """Do the steps of `items`, all on one device, in place."""
         raise NotImplementedError
 
+    def do_master_steps(self, items: Sequence[MasterItem]) -> None:
+        """Do steps of masters of few bits, all on one device, in place: each is in fp32 for as long as its step takes.
+
+        An optimizer that has a kernel for it may do better.
+        """
+        values = items[0].item.param.new_empty(max(item.param.numel() for item, _, _ in items), dtype=torch.float32)
+        for item, low_bits, key in items:
+            part = values[: item.param.numel()]
+            masters.join(item.param, low_bits, part)
+            self.do_steps([item._replace(param=part)])
+            masters.split(part, item.param, low_bits, key=key)
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in torch; the group's own states and hyperparameters are validated."""
         options = {**self.defaults, **param_group}
@@ -122,7 +115,7 @@ class QuantizedOptimizer(torch.optim.Optimizer):
             return loss
         shared = Step(self)
         items: dict[torch.device, list[Item]] = {}
-        masters: list[tuple[MasterTensor, Item]] = []
+        parts: dict[torch.device, list[MasterItem]] = {}
         counters: list[Tensor] = []
         strided: list[tuple[Tensor, Tensor]] = []
         for param, grad, options in with_gradients:
@@ -148,13 +141,13 @@ class QuantizedOptimizer(torch.optim.Optimizer):
                 keys.append(key)
             item = Item(data, grad, states, keys, stream, step, options)
             if isinstance(data, MasterTensor):
-                masters.append((data, item))
+                parts.setdefault(param.device, []).extend(master_items(data, item, shared.key(step)))
             else:
                 items.setdefault(param.device, []).append(item)
         for batch in items.values():
             self.do_steps(batch)
-        for data, item in masters:
-            self._step_masters(data, item, shared.key(item.step))
+        for some in parts.values():
+            self.do_master_steps(some)
         for param, data in strided:
             param.copy_(data)
         # As torch's own: a number, or a tensor without alpha, is converted for each counter, at several times the cost.
@@ -162,18 +155,6 @@ class QuantizedOptimizer(torch.optim.Optimizer):
         # Kernels write through pointers: whoever compares versions (autograd, caches of codes) must see it.
         torch.autograd.graph.increment_version([param for param, _, _ in with_gradients])
         return loss
-
-    def _step_masters(self, masters: MasterTensor, item: Item, key: tuple[int, int]) -> None:
-        """Step masters of few bits part by part, each in fp32 for as long as its step takes.
-
-        A part draws random bits as a parameter of its own would: part number i has the subkey PART_STREAM + i.
-        """
-        for number, part in enumerate(masters.parts()):
-            own = [None if drawn is None else derive_words(drawn, PART_STREAM + number) for drawn in item.keys]
-            states = [part_of(state, part.begin, part.end) for state in item.states]
-            grad = item.grad.view(-1)[part.begin : part.end]
-            self.do_steps([item._replace(param=part.values, grad=grad, states=states, keys=own)])
-            masters.put_back(part, derive_words(derive_words(key, PART_STREAM + number), MASTER_STREAM + item.stream))
 
     def _with_gradients(self) -> Iterator[tuple[Tensor, Tensor, GroupOptions]]:
         for group in self.param_groups:

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from ds_quant.kernels.elementwise import ops
 from ds_quant.kernels.elementwise.work import ElementwiseWork
-from ds_quant.optim.base import Item, QuantizedOptimizer
+from ds_quant.optim.base import QuantizedOptimizer
 from ds_quant.optim.group_options import GroupOptions
+from ds_quant.optim.items import Item
 
 
 class ElementwiseOptimizer(QuantizedOptimizer):

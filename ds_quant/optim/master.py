@@ -11,14 +11,13 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor
 
-from ds_quant.kernels.masters import ops
 from ds_quant.numerics.master import join_master, split_master
 from ds_quant.optim.coded_tensor import SET_DATA, CodedTensor
 
 aten = torch.ops.aten
 
 PART_ELEMENTS = 1 << 22
-"""Elements that are in fp32 at a time: 16 MiB, which caches of servers hold. It decides which random bits are drawn."""
+"""Elements that are in fp32 at a time where no kernel steps masters: 16 MiB. It decides which random bits are drawn."""
 
 
 class Part(NamedTuple):
@@ -26,8 +25,10 @@ class Part(NamedTuple):
 
     begin: int
     end: int
-    values: Tensor
-    """fp32 [end - begin], a copy."""
+    weight: Tensor
+    """bf16 [end - begin], where the masters have it."""
+    low_bits: Tensor | None
+    """int8 of the same shape, or None for masters of 16 bits; where the masters have them."""
 
 
 class MasterTensor(CodedTensor):
@@ -94,22 +95,12 @@ class MasterTensor(CodedTensor):
         return stored.as_strided(self.shape, self.stride(), int(stored.storage_offset()) + self.start)
 
     def parts(self) -> Iterator[Part]:
-        """Copies of PART_ELEMENTS masters at a time, all in the same memory: each is there until the next one is."""
+        """PART_ELEMENTS masters at a time."""
         count = self.weight.numel()
-        values = torch.empty(min(count, PART_ELEMENTS), dtype=torch.float32, device=self.weight.device)
         for begin in range(0, count, PART_ELEMENTS):
             end = min(begin + PART_ELEMENTS, count)
-            part = Part(begin, end, values[: end - begin])
-            ops.join(*self._stored_range(part), part.values)
-            yield part
-
-    def put_back(self, part: Part, key: tuple[int, int]) -> None:
-        """Round a part to the bits of a master, stochastically with `key` where a step is to, and store it."""
-        ops.split(part.values, *self._stored_range(part), key=key if self.is_stochastic else None)
-
-    def _stored_range(self, part: Part) -> tuple[Tensor, Tensor | None]:
-        low_bits = None if self.low_bits is None else self.low_bits[part.begin : part.end]
-        return self.weight[part.begin : part.end], low_bits
+            low_bits = None if self.low_bits is None else self.low_bits[begin:end]
+            yield Part(begin, end, self.weight[begin:end], low_bits)
 
     def copy_stored(self, source: Tensor) -> bool:
         """Copy weights and remainders of masters of as many bits and the same shape; whether `source` has them."""

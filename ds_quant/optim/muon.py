@@ -20,8 +20,9 @@ from ds_quant.numerics.blockwise import QuantizedBlocks
 from ds_quant.numerics.random import derive_words
 from ds_quant.numerics.stored_states import load, overwrite, part, store
 from ds_quant.optim.adamw import AdamWOptions, adamw_steps
-from ds_quant.optim.base import Item, QuantizedOptimizer, Step
+from ds_quant.optim.base import QuantizedOptimizer, Step
 from ds_quant.optim.group_options import GroupOptions, check_hyperparameters, check_numbers
+from ds_quant.optim.items import Item
 from ds_quant.optim.muon_groups import muon_groups
 from ds_quant.optim.state import QuantizedState
 

@@ -21,8 +21,8 @@ _FILLINGS: dict[str, Any] = {
     "scheduler.params.warmup_max_lr": 1e-4,
     "scheduler.params.warmup_min_lr": 0.0,
 }
-"""Of "auto"s, with what the Trainer's flags say by default in pre-training; none of the numbers changes memory
-or traffic but that clipping is on."""
+"""What replaces "auto", by key: the defaults of the Trainer's flags in pre-training. Of these numbers only the clipping
+changes memory or traffic, by being above zero."""
 
 
 def job_config(

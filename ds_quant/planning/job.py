@@ -34,8 +34,8 @@ class Job:
     rank: int = 0
     gradient_checkpointing: bool = False
     flash_attention: bool = False
-    """Attention never holds a matrix of tokens by tokens, not with dropout either, as kernels of GPUs have it. A CPU's
-    does with dropout. For dry runs alone: they drop out nothing."""
+    """Whether attention never allocates a matrix of tokens by tokens, like the kernels of GPUs. Torch's on CPUs does
+    with dropout. Only for dry runs, which drop nothing."""
 
 
 @dataclasses.dataclass
@@ -48,14 +48,14 @@ class Outcome:
     phase: str
     """In which the peak was: forward, backward or step."""
     phase_peaks: dict[str, int]
-    """The peak of each."""
+    """The peak of each phase, in bytes."""
     rest_bytes: int
-    """Before the step, and after it."""
+    """What is allocated before the step and after it."""
     host_bytes: int
     """Memory that DeepSpeed's offloading keeps on the host; not part of the others."""
     num_parameters: int
     collectives: list[Collective]
-    """In order."""
+    """Those of the step, in the order in which they were called."""
     micro_steps: list[int]
     """Which of `collectives` is the first of each micro step."""
 

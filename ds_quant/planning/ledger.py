@@ -26,7 +26,7 @@ class Peak(NamedTuple):
 
     bytes: int
     parts: dict[str, int]
-    """Bytes of each role then."""
+    """Bytes of each role at that moment."""
     phase: str
     """The last mark before it."""
 
@@ -78,7 +78,7 @@ class Ledger(TorchDispatchMode):
         self._events.append((number, -self._sizes[number]))
 
     def mark(self, name: str) -> None:
-        """What comes is the phase `name`."""
+        """Begin the phase `name`: what happens from here on belongs to it."""
         self._marks.append((len(self._events), name))
 
     def assign(self, role: str, tensors: Iterable[Tensor]) -> None:

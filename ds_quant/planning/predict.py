@@ -77,12 +77,18 @@ class Predictor:
         except BrokenPipeError:
             line = ""
         if not line:
-            raise RuntimeError(f"ds_quant.planning: the dry runs' process ended:\n{self._last_lines()}")
+            raise RuntimeError(
+                "ds_quant.planning: got no answer, since the process of the dry runs has ended; allowed: one that is "
+                f"alive; fix: see its last lines, and where they do not help report them:\n{self._last_lines()}"
+            )
         answer = json.loads(line)
         if "refused" in answer:
             raise ConfigError(answer["refused"])
         if "failed" in answer:
-            raise RuntimeError(f"ds_quant.planning: a dry run failed:\n{answer['failed']}")
+            raise RuntimeError(
+                "ds_quant.planning: got an error in a dry run; allowed: jobs that train; fix: where training itself "
+                f"goes well, report this:\n{answer['failed']}"
+            )
         return read_outcome(answer["outcome"])
 
     def _last_lines(self) -> str:

@@ -43,16 +43,16 @@ class Stream(NamedTuple):
         if begin is not None:
             rows.load_state_dict(begin)
         where = self.files[part] if self.files else f"part {part} of {self.where}"
-        fix = "Check that it is whole and of the kind its name says, and that it can be reached."
         # iter(), not __iter__: in a worker of a DataLoader, __iter__ would divide the part once more.
         batches = rows.iter(batch_size=size)
         before = begin
-        while batch := text_files.guarded(lambda: next(batches, None), f"{where} cannot be read", fix):
+        while batch := text_files.guarded(lambda: next(batches, None), where, *text_files.UNREADABLE):
             texts = batch.get(self.column)
             if texts is None or any(not isinstance(text, str) for text in texts):
                 raise LaunchError(
-                    f"{where} has documents without text in the column {self.column!r}; the columns are: "
-                    f"{', '.join(batch)}. Name another with --text_column, or leave these documents out."
+                    f"{where}: got documents without text in the column {self.column!r}; allowed: text in each "
+                    f"document; fix: name another of the columns {', '.join(batch)} with --text_column, or remove "
+                    "these documents"
                 )
             yield Group(before, texts)
             before = rows.state_dict()
@@ -77,8 +77,10 @@ def from_files(patterns: list[str], text_column: str, flag: str) -> list[Stream]
         options = {"sample_by": "document"} if text else {}
         rows = text_files.guarded(
             partial(datasets.load_dataset, reader, data_files=files, split="train", streaming=True, **options),
-            f"{flag} {' '.join(patterns)} cannot be read as {reader}",
-            "Check that the files are whole and of the kind their names say.",
+            f"{flag} {' '.join(patterns)}",
+            f"what cannot be read as {reader}",
+            f"whole files of {reader}",
+            "check that the files are whole and of the kind their names say",
         )
         where = f"{flag} {files[0]}"
         column = "text" if text else text_column

@@ -50,9 +50,12 @@ def from_hub(name: str | None, config: str | None, *, streaming: bool = False) -
     """The data set of that name; it has a split `train`."""
     loaded = guarded(
         lambda: datasets.load_dataset(name, config, streaming=streaming),
-        f"The data set {name!r} could not be loaded",
-        "Check the name and that the Hugging Face hub can be reached, or train on files with --train_file.",
+        f"--dataset_name {name}",
+        "a data set that could not be loaded",
+        "one that can",
+        "check the name and that the Hugging Face hub can be reached, or train on files with --train_file",
     )
     if "train" not in loaded:
-        raise LaunchError(f"The data set {name!r} has no part 'train', only: {', '.join(loaded)}.")
+        got = f"a data set with the parts {', '.join(loaded)}"
+        raise LaunchError(f"--dataset_name {name}: got {got}; allowed: one with a part 'train'; fix: name another")
     return loaded

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from survival import checkpoints, resize
 from survival.control import Control
@@ -16,18 +16,12 @@ from survival.signals import StopRequest
 from survival.watchdog import Watchdog
 from transformers import TrainingArguments
 
-import ds_quant
 from ds_quant.base import trainer_checkpoints
-from ds_quant.base.commit import commit
-from ds_quant.cli import report
 from ds_quant.cli.shared import terminal
-from ds_quant.comm.reducer import describe_wire
-from ds_quant.comm.weight_difference import describe_weights
-from ds_quant.optim.kinds import kind_of
-from ds_quant.optim.setup import describe_moments
 from pretraining import arguments, data, diagnostics, documents, environment, metrics, model, outputs
 from pretraining.arguments import Arguments
 from pretraining.deepspeed_json import DeepSpeedJson, fill_gaps
+from pretraining.summary import summarize
 from pretraining.trainer import PretrainTrainer, RestoreProgress, last_eval_loss
 
 
@@ -163,52 +157,9 @@ def _train(trainer: PretrainTrainer, args: Arguments, config: DeepSpeedJson, res
     peak_memory = max(control.gather(environment.peak_memory_bytes()))
     if not trainer.is_world_process_zero():
         return
-    evaluated = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
-    steps_here = step - trainer.first_step
-    coverage = ds_quant.coverage(trainer.model)
-    quant = config.quant
-    summary: dict[str, Any] = {
-        "preset": args.model.preset,
-        "model": model.describe(trainer.model),
-        "vocab_size": trainer.model.config.vocab_size,
-        "context_length": args.data.context_length,
-        "steps": step,
-        "resumed_from_step": trainer.first_step or None,
-        "tokens": step * tokens_per_step,
-        "seconds": round(seconds, 2),
-        "seconds_evaluating": round(trainer.seconds_evaluating, 2),
-        "tokens_per_second": round(steps_here * tokens_per_step / max(seconds - trainer.seconds_evaluating, 1e-9), 1),
-        "peak_memory_bytes": peak_memory,
-        "first_eval_loss": evaluated[0],
-        "final_eval_loss": last_eval_loss(trainer.state.log_history, step),
-        "converted_modules": dict(coverage.converted),
-        "share": coverage.share,
-        "left_out": {name: list(shape) for name, shape in coverage.left_out.items()},
-        "moments": describe_moments(quant.optimizer, kind_of(config.content)) if quant.optimizer else None,
-        "communication": _communication(trainer, quant),
-        "dtype": str(trainer.deepspeed.get_data_types()[0]).removeprefix("torch."),
-        "zero_stage": trainer.deepspeed.zero_optimization_stage(),
-        "world_size": training.world_size,
-        "device": training.device.type,
-        "seed": training.seed,
-        "config": config.content,
-        "versions": report.versions(),
-        "commit": commit(),
-    }
+    summary = summarize(
+        trainer, args, config, tokens_per_step=tokens_per_step, seconds=seconds, peak_memory=peak_memory
+    )
     outputs.write_summary(output_dir / "summary.json", summary)
     outputs.write_curves(output_dir, str(output_dir))
     outputs.print_table(summary, output_dir)
-
-
-def _communication(trainer: PretrainTrainer, quant: ds_quant.QuantConfig) -> dict[str, Any] | None:
-    """How gradients and weights were sent, and the bytes rank 0 sent per step; None: all in full precision."""
-    if not quant.communication:
-        return None
-    found: dict[str, Any] = {}
-    if quant.communication.gradient:
-        found |= {"gradient": describe_wire(quant.communication.gradient)}
-        found |= trainer.deepspeed.ds_quant_gradients.summary()
-    if quant.communication.weight:
-        found |= {"weight": describe_weights(quant.communication.weight)}
-        found |= trainer.deepspeed.ds_quant_weight_communication.summary()
-    return found

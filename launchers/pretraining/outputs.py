@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from ds_quant.base.whole_folder import write_whole
+from ds_quant.base.whole_folder import replace_folder, write_whole
 from ds_quant.cli.shared.run_folder import read_metrics
 from ds_quant.cli.shared.terminal import say
 from pretraining import plots
@@ -26,8 +24,7 @@ def save_model(trainer: PretrainTrainer, folder: Path) -> None:
     if trainer.is_world_process_zero():
         # The pickled training arguments are not part of a model.
         (temporary / "training_args.bin").unlink(missing_ok=True)
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(temporary, folder)
+        replace_folder(temporary, folder)
 
 
 def write_summary(path: Path, summary: dict[str, Any]) -> None:

@@ -26,7 +26,7 @@ import numpy as np
 from survival.errors import LaunchError
 from transformers import PreTrainedTokenizerBase
 
-from ds_quant.base.whole_folder import write_json
+from ds_quant.base.whole_folder import replace_folder, write_json
 from ds_quant.cli.shared import terminal, token_ids
 from pretraining import shards
 from pretraining import tokenizer as tokenizers
@@ -213,7 +213,7 @@ def _tokenizer(folder: Path, args: CorpusArguments, corpus: Corpus) -> PreTraine
         beside = folder / ".tokenizer.tmp"
         shutil.rmtree(beside, ignore_errors=True)
         tokenizer.save_pretrained(beside)
-        os.replace(beside, target)
+        replace_folder(beside, target)
     return tokenizers.load(str(target))
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 from ds_quant.base import manifest, trainer_checkpoints
 from ds_quant.base.checkpoint_files import to_universal
-from ds_quant.base.whole_folder import sync, write_whole
+from ds_quant.base.whole_folder import replace_folder, sync_tree, write_whole
 from survival import batches
 from survival.errors import LaunchError
 from survival.lease import Lease
@@ -83,8 +82,7 @@ def make_universal(checkpoint: Path, lease: Lease) -> None:
             f"{checkpoint} was saved by {ranks} ranks, and DeepSpeed could not "
             f"convert it for another number: {said}. Resume with as many ranks as saved it."
         )
+    sync_tree(part)  # takes long, and the lease may be lost meanwhile
     lease.check()
-    shutil.rmtree(universal, ignore_errors=True)
-    os.replace(part, universal)
-    sync(checkpoint)
+    replace_folder(part, universal)
     write_whole(pointer, universal.name)

@@ -22,6 +22,8 @@ RUNNING, STOPPED, DONE, DIVERGED, FAILED = STATES = ("running", "stopped", "done
 
 def write(output_dir: Path, state: str, *, reason: str = "", step: int = 0, retry: bool = False, rank: int = 0) -> None:
     """Replace status.json atomically. Raises OSError if it cannot be written."""
+    from ds_quant.base.whole_folder import write_whole  # here: reading needs the standard library alone
+
     content = {
         "state": state,
         "reason": reason,
@@ -35,12 +37,7 @@ def write(output_dir: Path, state: str, *, reason: str = "", step: int = 0, retr
         "time": round(time.time(), 3),
     }
     output_dir.mkdir(parents=True, exist_ok=True)
-    temporary = output_dir / f".{NAME}.{rank}.{os.getpid()}.tmp"
-    try:
-        temporary.write_text(json.dumps(content, indent=2) + "\n")
-        os.replace(temporary, output_dir / NAME)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_whole(output_dir / NAME, json.dumps(content, indent=2) + "\n")
 
 
 def read(output_dir: Path) -> dict[str, Any] | None:

@@ -66,6 +66,33 @@ MOMENTS: dict[str, Section] = {
     "v8_channel": {"exp_avg_sq": _moment(8, "channel")},
 }
 
+OUTCOMES: dict[str, str] = {
+    "w8_tensor": "competitive",
+    "w8_channel": "slightly better than its baseline",
+    "w4_tensor": "unstable, degraded",
+    "w4_channel": "unstable, degraded",
+    "a8_tensor": "about baseline",
+    "a8_token": "about baseline",
+    "a4_tensor": "unstable",
+    "a4_token": "unstable",
+    "a4_channel": "",
+    "a4_token_asymmetric": "",
+    "g8_tensor": "converges, worse than baseline",
+    "g8_token": "converges, worse than baseline",
+    "g8_token_input": "converges, worse than baseline",
+    "g4_tensor": "fails to converge",
+    "g4_token": "fails to converge",
+    "w8a8": "about baseline: recommended",
+    "w8a8g8": "",
+    "m8_tensor": "fine",
+    "m8_channel": "fine",
+    "m4_tensor": "fine",
+    "m4_channel": "fine",
+    "v8_tensor": "fails",
+    "v8_channel": "fails",
+}
+"""What the paper found of each row, in a few words; empty where that is not known to us."""
+
 _PRODUCT = {"backend": "simulated", "backward_operands": "quantized"}
 _PAPER = {"backend": "simulated", "backward_operands": "original", "exclude": []}
 

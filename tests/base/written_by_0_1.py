@@ -1,6 +1,6 @@
-"""A tiny job whose checkpoint in tests/fixtures/checkpoint-0.1 was written when modules had other names.
+"""A tiny job whose checkpoint in tests/base/fixtures/checkpoint-0.1 was written when modules had other names.
 
-`python tests/written_by_0_1.py FOLDER` in a checkout of that time (355188d) wrote it, and what the job did next.
+`python tests/base/written_by_0_1.py FOLDER` in a checkout of that time (355188d) wrote it, and what the job did next.
 """
 
 import os

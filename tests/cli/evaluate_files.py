@@ -12,6 +12,7 @@ from samples import WORDS, write_corpus
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import ds_quant
+from ds_quant.cli import evaluate
 
 CONTEXT = 32
 W8A8 = {"weight": {"bits": 8}, "activation": {"bits": 8}}
@@ -92,3 +93,11 @@ def write_tasks(folder: Path) -> Path:
         "metric_list: [{metric: perplexity, aggregation: perplexity, higher_is_better: false}, {metric: acc}]\n"
     )
     return folder
+
+
+def refused(argv, capsys):
+    """What is said in a refusal, after the bars of `datasets`."""
+    assert evaluate.main(list(map(str, argv))) == 2
+    said = capsys.readouterr().err
+    assert "Traceback" not in said
+    return said[said.index("error: ") :]

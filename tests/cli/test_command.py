@@ -3,6 +3,7 @@
 import ast
 import importlib
 import json
+import re
 import subprocess
 import sys
 import tomllib
@@ -11,7 +12,7 @@ import pytest
 
 from ds_quant.cli import report
 from ds_quant.cli.command import COMMANDS, main
-from ds_quant.cli.shared import tables, text_files
+from ds_quant.cli.shared import tables, terminal, text_files
 from ds_quant.cli.shared.errors import CommandError
 
 
@@ -64,7 +65,7 @@ def test_a_command_is_called_by_its_name(capsys):
     assert leaves(["plan"]) == 2
     assert capsys.readouterr().err.startswith("usage: ds_quant plan ")
     assert main(["report", "nowhere.json", "--for", "native"]) == 1
-    assert "nowhere.json: no such file" in capsys.readouterr().err
+    assert "nowhere.json: got no such file" in capsys.readouterr().err
     assert main(["evaluate", "nowhere", "--dataset", "python-source"]) == 2
     assert 'nowhere: got "no such folder"' in capsys.readouterr().err
     assert main(["diagnose", "report", "nowhere"]) == 2
@@ -110,12 +111,43 @@ def test_a_package_that_is_missing_is_named_with_its_extra(package, need, monkey
     assert any(line.startswith(package) for line in extras["launch"])
 
 
-def test_nothing_that_is_said_names_a_file_of_the_checkout(root):
-    """`pip install` brings no launchers/."""
+def test_ranks_are_quiet_without_a_package_that_is_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    monkeypatch.setenv("RANK", "1")
+    terminal.quiet(verbose=False)
+
+
+NOT_INSTALLED = re.compile(r"\b(launchers|benchmarks|slurm|tests|docs|ds_configs)/|\b[A-Z]{4,}\.md\b(?<!FILE\.md)")
+
+
+def printed_strings(tree):
+    """The strings of a module, with their lines: docstrings only if the module prints its own (`__doc__`)."""
+    bare = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    if any(isinstance(node, ast.Name) and node.id == "__doc__" for node in ast.walk(tree)):
+        bare.discard(id(tree.body[0].value))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in bare:
+            yield node.lineno, node.value
+
+
+def test_printed_strings_are_found():
+    tree = ast.parse('"""docs/a.md"""\nprint(__doc__, f"see docs/{x}.md")\ndef f():\n    """docs/c.md"""\n')
+    assert [(line, bool(NOT_INSTALLED.search(text))) for line, text in printed_strings(tree)][:2] == [
+        (1, True),
+        (2, True),
+    ]
+    unprinted = ast.parse('"""docs/a.md"""\n"README.md"\n')
+    assert list(printed_strings(unprinted)) == []
+    assert NOT_INSTALLED.search("see README.md")
+    assert not NOT_INSTALLED.search("FILE.json, FILE.md, or both, or results.md")
+
+
+def test_nothing_that_is_printed_names_a_file_of_the_checkout(root):
+    """`pip install` brings the package alone."""
     found = []
     for path in sorted((root / "ds_quant").rglob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Constant) and isinstance(node.value, str) and "launchers/" in node.value:
-                found.append(f"{path.relative_to(root)}:{node.lineno}")
-    found += [str(path) for path in (root / "ds_quant").rglob("*.jinja") if "launchers/" in path.read_text()]
+        for line, text in printed_strings(ast.parse(path.read_text(encoding="utf-8"))):
+            if NOT_INSTALLED.search(text):
+                found.append(f"{path.relative_to(root)}:{line}")
+    found += [str(path) for path in (root / "ds_quant").rglob("*.jinja") if NOT_INSTALLED.search(path.read_text())]
     assert found == []

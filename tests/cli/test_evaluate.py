@@ -12,7 +12,7 @@ import time
 
 import pytest
 import torch
-from evaluate_files import CONTEXT, W8A8, section, write_json, write_model
+from evaluate_files import CONTEXT, W8A8, refused, section, write_json, write_model
 from hypothesis import given
 from hypothesis import strategies as st
 from launching import launch
@@ -51,14 +51,6 @@ def evaluated(files, tmp_path, capsys):
         return json.loads(output.read_text())
 
     return run
-
-
-def refused(argv, capsys):
-    """What is said in a refusal, after the bars of `datasets`."""
-    assert evaluate.main(list(map(str, argv))) == 2
-    said = capsys.readouterr().err
-    assert "Traceback" not in said
-    return said[said.index("error: ") :]
 
 
 # ---- windows and losses
@@ -296,8 +288,8 @@ def test_an_interrupted_run_writes_nothing(files, tmp_path):
     [
         ([], "nothing to measure"),
         (["--dataset", "wikitext"], "'wikitext'; allowed: wikitext2"),
-        (["--text_file", "nowhere.txt"], "nowhere.txt: there is no such file"),
-        (["--text_file", "{files}/w8a8-s1/model/config.json"], "has no column 'text'"),
+        (["--text_file", "nowhere.txt"], "got nowhere.txt, but there is no such file"),
+        (["--text_file", "{files}/w8a8-s1/model/config.json"], "got no column 'text'"),
         (["--dataset", "python-source", "--context_length", "64"], "at most the 32 positions of w8a8-s1"),
         (["--dataset", "python-source", "--context_length", "1"], "--context_length: got 1"),
         (["--dataset", "python-source", "--stride", "33"], "--stride: got 33; allowed: 1 to the context length of 32"),
@@ -370,8 +362,10 @@ def test_two_texts_of_one_name_are_refused(files, capsys, tmp_path):
 def test_without_the_hub_the_error_names_the_other_way(files, capsys, name, monkeypatch, tmp_path):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
     said = refused([files / "w8a8-s1", "--dataset", name], capsys)
-    assert said.startswith(f"error: --dataset {name}: the test part of {texts.HUB[name].name} could not be loaded")
-    assert said.endswith("give it with --text_file.\n")
+    assert said.startswith(
+        f"error: --dataset {name}: got a test part of {texts.HUB[name].name} that could not be loaded"
+    )
+    assert said.endswith("give it with --text_file\n")
 
 
 def test_paper_is_the_papers_list():

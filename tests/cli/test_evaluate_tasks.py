@@ -7,7 +7,7 @@ import statistics
 import sys
 
 import pytest
-from evaluate_files import write_model, write_tasks
+from evaluate_files import refused, write_model, write_tasks
 from launching import launch
 
 from ds_quant.cli import evaluate
@@ -66,13 +66,6 @@ def test_means_and_deviations_are_over_the_seeds(found):
 def test_quantizers_are_seen_by_tasks(found):
     own, other = (found[quantizers]["local_last"]["perplexity"]["mean"] for quantizers in ("trained", "off"))
     assert own != other
-
-
-def refused(argv, capsys):
-    assert evaluate.main(list(map(str, argv))) == 2
-    said = capsys.readouterr().err
-    assert "Traceback" not in said
-    return said[said.index("error: ") :]
 
 
 def test_without_lm_eval_the_error_names_the_extra(files, monkeypatch, capsys):

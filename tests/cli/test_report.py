@@ -61,6 +61,15 @@ def test_what_happens_on_the_wire(root):
     assert dict(explain(str(root / "ds_configs" / "w8a8.json"))[0])["gradients on the wire"] == "full precision"
 
 
+def test_when_weights_cross_the_wire(root):
+    config = json.loads((root / "ds_configs" / "wire8.json").read_text())
+    assert dict(explain(config)[0])["  gathered"] == "once a step"
+    config["zero_optimization"]["stage"] = 3
+    rows, problems = explain(config)
+    assert problems == []
+    assert dict(rows)["  gathered"] == "before the forward and the backward of a layer"
+
+
 def test_problems_of_the_moments(root):
     config = json.loads((root / "ds_configs" / "adam8.json").read_text())
     config["ds_quant"]["optimizer"] = {"exp_avg": {"bits": 8, "map": "linear", "granularity": "tensor"}}
@@ -104,7 +113,7 @@ def test_every_problem_of_a_config(root, tmp_path, capsys):
     assert main([str(path)]) == 1
     assert "REFUSED ds_quant.linear.weight.bits: got 9" in capsys.readouterr().out
     assert main([str(tmp_path / "missing.json")]) == 1
-    assert "missing.json: no such file" in capsys.readouterr().out
+    assert "missing.json: got no such file" in capsys.readouterr().out
 
 
 def test_a_stale_lock_is_reported(tmp_path, monkeypatch, capsys):

@@ -16,7 +16,7 @@ PARTS = {
     "communication": {"communication": {"gradient": {"bits": 8}}},
 }
 ALL = set(PARTS)
-OTHER_PARTS = (("communication.weight",), ("optimizer.master",))
+OTHER_PARTS = (("communication.weight",), ("communication.weight.bits",), ("optimizer.master",))
 """Of rows that have tests of their own, since another part stands for the same path."""
 
 # path, a value that is refused, values that pass, the parts of the section it is refused with
@@ -54,6 +54,9 @@ MASTER_CASES = [
     ("zero_optimization.offload_param.device", ["cpu"], ["none", None]),
 ]
 
+# path, a value that is refused with communication.weight, values that pass
+WEIGHT_CASES = [("zero_optimization.zero_hpz_partition_size", 2, [1, None])]
+
 
 def config(path, value, section):
     node = value
@@ -68,7 +71,7 @@ def check(path, value, section):
 
 
 def test_every_row_has_a_case():
-    assert {row.path for row in REFUSALS} == {path for path, *_ in CASES + MASTER_CASES}
+    assert {row.path for row in REFUSALS} == {path for path, *_ in CASES + MASTER_CASES + WEIGHT_CASES}
     assert len({(row.path, row.parts) for row in REFUSALS}) == len(REFUSALS)
 
 
@@ -89,16 +92,39 @@ def test_rows(path, value, passing, refused_with, part):
     assert f"; allowed: {row.allowed} with ds_quant.{named} ({row.reason}); fix: {row.fix}" in line
 
 
-@pytest.mark.parametrize("stage", [None, 0, 3])
-def test_weights_are_gathered_at_stages_1_and_2(stage):
-    section = PARTS["linear.weight"] | {"communication": {"weight": {"mode": "codes"}}}
+CODES = PARTS["linear.weight"] | {"communication": {"weight": {"mode": "codes"}}}
+DIFFERENCE = {"communication": {"weight": {"mode": "difference", "bits": 8}}}
+
+
+@pytest.mark.parametrize("section", [CODES, DIFFERENCE])
+@pytest.mark.parametrize("stage", [None, 0])
+def test_weights_are_not_gathered_at_stage_0(stage, section):
     for passing in (1, 2):
         check("zero_optimization.stage", passing, section)
     with pytest.raises(ConfigError, match="nothing is gathered") as caught:
         check("zero_optimization.stage", stage, section)
     assert str(caught.value).startswith("zero_optimization.stage: got ")
-    assert "; allowed: 1 or 2 with ds_quant.communication.weight (" in str(caught.value)
-    assert 'fix: use stage 1 if the model fits, or remove "weight"' in str(caught.value)
+    assert "; allowed: 1, 2 or 3 with ds_quant.communication.weight (" in str(caught.value)
+    assert 'fix: use stage 1, or remove "weight"' in str(caught.value)
+
+
+def test_weights_are_gathered_as_codes_alone_at_stage_3():
+    check("zero_optimization.stage", 3, CODES)
+    with pytest.raises(ConfigError, match="no rank keeps a replica") as caught:
+        check("zero_optimization.stage", 3, DIFFERENCE)
+    assert "; allowed: 1 or 2 with ds_quant.communication.weight.bits (" in str(caught.value)
+
+
+@pytest.mark.parametrize(("path", "refused", "passing"), WEIGHT_CASES)
+def test_weights_are_gathered_over_all_ranks(path, refused, passing):
+    def raw(value):
+        zero, _, key = path.partition(".")
+        return {zero: {"stage": 3, key: value}, "ds_quant": CODES}
+
+    for value in passing:
+        check_refusals(raw(value), QuantConfig.load(raw(value)))
+    with pytest.raises(ConfigError, match=f"^{path}: got {refused}; allowed"):
+        check_refusals(raw(refused), QuantConfig.load(raw(refused)))
 
 
 @pytest.mark.parametrize(("path", "refused", "passing"), MASTER_CASES)

@@ -64,6 +64,8 @@ def test_a_hand_computed_error():
     {"activation": {"bits": 4}, "gradient": {"bits": 8, "granularity": "channel"}, "backward_operands": "original"},
     {"activation": {"bits": 4, "granularity": "block", "block_size": 16}},
     {"activation": {"bits": 4, "symmetric": False}, "gradient": {"bits": 8}},
+    {"activation": {"bits": 8}, "gradient": {"format": "nvfp4"}},
+    {"activation": {"bits": 4}, "gradient": {"bits": 4}, "rotation": {"block_size": 32}},
 ])  # fmt: skip
 @pytest.mark.parametrize("make", [llama, gpt2])
 def test_the_quantized_gradient_is_the_one_of_training(make, linear):

@@ -223,15 +223,22 @@ def cases(world_size):
             yield number, bits, rotation, rounding, size, DTYPES[(number + size) % len(DTYPES)]
 
 
-def main(output):
-    dist.init_process_group("gloo")
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    report = {"checked": 0, "wrong": []}
+def expecting(report):
+    """A function that counts a condition in the report, and notes what is wrong where it does not hold."""
 
     def expect(condition, *what):
         report["checked"] += 1
         if not condition:
             report["wrong"].append(" ".join(map(str, what)))
+
+    return expect
+
+
+def main(output):
+    dist.init_process_group("gloo")
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    report = {"checked": 0, "wrong": []}
+    expect = expecting(report)
 
     torch.manual_seed(7)  # of all ranks: the seeds of others are needed here
     calls = {}
@@ -406,11 +413,7 @@ def main_of_many(output, rank, world_size=1024):
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     rank, report = int(rank), {"checked": 0, "wrong": []}
-
-    def expect(condition, *what):
-        report["checked"] += 1
-        if not condition:
-            report["wrong"].append(" ".join(map(str, what)))
+    expect = expecting(report)
 
     def initialise():
         dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)

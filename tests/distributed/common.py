@@ -1,11 +1,13 @@
 """What the distributed programs share: a tiny model, fixed data, and a report as JSON."""
 
 import gc
+import hashlib
 import json
 import os
 import shutil
 import sys
 import tempfile
+from argparse import Namespace
 from pathlib import Path
 
 import torch
@@ -25,6 +27,31 @@ def batch(index, rows):
     """int64 [rows, LENGTH], the same on every machine."""
     generator = torch.Generator().manual_seed(index)
     return torch.randint(0, VOCABULARY, (rows, LENGTH), generator=generator)
+
+
+def digest(tensors):
+    """A hash of the values of tensors, in fp32."""
+    found = hashlib.sha256()
+    for tensor in tensors:
+        found.update(tensor.detach().float().contiguous().numpy().tobytes())
+    return found.hexdigest()
+
+
+def forward(engine, index, rows):
+    """The loss of this rank's `rows` of the batch with the number `index`."""
+    rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    data = batch(index, rows * world_size)[rank::world_size]
+    return engine(input_ids=data, labels=data).loss
+
+
+def to_universal(folder, step, stage):
+    """What `python -m deepspeed.checkpoint.ds_to_universal` does, within this process."""
+    from deepspeed.checkpoint import ds_to_universal
+
+    arguments = {"input_folder": f"{folder}/global_step{step}", "output_folder": f"{folder}/universal"}
+    workers = {"num_extract_workers": 1, "num_merge_workers": 1}
+    options = {"keep_temp_folder": False, "strict": True, "inject_missing_state": stage < 3}
+    ds_to_universal.main(Namespace(**arguments, **workers, **options))
 
 
 def write_report(path, report):

@@ -8,7 +8,6 @@ weights at stage 3; gradient checkpointing; and a fresh engine that goes on from
 """
 
 import gc
-import hashlib
 import json
 import sys
 import time
@@ -18,7 +17,7 @@ from unittest import mock
 
 import deepspeed
 import torch
-from common import batch, leave, remove, say, shared_folder, tiny_llama_config, write_reports
+from common import digest, forward, leave, remove, say, shared_folder, tiny_llama_config, write_reports
 from deepspeed import comm as dist
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad, safe_set_full_fp32_param
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -134,26 +133,14 @@ def keeping(how):
     return stack
 
 
-def digest(tensors):
-    found = hashlib.sha256()
-    for tensor in tensors:
-        found.update(tensor.detach().float().contiguous().numpy().tobytes())
-    return found.hexdigest()
-
-
 def weights_digest(engine):
     parameters = list(engine.module.parameters())
     with deepspeed.zero.GatheredParameters(parameters, enabled=engine.zero_optimization_stage() == 3):
         return digest(parameters)
 
 
-def forward(engine, index):
-    data = batch(index, ROWS * dist.get_world_size())[dist.get_rank() :: dist.get_world_size()]
-    return engine(input_ids=data, labels=data).loss
-
-
 def micro_batch(engine, index, factor=1.0):
-    loss = forward(engine, index)
+    loss = forward(engine, index, ROWS)
     engine.backward(loss * factor)
     engine.step()
     return loss.item()
@@ -171,7 +158,7 @@ def train(engine, first, last):
 def probe(engine):
     """The loss of a batch, by the module itself: no step, no gradients, but codes are kept as training keeps them."""
     with torch.no_grad():
-        return forward(engine.module, PROBE).item()
+        return forward(engine.module, PROBE, ROWS).item()
 
 
 # Weights are edited alike on all ranks: below stage 3 each holds its own copy.
@@ -399,7 +386,7 @@ def watch_memory(path, case):
     gc.collect()
     gc.freeze()
     handles = [layer.register_forward_hook(look) for layer in layers]
-    loss = forward(engine, 0)
+    loss = forward(engine, 0, ROWS)
     for handle in handles:
         handle.remove()
     report["after"] = {
@@ -413,14 +400,14 @@ def watch_memory(path, case):
     engine.step()
     report["packed"] = []
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = forward(engine, 1)
+        loss = forward(engine, 1, ROWS)
     engine.backward(loss)
     engine.step()
     del loss
     with Live(matrices, shapes) as live:
         for micro in range(ACCUMULATION):
             live.begin()
-            loss = forward(engine, micro)
+            loss = forward(engine, micro, ROWS)
             in_forward = live.end()
             live.begin()
             engine.backward(loss)
@@ -460,7 +447,7 @@ def checkpointed(path, case, reentrant, counts):
     losses, gradients, weights = [], [], []
     counts.take()
     for index in range(2 * ACCUMULATION):
-        loss = forward(engine, index)
+        loss = forward(engine, index, ROWS)
         engine.backward(loss)
         if engine.is_gradient_accumulation_boundary():
             gradients.append(digest(safe_get_full_grad(parameter) for parameter in engine.module.parameters()))

@@ -4,10 +4,9 @@ masters.py OUTPUT FOLDER
 """
 
 import sys
-from argparse import Namespace
 
 import torch
-from common import batch, leave, say, tiny_llama_config, write_reports
+from common import batch, leave, say, tiny_llama_config, to_universal, write_reports
 from deepspeed import comm as dist
 from deepspeed.runtime.zero.offload_config import OffloadStateTypeEnum
 from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param
@@ -16,10 +15,14 @@ from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoin
 import ds_quant
 from ds_quant.config import ConfigError
 from ds_quant.engine.memory_parts import memory_parts
-from ds_quant.planning.ledger import plain
+from ds_quant.planning.job import Job, run_job
+from ds_quant.planning.ledger import ROLES, Ledger, plain
 
 CASES = {f"{stage} {bits}": (stage, bits) for stage in (1, 2, 3) for bits in (24, 16)}
 STEPS = 3
+MOMENTS = (8, 4)
+"""Bits of the moments in jobs whose memory is measured."""
+BUCKET = 4096
 NAME = "model.layers.0.mlp.up_proj.weight"
 
 
@@ -90,15 +93,6 @@ def set_and_get(engine):
     return (after[NAME] - 1).abs().max().item(), others
 
 
-def to_universal(folder, stage):
-    from deepspeed.checkpoint import ds_to_universal
-
-    arguments = {"input_folder": f"{folder}/global_step{STEPS}", "output_folder": f"{folder}/universal"}
-    workers = {"num_extract_workers": 1, "num_merge_workers": 1}
-    options = {"keep_temp_folder": False, "strict": True, "inject_missing_state": stage < 3}
-    ds_to_universal.main(Namespace(**arguments, **workers, **options))
-
-
 def run(case, folder):
     stage, bits = CASES[case]
     engine = start(stage, bits)
@@ -120,7 +114,7 @@ def run(case, folder):
     if dist.get_rank() == 0:
         fp32 = get_fp32_state_dict_from_zero_checkpoint(folder, lazy_mode=False)
         report["zero_to_fp32"] = all(torch.equal(fp32[name], saved[name]) for name in saved)
-        to_universal(folder, stage)
+        to_universal(folder, STEPS, stage)
     dist.barrier()
 
     engine = start(stage, bits, folder)
@@ -144,11 +138,48 @@ def run(case, folder):
     return report
 
 
+def memory_job(moment_bits, world_size, rank):
+    """Of many weights, so that no single one is much of the model."""
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_clipping": 1.0,
+        "bf16": {"enabled": True},
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-3}},
+        "zero_optimization": {"stage": 2, "ds_quant_required": True, "reduce_bucket_size": BUCKET},
+        "ds_quant": {
+            "optimizer": {
+                "master": {"bits": 24},
+                "exp_avg": {"bits": moment_bits},
+                "exp_avg_sq": {"bits": moment_bits},
+            }
+        },
+    }
+    model = {**tiny_llama_config(num_hidden_layers=8).to_dict(), "model_type": "llama"}
+    return Job(config, model, 1, 8, world_size, rank)
+
+
+def measured(moment_bits):
+    """Bytes at the peak of a whole step, of all but activations; and the largest weight's elements."""
+    job = memory_job(moment_bits, dist.get_world_size(), dist.get_rank())
+    ledger = Ledger()
+    with ledger:
+        outcome = run_job(job, ledger)
+    peak = ledger.peak("begin", "end", [role for role in ROLES if role != "activations"])
+    return {
+        "parameters": outcome.num_parameters,
+        "bytes": peak.bytes,
+        "parts": peak.parts,
+        "phase": peak.phase,
+        "all bytes": outcome.peak_bytes,
+    }
+
+
 def main(output, folder):
     reports = {}
     for case in CASES:
         say(f"rank {dist.get_rank() if dist.is_initialized() else '?'}: {case}")
         reports[case] = run(case, f"{folder}/{case.replace(' ', '-')}")
+    reports["memory"] = {str(bits): measured(bits) for bits in MOMENTS}
     write_reports(output, reports)
     leave()
 

@@ -4,10 +4,10 @@ deepspeed moments.py OUTPUT FOLDER save|resume
 """
 
 import sys
-from argparse import Namespace
 
 import deepspeed
 import torch
+from common import to_universal
 from deepspeed import comm as dist
 from deepspeed.runtime.zero.offload_config import OffloadStateTypeEnum
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state, safe_set_full_optimizer_state
@@ -96,22 +96,12 @@ def save(folder):
             report["safe_set"] = safe_set(engine)
         dist.barrier()
         if dist.get_rank() == 0 and name in UNIVERSAL:
-            to_universal(f"{folder}/{name}", job.stage)
+            to_universal(f"{folder}/{name}", TRAINED, job.stage)
         dist.barrier()
         engine.destroy()
         return report
 
     return each(CASES | PLAIN | OTHER, run)
-
-
-def to_universal(folder, stage):
-    """What `python -m deepspeed.checkpoint.ds_to_universal` does, within this process."""
-    from deepspeed.checkpoint import ds_to_universal
-
-    arguments = {"input_folder": f"{folder}/global_step{TRAINED}", "output_folder": f"{folder}/universal"}
-    workers = {"num_extract_workers": 1, "num_merge_workers": 1}
-    options = {"keep_temp_folder": False, "strict": True, "inject_missing_state": stage < 3}
-    ds_to_universal.main(Namespace(**arguments, **workers, **options))
 
 
 def resume(folder):

@@ -7,7 +7,7 @@ import sys
 from dataclasses import dataclass, field
 
 import deepspeed
-import moments
+from common import to_universal
 from deepspeed import comm as dist
 from deepspeed.runtime.zero.offload_config import OffloadStateTypeEnum
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
@@ -99,7 +99,7 @@ def save(folder):
 def stock_converter(folder, stage):
     """How DeepSpeed's converter to universal checkpoints fails."""
     try:
-        moments.to_universal(folder, stage)
+        to_universal(folder, TRAINED, stage)
     except KeyError as error:
         return str(error)
     return None

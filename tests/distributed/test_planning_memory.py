@@ -56,7 +56,7 @@ def test_predictions_against_real_ranks(ranks, configs, stages, tmp_path, capsys
         assert (ranks > 1) == (min(row["wire_bytes"]) > row["parameters"] / 4)
 
 
-@pytest.mark.parametrize(("config", "stage"), [("baseline", 1), ("w8a8_adam8_comm8", 2), ("wire8", 1)])
+@pytest.mark.parametrize(("config", "stage"), [("baseline", 1), ("w8a8_adam8_comm8", 2), ("wire8", 1), ("wire8", 3)])
 def test_traffic_is_what_others_count(config, stage, tmp_path):
     """The bytes of the planner's ledger, against DeepSpeed's comms logger and ds_quant's own statistics."""
     job = (PROGRAMS / "planning_wire.py", tmp_path / "out.json", CONFIGS / f"{config}.json", stage)

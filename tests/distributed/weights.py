@@ -10,16 +10,17 @@ what crossed the wire, counted at the collectives; and what leaves the job of ei
 
 import copy
 import gc
-import hashlib
 import json
 import sys
 from pathlib import Path
 
 import deepspeed
 import torch
-from common import batch, leave, remove, say, shared_folder, tiny_llama_config, write_reports
+from common import digest, forward, leave, remove, say, shared_folder, tiny_llama_config, write_reports
 from deepspeed import comm as dist
+from deepspeed.runtime.zero import partition_parameters
 from deepspeed.utils import safe_get_full_fp32_param
+from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
 import ds_quant
@@ -56,6 +57,16 @@ class Odd(torch.nn.Module):
         return type("Output", (), {"loss": loss})
 
 
+class Reader(Odd):
+    """Reads the weight of a layer by itself, before the layer does."""
+
+    def forward(self, input_ids, labels):
+        size = self.last.weight.detach().float().square().mean()
+        output = super().forward(input_ids, labels)
+        output.loss = output.loss * (1 + size)
+        return output
+
+
 def model_of(name):
     torch.manual_seed(0)
     if name == "llama":
@@ -63,7 +74,7 @@ def model_of(name):
     if name == "gpt2":
         sizes = {"n_embd": 36, "n_layer": 2, "n_head": 4, "vocab_size": 96, "n_positions": 16}
         return GPT2LMHeadModel(GPT2Config(**sizes, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0))
-    return Odd()
+    return Reader() if name == "reader" else Odd()
 
 
 def config_of(case, gathered):
@@ -71,7 +82,7 @@ def config_of(case, gathered):
     quantized = {"linear": {"weight": {"bits": int(bits)}, "activation": {"bits": 8}, "backend": backend_name}}
     quantized["linear"]["gradient"] = {"bits": 8, "rounding": "stochastic"}
     quantized["communication"] = {"gradient": {"bits": 8}}
-    if case.startswith("odd"):
+    if case.startswith(("odd", "reader")):
         quantized["linear"]["exclude"] = []
     if gathered:
         quantized["communication"]["weight"] = {"mode": "codes"} if gathered is True else gathered
@@ -80,7 +91,7 @@ def config_of(case, gathered):
         "gradient_accumulation_steps": ACCUMULATION,
         "gradient_clipping": 1.0,
         "optimizer": {"type": "AdamW", "params": {"lr": 1e-2, "torch_adam": True}},
-        "zero_optimization": {"stage": int(stage)},
+        "zero_optimization": {"stage": int(stage), "stage3_gather_16bit_weights_on_model_save": True},
         "ds_quant": quantized,
     }
     if dtype in ("bf16", "masters"):
@@ -92,9 +103,10 @@ def config_of(case, gathered):
     for setting in more:
         name, _, value = setting.partition("=")
         config["zero_optimization"][name] = json.loads(value)
-    if "offload_optimizer" in config["zero_optimization"]:
-        config["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
-        config["zero_force_ds_cpu_optimizer"] = False
+    for name in ("offload_optimizer", "offload_param"):
+        if name in config["zero_optimization"]:
+            config["zero_optimization"][name] = {"device": "cpu"}
+            config["zero_force_ds_cpu_optimizer"] = False
     return config
 
 
@@ -111,16 +123,24 @@ def build(case, gathered):
     return engine
 
 
-def digest(tensors):
-    found = hashlib.sha256()
-    for tensor in tensors:
-        found.update(tensor.detach().float().contiguous().numpy().tobytes())
-    return found.hexdigest()
+def is_stage3(engine):
+    return engine.zero_optimization_partition_weights()
 
 
-def forward(engine, index):
-    data = batch(index, ROWS * dist.get_world_size())[dist.get_rank() :: dist.get_world_size()]
-    return engine(input_ids=data, labels=data).loss
+def masters_of(engine):
+    optimizer = engine.optimizer
+    return optimizer.fp32_partitioned_groups_flat if is_stage3(engine) else optimizer.single_partition_of_fp32_groups
+
+
+def trained_parts(engine, flats):
+    """What a rank has of `flats`, without what stage 3 pads every parameter with and never sets."""
+    if not is_stage3(engine):
+        yield from flats
+        return
+    for flat, parameters in zip(flats, engine.optimizer.fp16_groups, strict=True):
+        sizes = [parameter.ds_tensor.ds_numel for parameter in parameters]
+        for parameter, part in zip(parameters, flat.split(sizes), strict=True):
+            yield part[: max(0, parameter.ds_numel - dist.get_rank() * parameter.ds_tensor.ds_numel)]
 
 
 def train(engine, first, last):
@@ -129,24 +149,49 @@ def train(engine, first, last):
     for step in range(first, last):
         losses = []
         for micro in range(ACCUMULATION):
-            loss = forward(engine, step * ACCUMULATION + micro)
+            loss = forward(engine, step * ACCUMULATION + micro, ROWS)
             engine.backward(loss)
             engine.step()
             losses.append(loss.item())
-        masters = engine.optimizer.single_partition_of_fp32_groups
+        masters = masters_of(engine)
         states = engine.basic_optimizer.state
-        moments = [states[master][name] for master in masters for name in ("exp_avg", "exp_avg_sq") if states[master]]
-        found.append([losses, digest(masters), digest(moments), float(engine.get_global_grad_norm())])
+        flats = {name: [states[master][name] for master in masters] for name in ("exp_avg", "exp_avg_sq")}
+        moments = [part for name in flats for part in trained_parts(engine, flats[name])]
+        norm = float(engine.get_global_grad_norm())
+        found.append([losses, digest(trained_parts(engine, masters)), digest(moments), norm])
     return found
+
+
+def layout_of(part, engine):
+    """Bytes of a step, as the layouts have them; of stage 3 those of a fetch of every weight, without whole ones."""
+    if not is_stage3(engine):
+        return [gather.layout.sent_bytes(dist.get_rank()) for gather in part._gathers]
+    others = dist.get_world_size() - 1
+    return [others * weight.slot_bytes for weight in part._coded.values()]
 
 
 class Watch:
     """Bytes that this rank sends to gather weights, counted at the collectives."""
 
     def __init__(self):
-        self.sent = self.shared = 0
-        self._gather, self._reduce = backend.all_gather_uneven, backend.all_reduce_max
+        self.sent = self.shared = self.whole = 0
+        self._gather, self._reduce, self._fetch = backend.all_gather_uneven, backend.all_reduce_max, backend.all_gather
         backend.all_gather_uneven, backend.all_reduce_max = self._counted_gather, self._counted_reduce
+        backend.all_gather = self._counted_fetch
+        self._of_deepspeed, self._of_all = partition_parameters._dist_allgather_fn, dist.all_gather_into_tensor
+        partition_parameters._dist_allgather_fn, dist.all_gather_into_tensor = self._counted_whole, self._counted_all
+
+    def _counted_whole(self, part, output, group=None):
+        self.whole += output.nbytes - part.nbytes
+        return self._of_deepspeed(part, output, group)
+
+    def _counted_all(self, output, part, *args, **kwargs):
+        self.whole += output.nbytes - part.nbytes
+        return self._of_all(output, part, *args, **kwargs)
+
+    def _counted_fetch(self, output, message, group):
+        self.sent += output.nbytes - message.nbytes
+        return self._fetch(output, message, group)
 
     def _counted_gather(self, slots, message, group):
         assert message.dtype == torch.uint8
@@ -159,7 +204,8 @@ class Watch:
         return self._reduce(values, group)
 
     def take(self):
-        found, self.sent, self.shared = (self.sent, self.shared), 0, 0
+        found = self.sent, self.shared, self.whole
+        self.sent = self.shared = self.whole = 0
         return found
 
 
@@ -178,10 +224,14 @@ def saved_weights(engine, folder):
     engine.save_16bit_model(folder, "model.bin")
     dist.barrier()
     found = {}
-    for name in ("whole/mp_rank_00_model_states.pt", "model.bin"):
+    names = ["model.bin"] if is_stage3(engine) else ["whole/mp_rank_00_model_states.pt", "model.bin"]
+    for name in names:
         state = torch.load(Path(folder) / name, map_location="cpu", weights_only=False)
         state = state.get("module", state)
         found[name] = digest(state[key] for key in sorted(state))
+    if is_stage3(engine):  # whose checkpoints hold masters alone
+        state = get_fp32_state_dict_from_zero_checkpoint(folder, tag="whole")
+        found["fp32"] = digest(state[key] for key in sorted(state))
     return found
 
 
@@ -192,7 +242,7 @@ def parameters_of(engine):
 def evaluated(engine):
     engine.eval()
     with torch.no_grad():
-        loss = forward(engine, 1000).item()
+        loss = forward(engine, 1000, ROWS).item()
     engine.train()
     return loss
 
@@ -204,26 +254,27 @@ def run(case, gathered, watch):
     report = {"early": train(engine, 0, EARLY), "wire": watch.take(), "evaluated": evaluated(engine)}
     part = getattr(engine, "ds_quant_weight_communication", None)
     if part is not None:
-        flats = engine.optimizer.bit16_groups_flat
         report["counted"] = part.total.sent_bytes
-        report["layout"] = [gather.layout.sent_bytes(dist.get_rank()) for gather in part._gathers]
-        report["numel"] = [flat.numel() for flat in flats]
+        report["layout"] = layout_of(part, engine)
         report["coarse"] = parameters_of(engine)
         model = engine.module
         layer = next(module for module in model.modules() if isinstance(module, QuantizedModule))
         actions = [model.state_dict, layer.state_dict, lambda: copy.deepcopy(model)]
-        if dist.get_world_size() > 1:  # one rank could, and would take the weights away from this engine
+        if is_stage3(engine) and not part.held_in_codes():
+            actions = []
+        if actions and dist.get_world_size() > 1:  # one rank could, and would take the weights away from this engine
             actions.append(lambda: ds_quant.initialize(model=model, config=config_of(case, gathered)))
         report["refusals"] = [refusal(action) for action in actions]
     names = {name: parameter for name, parameter in engine.module.named_parameters() if parameter.requires_grad}
     report["full"] = digest(safe_get_full_fp32_param(parameter) for parameter in names.values())
     with deepspeed.zero.GatheredParameters(list(engine.module.parameters())):
         report["whole"] = parameters_of(engine)
-    engine.module.state_dict()
+        engine.module.state_dict()
     report["middle"] = train(engine, EARLY, EARLY + 1)
     report["saved"] = saved_weights(engine, folder)
     engine.gather_weights()
-    report["state_dict"] = digest(engine.module.state_dict().values())
+    with deepspeed.zero.GatheredParameters(list(engine.module.parameters()), enabled=is_stage3(engine)):
+        report["state_dict"] = digest(engine.module.state_dict().values())
     report["late"] = train(engine, EARLY + 1, STEPS)
     dist.barrier()
     fresh = build(case, gathered)

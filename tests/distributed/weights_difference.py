@@ -11,10 +11,10 @@ import sys
 
 import deepspeed
 import torch
-from common import leave, remove, say, shared_folder, write_reports
+from common import digest, forward, leave, remove, say, shared_folder, write_reports
 from deepspeed import comm as dist
 from deepspeed.utils import safe_get_full_fp32_param
-from weights import build, digest, forward, parameters_of, refusal, saved_weights, train
+from weights import ROWS, build, parameters_of, refusal, saved_weights, train
 
 from ds_quant.comm import backend
 from ds_quant.comm.weight_difference import rounding_of, wire_format
@@ -90,7 +90,7 @@ def run(case, weight, watch):
     report["masters"] = masters_in_16_bits(engine, names)
     engine.eval()
     with torch.no_grad():
-        forward(engine, 1000)
+        forward(engine, 1000, ROWS)
     engine.train()
     report["replica after saving"] = parameters_of(engine)
     report["late"] = train(engine, EARLY, STEPS)

@@ -32,13 +32,14 @@ def start(model, weight, linear=None, **overrides):
 class Tied(nn.Module):
     """Of two layers, one has the weight of an embedding, and the other is one in which weights are frozen."""
 
-    def __init__(self):
+    def __init__(self, with_frozen=True):
         super().__init__()
         self.embedding = nn.Embedding(8, 4)
         self.head = nn.Linear(4, 8)
         self.head.weight = self.embedding.weight
-        self.frozen = nn.Linear(8, 8)
-        self.frozen.weight.requires_grad = False
+        if with_frozen:
+            self.frozen = nn.Linear(8, 8)
+            self.frozen.weight.requires_grad = False
 
 
 def test_a_model_without_a_weight_for_quantized_layers_alone_is_refused():
@@ -68,3 +69,31 @@ def test_engines_without_have_the_method(caplog):
     engine = ds_quant.initialize(model=nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), config=config)[0]
     engine.gather_weights()
     assert isinstance(engine.module[0].weight, torch.nn.Parameter)
+
+
+STAGE_3 = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
+
+
+def test_stage_3_refuses_and_says_the_same(caplog):
+    """But that there frozen weights are gathered, too."""
+    with pytest.raises(ConfigError, match=r"communication\.weight\.mode: got \"codes\""):
+        start(Tied(with_frozen=False), CODES, {"exclude": []}, **STAGE_3)
+    model = nn.Sequential(nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False))
+    model[1].weight.requires_grad = False
+    with caplog.at_level("INFO", logger="ds_quant"):
+        engine = start(model, CODES, {"exclude": []}, **STAGE_3)
+    assert "codes that layers compute with, in 8 bits: 100.0% of the elements" in caplog.text
+    engine.gather_weights()
+    assert engine.ds_quant_weight_communication.summary()["weight_wire_bytes_per_step"] is None
+
+
+def test_another_engine_gathers_parameters_by_its_own_ways():
+    """And not by those of an engine that does not hear of its steps."""
+    model = nn.Sequential(nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False))
+    first = start(model, CODES, {"exclude": []}, **STAGE_3)
+    replaced = model[0].weight.all_gather
+    plain = {"linear": {"weight": {"bits": 8}, "activation": {"bits": 8}, "exclude": []}}
+    start(model, CODES, ds_quant=plain, **STAGE_3)
+    assert model[0].weight.all_gather is replaced.__wrapped__
+    assert not hasattr(model[0].weight, "ds_quant_methods")
+    assert first.module is model

@@ -175,8 +175,9 @@ IN_BLOCKS = {"intermediate_size": 96}
         ({"weight": {"format": "mxfp4"}}, "mxfp4-pack-quantized", 4),
         ({"weight": {"format": "nvfp4"}}, "nvfp4-pack-quantized", 4),
         ({"weight": {"format": "nvfp4", "block_rows": 16}}, "nvfp4-pack-quantized", 4),
+        ({"weight": {"format": "nvfp4", "scale_rule": "four_six"}}, "nvfp4-pack-quantized", 4),
     ],
-    ids=["fp8", "fp8-tensor", "mxfp8", "mxfp8-up", "mxfp6", "mxfp4", "nvfp4", "nvfp4-tiles"],
+    ids=["fp8", "fp8-tensor", "mxfp8", "mxfp8-up", "mxfp6", "mxfp4", "nvfp4", "nvfp4-tiles", "nvfp4-four-six"],
 )
 def test_formats_of_floating_point(linear, format, bits, dtype, tmp_path):
     source = saved(tmp_path / "model", linear, dtype=dtype, **IN_BLOCKS)
@@ -203,7 +204,7 @@ def test_formats_of_floating_point(linear, format, bits, dtype, tmp_path):
 def test_a_scale_that_no_reciprocal_gives_is_refused(tmp_path, monkeypatch):
     linear = {"weight": {"format": "nvfp4"}}
     source = saved(tmp_path / "model", linear, **IN_BLOCKS)
-    monkeypatch.setattr(stored_weight, "_two_levels", lambda scale: [(scale.to(torch.float8_e4m3fn), scale[:1, 0])])
+    monkeypatch.setattr(stored_weight, "_two_levels", lambda scale, _: [(scale.to(torch.float8_e4m3fn), scale[:1, 0])])
     with pytest.raises(ConfigError, match=r"weight: got .other values after decoding.*--format bf16"):
         export(source, tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -317,7 +318,7 @@ def test_what_is_served_generates_with_its_cache(format, tmp_path):
 
 
 def test_inputs_without_a_batch_dimension_share_a_scale_in_compressed_tensors(tmp_path):
-    """What docs/export.md says of OPT, whose fc1 is called with [tokens, features]; it fails when that is mended."""
+    """What docs/export.md says of OPT, whose fc1 is called with [tokens, features]; it fails when that is fixed."""
     source = saved(tmp_path / "model", W8A8, "opt")
     export(source, tmp_path / "out")
     fc1 = served(tmp_path / "out").model.decoder.layers[0].fc1

@@ -157,6 +157,13 @@ def test_configurations_are_put_together_by_stage(tmp_path):
     assert jobs[2].content == {"zero_optimization": {"stage": 1, "overlap_comm": False}}
 
 
+def test_configurations_that_a_stage_refuses_are_left_out(capsys):
+    jobs = comm_step._jobs(None, "1,3")
+    assert [job.name for job in jobs if job.stage == 1] == ["baseline", "comm8", "comm4", "full_int8", "wire8", "wire4"]
+    assert [job.name for job in jobs if job.stage == 3] == ["baseline", "comm8", "comm4", "full_int8", "wire8"]
+    assert "left out: wire4 at stage 3: zero_optimization.stage: got 3" in capsys.readouterr().out
+
+
 def test_a_rank_that_fails_or_hangs_ends_all_of_them():
     program = (
         "import os, sys, time; rank = os.environ['RANK']; print('rank', rank)\n"

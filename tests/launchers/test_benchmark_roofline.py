@@ -40,6 +40,13 @@ def test_the_goals_are_predicted_to_be_reached():
         assert roofline.predict(AFTER, *layer).speed_up >= goal
 
 
+def test_without_a_cache_large_layers_come_close_to_their_goals():
+    """What docs/gpu.md says beside the prediction: within a twentieth, and small layers still reach theirs."""
+    large, small = GOALS
+    assert 0.95 * GOALS[large] < roofline.predict(roofline.UNCACHED, *large).speed_up < GOALS[large]
+    assert roofline.predict(roofline.UNCACHED, *small).speed_up >= GOALS[small]
+
+
 def test_the_rule_by_hand():
     way = Way("", x=1, w=10, g=100, results=1000, random_instructions=3, launches=1, random_launches=1)
     # X [2, 3], W [5, 3], G [2, 5].

@@ -18,7 +18,7 @@ from benchmarks.gpu_check.int_mm import exact_products, laid_out
 from benchmarks.gpu_check.kernels import differences
 from benchmarks.gpu_check.optimizer import gpt2_shapes
 from benchmarks.gpu_check.promises import AT_LEAST, AT_MOST, DRY_RUN, HELD, MISSED, NOT_MEASURED, Promise
-from benchmarks.gpu_check.recording import Record, write_whole
+from benchmarks.gpu_check.recording import Record
 from benchmarks.gpu_check.training import Ended, loss_gap
 
 FASTER = Promise(6, "speed", "times as fast", AT_LEAST, 1.5)
@@ -143,7 +143,7 @@ def test_a_record_is_on_disk_after_every_entry_and_whole(tmp_path):
     assert json.loads(path.read_text())["tables"] == {"table": [{"a": 1}, {"b": "x"}]}
     assert [file.name for file in tmp_path.iterdir()] == ["step.json"]
     with pytest.raises(TypeError):
-        write_whole(path, {"no JSON": object()})
+        record.row("table", no_json=object())
     assert json.loads(path.read_text())["measures"], "the old one stays"
 
 

@@ -179,8 +179,8 @@ def test_a_mistake_ends_all_ranks_with_one_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (["--deepspeed", "nowhere.json"], "nowhere.json: no such file"),
-        (["--train_file", "nowhere.txt"], "nowhere.txt: there is no such file"),
+        (["--deepspeed", "nowhere.json"], "nowhere.json: got no such file"),
+        (["--train_file", "nowhere.txt"], "got nowhere.txt, but there is no such file"),
         (["--resume_from_checkpoint", "last"], "holds no whole checkpoint"),
         (["--resume_from_checkpoint", "nowhere/checkpoint-7"], "Cannot resume from nowhere/checkpoint-7"),
         (["--deepspeed", "SECTION"], "bitz"),

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from accelerate.data_loader import skip_first_batches
 from conftest import ROOT
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from pretraining import packing, shard_writer, shards, tokenizer
 from pretraining.corpus import CorpusArguments
@@ -73,7 +73,6 @@ def written(corpus: Path, small_tokenizer: str, tmp_path_factory: pytest.TempPat
     return folder
 
 
-@settings(max_examples=60, deadline=None)
 @given(st.integers(1, 3000), st.integers(0, 2**63), st.integers(0, 9))
 def test_a_permutation_meets_every_element_once(n: int, seed: int, epoch: int) -> None:
     order = Permutation(n, seed, epoch)(np.arange(n))

@@ -60,7 +60,7 @@ def outcome(model):
         try:
             convert(model, {**W8A8, "exclude": fix})
         except ConfigError as second:
-            return f"THE REMEDY FAILS: {second}", []
+            return f"THE FIX FAILS: {second}", []
         return "fused experts: refused, converts with the printed fix", coverage(model).heads
     return "converted", coverage(model).heads
 

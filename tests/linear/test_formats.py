@@ -38,6 +38,8 @@ def configs(name):
         yield {"weight": {"format": name}, "activation": {"format": "mxint8"}, "gradient": {"format": "nvfp4"}}
     if FORMATS[name].scale == "e8m0":
         yield all_three(name, scale_rule="up")
+    if name == "nvfp4":
+        yield {**all_three(name, scale_rule="four_six"), "weight": {"format": name, "block_rows": 16}}
     if FORMATS[name].scale == "e4m3":
         yield {**all_three(name), "weight": {"format": name, "block_rows": 16}}
 

@@ -132,3 +132,21 @@ def test_the_count_of_forwards_stays_out():
     for graph in (forward, backward):
         assert_fit(graph, "cpu")
         assert keys_in(graph)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("config", [W8A8G8_INT8, SIMULATED], ids=["int8", "simulated"])
+def test_on_a_gpu(config):
+    """The mode itself: three steps, of which the last one is a replay, beside eager ones."""
+    model = small().cuda()
+    convert(model, config)
+    remove_forward_counter(model)
+    tokens = TOKENS.cuda()
+    want = [step(model, model, tokens, number) for number in (1, 2, 3)]
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, mode="reduce-overhead")
+    for number, expected in zip((1, 2, 3), want, strict=True):
+        torch.compiler.cudagraph_mark_step_begin()
+        for got, wanted in zip(step(model, compiled, tokens, number), expected, strict=True):
+            # Inductor sums in another order than eager kernels do.
+            torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-5)

@@ -62,9 +62,9 @@ def round_to(v, elements, draws=None):
     return np.where(nearer_high, above, below), np.where(np.signbit(v), -1.0, 1.0)
 
 
-def block_scale(absmax, elements, kind, rule, tensor):
-    """float32, of a block with this largest magnitude."""
-    largest = table(elements)[-1]
+def block_scale(absmax, elements, kind, rule, tensor, largest=None):
+    """float32, of a block with this largest magnitude, which becomes `largest`."""
+    largest = table(elements)[-1] if largest is None else largest
     if not np.isfinite(absmax):
         return np.float32("nan")
     if kind == "float":
@@ -86,6 +86,23 @@ def block_scale(absmax, elements, kind, rule, tensor):
     return np.float32(2.0 ** (min(max(shared, -127), 127) - implied))
 
 
+def four_six(flat, members, largest, elements, tensor, shape, rows):
+    """The scale of each block: that one of two with the smaller error over the block, or over all of its tile."""
+    pairs, errors = [], []
+    for absmax, indices in zip(largest, members, strict=True):
+        pairs.append([block_scale(absmax, elements, "e4m3", "", tensor, most) for most in (6.0, 4.0)])
+        off = []
+        for scale in pairs[-1]:
+            v = flat[indices] / scale if scale > 0 else np.zeros(len(indices), np.float32)
+            number, sign = round_to(v, elements)
+            off.append((((table(elements)[number] * sign - v) * np.float64(scale)) ** 2).sum())
+        errors.append(off)
+    errors = np.array(errors).reshape(shape[0], -1, 2)
+    for first in range(0, shape[0], rows):
+        errors[first : first + rows] = errors[first : first + rows].sum(0)
+    return [pair[int(four < six)] for pair, (six, four) in zip(pairs, errors.reshape(-1, 2), strict=True)]
+
+
 def quantize(x, name, *, granularity="block", block_size=128, rows=1, rule="floor", key=None):
     """(values in units of their scale, scale of each element), float32 arrays of x's shape. x: [rows, features]."""
     elements, kind, fixed = FORMATS[name]
@@ -102,11 +119,14 @@ def quantize(x, name, *, granularity="block", block_size=128, rows=1, rule="floo
                 blocks[first : first + rows] = blocks[first : first + rows].max(0)
             largest = list(blocks.reshape(-1))
         finite = [value for value in largest if np.isfinite(value)]
-        levels = np.float32(448 * table(elements)[-1])
+        levels = np.float32((256 if rule == "four_six" else 448) * table(elements)[-1])
         tensor = oracle.step_size(np.float32(max(finite, default=0)), levels)
+        chosen_scales = None
+        if rule == "four_six":
+            chosen_scales = four_six(flat, members, largest, elements, tensor, x.shape, rows)
         steps, scales = np.zeros(flat.size, np.float32), np.zeros(flat.size, np.float32)
-        for absmax, indices in zip(largest, members, strict=True):
-            scale = block_scale(absmax, elements, kind, rule, tensor)
+        for number, (absmax, indices) in enumerate(zip(largest, members, strict=True)):
+            scale = chosen_scales[number] if chosen_scales else block_scale(absmax, elements, kind, rule, tensor)
             scales[indices] = scale
             if scale > 0:
                 v = flat[indices] / scale

@@ -12,6 +12,12 @@ import numpy as np
 M = 2**32
 
 
+def bits_of(x):
+    """int32 that tell all numbers apart and no NaN from another."""
+    x = np.asarray(x, dtype=np.float32)
+    return np.where(np.isnan(x), 0x7FC00000, x.view(np.int32))
+
+
 def mix(x):
     x ^= x >> 16
     x = x * 0x21F0AAAD % M

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 import torch._dynamo.testing
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from numerics import moment_oracle
@@ -122,7 +122,6 @@ def test_every_kind_of_input_equals_the_oracle(name, bits, signed, kind, rng):
     check_against_oracle(make_input(rng, kind, 40, signed), name, bits, signed, None)
 
 
-@settings(max_examples=150, deadline=None)
 @given(
     array=hnp.arrays(np.float32, st.integers(0, 50), elements=st.floats(width=32)),
     case=st.sampled_from(ALL),

@@ -3,7 +3,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from numerics import moment_oracle
 
@@ -68,7 +68,6 @@ def test_the_neighbours_of_values_and_of_middles_equal_the_oracle(name, bits, si
         assert encode(torch.from_numpy(x), m, draws).tolist() == codes
 
 
-@settings(max_examples=200, deadline=None)
 @given(
     x=st.lists(st.floats(-1.5, 1.5, width=32), min_size=1, max_size=8),
     case=st.sampled_from(ALL),

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from numerics import oracle
@@ -170,7 +170,6 @@ properties = given(
 )
 
 
-@settings(max_examples=300, deadline=None)
 @properties
 def test_any_input_equals_the_oracle(array, bits, granularity, symmetric, rounding, seed):
     key = fold_key(seed) if rounding == "stochastic" else None
@@ -189,7 +188,6 @@ def assert_close(x, q, rounding):
     assert (error <= bound).all()
 
 
-@settings(max_examples=300, deadline=None)
 @properties
 def test_finite_stays_finite_and_close_and_non_finite_groups_become_nan(
     array, bits, granularity, symmetric, rounding, seed

@@ -5,12 +5,16 @@ import io
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from ds_quant import QuantAdamW
+from ds_quant.kernels import build
 from ds_quant.numerics.master import join_master, round_weight, split_master
 from ds_quant.numerics.random import derive_words, fold_words
-from ds_quant.optim import base, master
+from ds_quant.optim import base, items, master
 from ds_quant.optim.master import MasterTensor
+from ds_quant.optim.state import QuantizedState
 
 FORMATS = {
     "8 bits": ({"bits": 8}, {"bits": 8}),
@@ -100,13 +104,13 @@ def reference(values, grads, formats, options, bits, is_stochastic):
     """Steps of an fp32 parameter, rounded to `bits` after each: the definition, for one part."""
     param = torch.nn.Parameter(values.clone())
     optimizer = QuantAdamW([param], **options, exp_avg=formats[0], exp_avg_sq=formats[1], seed=5)
-    fold, part = base.fold_words, base.PART_STREAM
+    fold, part = base.fold_words, items.PART_STREAM
     base.fold_words = lambda *args, **kwargs: derive_words(fold(*args, **kwargs), part)
     try:
         for step, grad in enumerate(grads):
             param.grad = grad.float()
             optimizer.step()
-            key = derive_words(derive_words(fold_words(5, step + 1), part), base.MASTER_STREAM)
+            key = derive_words(derive_words(fold_words(5, step + 1), part), items.MASTER_STREAM)
             drawn = key if is_stochastic else None
             if bits == 24:
                 param.data = join_master(*split_master(param.data, drawn))
@@ -150,13 +154,78 @@ def test_parts_draw_bits_of_their_own_and_states_are_cut_with_them(monkeypatch, 
     key = fold_words(5, 1)
     for number, begin in enumerate(range(0, 10_000, 4096)):
         part = slice(begin, begin + 4096)
-        monkeypatch.setattr(base, "fold_words", lambda *_, n=number, **__: derive_words(key, base.PART_STREAM + n))
+        monkeypatch.setattr(base, "fold_words", lambda *_, n=number, **__: derive_words(key, items.PART_STREAM + n))
         param = torch.nn.Parameter(start[part].clone())
         alone = QuantAdamW([param], lr=1e-2, exp_avg=formats[0], exp_avg_sq=formats[1], seed=5)
         param.grad = grad[part].float()
         alone.step()
-        drawn = derive_words(derive_words(key, base.PART_STREAM + number), base.MASTER_STREAM)
+        drawn = derive_words(derive_words(key, items.PART_STREAM + number), items.MASTER_STREAM)
         assert torch.equal(masters.dequantize()[part], round_weight(param.data, drawn).float())
         for name in ("exp_avg", "exp_avg_sq"):
             whole = optimizer.state[masters][name].dequantize()
             assert torch.equal(whole[part], alone.state[param][name].dequantize())
+
+
+def stepped(masters, grads, formats):
+    optimizer = QuantAdamW([torch.zeros(1)], lr=1e-2, exp_avg=formats[0], exp_avg_sq=formats[1], seed=5)
+    optimizer.param_groups[0]["params"] = [masters]
+    for grad in grads:
+        masters.grad = grad
+        optimizer.step()
+    return optimizer.state[masters]
+
+
+@pytest.mark.parametrize("bits", [24, 16])
+@pytest.mark.parametrize("name", FORMATS)
+def test_the_fused_step_has_the_bits_of_one_in_fp32(name, bits, monkeypatch, rng):
+    """Whole optimizers, with the kernel and without, over three parts."""
+    monkeypatch.setattr(master, "PART_ELEMENTS", 2048)
+    values = values_of(rng, 5001)
+    grads = [values_of(rng, 5001).bfloat16() for _ in range(3)]
+    grads[1][17], grads[2][4000] = float("inf"), float("nan")
+    fused, plain = (masters_of(values, bits, is_stochastic=bits == 16) for _ in range(2))
+    states = stepped(fused, grads, FORMATS[name])
+    monkeypatch.setenv("DS_QUANT_KERNELS", "reference")
+    expected = stepped(plain, grads, FORMATS[name])
+    torch.testing.assert_close(fused.dequantize(), plain.dequantize(), rtol=0, atol=0, equal_nan=True)
+    for moment in ("exp_avg", "exp_avg_sq"):
+        found, right = (state[moment] for state in (states, expected))
+        for one, other in zip(stored(found), stored(right), strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
+
+
+def stored(moment):
+    return moment.stored() if isinstance(moment, QuantizedState) else [moment]
+
+
+class Largest(TorchDispatchMode):
+    """The most bytes of memory that an operation's result brings."""
+
+    def __init__(self):
+        super().__init__()
+        self.num_bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        given = {tensor.untyped_storage().data_ptr() for tensor in tree_leaves(args) if type(tensor) is torch.Tensor}
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if type(tensor) is torch.Tensor and tensor.untyped_storage().data_ptr() not in given:
+                self.num_bytes = max(self.num_bytes, tensor.nbytes)
+        return result
+
+
+def test_the_fused_step_makes_no_tensor_of_its_size(monkeypatch, rng):
+    if not build.load().library:
+        pytest.skip(f"no C++ kernels: {build.load().reason}")
+    masters = masters_of(values_of(rng, 5000))
+    masters.grad = values_of(rng, 5000).bfloat16()
+    optimizer = QuantAdamW([torch.zeros(1)], lr=1e-2, exp_avg={"bits": 8}, exp_avg_sq={"bits": 8})
+    optimizer.param_groups[0]["params"] = [masters]
+    optimizer.step()
+    with Largest() as fused:
+        optimizer.step()
+    assert fused.num_bytes < 100
+    monkeypatch.setenv("DS_QUANT_KERNELS", "reference")
+    with Largest() as plain:
+        optimizer.step()
+    assert plain.num_bytes >= 4 * 5000

@@ -61,7 +61,10 @@ def run(options: argparse.Namespace) -> None:
             left_out[name] = str(error)
             print(f"left out: {error}", file=sys.stderr)
     if len(left_out) == len(NAMES):
-        raise CommandError(f"got nothing that could be measured; the first reason: {left_out[NAMES[0]]}")
+        raise CommandError(
+            f"{options.checkpoints[0]}: got nothing that could be measured; allowed: checkpoints with what a "
+            f"diagnostic needs; fix: see the reasons above, the first of which is: {left_out[NAMES[0]]}"
+        )
     report.run(argparse.Namespace(folders=[output], output=None, title=None))
 
 

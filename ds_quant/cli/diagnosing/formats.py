@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ds_quant.base.number_formats import FORMATS
+from ds_quant.base.number_formats import FORMATS, FOUR_SIX
 from ds_quant.cli.shared.errors import CommandError
 from ds_quant.numerics.format import Format, Group, Integers, fake_quantize_to, named_format
 from ds_quant.numerics.minifloat import Minifloat
@@ -72,10 +72,14 @@ def numbers(seed: int, files: list[Path]) -> dict[str, list[Tensor]]:
         try:
             tensors = load_file(path)
         except Exception as error:  # of safetensors, which has classes of its own
-            raise CommandError(f"--tensors: got {path}, which is no readable safetensors file ({error})") from error
+            raise CommandError(
+                f"--tensors: got {path}, which is no readable safetensors file ({error}); allowed: files written by "
+                "safetensors; fix: name another, or copy it again"
+            ) from error
         matrices = [tensor.float() for tensor in tensors.values() if tensor.dim() == 2 and tensor.is_floating_point()]
         if not matrices:
-            raise CommandError(f"--tensors: got {path} without a matrix of floating-point numbers")
+            got, allowed = f"{path} without a matrix of floating-point numbers", "files with one"
+            raise CommandError(f"--tensors: got {got}; allowed: {allowed}; fix: name another")
         found[path.name] = matrices
     return found
 
@@ -93,6 +97,9 @@ def formats() -> Iterator[tuple[str, str, Format[Integers | Minifloat]]]:
         elif named.block_size:
             yield name, f"block of {named.block_size}", named_format(name)
             yield name, "tile of 16 x 16", named_format(name, block_rows=16)
+            if name == "nvfp4":
+                yield name, "block of 16 (4/6)", named_format(name, scale_rule=FOUR_SIX)
+                yield name, "tile of 16 x 16 (4/6)", named_format(name, block_rows=16, scale_rule=FOUR_SIX)
         else:
             size = 16 if named.bits == 4 else 32
             yield name, "row", named_format(name, "row")
@@ -119,7 +126,7 @@ def table(found: dict[str, list[Tensor]]) -> Iterator[tuple[object, ...]]:
 
 
 def _scale_bits(x: Tensor, fmt: Format[Integers | Minifloat]) -> float:
-    """Of all scales of a matrix."""
+    """Bits of all scales of a matrix together."""
     rows, features = x.shape
     count = rows * -(-features // fmt.group.block_size) if fmt.group.granularity == "block" else rows
     if fmt.scale.kind == "float":

@@ -48,7 +48,7 @@ class Options:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise CommandError(f"{message} (--help lists every flag)")
+        raise CommandError(f"command line: got {message}; allowed: the flags that --help lists; fix: correct it")
 
 
 def parse(argv: list[str], *, prog: str, description: str) -> Options:

@@ -134,8 +134,10 @@ def by_name(name: str, *, validation_fraction: float, seed: int) -> Text:
         load = partial(datasets.load_dataset, "parquet", data_files={"test": asked.files}, split="test")
     loaded = text_files.guarded(
         load,
-        f"--dataset {name}: the test part of {asked.name} could not be loaded",
-        "Check that the Hugging Face hub can be reached, or fetch the text elsewhere and give it with --text_file.",
+        f"--dataset {name}",
+        f"a test part of {asked.name} that could not be loaded",
+        "one that can",
+        "check that the Hugging Face hub can be reached, or fetch the text elsewhere and give it with --text_file",
     )
     rows = text_files.only(loaded, asked.column, f"--dataset {name}")[asked.column][:]
     return Text(name, rows, " ".join(filter(None, (asked.name, asked.config, "test", asked.files))))

@@ -19,7 +19,7 @@ def let_threads_sleep() -> None:
 
 
 def rank() -> int:
-    """The number of this process among all."""
+    """The rank of this process in its job, from the launcher's variables; 0 without a launcher."""
     return int(os.environ.get("RANK", os.environ.get("OMPI_COMM_WORLD_RANK", "0")))
 
 
@@ -35,8 +35,10 @@ def quiet(*, verbose: bool) -> None:
     # The bars of saving a model cut through the one of training, which is not among these.
     transformers_logging.disable_progress_bar()
     if rank() != 0:
-        import datasets
-
+        try:
+            import datasets
+        except ImportError:  # an extra: what is not there says nothing
+            return
         datasets.disable_progress_bars()
         datasets.logging.set_verbosity_error()
 

@@ -35,6 +35,14 @@ def need_datasets() -> Any:
     return datasets
 
 
+UNREADABLE = (
+    "what cannot be read",
+    "a whole file or data set",
+    "check that it is whole and of the kind its name says, and that it can be reached",
+)
+"""What was got, what is allowed and the fix, for `guarded`."""
+
+
 class Documents(NamedTuple):
     """Documents to train and to validate on."""
 
@@ -66,8 +74,10 @@ def read_files(patterns: list[str], text_column: str, flag: str) -> datasets.Dat
                 split="train",
                 **({"sample_by": "document"} if text else {}),
             ),
-            f"{flag} {' '.join(patterns)} cannot be read as {reader}",
-            "Check that the files are whole and of the kind their names say.",
+            f"{flag} {' '.join(patterns)}",
+            f"what cannot be read as {reader}",
+            f"whole files of {reader}",
+            "check that the files are whole and of the kind their names say",
         )
         parts.append(with_text(loaded, "text" if text else text_column, f"{flag} {files[0]}"))
     return parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
@@ -88,8 +98,8 @@ def split(documents: datasets.Dataset, fraction: float, *, seed: int) -> Documen
     return Documents(parts["train"], parts["test"])
 
 
-def guarded(load_it: Callable[[], Any], what: str, fix: str) -> Any:
-    """The result of `load_it`; whatever it raises becomes a CommandError that begins with `what`."""
+def guarded(load_it: Callable[[], Any], where: str, got: str, allowed: str, fix: str) -> Any:
+    """The result of `load_it`; whatever it raises becomes a CommandError of these words, with the reason."""
     try:
         return load_it()
     except Exception as error:
@@ -98,7 +108,8 @@ def guarded(load_it: Callable[[], Any], what: str, fix: str) -> Any:
         while cause.__cause__ is not None:
             cause = cause.__cause__
         text = str(cause).strip().splitlines()
-        raise CommandError(f"{what}: {text[0] if text else type(cause).__name__}\n{fix}") from error
+        reason = text[0] if text else type(cause).__name__
+        raise CommandError(f"{where}: got {got} ({reason}); allowed: {allowed}; fix: {fix}") from error
 
 
 def by_reader(patterns: list[str], flag: str) -> list[tuple[str, list[str]]]:
@@ -114,25 +125,30 @@ def files_of(patterns: list[str], flag: str) -> list[str]:
     files = [file for pattern in patterns for file in _expand(pattern, flag)]
     for file in files:
         if Path(file).suffix.lower() not in _READERS:
-            raise CommandError(f"{flag} {file}: unknown kind of file. Allowed: {_KINDS}.")
+            raise CommandError(f"{flag}: got {file}, an unknown kind of file; allowed: {_KINDS}; fix: convert it")
     return files
 
 
 def _expand(pattern: str, flag: str) -> list[str]:
     files = [pattern] if Path(pattern).exists() else sorted(glob.glob(pattern, recursive=True))
     if not files:
-        raise CommandError(f"{flag} {pattern}: there is no such file. Give the path of a file, or a pattern in quotes.")
+        allowed = "the path of a file, or a pattern in quotes"
+        raise CommandError(f"{flag}: got {pattern}, but there is no such file; allowed: {allowed}; fix: correct it")
     for file in files:
         path = Path(file)
         if path.is_dir():
-            raise CommandError(f"{flag} {file} is a folder. Give its files, such as '{file}/*.txt'.")
+            fix = f"give its files, such as '{file}/*.txt'"
+            raise CommandError(f"{flag}: got {file}, which is a folder; allowed: files; fix: {fix}")
         try:
             with path.open("rb") as opened:
                 empty = not opened.read(1)
         except OSError as error:
-            raise CommandError(f"{flag} {file} cannot be read: {error.strerror or error}.") from error
+            got = f"{file}, which cannot be read ({error.strerror or error})"
+            raise CommandError(f"{flag}: got {got}; allowed: readable files; fix: change its permissions") from error
         if empty:
-            raise CommandError(f"{flag} {file} is empty. Leave it out, or give a file with text.")
+            raise CommandError(
+                f"{flag}: got {file}, which is empty; allowed: files with text; fix: leave this file out"
+            )
     return files
 
 
@@ -142,7 +158,8 @@ def _check_utf8(files: Iterable[str], flag: str) -> None:
             Path(file).read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
             raise CommandError(
-                f"{flag} {file} is not UTF-8 text (byte {error.start}). Convert it, for example with iconv."
+                f"{flag}: got {file}, which is not UTF-8 text (byte {error.start}); allowed: text in UTF-8; "
+                "fix: convert it, for example with iconv"
             ) from error
 
 
@@ -156,10 +173,10 @@ def only(loaded: Any, column: str, where: str) -> Any:
     """The documents without any other column; raises CommandError if it is missing."""
     names = loaded.column_names
     if names is None:  # a stream may not know its columns before the first row
-        fix = "Check that it is whole and of the kind its name says, and that it can be reached."
-        names = list(guarded(lambda: next(iter(loaded), None), f"{where} cannot be read", fix) or {})
+        names = list(guarded(lambda: next(iter(loaded), None), where, *UNREADABLE) or {})
     if column not in names:
         raise CommandError(
-            f"{where} has no column {column!r}; its columns are: {', '.join(names)}. Name one with --text_column."
+            f"{where}: got no column {column!r}; allowed: its columns, {', '.join(names)}; "
+            "fix: name one with --text_column"
         )
     return loaded.select_columns([column])

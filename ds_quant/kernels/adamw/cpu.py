@@ -11,7 +11,7 @@ from torch import Tensor
 from ds_quant.base.log import warn
 from ds_quant.kernels import native
 from ds_quant.kernels.adamw import ops
-from ds_quant.kernels.adamw.work import AdamWWork
+from ds_quant.kernels.adamw.work import AdamWWork, MastersWork
 from ds_quant.numerics.adam import Moment
 from ds_quant.numerics.codes import MAPS, CodeMap, code_values, decode, encode
 from ds_quant.numerics.packing import packed_bytes
@@ -20,7 +20,7 @@ MAX_LEVELS = 512
 """The rough roots of the kernel are exact enough up to here."""
 
 # The structures Entry, and MomentFormat twice after two dtypes in Format, of adamw.h.
-_ENTRY = struct.Struct("@6Q3qQ6d4I2i")
+_ENTRY = struct.Struct("@7Q3qQ6d6I2i")
 _MOMENT_FORMAT = struct.Struct("@6i256fi50f" + 2 * "2i32i")
 _TABLE, _POWER, _FLOAT = range(3)
 _NO_KEY = (0, 0)
@@ -36,10 +36,33 @@ def adamw_(works: Sequence[AdamWWork], *, isa: str | None = None) -> None:
 
     Raises ValueError, before anything is changed, where a tensor is not as `AdamWWork` and `QuantizedBlocks` have it.
     """
+    others = _run("adamw_", works, isa)
+    if others:
+        rest = [works[number] for number in others]
+        ops.adamw_.after("cpu", rest[0].param.device)(rest)
+
+
+@ops.adamw_masters_.by("cpu")
+def adamw_masters_(works: Sequence[MastersWork], *, isa: str | None = None) -> None:
+    """The same of masters: a block of them is expanded, stepped and rounded while it is in the first cache.
+
+    What `ops` checks is not checked again here.
+    """
+    others = _run("adamw_masters_", [work.step for work in works], isa, works)
+    if others:
+        rest = [works[number] for number in others]
+        ops.adamw_masters_.after("cpu", rest[0].step.param.device)(rest)
+
+
+def _run(
+    where: str, works: Sequence[AdamWWork], isa: str | None, masters: Sequence[MastersWork] | None = None
+) -> list[int]:
+    """Do the works, of which `masters` are more if given. Returns the numbers of those that are left to others."""
     handle = _library()
     formats: dict[tuple, int] = {}
     pack = _ENTRY.pack
     rows, others = [], []
+    low_bits, param_key = 0, None
     try:
         for number, work in enumerate(works):
             param, grad, exp_avg, exp_avg_sq, scalars, key, sq_key, stream = work
@@ -50,31 +73,34 @@ def adamw_(works: Sequence[AdamWWork], *, isa: str | None = None) -> None:
             second_map, sq_codes, sq_scale, sq_block_size = _moment("exp_avg_sq", number, exp_avg_sq, numel)
             kind = (param.dtype, grad.dtype, first_map, second_map)
             if kind not in formats and not (_has_map(first_map) and _has_map(second_map)):
-                others.append(work)
+                others.append(number)
                 continue
+            if masters is not None:
+                _, lacking, param_key = masters[number]
+                low_bits = 0 if lacking is None else lacking.data_ptr()
             rows.append(
                 pack(
-                    *(param.data_ptr(), grad.data_ptr(), codes, sq_codes, scale, sq_scale),
+                    *(param.data_ptr(), grad.data_ptr(), codes, sq_codes, scale, sq_scale, low_bits),
                     *(numel, block_size, sq_block_size, 2 * stream),
                     *scalars,
                     *(key or _NO_KEY),
                     *(sq_key or _NO_KEY),
+                    *(param_key or _NO_KEY),
                     formats.setdefault(kind, len(formats)),
-                    (key is not None) | (sq_key is not None) << 1,
+                    (key is not None) | (sq_key is not None) << 1 | (param_key is not None) << 2,
                 )
             )
     except struct.error as error:
         raise ValueError(
-            f"adamw_(works[{number}]): got keys {key}, {sq_key} and stream {stream} ({error}); allowed: keys of two "
-            "words below 2^32, a stream below 2^63; make them with fold_key()"
+            f"{where}(works[{number}]): got keys {key}, {sq_key}, {param_key} and stream {stream} ({error}); allowed: "
+            "keys of two words below 2^32, a stream below 2^63; make them with fold_key()"
         ) from None
-    chosen = native.isa_number("adamw_", isa)
+    chosen = native.isa_number(where, isa)
     packed = b"".join(_format(*kind) for kind in formats)
     parallel, threads = native.library().parallel, torch.get_num_threads()
     if handle.ds_quant_adamw(b"".join(rows), len(rows), packed, chosen, parallel, threads):
-        raise MemoryError("adamw_: no memory for the maxima of the blocks")
-    if others:
-        ops.adamw_.after("cpu", others[0].param.device)(others)
+        raise MemoryError(f"{where}: no memory for the maxima of the blocks")
+    return others
 
 
 @functools.cache

@@ -2,8 +2,10 @@
 
 from collections.abc import Sequence
 
+import torch
+
 from ds_quant.kernels.adamw import reference
-from ds_quant.kernels.adamw.work import AdamWWork
+from ds_quant.kernels.adamw.work import AdamWWork, MastersWork, check_masters
 from ds_quant.kernels.registry import Family, operation
 from ds_quant.kernels.transfers import refuse_capture
 
@@ -24,15 +26,40 @@ def adamw_(works: Sequence[AdamWWork]) -> None:
 
     The tensors of a work are checked by the kernel: most of them read them for that only once.
     """
+    device = _device_of("adamw_", works)
+    if device is not None:
+        adamw_.on(device)(works)
+
+
+@operation(FAMILY, reference=reference.adamw_masters_, backends_only=True)
+def adamw_masters_(works: Sequence[MastersWork]) -> None:
+    """Do steps of masters of 24 or 16 bits: each is expanded to fp32, stepped as by `adamw_`, and rounded again.
+
+    A backend that has it does so in one pass. Conditions and errors are those of `adamw_`.
+    """
+    for number, work in enumerate(works):
+        check_masters(number, work)
+    device = _device_of("adamw_masters_", [work.step for work in works])
+    if device is not None:
+        adamw_masters_.on(device)(works)
+
+
+def fuses_masters(device: torch.device) -> bool:
+    """Whether what serves `adamw_` on a device steps masters, too. Elsewhere the caller expands and rounds them."""
+    return adamw_masters_.is_called(device) and adamw_masters_.implementation(device) == adamw_.implementation(device)
+
+
+def _device_of(where: str, works: Sequence[AdamWWork]) -> torch.device | None:
+    """None where there is nothing to do."""
     if not works:
-        return
+        return None
     kinds = {work.param.device.type for work in works}
     if len(kinds) > 1:
         raise ValueError(
-            f"adamw_(works): got parameters on {' and '.join(sorted(kinds))}; allowed: one type of device; call it "
+            f"{where}(works): got parameters on {' and '.join(sorted(kinds))}; allowed: one type of device; call it "
             "once for each"
         )
     device = works[0].param.device
     what = "the learning rate, bias corrections and random keys of one step"
-    refuse_capture("adamw_(works)", device, what, "leave the optimizer's step out of the graph")
-    adamw_.on(device)(works)
+    refuse_capture(f"{where}(works)", device, what, "leave the optimizer's step out of the graph")
+    return device

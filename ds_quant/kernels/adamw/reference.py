@@ -5,7 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ds_quant.kernels.adamw.work import AdamWWork
+from ds_quant.kernels.adamw.work import AdamWWork, MastersWork
+from ds_quant.kernels.masters import reference as masters
 from ds_quant.numerics.adam import Moment, adamw_step
 from ds_quant.numerics.random import derive_key
 from ds_quant.numerics.stored_states import overwrite
@@ -26,6 +27,18 @@ def adamw_(works: Sequence[AdamWWork]) -> None:
         )
         for old, new in zip((work.param, work.exp_avg, work.exp_avg_sq), results, strict=True):
             overwrite(old, new)
+
+
+@torch.no_grad()
+def adamw_masters_(works: Sequence[MastersWork]) -> None:
+    """To fp32, the step there, and back, one work after the other."""
+    for step, low_bits, key in works:
+        weight = step.param.view(-1)
+        low = None if low_bits is None else low_bits.view(-1)
+        values = torch.empty(weight.shape, dtype=torch.float32, device=weight.device)
+        masters.join(weight, low, values)
+        adamw_([step._replace(param=values)])
+        masters.split(values, weight, low, key=key)
 
 
 def _subkey(key: tuple[int, int] | None, stream: int, device: torch.device) -> Tensor | None:

@@ -10,6 +10,9 @@ from ds_quant.numerics.adam import AdamWScalars, Moment
 from ds_quant.numerics.integer import DTYPES
 from ds_quant.numerics.packing import code_bytes
 
+MOST_DRAWN = 1 << 32
+"""Masters that one key rounds."""
+
 
 class AdamWWork(NamedTuple):
     """One parameter of one step. `param`, `exp_avg` and `exp_avg_sq` are written in place, `grad` is left alone.
@@ -28,6 +31,40 @@ class AdamWWork(NamedTuple):
     exp_avg_sq_key: tuple[int, int] | None
     stream: int
     """Names the parameter: exp_avg draws with derive_key(key, 2 * stream), exp_avg_sq with 2 * stream + 1."""
+
+
+class MastersWork(NamedTuple):
+    """One AdamW step of masters of 24 or 16 bits (`numerics.master`). `low_bits` are written in place, too."""
+
+    step: AdamWWork
+    """Its `param` are the weights, bf16."""
+    low_bits: Tensor | None
+    """int8, of as many elements as the weights; None: the weights are masters of 16 bits."""
+    key: tuple[int, int] | None
+    """Of stochastic rounding, with no subkey to derive: element i draws number i, below 2^32. None: nearest."""
+
+
+def check_masters(number: int, work: MastersWork) -> None:
+    """Raises ValueError where weights or low bits of work `number` are not as `MastersWork` has them."""
+    weight, low_bits = work.step.param, work.low_bits
+    for name, tensor, dtype in (("step.param", weight, torch.bfloat16), ("low_bits", low_bits, torch.int8)):
+        if tensor is None or (
+            tensor.dtype == dtype
+            and tensor.numel() == weight.numel()
+            and tensor.device == weight.device
+            and tensor.is_contiguous()
+        ):
+            continue
+        layout = "contiguous" if tensor.is_contiguous() else "not contiguous"
+        raise ValueError(
+            f"adamw_masters_(works[{number}].{name}): got {tensor.numel()} elements, {tensor.dtype}, {tensor.device}, "
+            f"{layout}; allowed: {weight.numel()} elements, {dtype}, {weight.device}, contiguous; make it so"
+        )
+    if work.key is not None and weight.numel() > MOST_DRAWN:
+        raise ValueError(
+            f"adamw_masters_(works[{number}]): got {weight.numel()} elements that are rounded stochastically; allowed: "
+            f"{MOST_DRAWN}; step them in parts, with a key for each"
+        )
 
 
 def check_work(number: int, work: AdamWWork) -> None:

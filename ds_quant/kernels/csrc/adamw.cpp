@@ -152,6 +152,9 @@ struct Job {
     Dtype param_dtype, grad_dtype;
     char* param;
     const char* grad;
+    int8_t* low_bits;
+    uint32_t param_key[2];
+    bool param_is_stochastic, param_is_master;  // masters of 16 bits that are rounded to nearest are plain bf16
     int64_t numel;
     Moment moments[2];
     Scalars scalars;
@@ -161,6 +164,10 @@ struct Job {
           grad_dtype(static_cast<Dtype>(f.grad_dtype)),
           param(static_cast<char*>(e.param)),
           grad(static_cast<const char*>(e.grad)),
+          low_bits(e.low_bits),
+          param_key{e.param_key[0], e.param_key[1]},
+          param_is_stochastic(e.stochastic >> 2 & 1),
+          param_is_master(low_bits || param_is_stochastic),
           numel(e.numel),
           moments{{f.exp_avg, e, 0}, {f.exp_avg_sq, e, 1}},
           scalars{static_cast<float>(e.beta1),     static_cast<float>(1.0 - e.beta1), static_cast<float>(e.beta2),
@@ -175,7 +182,31 @@ struct Job {
         return std::max<int64_t>(1, UNIT / high) * high;
     }
 
-    char* param_at(int64_t element) const { return param + element * itemsize(param_dtype); }
+    // fp32 values of n elements; a pointer to them, in memory or in `buffer`.
+    float* load_param(const Stages& stages, int64_t element, int64_t n, float* buffer) const {
+        char* from = param + element * itemsize(param_dtype);
+        if (param_dtype == FLOAT32) return reinterpret_cast<float*>(from);
+        if (param_is_master)
+            stages.join(masters(element, n, buffer));
+        else
+            stages.load(param_dtype, from, buffer, n);
+        return buffer;
+    }
+
+    // Rounds what `load_param` gave to where it came from.
+    void store_param(const Stages& stages, int64_t element, int64_t n, float* values) const {
+        if (param_dtype == FLOAT32) return;
+        if (param_is_master)
+            stages.split(masters(element, n, values));
+        else
+            stages.store(param_dtype, values, param + element * itemsize(param_dtype), n);
+    }
+
+    MastersRun masters(int64_t element, int64_t n, float* values) const {
+        auto* weight = reinterpret_cast<uint16_t*>(param) + element;
+        return {values, weight, low_bits ? low_bits + element : nullptr, n, {param_key[0], param_key[1]},
+                static_cast<uint32_t>(element), param_is_stochastic};
+    }
 
     const float* load_grad(const Stages& stages, int64_t element, int64_t n, float* buffer) const {
         const char* from = grad + element * itemsize(grad_dtype);
@@ -188,12 +219,9 @@ struct Job {
     void update(const Stages& stages, int64_t element, int64_t n, float* const moment[2]) const {
         alignas(64) float param_buffer[TILE], grad_buffer[TILE];
         const float* g = load_grad(stages, element, n, grad_buffer);
-        char* at = param_at(element);
-        if (param_dtype == FLOAT32)
-            return stages.update(reinterpret_cast<float*>(at), g, moment[0], moment[1], n, scalars);
-        stages.load(param_dtype, at, param_buffer, n);
-        stages.update(param_buffer, g, moment[0], moment[1], n, scalars);
-        stages.store(param_dtype, param_buffer, at, n);
+        float* values = load_param(stages, element, n, param_buffer);
+        stages.update(values, g, moment[0], moment[1], n, scalars);
+        store_param(stages, element, n, values);
     }
 
     void step_unit(const Stages& stages, int64_t begin, int64_t n) const {
@@ -210,20 +238,35 @@ struct Job {
         for (int w = 0; w < 2; ++w) moments[w].store_blocks(stages, begin, n, moment[w], nullptr);
     }
 
+    // What is read of the elements from `begin` on. A line is fetched twice where there are fewer streams.
+    void set_streams(Stream (&streams)[STREAMS], int64_t begin) const {
+        Stream* to = streams;
+        auto add = [&](const void* from, int64_t bytes) {
+            for (int64_t line = 0; line < bytes; line += 64)
+                *to++ = {static_cast<const char*>(from) + begin * bytes / 32 + line, bytes};
+        };
+        add(param, 32 * itemsize(param_dtype));
+        add(grad, 32 * itemsize(grad_dtype));
+        if (low_bits) add(low_bits, 32);
+        for (const Moment& m : moments) add(m.codes, 4 * m.format.bits);
+        while (to < streams + STREAMS) *to++ = streams[0];
+    }
+
     // Decodes, steps and finds the maxima at once; false where formats or blocks are not made for that.
     bool step_fused(
         const Stages& stages, int64_t begin, int64_t n, float (&buffers)[2][TILE],
         uint32_t (&absmax)[2][TILE / MIN_FUSED], uint32_t (&words)[2][TILE / 2]) const {
-        if (param_dtype != FLOAT32) return false;
         FrontStage* stage = nullptr;
         for (const Moment& m : moments)
             if (m.is_fp32() || m.block_size % MIN_FUSED || n % m.block_size) return false;
         int64_t runs[2] = {moments[0].run(), moments[1].run()};
         if (std::max(runs[0], runs[1]) % std::min(runs[0], runs[1])) return false;
         if (!(stage = stages.front(moments[0].format, moments[1].format))) return false;
-        alignas(64) float grad_buffer[TILE];
+        alignas(64) float param_buffer[TILE], grad_buffer[TILE];
         const float* g = load_grad(stages, begin, n, grad_buffer);
-        Front front{reinterpret_cast<float*>(param_at(begin)), g, n, {}, &scalars};
+        float* values = load_param(stages, begin, n, param_buffer);
+        Front front{values, g, n, {}, &scalars, {}};
+        set_streams(front.streams, begin);
         for (int w = 0; w < 2; ++w) {
             const Moment& m = moments[w];
             const float* scale = m.scale + begin / m.block_size;
@@ -233,6 +276,7 @@ struct Job {
             front.moments[w] = {&m.format, m.block_size, codes, scale, buffers[w], absmax[w], draw_to, draws};
         }
         stage(front);
+        store_param(stages, begin, n, values);
         return true;
     }
 };

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "common.h"
+#include "masters.h"
 
 enum Map : int32_t { TABLE = 0, POWER = 1, FLOAT = 2 };  // linear is a power; with an offset it is a table
 
@@ -43,13 +44,15 @@ struct Entry {
     const void* grad;
     void* codes[2];  // exp_avg, exp_avg_sq; fp32 moments themselves where bits is 32
     float* scale[2];
+    int8_t* low_bits;  // what a bf16 param lacks of a master of 24 bits; null: nothing
     int64_t numel;
     int64_t block_size[2];
     uint64_t stream;  // of exp_avg; exp_avg_sq has the next
     double beta1, beta2, eps, decay, step_size, correction;
     uint32_t key[4];  // exp_avg's two words, exp_avg_sq's two words
+    uint32_t param_key[2];  // of the rounding of a bf16 param; not derived from any more
     int32_t format;   // index into the formats of the call
-    int32_t stochastic;  // bit 0: exp_avg, bit 1: exp_avg_sq
+    int32_t stochastic;  // bit 0: exp_avg, bit 1: exp_avg_sq, bit 2: param
 };
 
 // Scalars of a step, rounded to fp32 once.
@@ -77,12 +80,21 @@ struct FrontMoment {
     Draws draws;
 };
 
+// Memory that is read in step with the elements.
+struct Stream {
+    const char* from;
+    int64_t bytes;  // of 32 elements; the first line of 64 bytes of them is meant
+};
+
+constexpr int STREAMS = 6;
+
 struct Front {
     float* param;
     const float* grad;
     int64_t n;
     FrontMoment moments[2];
     const Scalars* scalars;
+    Stream streams[STREAMS];  // to be fetched ahead
 };
 
 using FrontStage = void(const Front&);
@@ -104,6 +116,7 @@ using BackStage = void(const Back&);
 struct Stages {
     void (*load)(Dtype dtype, const void* from, float* to, int64_t n);
     void (*store)(Dtype dtype, const float* from, void* to, int64_t n);
+    MastersStage *join, *split;
     // The new moments, in place; `update` also steps the parameter.
     void (*moments)(const float* grad, float* exp_avg, float* exp_avg_sq, int64_t n, const Scalars& scalars);
     void (*update)(float* param, const float* grad, float* exp_avg, float* exp_avg_sq, int64_t n, const Scalars&);

@@ -28,7 +28,10 @@ void ds_quant_masters(const MastersCall* call, int operation, int isa, Parallel 
     const MastersStages& stages = stages_of(isa);
     MastersStage* const stage = operation == 0 ? stages.join : stages.split;
     Threads{parallel, num_threads}.for_each((call->numel + CHUNK - 1) / CHUNK, [&](int64_t i) {
-        stage(*call, i * CHUNK, std::min(call->numel, (i + 1) * CHUNK));
+        int64_t begin = i * CHUNK, n = std::min(call->numel - begin, CHUNK);
+        stage(MastersRun{
+            call->values + begin, call->weight + begin, call->low_bits ? call->low_bits + begin : nullptr, n,
+            {call->key[0], call->key[1]}, static_cast<uint32_t>(begin), call->stochastic != 0});
     });
 }
 }

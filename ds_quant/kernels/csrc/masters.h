@@ -14,8 +14,18 @@ struct MastersCall {
     int32_t stochastic;
 };
 
-// The elements `begin` to `end`.
-using MastersStage = void(const MastersCall&, int64_t begin, int64_t end);
+// Masters that follow each other, of any number.
+struct MastersRun {
+    float* values;
+    uint16_t* weight;
+    int8_t* low_bits;
+    int64_t n;
+    uint32_t key[2];
+    uint32_t index;  // of the first one, by which it draws
+    bool stochastic;
+};
+
+using MastersStage = void(const MastersRun&);
 
 // Compiled once for each instruction set.
 struct MastersStages {

@@ -7,6 +7,7 @@
 #include "convert.h"
 #include "decode.h"
 #include "encode.h"
+#include "masters_loops.h"
 #include "random.h"
 #include "simd.h"
 
@@ -112,6 +113,23 @@ ALWAYS_INLINE void load_gradients(
 // Elements between what is stepped and what is fetched meanwhile: memory is busy while codes are found, too.
 constexpr int64_t AHEAD = 512;
 
+struct Fetch {
+    Stream streams[STREAMS];
+
+    explicit Fetch(const Front& f) {
+        for (int k = 0; k < STREAMS; ++k) {
+            const Stream& s = f.streams[k];
+            streams[k] = {s.from + AHEAD / 32 * s.bytes, s.bytes};
+        }
+    }
+
+    ALWAYS_INLINE void operator()(int64_t element) const {
+        if (element % 32) return;
+#pragma GCC unroll 8
+        for (const Stream& s : streams) __builtin_prefetch(s.from + element / 32 * s.bytes);
+    }
+};
+
 // Draws the words of random bits that the back part needs: here the processor has room for it beside the divisions.
 template <class B>
 struct Words {
@@ -185,14 +203,12 @@ void front_as(const Front& f) {
     auto first_most = V::set_int(0), second_most = first_most;
     Late<B> late(f.param);
     Words<B> first_words(f.moments[0]), second_words(f.moments[1]);
+    Fetch fetch(f);
     for (int64_t begin = 0; begin < f.n; begin += run) {
         firsts.start(read_first);
         seconds.start(read_second);
         for (int64_t i = 0; i < run; i += B::width) {
-            for (int64_t at = begin + i; at < begin + i + B::width; at += 16) {
-                __builtin_prefetch(f.param + at + AHEAD, 1);
-                __builtin_prefetch(f.grad + at + AHEAD);
-            }
+            fetch(begin + i);
             first_words(begin + i);
             second_words(begin + i);
             typename V::F first[B::parts], second[B::parts], grad[B::parts], square[B::parts];
@@ -277,7 +293,8 @@ void uniform16(const Draws& draws, uint32_t* to, int64_t n) {
 }
 
 const Stages STAGES = {
-    load, store, moments, step<Widest, true>, absmax_of<Widest>, front, back, decode, encode, pack, pack_half, uniform16,
+    load, store, join_masters, split_masters, moments, step<Widest, true>, absmax_of<Widest>,
+    front, back, decode, encode, pack, pack_half, uniform16,
 };
 
 }  // namespace

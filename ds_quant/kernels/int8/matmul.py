@@ -130,7 +130,7 @@ def _products(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _padded_int_mm(a: Tensor, b: Tensor) -> Tensor:
-    """torch._int_mm of sizes that are none of CUDA's, filled up with zeros."""
+    """torch._int_mm of operands whose sizes CUDA does not take, padded with zeros."""
     (m, k), n = a.shape, b.shape[1]
     rows = max(0, _CUDA_MULTIPLE + 1 - m)
     inner, columns = -k % _CUDA_MULTIPLE, -n % _CUDA_MULTIPLE

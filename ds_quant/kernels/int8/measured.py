@@ -5,13 +5,10 @@ The ways have the same bits, so that ranks may choose differently. The file lies
 replace each other's file whole: an entry that is lost is measured again. What cannot be read counts as absent.
 """
 
-import contextlib
 import hashlib
 import json
 import math
-import os
 import statistics
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +16,7 @@ from typing import Any
 import torch
 
 from ds_quant.base.log import warn
+from ds_quant.base.whole_folder import write_whole
 from ds_quant.kernels.build import cache_folder
 
 _ROUNDS = 5
@@ -98,14 +96,8 @@ def _is_sound(times: Any) -> bool:
 def write(path: Path, known: Mapping[str, Milliseconds]) -> None:
     """Replace the file in one step. Raises OSError where the folder cannot be written to."""
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    descriptor, unfinished = tempfile.mkstemp(prefix=f"{path.stem}.", suffix=".tmp", dir=path.parent)
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            json.dump(known, file, indent=1, sort_keys=True)
-        os.replace(unfinished, path)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(unfinished)
+    # Not durable: a file that a power cut has damaged is measured again.
+    write_whole(path, json.dumps(known, indent=1, sort_keys=True), durable=False)
 
 
 def _driver_version() -> int:
@@ -141,7 +133,10 @@ def device_milliseconds(ways: Mapping[str, Callable[[], Any]]) -> Milliseconds:
             failure = error
             warn(f"int8 products: {name} is not taken for a shape, because it fails: {error}")
     if not times:
-        raise RuntimeError("no way to multiply int8 works on this device") from failure
+        raise RuntimeError(
+            f"int8 products: got an error from each of {', '.join(ways)}, the last {failure}; allowed: one that works "
+            "on this device; fix: set DS_QUANT_KERNELS=reference, and report this"
+        ) from failure
     for _ in range(_ROUNDS):
         for name, pairs in times.items():
             pairs.append((torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)))

@@ -179,7 +179,7 @@ def epilogue(
         and others.is_contiguous()
     ):
         allowed = f"int32 of shape {tuple(products.shape)} on {products.device}, contiguous"
-        raise error("epilogue(others)", described(others), allowed, "leave it out")
+        raise error("epilogue(others)", described(others), allowed, "pass such a tensor, or none")
     check_scale("epilogue(row_scale)", row_scale, products, 0)
     check_scale("epilogue(column_scale)", column_scale, products, 1)
     num_columns = products.shape[1]
@@ -197,7 +197,7 @@ def epilogue(
         out.dtype == dtype and out.shape == products.shape and out.device == products.device and out.is_contiguous()
     ):
         allowed = f"{dtype} of shape {tuple(products.shape)} on {products.device}, contiguous"
-        raise error("epilogue(out)", described(out), allowed, "leave it out")
+        raise error("epilogue(out)", described(out), allowed, "pass such a tensor, or none to have one made")
     options = {"others": others, "row_scale": row_scale, "column_scale": column_scale, "bias": bias}
     return epilogue.on(products.device)(products, **options, dtype=dtype, out=out)
 

@@ -9,7 +9,7 @@ import triton.language as tl
 from ds_quant.kernels.triton_random import derive_key, mix
 
 PARTS = tl.constexpr(32)
-"""That are read at a time."""
+"""How many parts a program reads at a time."""
 
 
 @triton.jit
@@ -148,7 +148,10 @@ def group_kernel(
     tl.store(scales + index, scale, mask=index < count)
     spread = tl.expand_dims(scale, AXIS)
 
-    for start in range(0, padded_extent, LENGTH):
+    # From the end: what was read last is what a cache still has.
+    num_tiles = tl.cdiv(padded_extent, LENGTH)
+    for tile in range(num_tiles):
+        start = (num_tiles - 1 - tile) * LENGTH
         first_row, first_column = (start, first) if BY_COLUMNS else (first, start)
         y = _load_tile(x, first_row, first_column, R, C, stride_r, stride_c, ROWS, COLUMNS)
         if factor is not None:
@@ -208,7 +211,8 @@ def tile_kernel(
     """One scale for all, or those of rows for the codes and those of columns for the turned ones. A program has
     `num_tiles` tiles below each other."""
     padded_rows, padded_columns = (R + 15) // 16 * 16, (C + 15) // 16 * 16
-    first_column = tl.program_id(0) * COLUMNS
+    # From the end: the scan read these columns last.
+    first_column = (tl.num_programs(0) - 1 - tl.program_id(0)) * COLUMNS
     is_first = tl.program_id(1) == 0
     column = first_column + tl.arange(0, COLUMNS)
     part = tl.arange(0, PARTS)

@@ -42,16 +42,19 @@ class Tile(NamedTuple):
 
 
 ROWS = (Tile(32, 128), Tile(16, 256))
-"""Of the group kernel, by rows. Turned codes of 32 rows are whole sectors of memory; 16 give more programs."""
+"""Tiles of the group kernel with scales of rows.
+
+Turned codes of 32 rows are whole sectors of memory; 16 give more programs.
+"""
 COLUMNS = (Tile(64, 64), Tile(128, 32), Tile(256, 16))
-"""Likewise by columns."""
+"""Tiles of the group kernel with scales of columns."""
 SCAN = (Tile(64, 128, 8), Tile(32, 256, 8), Tile(16, 256))
 ENOUGH_PROGRAMS = 128
 """About as many as an A100 (108) and an H100 (132) have multiprocessors."""
 WHOLE = Tile(64, 64, 8)
-"""Of the tile kernel."""
+"""The tile of the tile kernel."""
 MANY_PROGRAMS = 1024
-"""Of the tile kernel: more would only read the parts of columns again."""
+"""The most programs of the tile kernel: more would only read the parts of columns again."""
 
 
 def quantize_operand(

@@ -1,0 +1,176 @@
+"""Partitioned weights fetched as codes: what ZeRO's stage 3 gathers before the forward and the backward of a layer.
+
+Stage 3 cuts every parameter by itself into equal partitions, one for each rank, the last of them padded. So each is a
+group of its own (`weight_layout`), sent in one round. A fetch gathers several weights in one message of each rank, with
+its part of each weight behind that of another. Slots are equal in size, those of the longest message of each weight.
+
+The largest magnitude of a row or column that lies in several partitions is agreed on by `agree`, for all weights at
+once, after weights were written.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch import distributed as torch_dist
+
+from ds_quant.comm import backend
+from ds_quant.comm.buffers import Buffers
+from ds_quant.comm.statistics import Statistics
+from ds_quant.comm.weight_codes import decode, encode, shared_absmax
+from ds_quant.comm.weight_layout import (
+    ALIGNMENT,
+    PACKED_BLOCK,
+    Coding,
+    Weight,
+    WeightLayout,
+    build,
+    exchange_bytes,
+)
+
+
+class PartitionedWeight:
+    """How the partitions of one weight cross the wire.
+
+    Args:
+        dtype: in which it is gathered, and layers get it.
+        world_size, rank: of the group that it is partitioned over.
+    """
+
+    def __init__(self, shape: Sequence[int], coding: Coding, dtype: torch.dtype, world_size: int, rank: int) -> None:
+        self.dtype, self.rank = dtype, rank
+        numel = torch.Size(shape).numel()
+        self.size = -(-numel // world_size)
+        """Elements of a partition, padding included."""
+        layout = _layout(tuple(shape), coding, dtype.itemsize, world_size)
+        (self.messages,) = layout.rounds
+        self.num_shared = layout.num_shared
+        longest = max(message.num_bytes for message in self.messages)
+        self.slot_bytes = -(-longest // ALIGNMENT) * ALIGNMENT
+        has_whole_rows = coding.side == "row" and self.size % shape[1] == 0 and self.size * world_size == numel
+        self._are_alike = has_whole_rows and (coding.bits == 8 or self.size % PACKED_BLOCK == 0)
+        """Messages of consecutive ranks can be joined to one."""
+        begin = rank * self.size
+        self.own = tuple(run._replace(start=run.start - begin) for run in self.messages[rank].runs)
+        """The runs of this rank, by their places in its partition."""
+
+    def shared_absmax(self, partition: Tensor) -> Tensor:
+        """fp32 [num_shared]: what this rank has of the rows or columns that lie in several partitions."""
+        runs = tuple(run for run in self.own if run.kind == "shared")
+        # The largest is the largest after rounding, too.
+        return shared_absmax(partition, runs, self.num_shared).to(self.dtype).float()
+
+    def encode(self, partition: Tensor, shared: Tensor, slot: Tensor) -> None:
+        values = partition.to(self.dtype)
+        for run in self.own:
+            encode(values, run, shared, slot)
+
+    def decode(self, slots: Tensor, partition: Tensor, shared: Tensor) -> Tensor:
+        """The weight and its padding, 1-D of `dtype`: the own part as it is, the others as their owners sent them.
+
+        slots: uint8 [world_size, slot_bytes], rows may lie apart.
+        """
+        world_size = len(slots)
+        flat = torch.empty(self.size * world_size, dtype=self.dtype, device=partition.device)
+        flat[self.rank * self.size : (self.rank + 1) * self.size].copy_(partition)
+        for first, end in ((0, self.rank), (self.rank + 1, world_size)):
+            if self._are_alike and end - first > 1:
+                self._decode_together(slots[first:end], first, flat)
+            else:
+                for rank in range(first, end):
+                    for run in self.messages[rank].runs:
+                        decode(slots[rank], run, shared, flat)
+        return flat
+
+    def _decode_together(self, slots: Tensor, first: int, flat: Tensor) -> None:
+        """What consecutive ranks from `first` on have sent, as one run of rows: few kernels for any number of ranks."""
+        (run,), count = self.messages[0].runs, len(slots)
+        end = self.messages[0].num_bytes
+        message = torch.cat([slots[:, : run.at].flatten(), slots[:, run.at : end].flatten()])
+        joined = run._replace(start=first * self.size, numel=count * self.size, at=count * run.at)
+        decode(message, joined, None, flat)
+
+
+@functools.lru_cache(maxsize=1024)
+def _layout(shape: tuple[int, ...], coding: Coding, itemsize: int, world_size: int) -> WeightLayout:
+    """That of any weight of this shape: a model has few shapes, and a layout a message for each rank."""
+    size = -(-torch.Size(shape).numel() // world_size)
+    weight = Weight("weight", 0, shape, coding)
+    return build([weight], size * world_size, world_size, itemsize, round_numel=size)
+
+
+class Fetch:
+    """Weights under way."""
+
+    def __init__(
+        self,
+        weights: Sequence[PartitionedWeight],
+        partitions: Sequence[Tensor],
+        shared: Sequence[Tensor],
+        group: backend.Group,
+        buffers: Buffers,
+    ) -> None:
+        self._weights, self._partitions, self._shared, self._buffers = weights, partitions, shared, buffers
+        device = partitions[0].device
+        world_size, rank = torch_dist.get_world_size(group), torch_dist.get_rank(group)
+        self._size = sum(weight.slot_bytes for weight in weights)
+        self._gathered = buffers.take(world_size * self._size, device)
+        own = self._gathered[rank * self._size : (rank + 1) * self._size]
+        slots = own.split([weight.slot_bytes for weight in weights])
+        for weight, partition, absmax, slot in zip(weights, partitions, shared, slots, strict=True):
+            weight.encode(partition, absmax, slot)
+        self._work: Any = backend.all_gather(self._gathered, own, group)
+
+    def finish(self) -> list[Tensor]:
+        """Wait for all; each weight and its padding, 1-D. To be called once."""
+        if self._work is not None:
+            self._work.wait()
+        of_ranks = self._gathered.view(-1, self._size)
+        found, at = [], 0
+        for weight, partition, shared in zip(self._weights, self._partitions, self._shared, strict=True):
+            found.append(weight.decode(of_ranks[:, at : at + weight.slot_bytes], partition, shared))
+            at += weight.slot_bytes
+        self._buffers.give_back(self._gathered)
+        return found
+
+
+class WeightFetcher:
+    """Fetches weights that are partitioned over one process group. All ranks of it call its methods together.
+
+    Args:
+        weights: all that it may be asked for, in the same order on all ranks.
+    """
+
+    def __init__(
+        self, weights: Sequence[PartitionedWeight], group: backend.Group, buffers: Buffers, statistics: Statistics
+    ) -> None:
+        self.weights, self.group = weights, group
+        self.world_size = torch_dist.get_world_size(group)
+        self._buffers, self._statistics = buffers, statistics
+        self._shared: dict[int, Tensor] = {}
+
+    def agree(self, partitions: Sequence[Tensor], device: torch.device, *, counted: bool) -> None:
+        """Learn the largest magnitudes of rows and columns that lie in several partitions, from `partitions` of all.
+
+        device: where weights are fetched; partitions may be elsewhere.
+        """
+        pairs = zip(self.weights, partitions, strict=True)
+        found = [weight.shared_absmax(part).to(device) for weight, part in pairs if weight.num_shared]
+        together = torch.cat(found) if found else torch.empty(0, device=device)
+        if found:
+            backend.all_reduce_max(together, self.group)
+            if counted:
+                self._statistics.count(exchange_bytes(together.numel(), self.world_size), 0, 0)
+        parts = together.split([weight.num_shared for weight in self.weights])
+        self._shared = {id(weight): part for weight, part in zip(self.weights, parts, strict=True)}
+
+    def start(self, weights: Sequence[PartitionedWeight], partitions: Sequence[Tensor], *, counted: bool) -> Fetch:
+        """Send what this rank has of `weights`, and receive the rest."""
+        fetch = Fetch(weights, partitions, [self._shared[id(one)] for one in weights], self.group, self._buffers)
+        if counted:
+            others = self.world_size - 1
+            for weight in weights:
+                self._statistics.count(others * weight.slot_bytes, others * weight.size, weight.dtype.itemsize)
+        return fetch

@@ -1,0 +1,170 @@
+"""`ds_quant.linear.weight`, `.activation` and `.gradient`: how each operand of linear layers is quantized."""
+
+from collections.abc import Callable, Iterator
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BeforeValidator, Field, SerializerFunctionWrapHandler, WithJsonSchema, model_serializer
+
+from ds_quant.base.number_formats import FORMATS, FOUR_SIX, NamedFormat
+from ds_quant.config.deepspeed_json import SECTION
+from ds_quant.config.section import NOTHING, Allowed, BlockSection, Rule, allowed_values
+from ds_quant.config.values import Bits, FormatName, LinearBlock, Rounding, exact_int, not_null
+
+# Null is no value of either, only what their absence is to Python.
+_BITS_SCHEMA = WithJsonSchema({"type": "integer", "minimum": 2, "maximum": 8})
+_FORMAT_SCHEMA = WithJsonSchema({"type": "string", "enum": list(FORMATS)})
+
+
+def _granularity(usual: str) -> Callable[[dict[str, Any]], Any]:
+    """`block` for formats whose blocks are fixed."""
+
+    def default(data: dict[str, Any]) -> str:
+        named = FORMATS.get(data.get("format") or "")
+        return "block" if named and named.block_size else usual
+
+    return default
+
+
+def _block_size(data: dict[str, Any]) -> int:
+    named = FORMATS.get(data.get("format") or "")
+    return named.block_size if named and named.block_size else 128
+
+
+class OperandConfig(BlockSection):
+    """What the operands have in common: integers of some bits, or a format by its name."""
+
+    bits: Annotated[Bits | None, BeforeValidator(not_null), _BITS_SCHEMA] = None
+    """Bits of an integer code, 2 to 8. Either this or `format` is required."""
+    format: Annotated[FormatName | None, BeforeValidator(not_null), _FORMAT_SCHEMA] = None
+    """In place of `bits`, with backend `simulated` (`fp8`: `fp8_e4m3`, of gradients also `fp8_e5m2`): floating point
+    of 8, 6 or 4 bits (`fp8_e4m3`, ...) with scales as `granularity` says, or a format with blocks of its own: `mxfp8`,
+    `mxfp6`, `mxfp4`, `mxint8` (32 elements, a power of two as scale), `nvfp4`, `nvint4` (16 elements, an fp8 scale and
+    one fp32 for the tensor)."""
+    scale_rule: Annotated[
+        Literal["floor", "up", "four_six"] | None, Allowed('"floor" or "up" (mx...), or "four_six" (nvfp4)')
+    ] = None
+    """The power of two of a block of `mx...`: `floor` (default), as OCP MX 1.0 has it, where the largest elements may
+    saturate; `up`, the smallest one with which none does. Of `nvfp4`, `four_six`: each block takes that one of two
+    scales, which make its largest element 4 or 6, that loses less. Absent: 6."""
+
+    @property
+    def named_format(self) -> NamedFormat | None:
+        """What `format` names."""
+        return FORMATS[self.format] if self.format else None
+
+    def rules(self) -> Iterator[Rule]:
+        yield from super().rules()
+        if (self.bits is None) == (self.format is None):
+            if self.bits is None:
+                yield "bits", NOTHING, 'an integer from 2 to 8, or "format" in its place', "add it"
+            else:
+                yield "format", self.format, 'absent beside "bits", which says another one', "remove one of the two"
+        named = self.named_format
+        if self.scale_rule == FOUR_SIX:
+            if self.format != "nvfp4":
+                yield "scale_rule", FOUR_SIX, 'only with format "nvfp4", whose elements lack a 5', "remove it"
+        elif self.scale_rule is not None and (named is None or named.scale != "e8m0"):
+            allowed = "only with a format whose scales are powers of two (mxfp8, mxfp6, mxfp4, mxint8)"
+            yield "scale_rule", self.scale_rule, allowed, "remove it"
+        if named is not None:
+            yield from self._format_rules(named)
+
+    def _format_rules(self, named: NamedFormat) -> Iterator[Rule]:
+        if not getattr(self, "symmetric", True):
+            yield "symmetric", False, f'true with format "{self.format}", which has no zero point', "remove it"
+        if getattr(self, "range", "narrow") == "full":
+            yield "range", "full", f'"narrow" with format "{self.format}"', "remove it, or use bits"
+        if not named.block_size:
+            return
+        granularity = getattr(self, "granularity", "block")
+        if granularity != "block":
+            allowed = f'"block" with format "{self.format}", whose scales are those of {named.block_size} elements'
+            yield "granularity", granularity, allowed, "remove it"
+        if "block_size" in self.model_fields_set and getattr(self, "block_size", None) != named.block_size:
+            allowed = f'{named.block_size} with format "{self.format}"'
+            yield "block_size", getattr(self, "block_size", None), allowed, "remove it"
+
+    @model_serializer(mode="wrap")
+    def _without_idle_block_size(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        absent = [name for name in ("bits", "format", "scale_rule") if getattr(self, name) is None]
+        if self._block_size_is_idle():
+            absent.append("block_size")
+        return {key: value for key, value in serialize(self).items() if key not in absent}
+
+
+class WeightConfig(OperandConfig):
+    """How the weight of a linear is quantized."""
+
+    where: ClassVar[str] = f"{SECTION}.linear.weight"
+
+    granularity: Literal["tensor", "channel", "block"] = Field(default_factory=_granularity("channel"))
+    """What shares a scale: the tensor, an output feature, or `block_size` consecutive input features. Default
+    `channel`, with a format that has blocks of its own `block`."""
+    block_size: LinearBlock = Field(default_factory=_block_size)
+    """Consecutive input features that share a scale; a tail block where it does not divide. For granularity `block`."""
+    block_rows: Annotated[Literal[1, 16], BeforeValidator(exact_int), Allowed("1 or 16")] = 1
+    """Output features that share a scale as well, with format `nvfp4` or `nvint4`: 16 for tiles of 16 x 16."""
+    symmetric: bool = True
+    """Codes -(2^(b-1)-1) to 2^(b-1)-1 around zero, or all 2^b levels between minimum and maximum."""
+    rounding: Rounding = "nearest"
+    """`nearest` (ties to even) or `stochastic`, for weights with backend `simulated` only."""
+
+    def rules(self) -> Iterator[Rule]:
+        yield from super().rules()
+        if self.block_rows != 1 and self.format not in ("nvfp4", "nvint4"):
+            yield "block_rows", self.block_rows, '1, or 16 with format "nvfp4" or "nvint4"', "remove it"
+
+
+class ActivationConfig(OperandConfig):
+    """How the input of a linear is quantized."""
+
+    where: ClassVar[str] = f"{SECTION}.linear.activation"
+
+    granularity: Literal["tensor", "token", "channel", "block"] = Field(default_factory=_granularity("token"))
+    """What shares a scale: the tensor, a row, an input feature, or `block_size` consecutive input features of a row.
+    Default `token`, with a format that has blocks of its own `block`."""
+    block_size: LinearBlock = Field(default_factory=_block_size)
+    """Consecutive input features that share a scale; a tail block where it does not divide. For granularity `block`."""
+    symmetric: bool = True
+    """Symmetric codes around zero (see `range`), or all 2^b levels between minimum and maximum."""
+    range: Literal["narrow", "full"] = "narrow"
+    """Of symmetric codes: `narrow`, -(2^(b-1)-1) to 2^(b-1)-1 with a scale of absmax / (2^(b-1)-1); or `full`, all 2^b
+    codes from -2^(b-1) on with a scale of absmax / ((2^b-1)/2), as servers of compressed-tensors quantize."""
+    rounding: Rounding = "nearest"
+    """`nearest` (ties to even) or `stochastic`."""
+
+    def rules(self) -> Iterator[Rule]:
+        yield from super().rules()
+        if self.range == "full" and not self.symmetric:
+            reason = '"narrow" with symmetric false: asymmetric codes use all 2^b levels anyway'
+            yield "range", "full", reason, "remove it, or set symmetric to true"
+
+
+class GradientConfig(OperandConfig):
+    """How the output gradient of a linear is quantized in its backward products."""
+
+    where: ClassVar[str] = f"{SECTION}.linear.gradient"
+
+    granularity: Literal["tensor", "token", "channel", "outer", "block"] = Field(default_factory=_granularity("outer"))
+    """What shares a scale: the tensor, a row, an output feature, or (`outer`) a row for the input gradient and an
+    output feature for the weight gradient, after the other operand's scale is folded in; or (`block`) `block_size`
+    consecutive elements of what is contracted, which are output features for the input gradient and tokens for the
+    weight gradient. A format that has blocks of its own takes only `block`."""
+    block_size: LinearBlock = Field(default_factory=_block_size)
+    """Consecutive elements that share a scale; a tail block where it does not divide. For granularity `block`."""
+    used_for: Annotated[
+        tuple[Literal["weight", "input"], ...],
+        Field(strict=False),
+        Allowed('a list of "weight", "input" or both, each once'),
+    ] = ("weight", "input")
+    """Which backward products see the quantized gradient; the others get the original."""
+    symmetric: bool = True
+    """Codes -(2^(b-1)-1) to 2^(b-1)-1 around zero, or all 2^b levels between minimum and maximum."""
+    rounding: Rounding = "nearest"
+    """`nearest` (ties to even) or `stochastic`."""
+
+    def rules(self) -> Iterator[Rule]:
+        yield from super().rules()
+        if not self.used_for or len(set(self.used_for)) < len(self.used_for):
+            fix = 'list each product once, or leave "gradient" out to quantize none'
+            yield "used_for", list(self.used_for), allowed_values(GradientConfig, "used_for"), fix

@@ -1,0 +1,8 @@
+"""The study of the paper's matrix: which runs it has, training them, and the tables made of their figures.
+
+`protocol` has what was fixed before any run: sizes, budgets, seeds, limits of verdicts. `rows` lists what is trained:
+controls, the paper's matrix (from `sweeping.paper`, its one table) and repairs (`repairs`). `texts` and `wiki_markup`
+bring the text. `plan` says which runs are to be done, `training` does them, `results` keeps their figures in a CSV that
+is committed, `verdicts` judges paired gaps, and `tables` and `pictures` turn the CSV into docs/study.md. `smoke` is the
+same with a few short runs and limits that were measured.
+"""

@@ -1,0 +1,244 @@
+"""The command line of launchers/study.py."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from sweeping import matrix
+
+from ds_quant.cli.shared.errors import CommandError
+from studying import other_domain, pictures, plan, protocol, results, smoke, tables, texts, verdicts
+from studying.plan import Key, Settings
+from studying.rows import BASELINE, all_rows
+from studying.training import Training
+
+
+def run(argv: list[str], *, description: str) -> int:
+    """Do one command; returns the exit code. Raises CommandError."""
+    options = _parser(description).parse_args(argv)
+    code: int = options.do(options)
+    return code
+
+
+def _parser(description: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="study.py", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for name, do, what in (("run", _train, "train what is missing"), ("plan", _print_plan, "print it, train nothing")):
+        command = commands.add_parser(name, help=what, allow_abbrev=False)
+        command.set_defaults(do=do)
+        _add_choices(command)
+    command = commands.add_parser("tables", help="docs/study.md and its pictures from the CSV", allow_abbrev=False)
+    command.set_defaults(do=_write_tables)
+    command.add_argument("--csv", type=Path, default=results.PATH, help="default: docs/results/study/runs.csv")
+    command.add_argument("--page", type=Path, default=_PAGE, help="default: docs/study.md")
+    command = commands.add_parser("repeat", help="train runs of the CSV again and compare", allow_abbrev=False)
+    command.set_defaults(do=_repeat)
+    _add_choices(command)
+    command = commands.add_parser("smoke", help="short runs against measured limits", allow_abbrev=False)
+    command.set_defaults(do=_smoke)
+    command.add_argument("--runs", type=Path, default=Path("runs/study"), help="default: runs/study")
+    command.add_argument("--seeds", help="measure the limits anew with these seeds, at least 5, into its CSV")
+    command.add_argument("--at-once", type=int, default=2, help="runs at a time (default: 2)")
+    return parser
+
+
+_PAGE = plan.ROOT / "docs" / "study.md"
+
+
+def _add_choices(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--rows", nargs="+", default=None, metavar="ROW", help="default: all")
+    command.add_argument("--sizes", nargs="+", default=["0.7m"], help=f"default: 0.7m; of {', '.join(protocol.SIZES)}")
+    command.add_argument("--families", nargs="+", default=["llama"], help="default: llama; of llama, gpt2")
+    command.add_argument("--seeds", help="such as '0 1 2' or '0-7' (default: 0 1 2, then 3-7 where effects are small)")
+    command.add_argument("--scales", nargs="+", type=float, default=[1.0], help="of the tuned learning rate")
+    command.add_argument("--ratio", default="1", help="tokens a parameter (default: 1)")
+    command.add_argument("--runs", type=Path, default=Path("runs/study"), help="default: runs/study")
+    command.add_argument("--corpus", type=Path, help="tokens of one's own, by launchers/tokenize_corpus.py")
+    command.add_argument("--other-domain", type=Path, help="with --corpus: text of the held-out domain (.txt, .jsonl)")
+    command.add_argument("--csv", type=Path, default=results.PATH, help="where figures are kept (default: docs/...)")
+    command.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    command.add_argument("--at-once", type=int, default=2, help="runs at a time (default: 2)")
+
+
+def _train(options: argparse.Namespace) -> int:
+    training = _training(options)
+    failed: list[Key] = []
+    for size in plan.chosen(options.sizes, protocol.SIZES, "--sizes"):
+        for family in plan.chosen(options.families, protocol.FAMILIES, "--families"):
+            rate, lost = _tuned(training, size, family, plan.ratio_of(options.ratio))
+            failed += lost
+            if rate is not None:
+                keys = _keys(options, size, family, rate)
+                failed += training.run(keys)
+                if options.seeds is None and not training.stopped:
+                    more = _more_seeds(options, training, size, family, rate)
+                    failed += training.run(more)
+                    keys += more
+                if not training.stopped:
+                    _measure_other_domain(options, training, keys)
+    for key in failed:
+        print(f"not done: {plan.shown(key)}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _more_seeds(options: argparse.Namespace, training: Training, size: str, family: str, rate: float) -> list[Key]:
+    """Runs of the protocol's further seeds, of rows whose effect is small, and the baseline's."""
+    ratio = plan.ratio_of(options.ratio)
+    asked = {key.row for key in _keys(options, size, family, rate)}
+    rows = [training.rows[name] for name in training.rows if name in asked]
+    found = list(results.read(training.csv).values())
+    more: list[Key] = []
+    for scale in options.scales:
+        judged = verdicts.judge(rows, found, (size, family, ratio, scale * rate))
+        small = [entry.row.name for entry in judged if entry.row.name != BASELINE and verdicts.needs_more_seeds(entry)]
+        if small:
+            names, seeds = [BASELINE, *small], protocol.MORE_SEEDS
+            more += plan.keys(names, seeds=seeds, rates=[scale * rate], size=size, family=family, ratio=ratio)
+    return more
+
+
+def _measure_other_domain(options: argparse.Namespace, training: Training, keys: Sequence[Key]) -> None:
+    own = None if options.corpus else options.runs / "text" / texts.OTHER_DOMAIN
+    text = options.other_domain or own
+    if text is not None:
+        other_domain.measure(keys, training.rows, training.settings, training.csv, text)
+
+
+def _print_plan(options: argparse.Namespace) -> int:
+    training = _training(options)
+    for size in plan.chosen(options.sizes, protocol.SIZES, "--sizes"):
+        for family in plan.chosen(options.families, protocol.FAMILIES, "--families"):
+            ratio = plan.ratio_of(options.ratio)
+            rate = results.tuned_rate(list(results.read(options.csv).values()), size, family, ratio)
+            if rate is None:
+                for key in training.missing(_tuning(size, family, ratio, protocol.RATES)):
+                    print("to tune ", plan.shown(key))
+                rate = protocol.RATES[0]
+            for key in training.missing(_keys(options, size, family, rate)):
+                print("to train", plan.shown(key))
+    return 0
+
+
+def _write_tables(options: argparse.Namespace) -> int:
+    found = list(results.read(options.csv).values())
+    rows = list(all_rows().values())
+    folder = options.csv.parent
+    made = tables.text(found, rows)
+    for size, family, ratio in tables.groups(found):
+        rate = results.tuned_rate(found, size, family, ratio)
+        judged = [] if rate is None else verdicts.judge(rows, found, (size, family, ratio, rate))
+        name = f"{family}-{size}-{ratio:g}.png"
+        if len([entry for entry in judged if entry.seeds]) > 1 and pictures.draw(
+            judged, f"{family}, {size}, D/N {ratio:g}", folder / name
+        ):
+            link = os.path.relpath(folder / name, options.page.parent)
+            made += f"\n![gaps of {family}, {size}, D/N {ratio:g}]({link})\n"
+    changed = tables.write(options.page, made)
+    print(f"{'written' if changed else 'unchanged'}: {options.page}")
+    return 0
+
+
+def _repeat(options: argparse.Namespace) -> int:
+    """Runs of the CSV in a folder of their own; 1 where a figure differs in its last digit."""
+    known = results.read(options.csv)
+    options.csv = options.runs / "repeated.csv"
+    training = _training(options)
+    again: list[Key] = []
+    for size in plan.chosen(options.sizes, protocol.SIZES, "--sizes"):
+        for family in plan.chosen(options.families, protocol.FAMILIES, "--families"):
+            ratio = plan.ratio_of(options.ratio)
+            rate = results.tuned_rate(list(known.values()), size, family, ratio)
+            if rate is not None:
+                again += [key for key in _keys(options, size, family, rate) if key in known]
+    if not again:
+        raise CommandError(f"repeat: got nothing of {results.PATH}; allowed: rows and seeds that it has; see `plan`")
+    failed = training.run(again)
+    found = results.read(options.csv)
+    code = 1 if failed else 0
+    for key in again:
+        if key in found:
+            same = (found[key].loss, found[key].state) == (known[key].loss, known[key].state)
+            same = same or (found[key].state == known[key].state and found[key].loss != found[key].loss)
+            code = code if same else 1
+            print(f"{'same' if same else 'OTHER'}: {plan.shown(key)}: {known[key].loss!r}, again {found[key].loss!r}")
+    return code
+
+
+def _smoke(options: argparse.Namespace) -> int:
+    settings = Settings(runs=(options.runs / "smoke").resolve(), corpus=_own_corpus(options.runs).resolve())
+    seeds = None if options.seeds is None else matrix.seeds(options.seeds)
+    return smoke.run(settings, all_rows(), _where("cpu"), seeds, at_once=options.at_once)
+
+
+def _keys(options: argparse.Namespace, size: str, family: str, rate: float) -> list[Key]:
+    known = all_rows()
+    names = plan.chosen(options.rows or list(known), known, "--rows")
+    # Nothing is told of a row without its baseline.
+    names = [BASELINE, *(name for name in names if name != BASELINE)]
+    return plan.keys(
+        names,
+        seeds=protocol.SEEDS if options.seeds is None else matrix.seeds(options.seeds),
+        rates=[scale * rate for scale in options.scales],
+        size=size,
+        family=family,
+        ratio=plan.ratio_of(options.ratio),
+    )
+
+
+def _tuned(training: Training, size: str, family: str, ratio: float) -> tuple[float | None, list[Key]]:
+    """The learning rate of the lowest loss, and the runs that failed on the way to it."""
+    rates = list(protocol.RATES)
+    while True:
+        failed = training.run(_tuning(size, family, ratio, rates))
+        if failed:
+            return None, failed
+        known = list(results.read(training.csv).values())
+        rate = results.tuned_rate(known, size, family, ratio)
+        if rate is not None:
+            return rate, []
+        best = results.best_rate(known, size, family, ratio)
+        assert best is not None
+        rates = [best / 2, best * 2]
+
+
+def _tuning(size: str, family: str, ratio: float, rates: Sequence[float]) -> list[Key]:
+    return plan.keys([BASELINE], seeds=[0], rates=rates, size=size, family=family, ratio=ratio)
+
+
+def _training(options: argparse.Namespace) -> Training:
+    if options.at_once < 1:
+        raise CommandError(f"--at-once: got {options.at_once}; allowed: 1 or more; correct it")
+    corpus = options.corpus or _own_corpus(options.runs)
+    settings = Settings(runs=options.runs.resolve(), corpus=corpus.resolve(), device=options.device)
+    return Training(settings, all_rows(), options.csv, _where(options.device), at_once=options.at_once)
+
+
+def _own_corpus(runs: Path) -> Path:
+    """Tokens of the study's own text, made if they are not there."""
+    text, tokens = runs / "text", runs / "tokens"
+    if not (tokens / "index.json").exists():
+        texts.prepare(text)
+        command = [
+            *(sys.executable, str(plan.ROOT / "launchers" / "tokenize_corpus.py"), "--output_dir", str(tokens)),
+            *("--train_file", str(text / texts.TRAIN), "--validation_file", str(text / texts.VALIDATION)),
+            *("--vocab_size", str(protocol.VOCABULARY)),
+        ]
+        if subprocess.run(command, env={**os.environ, "PYTHONPATH": plan.import_path()}).returncode:
+            raise CommandError(f"corpus: got no tokens of {text}; allowed: what tokenize_corpus.py says above")
+    return tokens
+
+
+def _where(device: str) -> dict[str, Any]:
+    import torch
+
+    from ds_quant.cli.shared.tables import environment
+
+    return environment(torch.device(device))

@@ -1,0 +1,199 @@
+"""Repairs of the paper's failing rows at the same number of bits, as sections of the JSON.
+
+A row stays here when it does not help: its figures are part of the answer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+Values = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Repair:
+    """One attempt."""
+
+    component: str
+    of: str
+    """The row that it repairs; empty for a combination that the paper did not run."""
+    what: str
+    section: Values
+
+
+def _linear(*, backward: str = "original", exclude: list[str] | None = None, **operands: Values) -> Values:
+    """As the paper's rows, all layers and original operands in the backward pass, unless it says otherwise."""
+    linear: Values = {**operands, "backend": "simulated", "backward_operands": backward, "exclude": exclude or []}
+    return {"linear": linear}
+
+
+def _gradient(bits: int, granularity: str, *used_for: str, rounding: str = "stochastic") -> Values:
+    return {"bits": bits, "granularity": granularity, "rounding": rounding, "used_for": list(used_for)}
+
+
+def _block(bits: int, size: int, **more: Any) -> Values:
+    return {"bits": bits, "granularity": "block", "block_size": size, **more}
+
+
+_HEADS = ["lm_head"]
+LAST = "@LAST@"
+"""Stands for the number of a model's last block."""
+# Of both families: model.layers.N and transformer.h.N.
+_LAST = ["lm_head", f"*.{LAST}.*"]
+_BOTH = ("weight", "input")
+_MX: Values = {"format": "mxfp4", "scale_rule": "up"}
+
+WEIGHT = {
+    "w4_block32": Repair("W", "w4_channel", "blocks of 32", _linear(weight=_block(4, 32))),
+    "w4_block16": Repair("W", "w4_channel", "blocks of 16", _linear(weight=_block(4, 16))),
+    "w4_block32_asymmetric": Repair(
+        "W", "w4_channel", "blocks of 32, asymmetric", _linear(weight=_block(4, 32, symmetric=False))
+    ),
+    "w4_channel_no_head": Repair(
+        "W",
+        "w4_channel",
+        "per channel, output layer in full precision",
+        _linear(weight={"bits": 4, "granularity": "channel"}, exclude=_HEADS),
+    ),
+    "w4_block32_no_head": Repair(
+        "W", "w4_channel", "blocks of 32, output layer in full precision", _linear(weight=_block(4, 32), exclude=_HEADS)
+    ),
+    "w4_nvfp4": Repair("W", "w4_channel", "NVFP4", _linear(weight={"format": "nvfp4"})),
+    "w4_nvint4": Repair("W", "w4_channel", "NVINT4", _linear(weight={"format": "nvint4"})),
+    "w4_mxfp4": Repair("W", "w4_channel", "MXFP4, scales rounded up", _linear(weight=dict(_MX))),
+}
+
+ACTIVATION = {
+    "a4_block32": Repair("A", "a4_token", "blocks of 32", _linear(activation=_block(4, 32))),
+    "a4_block16": Repair("A", "a4_token", "blocks of 16", _linear(activation=_block(4, 16))),
+    "a4_block32_asymmetric": Repair(
+        "A", "a4_token", "blocks of 32, asymmetric", _linear(activation=_block(4, 32, symmetric=False))
+    ),
+    "a4_token_no_head": Repair(
+        "A",
+        "a4_token",
+        "per token, output layer in full precision",
+        _linear(activation={"bits": 4, "granularity": "token"}, exclude=_HEADS),
+    ),
+    "a4_block32_no_last": Repair(
+        "A",
+        "a4_token",
+        "blocks of 32, output layer and last block in full precision",
+        _linear(activation=_block(4, 32), exclude=_LAST),
+    ),
+    "a4_nvfp4": Repair("A", "a4_token", "NVFP4", _linear(activation={"format": "nvfp4"})),
+    "a4_nvint4": Repair("A", "a4_token", "NVINT4", _linear(activation={"format": "nvint4"})),
+    "a4_mxfp4": Repair("A", "a4_token", "MXFP4, scales rounded up", _linear(activation=dict(_MX))),
+}
+
+GRADIENT = {
+    f"g{bits}_{name}": Repair("G", f"g{bits}_token", what, _linear(gradient=values))
+    for bits in (8, 4)
+    for name, what, values in (
+        ("token_stochastic", "per token, stochastic", _gradient(bits, "token", "weight")),
+        ("outer_nearest", "outer, nearest", _gradient(bits, "outer", "weight", rounding="nearest")),
+        ("outer", "outer, stochastic", _gradient(bits, "outer", "weight")),
+        ("outer_both", "outer, stochastic, for dX and dW", _gradient(bits, "outer", *_BOTH)),
+        ("outer_input", "outer, stochastic, for dX only", _gradient(bits, "outer", "input")),
+    )
+} | {
+    "g4_token_both": Repair(
+        "G",
+        "g4_token",
+        "per token, nearest, for dX and dW: not a repair, the naive row of both products",
+        _linear(gradient=_gradient(4, "token", *_BOTH, rounding="nearest")),
+    ),
+    "g4_nvfp4_both": Repair(
+        "G",
+        "g4_token",
+        "NVFP4, stochastic, for dX and dW",
+        _linear(gradient={"format": "nvfp4", "rounding": "stochastic", "used_for": list(_BOTH)}),
+    ),
+    "g4_mxfp4_both": Repair(
+        "G",
+        "g4_token",
+        "MXFP4, scales rounded up, stochastic, for dX and dW",
+        _linear(gradient={**_MX, "rounding": "stochastic", "used_for": list(_BOTH)}),
+    ),
+}
+
+MOMENTS = {
+    "m4_block": Repair("m", "m4_tensor", "signed squares in blocks of 128", {"optimizer": {"exp_avg": {"bits": 4}}}),
+    "m8_block": Repair("m", "m8_tensor", "float codes in blocks of 256", {"optimizer": {"exp_avg": {"bits": 8}}}),
+    "v8_block": Repair("v", "v8_tensor", "float codes in blocks of 256", {"optimizer": {"exp_avg_sq": {"bits": 8}}}),
+    "v4_block": Repair(
+        "v", "v8_tensor", "eighth powers in blocks of 128, at 4 bits", {"optimizer": {"exp_avg_sq": {"bits": 4}}}
+    ),
+    "m4v4_block": Repair(
+        "v",
+        "v8_tensor",
+        "both moments at 4 bits, as above",
+        {"optimizer": {"exp_avg": {"bits": 4}, "exp_avg_sq": {"bits": 4}}},
+    ),
+}
+
+
+def _all4(weight: Values, activation: Values, gradient: Values | None = None) -> Values:
+    if gradient is None:
+        return _linear(backward="quantized", weight=weight, activation=activation)
+    return _linear(backward="quantized", weight=weight, activation=activation, gradient=gradient)
+
+
+_CHANNEL: Values = {"bits": 4, "granularity": "channel"}
+_TOKEN: Values = {"bits": 4, "granularity": "token"}
+_OUTER = _gradient(4, "outer", *_BOTH)
+# `outer` folds no scales of blocks.
+_STOCHASTIC = _gradient(4, "token", *_BOTH)
+_BLOCKS = (_block(4, 32), _block(4, 32))
+
+COMBINED = {
+    "w4a4g4_naive": Repair(
+        "combined",
+        "",
+        "W4A4G4: per channel, token, token, nearest, all products: what the repairs below are held against",
+        _all4(_CHANNEL, _TOKEN, _gradient(4, "token", *_BOTH, rounding="nearest")),
+    ),
+    "w4a4_block32": Repair("combined", "w4a4g4_naive", "forward only: W4A4 in blocks of 32", _all4(*_BLOCKS)),
+    "w4a4g4_outer": Repair("combined", "w4a4g4_naive", "G outer, stochastic", _all4(_CHANNEL, _TOKEN, dict(_OUTER))),
+    "w4a4g4_block32": Repair(
+        "combined",
+        "w4a4g4_naive",
+        "W, A in blocks of 32, G per token, stochastic",
+        _all4(*_BLOCKS, dict(_STOCHASTIC)),
+    ),
+    "w4a4g4_block32_m4v8": Repair(
+        "combined",
+        "w4a4g4_naive",
+        "the same with m in 4 and v in 8 bits",
+        {**_all4(*_BLOCKS, dict(_STOCHASTIC)), "optimizer": {"exp_avg": {"bits": 4}, "exp_avg_sq": {"bits": 8}}},
+    ),
+    "w4a4g4_nvint4": Repair(
+        "combined",
+        "w4a4g4_naive",
+        "NVINT4, G stochastic",
+        _all4(
+            {"format": "nvint4"},
+            {"format": "nvint4"},
+            {"format": "nvint4", "rounding": "stochastic", "used_for": list(_BOTH)},
+        ),
+    ),
+    "w4a4g4_nvfp4": Repair(
+        "combined",
+        "w4a4g4_naive",
+        "NVFP4, G stochastic",
+        _all4(
+            {"format": "nvfp4"},
+            {"format": "nvfp4"},
+            {"format": "nvfp4", "rounding": "stochastic", "used_for": list(_BOTH)},
+        ),
+    ),
+    "w4a4g4_mxfp4": Repair(
+        "combined",
+        "w4a4g4_naive",
+        "MXFP4, scales rounded up, G stochastic",
+        _all4(dict(_MX), dict(_MX), {**_MX, "rounding": "stochastic", "used_for": list(_BOTH)}),
+    ),
+}
+
+ALL: dict[str, Repair] = {**WEIGHT, **ACTIVATION, **GRADIENT, **MOMENTS, **COMBINED}

@@ -1,0 +1,168 @@
+"""The committed CSV: a line a run that has ended, and what it says about the run."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from collecting import files, runs
+
+from ds_quant.base.whole_folder import write_whole
+from ds_quant.cli.shared.errors import CommandError
+from studying import plan, protocol
+from studying.plan import ROOT, Key, Settings
+from studying.rows import BASELINE, Row
+
+PATH = ROOT / "docs" / "results" / "study" / "runs.csv"
+
+
+@dataclass(frozen=True)
+class Result:
+    """How one run ended. Losses in nats a token; NaN where a loss was NaN, Inf or was not measured."""
+
+    key: Key
+    fingerprint: str
+    """`plan.fingerprint` of the row."""
+    text: str
+    """`plan.Settings.text`."""
+    parameters: int
+    steps: int
+    tokens: int
+    state: str
+    """`done`, or `diverged` where the run ended itself or rose as `protocol.has_diverged` says."""
+    loss: float
+    """Of the held-out split, at the end."""
+    lowest: float
+    """The lowest on the way there."""
+    other_loss: float
+    """Of the held-out domain."""
+    dtype: str
+    processor: str
+    torch: str
+    deepspeed: str
+    commit: str
+    date: str
+
+
+_KEY = [field.name for field in dataclasses.fields(Key)]
+_REST = [field.name for field in dataclasses.fields(Result) if field.name != "key"]
+COLUMNS = (*_KEY, *_REST)
+
+
+def read(path: Path) -> dict[Key, Result]:
+    """The results of a CSV that `write` wrote; none where there is no file. Raises CommandError for another file."""
+    if not path.exists():
+        return {}
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            reader = csv.DictReader(file)
+            if tuple(reader.fieldnames or ()) != COLUMNS:
+                raise ValueError(f"columns {', '.join(reader.fieldnames or ())}")
+            found = [_result(line) for line in reader]
+    except (OSError, ValueError, TypeError) as error:
+        raise CommandError(
+            f"results: got {path} ({error}); allowed: a CSV that launchers/study.py wrote; restore it"
+        ) from error
+    return {result.key: result for result in found}
+
+
+def write(path: Path, results: Iterable[Result]) -> None:
+    """All of them, sorted, so that a diff shows what is new."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    for result in sorted(results, key=lambda result: dataclasses.astuple(result.key)):
+        values = {**dataclasses.asdict(result.key), **dataclasses.asdict(result)}
+        # repr of a float reads back as the same number.
+        writer.writerow([repr(value) if isinstance(value, float) else value for value in map(values.get, COLUMNS)])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, text.getvalue())
+
+
+def keep(path: Path, result: Result) -> None:
+    """Add it to the CSV, in place of an earlier one of the same run."""
+    write(path, {**read(path), result.key: result}.values())
+
+
+def of_run(key: Key, row: Row, settings: Settings, where: Mapping[str, Any]) -> Result | None:
+    """What the folder of a run says; None while the run has not ended.
+
+    `where` has processor, torch, deepspeed, commit and date.
+    """
+    folder = plan.folder(key, row, settings)
+    if not runs.is_run(folder):
+        return None
+    run, _ = runs.read(folder, folder.parent, now=math.inf, stale_after=0.0)
+    if run.state not in (runs.DONE, runs.DIVERGED):
+        return None
+    size = protocol.SIZES[key.size]
+    steps = run.steps or 0
+    loss, lowest = _number(run.final_eval_loss), _number(run.best_eval_loss)
+    diverged = run.state == runs.DIVERGED or protocol.has_diverged(loss, lowest)
+    return Result(
+        key=key,
+        fingerprint=plan.fingerprint(row),
+        text=settings.text,
+        parameters=_parameters(folder) or size.parameters(key.family, settings.index.vocab_size),
+        steps=steps,
+        tokens=steps * size.tokens_per_step,
+        state=runs.DIVERGED if diverged else runs.DONE,
+        loss=loss,
+        lowest=lowest,
+        other_loss=math.nan,
+        dtype=settings.dtype,
+        **{name: str(where[name]) for name in ("processor", "torch", "deepspeed", "commit", "date")},
+    )
+
+
+def _result(line: Mapping[str, str]) -> Result:
+    key = Key(
+        size=line["size"],
+        family=line["family"],
+        ratio=float(line["ratio"]),
+        rate=float(line["rate"]),
+        row=line["row"],
+        seed=int(line["seed"]),
+    )
+    kinds = {field.name: str(field.type) for field in dataclasses.fields(Result)}
+    convert = {"int": int, "float": float, "str": str}
+    return Result(key=key, **{name: convert[kinds[name]](line[name]) for name in _REST})
+
+
+def _number(value: float | None) -> float:
+    return value if value is not None and math.isfinite(value) else math.nan
+
+
+def _parameters(folder: Path) -> int | None:
+    """As the run counted them; None where it ended itself before it wrote its summary."""
+    summary, _ = files.read_summary(folder / "summary.json")
+    return None if summary is None else int(summary["model"]["num_parameters"])
+
+
+def best_rate(found: Iterable[Result], size: str, family: str, ratio: float) -> float | None:
+    """The learning rate with which the baseline of seed 0 ended lowest; None without such runs."""
+    losses = _tuning_losses(found, size, family, ratio)
+    return min(losses, key=lambda rate: (losses[rate], rate)) if losses else None
+
+
+def tuned_rate(found: Sequence[Result], size: str, family: str, ratio: float) -> float | None:
+    """The best one, once half and double of it were run, too; None before."""
+    losses = _tuning_losses(found, size, family, ratio)
+    best = best_rate(found, size, family, ratio)
+    return best if best is not None and {best / 2, best * 2} <= losses.keys() else None
+
+
+def _tuning_losses(found: Iterable[Result], size: str, family: str, ratio: float) -> dict[float, float]:
+    """By rate. A run that diverged ended nowhere."""
+    return {
+        result.key.rate: result.loss if result.state == runs.DONE else math.inf
+        for result in found
+        if (result.key.size, result.key.family, result.key.ratio) == (size, family, ratio)
+        and (result.key.row, result.key.seed) == (BASELINE, 0)
+    }

@@ -1,0 +1,125 @@
+"""What is trained: controls, every row of the paper's matrix, and repairs of those that fail."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+from sweeping import paper
+
+from ds_quant.config import TRIPWIRE
+from ds_quant.config.deepspeed_json import TRIPWIRE_VALUE
+from studying import repairs
+
+BASELINE = "baseline"
+CONTROL, MATRIX, REPAIR = "control", "paper", "repair"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the tables."""
+
+    name: str
+    """Also of its folder; the paper's rows are called as in ds_configs/paper, without `paper_`."""
+    kind: str
+    """CONTROL, MATRIX or REPAIR."""
+    component: str
+    """Whose table it is in: W, A, G, m, v or combined."""
+    what: str
+    """In words."""
+    config: str
+    """Text of its DeepSpeed JSON."""
+    repairs: str = ""
+    """Of a repair: the paper's row at the same number of bits."""
+    overrides: dict[str, str] = field(default_factory=dict)
+    """Changes to the model's configuration."""
+    outcome: str = ""
+    """What the paper found."""
+
+    @property
+    def own(self) -> list[Any]:
+        """All that tells its runs from the baseline's."""
+        content = json.loads(self.config)
+        return [content.get("ds_quant"), content["zero_optimization"].get("stage"), self.overrides]
+
+
+def all_rows() -> dict[str, Row]:
+    """Every row by its name, in the order of the tables: the baseline first."""
+    baseline = (paper.FOLDER / "baseline.json").read_text(encoding="utf-8")
+    found = [*_controls(baseline), *_matrix(baseline), *_repairs(baseline)]
+    rows = {row.name: row for row in found}
+    assert len(rows) == len(found)
+    return rows
+
+
+def _controls(baseline: str) -> list[Row]:
+    stage0 = json.loads(baseline)
+    stage0["zero_optimization"]["stage"] = 0
+    return [
+        Row(BASELINE, CONTROL, "", "full precision", baseline),
+        Row(
+            "baseline_stage0",
+            CONTROL,
+            "",
+            "full precision at ZeRO stage 0, where rows with a scale for whole moments run",
+            _text(stage0),
+        ),
+        Row(
+            "baseline_untied",
+            CONTROL,
+            "",
+            "full precision, output layer with weights of its own, as the paper's quantized models had",
+            baseline,
+            overrides={"tie_word_embeddings": "False"},
+        ),
+    ]
+
+
+def _matrix(baseline: str) -> list[Row]:
+    files = paper.files(baseline)
+    rows = []
+    for name, section in (paper.COMPONENTS | paper.COMBINATIONS | paper.MOMENTS).items():
+        component = _component(section)
+        rows.append(
+            Row(
+                name,
+                MATRIX,
+                component,
+                _words(section),
+                files[f"paper/paper_{name}.json"],
+                outcome=paper.OUTCOMES[name],
+            )
+        )
+    return rows
+
+
+def _repairs(baseline: str) -> list[Row]:
+    known = set(paper.COMPONENTS | paper.COMBINATIONS | paper.MOMENTS) | set(repairs.ALL)
+    rows = []
+    for name, repair in repairs.ALL.items():
+        assert not repair.of or repair.of in known, name
+        content = json.loads(baseline)
+        content["zero_optimization"] = {TRIPWIRE: TRIPWIRE_VALUE, **content["zero_optimization"]}
+        content["ds_quant"] = repair.section
+        rows.append(Row(name, REPAIR, repair.component, repair.what, _text(content), repairs=repair.of))
+    return rows
+
+
+def _component(section: paper.Section) -> str:
+    letters = {"weight": "W", "activation": "A", "gradient": "G", "exp_avg": "m", "exp_avg_sq": "v"}
+    return letters[next(iter(section))] if len(section) == 1 else "combined"
+
+
+def _words(section: paper.Section) -> str:
+    letters = {"weight": "W", "activation": "A", "gradient": "G", "exp_avg": "m", "exp_avg_sq": "v"}
+    parts = []
+    for operand, values in section.items():
+        more = ", asymmetric" if values.get("symmetric") is False else ""
+        more += ", for dX only" if values.get("used_for") == ["input"] else ""
+        parts.append(f"{letters[operand]} {values['bits']} bits per {values['granularity']}{more}")
+    return "; ".join(parts)
+
+
+def _text(content: dict[str, Any]) -> str:
+    return json.dumps(content, indent=2) + "\n"
