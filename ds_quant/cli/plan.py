@@ -14,6 +14,7 @@ from ds_quant.planning.models import WAYS, resolve_model
 
 # These load torch and deepspeed: not for --help.
 if TYPE_CHECKING:
+    from ds_quant.planning.fit import Fitter
     from ds_quant.planning.job import Outcome
     from ds_quant.planning.plan import Planner, Request, Setting
     from ds_quant.planning.predict import Predictor
@@ -62,12 +63,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of the GPU's memory, for its context, the communication library and fragmentation: an assumption of "
         "yours, nothing of it is predicted. Default: %(default)s",
     )
+    parser.add_argument(
+        "--fit",
+        action="store_true",
+        help="try ZeRO stages, recomputed activations, bits of moments and of masters, and print what fits, cheapest "
+        "first, with the JSON to use; --gpu-memory may then be several, as 24GiB,80GiB",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def run(options: argparse.Namespace) -> int:
     """Plan and print; returns 1 if it does not fit. Raises ConfigError for invalid requests."""
     from ds_quant.planning.configs import job_config
+    from ds_quant.planning.fit import Fitter
     from ds_quant.planning.plan import MAX_RANKS, Planner, Request, Setting, check_batch
     from ds_quant.planning.predict import Predictor
 
@@ -79,11 +87,8 @@ def run(options: argparse.Namespace) -> int:
     if world_size > MAX_RANKS:
         raise fail("--nodes, --gpus-per-node", world_size, f"at most {MAX_RANKS} ranks", "plan fewer")
     check_batch(options.batch, world_size, options.micro_batch)
-    memory = None
-    if options.gpu_memory is not None:
-        memory = parse_size("--gpu-memory", options.gpu_memory) - parse_size("--reserve", options.reserve)
-        if memory <= 0:
-            raise fail("--reserve", options.reserve, f"less than --gpu-memory {options.gpu_memory}", "lower it")
+    memories = _memories(options)
+    memory = next(iter(memories.values()), None)
     raw = read_deepspeed_config(options.config)
     model, length = resolve_model(options.model, length=options.context, vocabulary=options.vocab_size)
     config = job_config(
@@ -104,6 +109,8 @@ def run(options: argparse.Namespace) -> int:
         options.attention == "flash",
     )
     with Predictor() as predictor:
+        if options.fit:
+            return _fit(options, Fitter(request, predictor, lambda line: print(line, file=sys.stderr)), memories)
         planner = Planner(request, predictor, lambda line: print(line, file=sys.stderr))
         rows = options.micro_batch or options.batch // world_size
         if options.micro_batch is None and memory is not None:
@@ -114,6 +121,32 @@ def run(options: argparse.Namespace) -> int:
             report |= fitting(planner, predictor, setting, memory)
     print(json.dumps(report, indent=1) if options.json else "\n".join(lines(report)))
     return 0 if report.get("fits", True) else 1
+
+
+def _memories(options: argparse.Namespace) -> dict[str, int]:
+    """Usable bytes of each --gpu-memory. Raises ConfigError."""
+    asked = [] if options.gpu_memory is None else options.gpu_memory.split(",")
+    if options.fit and not asked:
+        raise fail("--fit", "no --gpu-memory", "a GPU's memory, or several", "add --gpu-memory 24GiB,80GiB, say")
+    if len(asked) > 1 and not options.fit:
+        raise fail("--gpu-memory", options.gpu_memory, "one without --fit", "add --fit, or name one")
+    for name in ("micro_batch", "stage"):
+        if options.fit and getattr(options, name) is not None:
+            raise fail(f"--{name.replace('_', '-')}", getattr(options, name), "none with --fit", "remove one of them")
+    found = {}
+    for text in asked:
+        found[text.strip()] = parse_size("--gpu-memory", text) - parse_size("--reserve", options.reserve)
+        if found[text.strip()] <= 0:
+            raise fail("--reserve", options.reserve, f"less than --gpu-memory {text}", "lower it")
+    return found
+
+
+def _fit(options: argparse.Namespace, fitter: Fitter, memories: dict[str, int]) -> int:
+    from ds_quant.cli import fit
+
+    found = fit.report(fitter, options.nodes * options.gpus_per_node, memories)
+    print(json.dumps(found, indent=1) if options.json else "\n".join(fit.lines(found)))
+    return 0 if all(answer["ways"] for answer in found["fit"]) else 1
 
 
 def parse_size(where: str, text: str) -> int:

@@ -9,15 +9,16 @@ Between steps the momentum is codes and scales. `begin_momentum` makes it, `mome
 of its gradients, and `put_momentum` takes the new one; `ds_quant.engine.muon` calls them.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from ds_quant.base.errors import fail
+from ds_quant.numerics.blockwise import QuantizedBlocks
 from ds_quant.numerics.random import derive_words
-from ds_quant.numerics.stored_states import overwrite, store
+from ds_quant.numerics.stored_states import load, overwrite, part, store
 from ds_quant.optim.adamw import AdamWOptions, adamw_steps
 from ds_quant.optim.base import QuantizedOptimizer, Step
 from ds_quant.optim.group_options import GroupOptions, check_hyperparameters, check_numbers
@@ -30,6 +31,9 @@ _ADAMW_STATES = {"exp_avg": True, "exp_avg_sq": False}
 MOMENTUM = "momentum_buffer"
 _MOMENTUM_STREAM = 1 << 60
 """Of the keys that round momentums: apart from those of AdamW's moments, which count up."""
+
+PIECE_ELEMENTS = 1 << 22
+"""Elements of a momentum that are decoded or coded at a time."""
 
 
 class QuantMuon(QuantizedOptimizer):
@@ -136,7 +140,11 @@ class QuantMuon(QuantizedOptimizer):
     @torch.no_grad()
     def momentum(self, group: dict[str, Any], param: Tensor, dtype: torch.dtype) -> Tensor:
         """The momentum of `param` as a new plain tensor of `dtype` [its elements]."""
-        return self._stored_momentum(group, param).dequantize().to(dtype)
+        blocks = self._stored_momentum(group, param).blocks
+        values = torch.empty(blocks.numel, dtype=dtype, device=param.device)
+        for begin, end in _pieces(blocks):
+            values[begin:end] = load(part(blocks, begin, end))
+        return values
 
     @torch.no_grad()
     def put_momentum(self, group: dict[str, Any], param: Tensor, values: Tensor) -> None:
@@ -149,7 +157,10 @@ class QuantMuon(QuantizedOptimizer):
             step = int(self.state[param]["step"].item()) + 1
             words = derive_words(Step(self).key(step), _MOMENTUM_STREAM + state.stream)
             key = torch.tensor(words, dtype=torch.int64, device=param.device)
-        overwrite(state.blocks, store(values.float().reshape(-1), state.blocks, key))
+        flat = values.view(-1)
+        for begin, end in _pieces(state.blocks):
+            stored = part(state.blocks, begin, end)
+            overwrite(stored, store(flat[begin:end].float(), stored, key, begin))
 
     def _stored_momentum(self, group: dict[str, Any], param: Tensor) -> QuantizedState:
         Step(self).ready(self.state[param], _MomentumOptions(group, self.state_numel(MOMENTUM, param)), param)
@@ -194,6 +205,13 @@ class _MomentumOptions(GroupOptions):
     def shape(self, param: Tensor) -> torch.Size:
         """Shape of the momentum of `param`."""
         return self._shape
+
+
+def _pieces(blocks: QuantizedBlocks) -> Iterator[tuple[int, int]]:
+    """Begin and end of whole blocks, some PIECE_ELEMENTS each: what computing takes beside them stays small."""
+    length = blocks.block_size * max(1, PIECE_ELEMENTS // blocks.block_size)
+    for begin in range(0, blocks.numel, length):
+        yield begin, min(begin + length, blocks.numel)
 
 
 def _first(*values: Any) -> Any:

@@ -6,6 +6,7 @@ from typing import Any
 from ds_quant.base.errors import fail
 from ds_quant.config import QuantConfig, read_deepspeed_config, resolve_auto, unresolved_auto
 from ds_quant.config.refusals import check_refusals
+from ds_quant.optim.kinds import TYPES, kind_named
 
 _FILLINGS: dict[str, Any] = {
     "gradient_clipping": 1.0,
@@ -80,6 +81,8 @@ def _check(config: dict[str, Any]) -> None:
         if on:
             fix = "plan with bf16, of the same size" if where == "fp16" else "plan without it"
             raise fail(where, "switched on", "what a dry run on a CPU can do", fix)
-    kind = (config.get("optimizer") or {}).get("type", "AdamW")
-    if str(kind).lower() not in ("adam", "adamw"):
-        raise fail("optimizer.type", kind, "Adam or AdamW", "plan with AdamW, which has two moments")
+    kind = (config.get("optimizer") or {}).get("type")
+    if kind is not None and kind_named(kind) is None:
+        raise fail("optimizer.type", kind, ", ".join(TYPES), "plan with AdamW, which has two moments")
+    if kind == "AdEMAMix" and not (quant.enabled and quant.optimizer):
+        raise fail("optimizer.type", kind, "others without ds_quant.optimizer", "store a state of it in few bits")

@@ -21,8 +21,10 @@ from ds_quant.config import ConfigError
 from ds_quant.engine import dry_start
 from ds_quant.kernels import build, native
 from ds_quant.kernels.adamw import cpu as adamw_cpu
+from ds_quant.kernels.elementwise import ops as elementwise_ops
 from ds_quant.kernels.int8 import cpu as int8_cpu
 from ds_quant.kernels.integer_units import integer_units
+from ds_quant.kernels.masters import cpu as masters_cpu
 from ds_quant.kernels.wire import cpu as wire_cpu
 from ds_quant.planning import models
 from ds_quant.planning.dry_run import DryRun
@@ -45,6 +47,8 @@ def _silence_kernels() -> None:
     adamw_cpu._library = lambda: nothing  # type: ignore[assignment]
     int8_cpu._library = lambda: nothing  # type: ignore[assignment]
     wire_cpu._function = lambda: nothing.call  # type: ignore[assignment]
+    masters_cpu._function = lambda: nothing.call  # type: ignore[assignment]
+    elementwise_ops.elementwise_ = lambda works: None  # type: ignore[assignment]
 
 
 def dry_run(job: Job, node_size: int, offloaded: tuple[str, ...] = ()) -> Outcome:

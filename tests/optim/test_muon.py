@@ -114,6 +114,23 @@ def test_momentum_is_within_a_code_of_what_was_put(bits, kind):
     assert torch.equal(again.momentum(again.param_groups[0], param, torch.float32), got)
 
 
+def test_pieces_have_the_bits_of_the_whole(monkeypatch):
+    (param,) = marked([37, 41])
+    values, found = torch.randn(37, 41).bfloat16(), []
+    for length in (1 << 22, 300):
+        monkeypatch.setattr("ds_quant.optim.muon.PIECE_ELEMENTS", length)
+        muon = optimizer([param], momentum_buffer={"bits": 4})
+        muon.begin_momentum(muon.param_groups[0], param)
+        muon.put_momentum(muon.param_groups[0], param, values)
+        found.append(
+            (muon.state[param]["momentum_buffer"].blocks, muon.momentum(*muon.param_groups, param, values.dtype))
+        )
+    (whole, read), (pieces, read_again) = found
+    assert torch.equal(whole.codes, pieces.codes)
+    assert torch.equal(whole.scale, pieces.scale)
+    assert torch.equal(read, read_again)
+
+
 def test_rounding_depends_on_parameter_step_and_rank():
     first, second = marked([64, 64], [64, 64])
     muon = optimizer([first, second], momentum_buffer={"bits": 4})

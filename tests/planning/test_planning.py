@@ -225,7 +225,8 @@ class TestConfigs:
         ("change", "message"),
         [
             ({"fp16": {"enabled": True}}, "fp16: got"),
-            ({"optimizer": {"type": "Lion"}}, "optimizer.type"),
+            ({"optimizer": {"type": "Lamb"}}, "optimizer.type"),
+            ({"optimizer": {"type": "AdEMAMix"}}, "optimizer.type: .*others without ds_quant.optimizer"),
             ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "nvme"}}}, "offload_optimizer"),
             ({"pipeline": {"stages": 2}}, "pipeline"),
             ({"train_batch_size": 7}, "train_batch_size"),
