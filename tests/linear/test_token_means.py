@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from linear_oracle import IN, OUT, random_case, run
+from helpers.linear_oracle import IN, OUT, random_case, run
 
 import ds_quant
 from ds_quant.numerics.format import Format, Group, Integers, fake_quantize_to, named_format
