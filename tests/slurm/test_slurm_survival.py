@@ -160,7 +160,7 @@ def test_what_would_not_get_further_ends(cluster: Cluster, corpus: Path, tmp_pat
         told = status.read(job.output_dir)
         assert told is not None
         assert (told["state"], told["retry"]) == (state, False)
-    assert "tokenizer of 64 pieces" in json.loads((wrong.output_dir / "status.json").read_text())["reason"]
+    assert "got 64 pieces" in json.loads((wrong.output_dir / "status.json").read_text())["reason"]
     # It had the time that Slurm gives, KillWait, for a checkpoint; and it stays cancelled.
     wait_for(lambda: (status.read(cancelled.output_dir) or {}).get("state") == "stopped", 30, "its last checkpoint")
     assert "back into the queue" not in cancelled.log()
