@@ -132,7 +132,7 @@ def test_hours_come_from_steps_batch_and_context(capsys: pytest.CaptureFixture[s
         (["--pretrain-args", "--seed 3"], "PRETRAIN_ARGS: got --seed, which the sweep sets"),
         (["--pretrain-args=--output_dir=x"], "PRETRAIN_ARGS: got --output_dir=x"),
         (["--pretrain-args", "'open"], 'PRETRAIN_ARGS: got "\'open" .No closing quotation.; allowed: words'),
-        (["--pretrain-args", "--max_stepz 3"], "pretrain.py refuses .* Did you mean --max_steps"),
+        (["--pretrain-args", "--max_stepz 3"], "pretrain.py refuses .* did you mean --max_steps"),
         (["--configs", "OTHER/broken.json", "--pretrain-args", "--bf16 true"], "pretrain.py refuses .*bitz"),
     ],
 )

@@ -56,18 +56,23 @@ def test_outliers_lose_less():
     """One feature of X and one token of G of 30 times the others' size, in 4 bits with a scale for 37 or 64 elements.
 
     Unrotated the step is 30 / 7 of the others' size, which then become 0; rotated by blocks of 32 it is some 30 / 7 /
-    sqrt(32) times the largest of a few normal deviates. That halves the error of Y and dW at the least.
+    sqrt(32) times the largest of a few normal deviates. The median error of Y is 0.39 of the unrotated one, that of dW
+    0.60, which is larger in one draw of seven (of 320 draws): of 31 draws' median that is one in millions.
     """
-    x, w, g, bias = torch.randn(64, IN), torch.randn(OUT, IN), torch.randn(64, OUT), torch.zeros(OUT)
-    x[:, 3] *= 30
-    g[5] *= 30
-    exact = {0: x @ w.t(), 2: g.t() @ x}
     config = {"weight": {"bits": 8}, "activation": {"bits": 4}, "gradient": {"bits": 4}}
-    plain, rotated = (
-        run(each, x, w, bias, g, "linear") for each in (config, {**config, "rotation": {"block_size": 32}})
-    )
-    assert (rotated[0] - exact[0]).norm() < (plain[0] - exact[0]).norm() / 2
-    assert (rotated[2] - exact[2]).norm() < (plain[2] - exact[2]).norm()
+    ratios = []
+    for _ in range(31):
+        x, w, g, bias = torch.randn(64, IN), torch.randn(OUT, IN), torch.randn(64, OUT), torch.zeros(OUT)
+        x[:, 3] *= 30
+        g[5] *= 30
+        plain, rotated = (
+            run(each, x, w, bias, g, "linear") for each in (config, {**config, "rotation": {"block_size": 32}})
+        )
+        exact = {0: x @ w.t(), 2: g.t() @ x}
+        ratios.append([((rotated[n] - exact[n]).norm() / (plain[n] - exact[n]).norm()).item() for n in exact])
+    of_y, of_dw = torch.tensor(ratios).median(0).values.tolist()
+    assert of_y < 0.5
+    assert of_dw < 1.0
 
 
 def test_what_the_backward_holds():

@@ -131,7 +131,7 @@ def assert_done(folder: Path, ranks: dict[str, int]) -> None:
     ("script", "environment", "said"),
     [
         ("sweep.sh", {"CONFIGS": "w8a9"}, "did you mean 'w8a8'?"),
-        ("sweep.sh", {"PRETRAIN_ARGS": "--max_stepz 3"}, "Did you mean --max_steps?"),
+        ("sweep.sh", {"PRETRAIN_ARGS": "--max_stepz 3"}, "did you mean --max_steps?"),
         ("sweep.sh", {"RANKS_PER_NODE": "5"}, "cannot be divided among 5 processes"),
         ("pretrain.sbatch", {"RANKS_PER_NODE": "two"}, "RANKS_PER_NODE: got 'two'; allowed: 1 or more"),
         ("pretrain.sbatch", {"MAX_RESTARTS": "-1"}, "MAX_RESTARTS: got '-1'; allowed: 0 or more"),
