@@ -86,7 +86,9 @@ def test_a_whole_step_takes_what_was_promised(reports, bits):
         parts = found["parts"]
         held = parts["weights"] + 2 * (parts["masters"] + parts["moments"] + parts["gradients"])
         # Weight, master and gradient take 5; two scales of 4 bytes in blocks of 256 or 128, and padding.
-        assert 0.0 < held / found["parameters"] - 5.0 - bits / 4 <= 0.1
+        # Gradients of a bucket that is on its way may be among them, in bf16: which ones are there at the peak varies.
+        bucket = 2 * 2 * BUCKET / found["parameters"]
+        assert 0.0 < held / found["parameters"] - 5.0 - bits / 4 <= 0.1 + bucket
         # The norm of the largest gradient is taken in fp64.
         assert found["bytes"] - sum(parts[role] for role in ("weights", "masters", "moments", "gradients")) <= (
             8 * 32 * VOCABULARY + 2 * BUCKET
