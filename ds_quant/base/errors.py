@@ -25,6 +25,11 @@ def fail(where: str, got: Any, allowed: str, fix: str) -> ConfigError:
     return ConfigError(problem(where, got, allowed, fix))
 
 
+def argument_error(where: str, got: object, allowed: str, fix: str) -> ValueError:
+    """For an argument of a function, which no user has set."""
+    return ValueError(f"{where}: got {got}; allowed: {allowed}; {fix}")
+
+
 def closest(name: object, names: Iterable[str], cutoff: float = 0.6) -> str | None:
     """The closest match to a misspelled `name` among `names`."""
     if not isinstance(name, str):

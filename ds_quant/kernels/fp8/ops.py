@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from ds_quant.base.errors import argument_error
 from ds_quant.kernels.fp8 import reference
 from ds_quant.kernels.fp8.family import FAMILY
 from ds_quant.kernels.registry import operation
@@ -16,13 +17,13 @@ DTYPES = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 def _check_matrix(where: str, x: Tensor) -> None:
     if x.dim() != 2 or x.dtype not in DTYPES.values():
         allowed = "float8_e4m3fn or float8_e5m2 of two dimensions"
-        raise ValueError(f"{where}: got {x.dtype} of shape {tuple(x.shape)}; allowed: {allowed}; view codes as such")
+        raise argument_error(where, f"{x.dtype} of shape {tuple(x.shape)}", allowed, "view codes as such")
 
 
 def _check_vector(where: str, x: Tensor | None, count: int, *, one: bool) -> None:
     if x is not None and x.shape != (count,) and not (one and x.numel() == 1):
         allowed = f"shape ({count},)" + (", or one element" if one else "")
-        raise ValueError(f"{where}: got shape {tuple(x.shape)}; allowed: {allowed}; flatten it")
+        raise argument_error(where, f"shape {tuple(x.shape)}", allowed, "flatten it")
 
 
 @operation(
@@ -48,7 +49,7 @@ def fp8_matmul(
     _check_matrix("fp8_matmul(b)", b)
     if a.shape[1] != b.shape[1]:
         got = f"{tuple(a.shape)} and {tuple(b.shape)}"
-        raise ValueError(f"fp8_matmul: got {got}; allowed: as many columns in both; turn one of them")
+        raise argument_error("fp8_matmul", got, "as many columns in both", "turn one of them")
     _check_vector("fp8_matmul(row_scale)", row_scale, a.shape[0], one=True)
     _check_vector("fp8_matmul(column_scale)", column_scale, b.shape[0], one=True)
     _check_vector("fp8_matmul(bias)", bias, b.shape[0], one=False)

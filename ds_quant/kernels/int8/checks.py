@@ -3,14 +3,11 @@
 import torch
 from torch import Tensor
 
+from ds_quant.base.errors import argument_error
 from ds_quant.numerics.integer import DTYPES
 from ds_quant.numerics.random import check_key
 
 FLOATS = "float32, bfloat16 or float16"
-
-
-def error(where: str, got: object, allowed: str, fix: str) -> ValueError:
-    return ValueError(f"{where}: got {got}; allowed: {allowed}; {fix}")
 
 
 def described(value: object) -> str:
@@ -21,9 +18,9 @@ def described(value: object) -> str:
 
 def check_operand(where: str, x: object, where_bits: str, bits: object) -> None:
     if not isinstance(x, Tensor) or x.dtype not in DTYPES or x.dim() != 2:
-        raise error(where, described(x), f"{FLOATS} of two dimensions", "reshape it to [tokens, features]")
+        raise argument_error(where, described(x), f"{FLOATS} of two dimensions", "reshape it to [tokens, features]")
     if isinstance(bits, bool) or not isinstance(bits, int) or not 2 <= bits <= 8:
-        raise error(where_bits, repr(bits), "integers 2 to 8", "set bits to one of them")
+        raise argument_error(where_bits, repr(bits), "integers 2 to 8", "set bits to one of them")
 
 
 def check_scale(where: str, scale: object, matrix: Tensor, dim: int) -> None:
@@ -33,7 +30,7 @@ def check_scale(where: str, scale: object, matrix: Tensor, dim: int) -> None:
     is_fp32 = isinstance(scale, Tensor) and scale.dtype == torch.float32 and scale.device == matrix.device
     if not is_fp32 or (scale.shape != (count,) and scale.numel() != 1):  # type: ignore[attr-defined]
         allowed = f"float32 of shape ({count},), or of one element, on {matrix.device}"
-        raise error(where, described(scale), allowed, "flatten the scale, one number a row or column")
+        raise argument_error(where, described(scale), allowed, "flatten the scale, one number a row or column")
 
 
 def check_key_or_none(where: str, key: Tensor | None) -> None:

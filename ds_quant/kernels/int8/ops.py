@@ -10,8 +10,9 @@ instead: rows of w.t() are columns of w. The result does not depend on strides, 
 import torch
 from torch import Tensor
 
+from ds_quant.base.errors import argument_error
 from ds_quant.kernels.int8 import matmul
-from ds_quant.kernels.int8.checks import FLOATS, check_key_or_none, check_operand, check_scale, described, error
+from ds_quant.kernels.int8.checks import FLOATS, check_key_or_none, check_operand, check_scale, described
 from ds_quant.kernels.int8.family import FAMILY
 from ds_quant.kernels.int8.padded_ops import padded_matmul, pads, quantize_gradient, quantize_operand
 from ds_quant.kernels.registry import operation
@@ -141,14 +142,18 @@ def dequantize(codes: Tensor, row_scale: Tensor | None, column_scale: Tensor | N
     One of row_scale, fp32 [M] or of one element, and column_scale, [K] or of one. Raises ValueError for what is not so.
     """
     if not isinstance(codes, Tensor) or codes.dtype != torch.int8 or codes.dim() != 2:
-        raise error("dequantize(codes)", described(codes), "int8 of two dimensions", "pass what quantize_rows gives")
+        raise argument_error(
+            "dequantize(codes)", described(codes), "int8 of two dimensions", "pass what quantize_rows gives"
+        )
     if (row_scale is None) == (column_scale is None):
         got = "none" if row_scale is None else "both"
-        raise error("dequantize(row_scale, column_scale)", got, "one of the two", "pass the scale of the codes")
+        raise argument_error(
+            "dequantize(row_scale, column_scale)", got, "one of the two", "pass the scale of the codes"
+        )
     check_scale("dequantize(row_scale)", row_scale, codes, 0)
     check_scale("dequantize(column_scale)", column_scale, codes, 1)
     if dtype not in DTYPES:
-        raise error("dequantize(dtype)", dtype, FLOATS, "set it to one of them")
+        raise argument_error("dequantize(dtype)", dtype, FLOATS, "set it to one of them")
     return dequantize.on(codes.device)(codes, row_scale=row_scale, column_scale=column_scale, dtype=dtype)
 
 
@@ -171,7 +176,7 @@ def epilogue(
     """
     if not isinstance(products, Tensor) or products.dtype not in _PRODUCTS or products.dim() != 2:
         allowed = "int32 or float32 of two dimensions"
-        raise error("epilogue(products)", described(products), allowed, "pass what _int_mm gives")
+        raise argument_error("epilogue(products)", described(products), allowed, "pass what _int_mm gives")
     if others is not None and not (
         others.dtype == torch.int32
         and others.shape == products.shape
@@ -179,7 +184,7 @@ def epilogue(
         and others.is_contiguous()
     ):
         allowed = f"int32 of shape {tuple(products.shape)} on {products.device}, contiguous"
-        raise error("epilogue(others)", described(others), allowed, "pass such a tensor, or none")
+        raise argument_error("epilogue(others)", described(others), allowed, "pass such a tensor, or none")
     check_scale("epilogue(row_scale)", row_scale, products, 0)
     check_scale("epilogue(column_scale)", column_scale, products, 1)
     num_columns = products.shape[1]
@@ -190,14 +195,14 @@ def epilogue(
         and bias.device == products.device
     ):
         allowed = f"{FLOATS} of shape ({num_columns},) on {products.device}"
-        raise error("epilogue(bias)", described(bias), allowed, "make it so")
+        raise argument_error("epilogue(bias)", described(bias), allowed, "make it so")
     if dtype not in DTYPES:
-        raise error("epilogue(dtype)", dtype, FLOATS, "set it to one of them")
+        raise argument_error("epilogue(dtype)", dtype, FLOATS, "set it to one of them")
     if out is not None and not (
         out.dtype == dtype and out.shape == products.shape and out.device == products.device and out.is_contiguous()
     ):
         allowed = f"{dtype} of shape {tuple(products.shape)} on {products.device}, contiguous"
-        raise error("epilogue(out)", described(out), allowed, "pass such a tensor, or none to have one made")
+        raise argument_error("epilogue(out)", described(out), allowed, "pass such a tensor, or none to have one made")
     options = {"others": others, "row_scale": row_scale, "column_scale": column_scale, "bias": bias}
     return epilogue.on(products.device)(products, **options, dtype=dtype, out=out)
 

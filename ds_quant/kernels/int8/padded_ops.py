@@ -9,8 +9,9 @@ import functools
 import torch
 from torch import Tensor
 
+from ds_quant.base.errors import argument_error
 from ds_quant.kernels.int8 import matmul
-from ds_quant.kernels.int8.checks import check_key_or_none, check_operand, check_scale, described, error
+from ds_quant.kernels.int8.checks import check_key_or_none, check_operand, check_scale, described
 from ds_quant.kernels.int8.family import FAMILY
 from ds_quant.kernels.registry import operation
 from ds_quant.numerics import products as reference
@@ -61,11 +62,15 @@ def quantize_operand(
     """
     check_operand("quantize_operand(x)", x, "quantize_operand(bits)", bits)
     if granularity not in ("row", "column", "tensor"):
-        raise error("quantize_operand(granularity)", granularity, "row, column or tensor", "set it to one of them")
+        raise argument_error(
+            "quantize_operand(granularity)", granularity, "row, column or tensor", "set it to one of them"
+        )
     if ways not in WAYS:
-        raise error("quantize_operand(ways)", ways, ", ".join(WAYS), "set it to one of them")
+        raise argument_error("quantize_operand(ways)", ways, ", ".join(WAYS), "set it to one of them")
     if granularity == "tensor" and factor is not None:
-        raise error("quantize_operand(factor)", described(factor), "none with one scale for all", "leave it out")
+        raise argument_error(
+            "quantize_operand(factor)", described(factor), "none with one scale for all", "leave it out"
+        )
     check_scale("quantize_operand(factor)", factor, x, 1 if granularity == "row" else 0)
     check_key_or_none("quantize_operand(key)", key)
     options = {"factor": factor, "key": key, "stream": stream, "full_range": full_range, "ways": ways}

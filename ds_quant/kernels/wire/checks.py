@@ -6,12 +6,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ds_quant.base.errors import argument_error
 from ds_quant.numerics.integer import DTYPES
 from ds_quant.numerics.wire import BITS, BLOCK_SIZES, ROTATIONS, Parts, Residuals, WireFormat, code_bytes, num_blocks
-
-
-def error(where: str, got: object, allowed: str, fix: str) -> ValueError:
-    return ValueError(f"{where}: got {got}; allowed: {allowed}; {fix}")
 
 
 def _described(tensor: object) -> str:
@@ -29,13 +26,13 @@ class Check:
         bits, block_size, rotation = fmt
         if bits not in BITS or block_size not in BLOCK_SIZES or rotation not in ROTATIONS:
             allowed = f"bits 8 or 4, block_size a power of two from 32 to 4096, rotation {' or '.join(ROTATIONS)}"
-            raise error(f"{where}(fmt)", fmt, allowed, "set it so")
+            raise argument_error(f"{where}(fmt)", fmt, allowed, "set it so")
         for name, column in parts._asdict().items():
             dtype = np.uint64 if name == "stream" else np.int64
             if not isinstance(column, np.ndarray) or column.dtype != dtype or column.shape != (len(parts.numel),):
                 got = f"{column.dtype} of shape {column.shape}" if isinstance(column, np.ndarray) else type(column)
                 allowed = f"a numpy array, {dtype.__name__}, 1-D, as long as numel"
-                raise error(f"{where}(parts.{name})", got, allowed, "make all columns of Parts so")
+                raise argument_error(f"{where}(parts.{name})", got, allowed, "make all columns of Parts so")
         self.count = len(parts.numel)
         self._piece("numel", parts.numel <= 0, parts.numel, "more than 0", "leave out empty pieces")
         self._piece("scale_at", (parts.scale_at < 0) | (parts.scale_at % 4 != 0), parts.scale_at, "multiples of 4")
@@ -48,7 +45,7 @@ class Check:
         if is_wrong.any():
             piece = int(is_wrong.argmax())
             where = f"{self.where}(parts.{name}[{piece}])"
-            raise error(where, got[piece], allowed, fix or "lay out the message again")
+            raise argument_error(where, got[piece], allowed, fix or "lay out the message again")
 
     def tensors(self, tensors: Sequence[Tensor]) -> None:
         parts = self.parts
@@ -57,9 +54,11 @@ class Check:
         for number, tensor in enumerate(tensors):
             if tensor.dtype != dtype or dtype not in DTYPES or tensor.device != self.device:
                 allowed = f"float32, bfloat16 or float16, all of one dtype and device (tensors[0]: {dtype})"
-                raise error(f"{self.where}(tensors[{number}])", _described(tensor), allowed, "make a call for each")
+                raise argument_error(
+                    f"{self.where}(tensors[{number}])", _described(tensor), allowed, "make a call for each"
+                )
             if tensor.dim() != 1 or not tensor.is_contiguous():
-                raise error(
+                raise argument_error(
                     f"{self.where}(tensors[{number}])", _described(tensor), "1-D, contiguous", "pass a flat view"
                 )
         outside = (parts.source < 0) | (parts.source >= len(tensors))
@@ -72,7 +71,7 @@ class Check:
 
     def message(self, message: Tensor) -> None:
         if not self._is_tensor(message, torch.uint8, 1):
-            raise error(
+            raise argument_error(
                 *(f"{self.where}(message)", _described(message)),
                 *(f"uint8, 1-D, contiguous, on {self.device}", "make the buffer so"),
             )
@@ -80,13 +79,13 @@ class Check:
 
     def received(self, received: Tensor, own_rank: int) -> None:
         if not self._is_tensor(received, torch.uint8, 2):
-            raise error(
+            raise argument_error(
                 *(f"{self.where}(received)", _described(received)),
                 *(f"uint8 [world_size - 1, message_bytes], contiguous, on {self.device}", "make the buffer so"),
             )
         world_size = received.shape[0] + 1
         if isinstance(own_rank, bool) or not isinstance(own_rank, int) or not 0 <= own_rank < world_size:
-            raise error(
+            raise argument_error(
                 *(f"{self.where}(own_rank)", repr(own_rank), f"0 to {world_size - 1}"),
                 "pass one message of each other rank",
             )
@@ -98,23 +97,27 @@ class Check:
         is_right = isinstance(output, Tensor) and output.dtype in DTYPES and output.numel() == expected
         if not is_right or not self._is_tensor(output, output.dtype, 1):
             allowed = f"float32, bfloat16 or float16 of shape ({expected},), contiguous, on {self.device}"
-            raise error(f"{self.where}(output)", _described(output), allowed, "make the buffer so")
+            raise argument_error(f"{self.where}(output)", _described(output), allowed, "make the buffer so")
 
     def sending(
         self, key: tuple[int, int] | None, residuals: Residuals | None, errors: np.ndarray | Tensor | None
     ) -> None:
         if key is not None and (len(key) != 2 or not all(isinstance(word, int) and 0 <= word < 2**32 for word in key)):
-            raise error(f"{self.where}(key)", repr(key), "two words from 0 to 2^32 - 1", "make it with fold_words()")
+            raise argument_error(
+                f"{self.where}(key)", repr(key), "two words from 0 to 2^32 - 1", "make it with fold_words()"
+            )
         if isinstance(errors, Tensor):
             is_right = errors.dtype == torch.float64 and errors.shape == (2,) and errors.device == self.device
             if not is_right or self.device.type == "cpu":
                 allowed = f"float64 of shape (2,), a tensor on {self.device} where that is no CPU, else a numpy array"
-                raise error(f"{self.where}(errors)", _described(errors), allowed, "make it so")
+                raise argument_error(f"{self.where}(errors)", _described(errors), allowed, "make it so")
         elif errors is not None and not (
             isinstance(errors, np.ndarray) and errors.dtype == np.float64 and errors.shape == (2,)
         ):
             got = f"{errors.dtype} of shape {errors.shape}" if isinstance(errors, np.ndarray) else type(errors)
-            raise error(f"{self.where}(errors)", got, "a numpy array, float64, of shape (2,)", "pass np.zeros(2)")
+            raise argument_error(
+                f"{self.where}(errors)", got, "a numpy array, float64, of shape (2,)", "pass np.zeros(2)"
+            )
         if residuals is None:
             return
         self._residuals(f"{self.where}(residuals.read", residuals.read)
@@ -123,7 +126,9 @@ class Check:
 
     def _residuals(self, where: str, column: Sequence[Tensor | None]) -> None:
         if len(column) != self.count:
-            raise error(f"{where})", f"{len(column)} entries", f"{self.count}, one a piece", "put None for none")
+            raise argument_error(
+                f"{where})", f"{len(column)} entries", f"{self.count}, one a piece", "put None for none"
+            )
         device, dtype = self.device, torch.bfloat16
         for number, (residual, numel) in enumerate(zip(column, self.parts.numel.tolist(), strict=True)):
             # In order of their price, without a call: this is most of what a call with many pieces costs.
@@ -136,7 +141,7 @@ class Check:
             ):
                 continue
             allowed = f"None, or bfloat16 of shape ({numel},), contiguous, on {device}"
-            raise error(f"{where}[{number}])", _described(residual), allowed, "make it so")
+            raise argument_error(f"{where}[{number}])", _described(residual), allowed, "make it so")
 
     def _is_tensor(self, tensor: object, dtype: torch.dtype, dim: int) -> bool:
         return (

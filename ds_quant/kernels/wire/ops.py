@@ -8,8 +8,9 @@ from collections.abc import Sequence
 import numpy as np
 from torch import Tensor
 
+from ds_quant.base.errors import argument_error
 from ds_quant.kernels.registry import Family, operation
-from ds_quant.kernels.wire.checks import Check, error
+from ds_quant.kernels.wire.checks import Check
 from ds_quant.numerics import wire as reference
 from ds_quant.numerics.wire import Parts, Residuals, WireFormat
 
@@ -77,7 +78,7 @@ def reduce(
     check.received(received, own_rank)
     if (output is None) == (message is None):
         got = "neither" if output is None else "both"
-        raise error("reduce(output, message)", got, "one of them", "pass the one that the sum goes to")
+        raise argument_error("reduce(output, message)", got, "one of them", "pass the one that the sum goes to")
     if message is not None:
         check.message(message)
     if output is not None:
