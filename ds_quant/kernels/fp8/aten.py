@@ -15,8 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ds_quant.kernels import simulated
-from ds_quant.kernels.fp8 import ops
+from ds_quant.kernels.fp8 import ops, reference
 from ds_quant.kernels.fp8_units import fp8_units
 
 _MULTIPLE = 16
@@ -46,8 +45,7 @@ def fp8_matmul(
             return scaled(a, b, row_scale, column_scale, bias)[:, :num_columns].contiguous()
     one = _one(a.device)
     sums = torch._scaled_mm(a, b.t(), one, one, out_dtype=torch.float32)[:, :num_columns]
-    by_row, by_column = (None if scale is None else scale.reshape(-1, 1) for scale in (row_scale, column_scale))
-    return simulated.finish(sums, by_row, by_column, bias, dtype).contiguous()
+    return reference.finish(sums, row_scale, column_scale, bias, dtype).contiguous()
 
 
 def aligned(x: Tensor, *, rows: bool = False) -> Tensor:

@@ -25,5 +25,12 @@ def fp8_matmul(
         sums = torch.mm(a.bfloat16(), b.bfloat16().t(), out_dtype=torch.float32)
     else:
         sums = torch.mm(a.float(), b.float().t())
+    return finish(sums, row_scale, column_scale, bias, dtype)
+
+
+def finish(
+    sums: Tensor, row_scale: Tensor | None, column_scale: Tensor | None, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """The rest of the definition, of the sums over k [M, N], fp32, which may be overwritten."""
     by_row, by_column = (None if scale is None else scale.reshape(-1, 1) for scale in (row_scale, column_scale))
     return simulated.finish(sums, by_row, by_column, None if bias is None else bias.detach(), dtype)
