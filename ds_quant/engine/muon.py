@@ -103,6 +103,16 @@ def _plain(optimizer: QuantMuon) -> Iterator[_Plain]:
         momentums.close(failed=failed)
 
 
+@contextmanager
+def _all_plain(optimizer: QuantMuon) -> Iterator[None]:
+    """`_plain`, with the momentum of each group's one partition opened, in the partition's dtype."""
+    with _plain(optimizer) as momentums:
+        for group in optimizer.param_groups:
+            (partition,) = group["params"]
+            momentums.open(group, partition, partition.dtype)
+        yield
+
+
 class _Stage1And2:
     """Mixed into the class of a live DeepSpeedZeroOptimizer."""
 
@@ -134,10 +144,7 @@ class _Stage1And2:
         super()._commit_muon_momentum()  # type: ignore[misc]
 
     def _apply_muon_updates_cpu_offload(self) -> None:
-        with _plain(self.optimizer) as momentums:  # type: ignore[attr-defined]
-            for group in self.optimizer.param_groups:  # type: ignore[attr-defined]
-                (partition,) = group["params"]
-                momentums.open(group, partition, partition.dtype)
+        with _all_plain(self.optimizer):  # type: ignore[attr-defined]
             super()._apply_muon_updates_cpu_offload()  # type: ignore[misc]
 
 
@@ -145,10 +152,7 @@ class _BF16:
     """Mixed into the class of a live BF16_Optimizer."""
 
     def _prepare_muon_updates(self) -> None:
-        with _plain(self.optimizer) as momentums:  # type: ignore[attr-defined]
-            for group in self.optimizer.param_groups:  # type: ignore[attr-defined]
-                (partition,) = group["params"]
-                momentums.open(group, partition, partition.dtype)
+        with _all_plain(self.optimizer):  # type: ignore[attr-defined]
             super()._prepare_muon_updates()  # type: ignore[misc]
 
 
