@@ -95,13 +95,9 @@ class WeightFetches(WeightPart):
 
     def fetch(self, parameters: Sequence[_Parameter], original: Any, *args: Any, **kwargs: Any) -> Any:
         """What a parameter's `all_gather_coalesced` does: start to gather `parameters`; returns what to wait for."""
-        coded = sorted((p for p in parameters if self._comes_in_codes(p)), key=lambda p: p.ds_id)
-        kept = {parameter.ds_id for parameter in coded}
-        whole = [parameter for parameter in parameters if parameter.ds_id not in kept]
+        coded, whole = self._sorted_out(parameters)
         handles = []
         if whole:
-            self._in_codes.difference_update(parameter.ds_id for parameter in whole)
-            self._count_whole(whole)
             handles.append(original(whole, *args, **kwargs))
         if coded:
             handles.append(self._start(coded))
@@ -122,14 +118,19 @@ class WeightFetches(WeightPart):
         """What all ranks keep from step to step is gathered after each."""
         self._is_stale = True
         absent = [p for p in self._persistent if p.ds_status is ZeroParamStatus.NOT_AVAILABLE]
-        coded = sorted((p for p in absent if self._comes_in_codes(p)), key=lambda p: p.ds_id)
+        coded, _ = self._sorted_out(absent)
         if coded:
             self._start(coded).wait()
+        return original(self._persistent, *args, **kwargs)
+
+    def _sorted_out(self, parameters: Sequence[_Parameter]) -> tuple[list[_Parameter], list[_Parameter]]:
+        """What is to come in codes, in an order that all ranks share, and what comes whole, which is counted."""
+        coded = sorted((p for p in parameters if self._comes_in_codes(p)), key=lambda p: p.ds_id)
         kept = {parameter.ds_id for parameter in coded}
-        whole = [parameter for parameter in absent if parameter.ds_id not in kept]
+        whole = [parameter for parameter in parameters if parameter.ds_id not in kept]
         self._in_codes.difference_update(parameter.ds_id for parameter in whole)
         self._count_whole(whole)
-        return original(self._persistent, *args, **kwargs)
+        return coded, whole
 
     def is_read_elsewhere(self, parameter: _Parameter) -> None:
         """Something other than its layers reads a parameter in a forward: it comes whole, now and from now on."""
