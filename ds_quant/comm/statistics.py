@@ -1,7 +1,7 @@
 """Bytes sent over the wire, and the quantization error of what was sent."""
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -38,6 +38,14 @@ class Traffic(NamedTuple):
     def relative_error(self) -> float:
         """Root of the mean squared error over that of the mean square; NaN where nothing was quantized."""
         return math.sqrt(self.squared_error / self.squared_norm) if self.squared_norm > 0 else math.nan
+
+    def summary(self, num_steps: int, prefix: str = "") -> dict[str, Any]:
+        """Figures for a report of so many steps; None where nothing crossed a wire. `prefix` begins their names."""
+        return {
+            f"{prefix}wire_bytes_per_step": round(self.sent_bytes / num_steps) if self.sent_bytes else None,
+            f"{prefix}compression_ratio": self.compression if self.sent_bytes else None,
+            f"{prefix}quantization_error": self.relative_error if self.squared_norm else None,
+        }
 
 
 class Statistics:

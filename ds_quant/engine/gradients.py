@@ -162,13 +162,8 @@ class GradientCommunication:
 
     def summary(self) -> dict[str, Any]:
         """Of the steps of this process, for its rank: figures for a report; None where nothing crossed a wire."""
-        sent = self.total.sent_bytes
-        return {
-            "wire_bytes_per_step": round(sent / self.num_steps) if sent else None,
-            "compression_ratio": self.total.compression if sent else None,
-            "quantization_error": self.total.relative_error if self.total.squared_norm else None,
-            "residual_bytes": self.feedback.num_bytes if self.feedback else 0,
-        }
+        residual_bytes = self.feedback.num_bytes if self.feedback else 0
+        return {**self.total.summary(self.num_steps), "residual_bytes": residual_bytes}
 
     def write_events(self) -> None:
         """Tell DeepSpeed's monitors of the last step."""

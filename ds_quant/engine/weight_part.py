@@ -37,9 +37,4 @@ class WeightPart(Part):
 
     def summary(self) -> dict[str, Any]:
         """Of the steps of this process, for its rank: figures for a report; None where nothing crossed a wire."""
-        sent = self.total.sent_bytes
-        return {
-            "weight_wire_bytes_per_step": round(sent / self.num_steps) if sent else None,
-            "weight_compression_ratio": self.total.compression if sent else None,
-            "weight_quantization_error": self.total.relative_error if self.total.squared_norm else None,
-        }
+        return self.total.summary(self.num_steps, "weight_")
