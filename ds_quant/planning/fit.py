@@ -10,6 +10,7 @@ them, since they decide little of what fits (docs/planning.md).
 
 import copy
 import dataclasses
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -114,10 +115,7 @@ class Fitter:
         last = self._deepest(world_size, stage, checkpointing)
         if last is None or outcome(last) is None:
             return
-        low, high = 0, last  # `high` fits
-        while low < high:
-            middle = (low + high) // 2
-            low, high = (low, middle) if outcome(middle) else (middle + 1, high)
+        low = bisect_left(range(last), True, key=lambda depth: outcome(depth) is not None)  # `last` fits
         fits = outcome(low)
         assert fits is not None
         config = config_at(self._request.config, low, stage)
@@ -145,11 +143,7 @@ class Fitter:
 
         if not worlds or not serves(worlds[-1]):
             return None
-        low, high = 0, len(worlds) - 1
-        while low < high:
-            middle = (low + high) // 2
-            low, high = (low, middle) if serves(worlds[middle]) else (middle + 1, high)
-        return worlds[low]
+        return worlds[bisect_left(worlds[:-1], True, key=serves)]
 
 
 def section_of(fitting: Fitting) -> dict[str, Any]:
