@@ -95,17 +95,20 @@ class SimulatedLinear(torch.autograd.Function):
         grad_x = grad_weight = grad_bias = None
         with torch.autocast(grad_output.device.type, enabled=False):
             g = grad_output.reshape(-1, grad_output.shape[-1])
+            wanted = zip((plan.grad_input, plan.grad_weight), ctx.needs_input_grad[:2], strict=True)
+            # Both quantizers are of one section of the JSON: what one splits off, the other does.
+            quantizer = next((each for each, is_needed in wanted if each and is_needed), None)
+            centred, g_mean = token_means.split(g, quantizer)
             if ctx.needs_input_grad[0]:
                 # From the Parameter once more: with ZeRO-3 it is gathered for this layer's backward only.
                 w = weight.t() if plan.transposed else weight
-                centred, g_mean = token_means.split(g, plan.grad_input)
-                a, b = _input_gradient_operands(centred, w, plan, local_key, replicated_key)
-                term = token_means.as_bias(g_mean, b, None, plan.rotation_block if "dX" in plan.rotated else 0)
+                a, b = _input_gradient_operands(centred if plan.grad_input else g, w, plan, local_key, replicated_key)
+                mean = g_mean if plan.grad_input else None
+                term = token_means.as_bias(mean, b, None, plan.rotation_block if "dX" in plan.rotated else 0)
                 grad_x = product(a, b, dtype, term, in_fp8=plan.in_fp8).reshape(ctx.x_shape)
             if ctx.needs_input_grad[1]:
                 x = x_saved[0] if ctx.x_rebuild is None else Quantized(*x_saved, *ctx.x_rebuild)
-                centred, _ = token_means.split(g, plan.grad_weight)
-                a, b = _weight_gradient_operands(centred, x, plan, local_key)
+                a, b = _weight_gradient_operands(centred if plan.grad_weight else g, x, plan, local_key)
                 if plan.transposed:
                     a, b = b, a
                 grad_weight = product(a, b, dtype, in_fp8=plan.in_fp8)
