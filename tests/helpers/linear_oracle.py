@@ -232,3 +232,15 @@ def random_case(dtype, seed):
         return (torch.randn(*shape, generator=generator) * rows).to(dtype)
 
     return draw(TOKENS, IN), draw(OUT, IN), draw(OUT, 1).flatten(), draw(TOKENS, OUT)
+
+
+def check_products(config, dtype, layout):
+    """Y, dX, dW and db of a random layer against `expected`."""
+    seed = int(torch.randint(2**31, ()).item())
+    x, w, bias, g = random_case(dtype, seed)
+    wanted = expected(x, w, bias, g, config, dtype)
+    y, dx, dw, db = run(config, x, w, bias, g, layout)
+    for got, want, what in zip((y, dx, dw), wanted, "y dX dW".split(), strict=True):
+        assert got.dtype == dtype
+        assert_within(got, want, f"{what} of {config} {dtype} {layout} seed {seed}")
+    assert torch.equal(db, g.sum(0))
