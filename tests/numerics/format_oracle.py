@@ -72,9 +72,7 @@ def block_scale(absmax, elements, kind, rule, tensor, largest=None):
     if kind == "e4m3":
         if not absmax > 0:
             return np.float32(0)
-        in_units = np.float32(absmax) / np.float32(largest) / tensor
-        number, _ = round_to(np.maximum(in_units, np.float32(2.0**-9))[None], "e4m3")
-        return np.float32(table("e4m3")[number[0]]) * tensor
+        return e4m3_block(absmax, largest, tensor) * tensor
     implied = elements - 2 if isinstance(elements, int) else 0
     largest = largest / 2**implied
     if absmax == 0:
@@ -87,20 +85,49 @@ def block_scale(absmax, elements, kind, rule, tensor, largest=None):
 
 
 def four_six(flat, members, largest, elements, tensor, shape, rows):
-    """The scale of each block: that one of two with the smaller error over the block, or over all of its tile."""
-    pairs, errors = [], []
+    """The scale of each block: that one of two with the smaller error over the block, or over all of its tile.
+
+    All in float32, in the order that the definition states: errors of the two may be as good as equal.
+    """
+    pairs, errors, ratios = [], [], []
     for absmax, indices in zip(largest, members, strict=True):
         pairs.append([block_scale(absmax, elements, "e4m3", "", tensor, most) for most in (6.0, 4.0)])
+        six, four = (e4m3_block(absmax, most, tensor) for most in (6.0, 4.0))
+        ratios.append(four / six)
         off = []
         for scale in pairs[-1]:
             v = flat[indices] / scale if scale > 0 else np.zeros(len(indices), np.float32)
             number, sign = round_to(v, elements)
-            off.append((((table(elements)[number] * sign - v) * np.float64(scale)) ** 2).sum())
+            difference = (table(elements)[number] * sign).astype(np.float32) - v
+            squares = np.zeros(16, np.float32)
+            squares[: len(indices)] = difference * difference
+            off.append(halved(squares))
         errors.append(off)
-    errors = np.array(errors).reshape(shape[0], -1, 2)
+    errors = np.array(errors, np.float32).reshape(shape[0], -1, 2)
     for first in range(0, shape[0], rows):
-        errors[first : first + rows] = errors[first : first + rows].sum(0)
-    return [pair[int(four < six)] for pair, (six, four) in zip(pairs, errors.reshape(-1, 2), strict=True)]
+        tile = np.zeros((rows, *errors.shape[1:]), np.float32)
+        tile[: len(errors[first : first + rows])] = errors[first : first + rows]
+        errors[first : first + rows] = halved(tile)
+    errors = errors.reshape(-1, 2)
+    return [
+        pair[int(four * (ratio * ratio) < six)] for pair, (six, four), ratio in zip(pairs, errors, ratios, strict=True)
+    ]
+
+
+def e4m3_block(absmax, largest, tensor):
+    """The part of a block's scale that is stored in E4M3, float32: 2^-9 for a block of zeros or without an end."""
+    if not (np.isfinite(absmax) and absmax > 0):
+        return np.float32(2.0**-9)
+    in_units = np.float32(absmax) / np.float32(largest) / tensor
+    number, _ = round_to(np.maximum(in_units, np.float32(2.0**-9))[None], "e4m3")
+    return np.float32(table("e4m3")[number[0]])
+
+
+def halved(values):
+    """The sum over the first dimension, a power of two: halves are added until one is left."""
+    while len(values) > 1:
+        values = values[: len(values) // 2] + values[len(values) // 2 :]
+    return values[0]
 
 
 def quantize(x, name, *, granularity="block", block_size=128, rows=1, rule="floor", key=None):
