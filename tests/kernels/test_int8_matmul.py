@@ -6,7 +6,6 @@ import platform
 import random
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -293,16 +292,21 @@ def test_operands_of_other_layouts_are_copied_for_cublas(monkeypatch):
 
 
 def test_the_probe_finds_out_what_is_slow(monkeypatch):
-    real, pause = torch._int_mm, 0.02
+    clock = 0.0
 
-    def slow(a, b):
-        time.sleep(pause)
-        return real(a, b)
+    def takes(seconds):
+        def multiply(a, b):
+            nonlocal clock
+            clock += seconds
 
-    monkeypatch.setattr(torch, "_int_mm", slow)
-    assert integer_units.int_mm_speed() < 0.5
-    monkeypatch.setattr(torch, "_int_mm", lambda a, b: None)
-    assert integer_units.int_mm_speed() > 2
+        return multiply
+
+    monkeypatch.setattr(integer_units.time, "perf_counter", lambda: clock)
+    monkeypatch.setattr(torch, "mm", takes(0.01))
+    # Ratios beyond 4 are told by the small matrices alone, the others by the large ones.
+    for seconds in (0.1, 0.02, 0.005, 0.001):
+        monkeypatch.setattr(torch, "_int_mm", takes(seconds))
+        assert integer_units.int_mm_speed() == pytest.approx(0.01 / seconds)
 
 
 def test_operators_hold_what_they_promise_to_compilers():
