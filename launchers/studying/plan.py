@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from pretraining import shards
+from corpora import shards
 from sweeping.paper import FOLDER
 
 from ds_quant.base.whole_folder import write_whole
