@@ -2,7 +2,6 @@
 
 import numpy as np
 import torch
-import torch._dynamo.testing
 
 BLOCK_SIZE = 32
 FLOAT32_MAX = torch.finfo(torch.float32).max

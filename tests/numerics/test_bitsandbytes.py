@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-import torch._dynamo.testing
 from numerics.block_inputs import make_input, spread
 
 from ds_quant.numerics import (

@@ -6,7 +6,6 @@ import math
 import numpy as np
 import pytest
 import torch
-import torch._dynamo.testing
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
