@@ -110,6 +110,7 @@ SEAMS: tuple[tuple[str, str, str], ...] = (
     *(
         ("deepspeed.runtime.zero.stage_1_and_2", f"DeepSpeedZeroOptimizer.{name}", "gradients are stepped as they come")
         for name in (
+            "process_gradients",
             "_get_compact_grad_partition_slice",
             "_build_compact_grad_partition_buffer",
             "_optimizer_step",

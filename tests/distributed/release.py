@@ -110,8 +110,8 @@ def compare(case, folder):
 
 
 def not_a_number():
-    """States after a step with a NaN in one gradient of one rank, and a step after it."""
-    found = []
+    """States after a step with a NaN in one gradient of one rank, and a step after it; messages about two backwards."""
+    found, messages = [], []
     for released in (False, True):
         engine = start(CASES["AdamW"], released)
         train(engine, 0, 1)
@@ -121,7 +121,12 @@ def not_a_number():
         hook.remove()
         train(engine, 2, 3)
         found.append((engine.skipped_steps, safe_get_full_fp32_param(parameter).isnan().all().item(), state_of(engine)))
-    return found
+    loss = loss_of(engine, 0)
+    engine.backward(loss, retain_graph=True)
+    messages.append(error_of(lambda: engine.backward(loss), (RuntimeError, ConfigError)))
+    messages.append(error_of(lambda: engine.backward(parameter.float().sum())))
+    messages.append(error_of(engine.step))
+    return found, messages
 
 
 def memory_job(world_size, rank):
@@ -154,10 +159,10 @@ def measured():
     }
 
 
-def error_of(action):
+def error_of(action, kind=ConfigError):
     try:
         action()
-    except ConfigError as error:
+    except kind as error:
         return str(error)
     return ""
 
@@ -212,7 +217,7 @@ def main(output, folder):
     for name, case in CASES.items():
         say(name)
         reports[name] = compare(case, f"{folder}/{name}")
-    reports["NaN"] = not_a_number()
+    reports["NaN"], reports["twice"] = not_a_number()
     reports["refused"] = refused(f"{folder}/AdamW")
     master.PART_ELEMENTS = MEMORY_PART
     reports["memory"] = measured()

@@ -53,6 +53,15 @@ def test_only_engine_step_may_follow_a_backward(reports):
         assert "lr of parameter group 0" in found["rate"]
 
 
+def test_a_second_backward_is_refused_on_all_ranks(reports):
+    for rank in reports:
+        same_graph, second, step = rank["twice"]
+        # Autograd says it of this rank's weights that it still needs, else the first gradient does.
+        assert "modified by an inplace operation" in same_graph or "a second gradient before" in same_graph
+        assert "a second gradient before engine.step()" in second
+        assert "a backward that did not end" in step
+
+
 def test_what_is_refused_leaves_the_step_as_it_was(reports):
     for rank in reports:
         losses, state = rank["refused"]["after"]
