@@ -78,6 +78,39 @@ WRONG_LINEAR_VALUES = [
         )
     ),
     *(
+        ({"linear": {**linear, "forward_full_precision_from": step}}, f"{LINEAR}.{key}", got, allowed, fix)
+        for linear, step, key, got, allowed, fix in (
+            (W8A8G8, 0.9, "forward_full_precision_from", "0.9", "the share times all steps", "write"),
+            (W8A8G8, 0, "forward_full_precision_from", "0", "an integer, 1 or more", "write"),
+            (
+                {"gradient": {"bits": 8}},
+                9,
+                "forward_full_precision_from",
+                "9",
+                "absent without weight and",
+                "remove it",
+            ),
+            (
+                {**W8A8G8, **{key: {"bits": 8, "split_mean": True} for key in ("activation", "gradient")}},
+                9,
+                "gradient.split_mean",
+                "true",
+                "false with forward_full_precision_from",
+                'used_for to ["input"]',
+            ),
+        )
+    ),
+    (
+        {
+            "linear": {**W8A8G8, "forward_full_precision_from": 9},
+            "communication": {"weight": {"mode": "codes"}},
+        },
+        "ds_quant.communication.weight.mode",
+        '"codes"',
+        "only with no linear.forward_full_precision_from",
+        "change that",
+    ),
+    *(
         ({"linear": {**W8A8G8, "rotation": {}, **linear}}, f"{LINEAR}.{key}", got, allowed, fix)
         for linear, key, got, allowed, fix in (
             ({"rotation": {"block_size": 8}}, "rotation.block_size", "8", "16, 32, 64 or 128", "write"),
