@@ -103,6 +103,14 @@ REFUSALS = (
         "communication",
     ),
     Refusal(
+        "zero_optimization.stage",
+        _is_three,
+        ("communication.weight.hierarchical",),
+        "1 or 2",
+        "stage 3 fetches weights in one level: a second one would have to run between the start of a fetch and its use",
+        'use stage 1, or remove "hierarchical"',
+    ),
+    Refusal(
         "zero_optimization.zero_hpz_partition_size",
         _is_above_one,
         ("communication.weight",),
@@ -280,7 +288,7 @@ def _parts_in_use(quant: QuantConfig, parts: tuple[str, ...]) -> list[str]:
         node: Any = quant
         for key in part.split("."):
             node = getattr(node, key, None)
-        return node is not None
+        return node is not None and node is not False
 
     return [part for part in parts if is_used(part)]
 

@@ -31,6 +31,7 @@ CASES = {
         f"reader:simulated:4:3:bf16:{PARTED}",
         f"gpt2:int8:8:3:autocast:{PARTED}:{AT_ONCE}",
     ],
+    4: ["odd:int8:8:1:bf16:hierarchical=2"],
 }
 MORE = ["odd:simulated:5:3:masters", f"odd:int8:8:3:fp32:{PARTED}", f"gpt2:simulated:8:3:bf16:{PARTED}:offload_param=1"]
 """Of stage 3."""
@@ -154,6 +155,7 @@ DIFFERENCES = {
         ("odd:int8:8:1:bf16", {"mode": "difference", "bits": 8, "block_size": 32, "rounding": "stochastic"}),
         ("gpt2:simulated:8:1:fp32", {"mode": "difference", "bits": 4, "whole_every": 3}),
     ],
+    4: [("odd:int8:8:2:bf16", {"mode": "difference", "bits": 4, "hierarchical": 2})],
 }
 EACH = [(ranks, number) for ranks, cases in DIFFERENCES.items() for number in range(len(cases))]
 
