@@ -62,6 +62,7 @@ test: lint docs pytest
 study: venv
 	python launchers/study.py run
 	python launchers/study.py run --scales 0.5 2
+	python launchers/study.py post-training
 	python launchers/study.py tables
 
 study-smoke: venv

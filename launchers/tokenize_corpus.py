@@ -16,8 +16,8 @@ from ds_quant.cli.shared import terminal
 def main(argv: list[str] | None = None) -> int:
     """Tokenize or verify; returns the exit code."""
     # Imported here because the tokenizing processes also import this file.
-    from pretraining import shard_writer, shards
-    from pretraining.corpus import CorpusArguments
+    from corpora import shard_writer, shards
+    from corpora.corpus import CorpusArguments
 
     terminal.quiet(verbose=False)
     try:

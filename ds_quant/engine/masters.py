@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ds_quant.base.errors import fail
 from ds_quant.config import MasterConfig
-from ds_quant.engine.engine_class import mix_in
+from ds_quant.engine.engine_class import MixedIn, mix_in
 from ds_quant.engine.parts import Part
 from ds_quant.engine.seams import check_live
 from ds_quant.optim.master import MasterTensor
@@ -30,7 +30,7 @@ def in_json(raw: dict[str, Any]) -> dict[str, Any]:
     return {**raw, name: {**raw[name], "bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}}
 
 
-class GradientsInPlace:
+class GradientsInPlace(MixedIn):
     """Mixed into the class of a live DeepSpeedZeroOptimizer: reduced gradients lie where the step reads them.
 
     DeepSpeed adds them to one buffer of the partition where they are accumulated in fp32. Those of bf16 it keeps apart,
@@ -38,11 +38,11 @@ class GradientsInPlace:
     """
 
     def _use_compact_grad_partition_buffer(self, group_idx: int) -> bool:
-        partition = self.params_in_partition[group_idx]  # type: ignore[attr-defined]
-        return not (partition and self._is_muon_group(partition))  # type: ignore[attr-defined]
+        partition = self.params_in_partition[group_idx]
+        return not (partition and self._is_muon_group(partition))
 
     def copy_grads_in_partition(self, param: Any, group_idx: int) -> None:
-        super().copy_grads_in_partition(param, group_idx)  # type: ignore[misc]
+        super().copy_grads_in_partition(param, group_idx)
         if self._use_compact_grad_partition_buffer(group_idx):
             param.grad = None  # it has been added to the buffer
 

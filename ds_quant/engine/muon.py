@@ -20,7 +20,7 @@ from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 from torch import Tensor
 
 from ds_quant.engine.checkpoints import stepped_tensors
-from ds_quant.engine.engine_class import mix_in
+from ds_quant.engine.engine_class import MixedIn, mix_in
 from ds_quant.engine.seams import check_live
 from ds_quant.optim.muon import MOMENTUM, QuantMuon
 
@@ -113,69 +113,69 @@ def _all_plain(optimizer: QuantMuon) -> Iterator[None]:
         yield
 
 
-class _Stage1And2:
+class _Stage1And2(MixedIn):
     """Mixed into the class of a live DeepSpeedZeroOptimizer."""
 
     def _muon_momentum_buffer(
         self, tensor_list: Sequence[Tensor], param_group_idx: int, dtype: Any, device: Any
     ) -> Any:
-        group = self.optimizer.param_groups[param_group_idx]  # type: ignore[attr-defined]
+        group = self.optimizer.param_groups[param_group_idx]
         if _is_quantized(group):
             return None  # its callers do not look at it
-        return super()._muon_momentum_buffer(tensor_list, param_group_idx, dtype, device)  # type: ignore[misc]
+        return super()._muon_momentum_buffer(tensor_list, param_group_idx, dtype, device)
 
     def _muon_staging_momentum(self, flatten_copy: Tensor, param_group_idx: int) -> Tensor:
-        optimizer = self.optimizer  # type: ignore[attr-defined]
+        optimizer = self.optimizer
         group = optimizer.param_groups[param_group_idx]
         if not _is_quantized(group):
-            staged: Tensor = super()._muon_staging_momentum(flatten_copy, param_group_idx)  # type: ignore[misc]
+            staged: Tensor = super()._muon_staging_momentum(flatten_copy, param_group_idx)
             return staged
-        gradients = self.all_grad_tensors[param_group_idx]  # type: ignore[attr-defined]
+        gradients = self.all_grad_tensors[param_group_idx]
         staged = optimizer.momentum(group, flatten_copy, gradients[0].dtype)
-        self._muon_pending_momentum[param_group_idx] = (staged, flatten_copy)  # type: ignore[attr-defined]
+        self._muon_pending_momentum[param_group_idx] = (staged, flatten_copy)
         return staged
 
     def _commit_muon_momentum(self) -> None:
-        pending, optimizer = self._muon_pending_momentum, self.optimizer  # type: ignore[attr-defined]
+        pending, optimizer = self._muon_pending_momentum, self.optimizer
         for number, group in enumerate(optimizer.param_groups):
             if _is_quantized(group) and number in pending:
                 staged, partition = pending.pop(number)  # so that nothing of full size stays
                 optimizer.put_momentum(group, partition, staged)
-        super()._commit_muon_momentum()  # type: ignore[misc]
+        super()._commit_muon_momentum()
 
     def _apply_muon_updates_cpu_offload(self) -> None:
-        with _all_plain(self.optimizer):  # type: ignore[attr-defined]
-            super()._apply_muon_updates_cpu_offload()  # type: ignore[misc]
+        with _all_plain(self.optimizer):
+            super()._apply_muon_updates_cpu_offload()
 
 
-class _BF16:
+class _BF16(MixedIn):
     """Mixed into the class of a live BF16_Optimizer."""
 
     def _prepare_muon_updates(self) -> None:
-        with _all_plain(self.optimizer):  # type: ignore[attr-defined]
-            super()._prepare_muon_updates()  # type: ignore[misc]
+        with _all_plain(self.optimizer):
+            super()._prepare_muon_updates()
 
 
-class _Stage3:
+class _Stage3(MixedIn):
     """Mixed into the class of a live DeepSpeedZeroOptimizer_Stage3."""
 
     def _apply_muon_to_accumulated_grads(self) -> None:
-        with _plain(self.optimizer) as momentums:  # type: ignore[attr-defined]
+        with _plain(self.optimizer) as momentums:
             self._ds_quant_momentums, self._ds_quant_opened = momentums, -1
-            if self.offload_optimizer:  # type: ignore[attr-defined]
-                for number in range(len(self.fp16_groups)):  # type: ignore[attr-defined]
+            if self.offload_optimizer:
+                for number in range(len(self.fp16_groups)):
                     self._ds_quant_open(number)
-            super()._apply_muon_to_accumulated_grads()  # type: ignore[misc]
+            super()._apply_muon_to_accumulated_grads()
 
     def _muon_update_sub_group(self, i: int, group_items: Any, communication_data_type: torch.dtype) -> None:
         if i != self._ds_quant_opened:  # a sub-group may come in several parts, one after the other
             self._ds_quant_momentums.close()
             self._ds_quant_open(i)
             self._ds_quant_opened = i
-        super()._muon_update_sub_group(i, group_items, communication_data_type)  # type: ignore[misc]
+        super()._muon_update_sub_group(i, group_items, communication_data_type)
 
     def _ds_quant_open(self, sub_group: int) -> None:
-        number = self.sub_group_to_group_id[sub_group]  # type: ignore[attr-defined]
-        group = self.optimizer.param_groups[number]  # type: ignore[attr-defined]
-        partition = self.fp32_partitioned_groups_flat[sub_group]  # type: ignore[attr-defined]
-        self._ds_quant_momentums.open(group, partition, self.communication_data_type)  # type: ignore[attr-defined]
+        number = self.sub_group_to_group_id[sub_group]
+        group = self.optimizer.param_groups[number]
+        partition = self.fp32_partitioned_groups_flat[sub_group]
+        self._ds_quant_momentums.open(group, partition, self.communication_data_type)

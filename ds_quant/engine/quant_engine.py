@@ -12,7 +12,7 @@ from deepspeed.runtime.zero.offload_config import OffloadDeviceEnum, OffloadStat
 from ds_quant.comm.agreement import raise_together
 from ds_quant.engine.communication import Communication
 from ds_quant.engine.diagnostics import Diagnostics
-from ds_quant.engine.engine_class import mix_in
+from ds_quant.engine.engine_class import MixedIn, mix_in
 from ds_quant.engine.masters import Masters
 from ds_quant.engine.micro_steps import MicroSteps
 from ds_quant.engine.moments import Moments
@@ -40,7 +40,6 @@ The count of micro steps comes first, since others read it; diagnostics look at 
 """
 
 _Engine = deepspeed.runtime.engine.DeepSpeedEngine
-_Base: Any = object  # at run time the class that DeepSpeed made comes next
 
 
 def extend(engine: Any, parts: Iterable[Part]) -> None:
@@ -50,7 +49,7 @@ def extend(engine: Any, parts: Iterable[Part]) -> None:
     mix_in(engine, QuantEngine)
 
 
-class QuantEngine(_Base):
+class QuantEngine(MixedIn):
     """Mixed into the class of a live engine, whatever DeepSpeed made it. Arguments and results are DeepSpeed's."""
 
     ds_quant_parts: tuple[Part, ...]

@@ -20,6 +20,7 @@ from deepspeed.runtime.zero import stage3, stage_1_and_2
 from torch import Tensor
 
 from ds_quant.comm.layout import Piece, Span
+from ds_quant.engine.engine_class import MixedIn
 from ds_quant.engine.gradients import GradientCommunication
 
 CAN_SUM = hasattr(constants, "GRADIENT_ALLREDUCE_OP")
@@ -58,15 +59,15 @@ def _quantized(module: ModuleType, gradients: GradientCommunication, spans: Sequ
     return replaced(module, "dist", _Collectives(gradients, spans))
 
 
-class QuantizedReductionEngine:
+class QuantizedReductionEngine(MixedIn):
     """Mixed into the class of a live engine whose wrapper leaves the reduction to it: stage 0 and BF16_Optimizer."""
 
     ds_quant_gradients: GradientCommunication
 
     def buffered_allreduce_fallback(self, grads: Any = None, elements_per_buffer: int = 500000000) -> None:
         gradients = self.ds_quant_gradients
-        if hasattr(self.optimizer, "get_grads_for_reduction"):  # type: ignore[attr-defined]
-            wrapper = self.optimizer  # type: ignore[attr-defined]
+        if hasattr(self.optimizer, "get_grads_for_reduction"):
+            wrapper = self.optimizer
             places = [
                 (gradient, parameter)
                 for group, parameters in zip(wrapper.fp32_groups_gradients, wrapper.bf16_groups, strict=True)
@@ -74,51 +75,51 @@ class QuantizedReductionEngine:
             ]
         else:
             # Those without a gradient get zeros, which must be there before they can be named.
-            self._get_gradients_for_reduction()  # type: ignore[attr-defined]
-            parameters = self.module.parameters()  # type: ignore[attr-defined]
+            self._get_gradients_for_reduction()
+            parameters = self.module.parameters()
             places = [(parameter.grad, parameter) for parameter in parameters if parameter.grad is not None]
         with gradients.naming(places):
-            super().buffered_allreduce_fallback(grads, elements_per_buffer)  # type: ignore[misc]
+            super().buffered_allreduce_fallback(grads, elements_per_buffer)
 
     def allreduce_bucket(self, bucket: Sequence[Tensor], dp_group: Any, dp_world_size: Any = None) -> Any:
         spans = self.ds_quant_gradients.joined_spans(bucket)
         with _quantized(engine_module, self.ds_quant_gradients, spans):
-            return super().allreduce_bucket(bucket, dp_group, dp_world_size)  # type: ignore[misc]
+            return super().allreduce_bucket(bucket, dp_group, dp_world_size)
 
 
-class QuantizedReductionStage1And2:
+class QuantizedReductionStage1And2(MixedIn):
     """Mixed into the class of a live DeepSpeedZeroOptimizer."""
 
     ds_quant_gradients: GradientCommunication
 
     def reduce_ipg_grads(self, comm_dtype: Any = None) -> None:
         places: list[tuple[Tensor, Any]] = []
-        if not self.contiguous_gradients:  # type: ignore[attr-defined]
-            groups = self.bit16_groups  # type: ignore[attr-defined]
-            for bucket in self.ipg_buckets.values():  # type: ignore[attr-defined]
+        if not self.contiguous_gradients:
+            groups = self.bit16_groups
+            for bucket in self.ipg_buckets.values():
                 places += zip(bucket.grads, [groups[i][number] for i, number, _ in bucket.params], strict=True)
         with self.ds_quant_gradients.naming(places):
-            super().reduce_ipg_grads(comm_dtype)  # type: ignore[misc]
+            super().reduce_ipg_grads(comm_dtype)
 
     def average_tensor(self, tensor: Tensor, communication_data_type: torch.dtype) -> None:
-        bucket = self.ipg_buckets[communication_data_type]  # type: ignore[attr-defined]
+        bucket = self.ipg_buckets[communication_data_type]
         places, start = [], 0
         for group, number, _ in bucket.params:
-            parameter = self.bit16_groups[group][number]  # type: ignore[attr-defined]
+            parameter = self.bit16_groups[group][number]
             places.append((tensor.narrow(0, start, parameter.numel()), parameter))
             start += parameter.numel()
         with self.ds_quant_gradients.naming(places):
-            super().average_tensor(tensor, communication_data_type)  # type: ignore[misc]
+            super().average_tensor(tensor, communication_data_type)
 
     def gradient_reduction_w_predivide(self, tensor: Tensor, communication_data_type: torch.dtype) -> Tensor:
         spans = self.ds_quant_gradients.spans(tensor) if tensor.numel() else []
         with _quantized(stage_1_and_2, self.ds_quant_gradients, spans):
-            return super().gradient_reduction_w_predivide(tensor, communication_data_type)  # type: ignore[misc]
+            return super().gradient_reduction_w_predivide(tensor, communication_data_type)
 
     def allreduce_bucket(self, bucket: Sequence[Tensor], *args: Any, **kwargs: Any) -> Tensor:
         spans = self.ds_quant_gradients.joined_spans([tensor.view(-1) for tensor in bucket])
         with _quantized(stage_1_and_2, self.ds_quant_gradients, spans):
-            return super().allreduce_bucket(bucket, *args, **kwargs)  # type: ignore[misc]
+            return super().allreduce_bucket(bucket, *args, **kwargs)
 
     def allreduce_and_scatter(
         self,
@@ -134,7 +135,7 @@ class QuantizedReductionStage1And2:
         owners = [min(to) if isinstance(to, frozenset) else to for to, _, _ in slices]
         several = [entry for entry in bucket if isinstance(entry[0], frozenset) and len(entry[0]) > 1]
         if several:  # Muon needs whole matrices on several ranks
-            super().allreduce_and_scatter(  # type: ignore[misc]
+            super().allreduce_and_scatter(
                 several, communication_data_type, numel_per_bucket, log, divide, process_group
             )
             single = [entry for entry in bucket if not any(entry is other for other in several)]
@@ -144,7 +145,7 @@ class QuantizedReductionStage1And2:
                 )
             return
         gradients = self.ds_quant_gradients
-        group = self.dp_process_group if process_group is None else process_group  # type: ignore[attr-defined]
+        group = self.dp_process_group if process_group is None else process_group
         reducer = gradients.reducer(group)
         tensors = [gradient for _, gradient, _ in slices]
         pieces = [
@@ -153,8 +154,8 @@ class QuantizedReductionStage1And2:
             for span in gradients.spans(gradient, number)
         ]
         factor = 1.0
-        if divide and (not CAN_SUM or self.gradient_average):  # type: ignore[attr-defined]
-            factor = self.sequence_parallel_size / reducer.world_size  # type: ignore[attr-defined]
+        if divide and (not CAN_SUM or self.gradient_average):
+            factor = self.sequence_parallel_size / reducer.world_size
         numel = reducer.own_numel(pieces)
         buffer = gradients.buffers.take(4 * numel, tensors[0].device)
         means = buffer.view(torch.float32)
@@ -164,16 +165,16 @@ class QuantizedReductionStage1And2:
             if owner == reducer.rank:
                 mean = means[start : start + gradient.numel()]
                 if output is not None:
-                    self._add_to_grad_partition_buffer(output, mean)  # type: ignore[attr-defined]
+                    self._add_to_grad_partition_buffer(output, mean)
                 gradient.copy_(mean)
                 start += gradient.numel()
             # As DeepSpeed does around its own collectives, on every accelerator with streams.
-            if self.overlap_comm and not accelerator.resolves_data_dependency():  # type: ignore[attr-defined]
-                gradient.record_stream(self.reduction_stream)  # type: ignore[attr-defined]
+            if self.overlap_comm and not accelerator.resolves_data_dependency():
+                gradient.record_stream(self.reduction_stream)
         gradients.buffers.give_back(buffer)
 
 
-class QuantizedReductionStage3:
+class QuantizedReductionStage3(MixedIn):
     """Mixed into the class of a live DeepSpeedZeroOptimizer_Stage3. The methods' names are mangled by its class."""
 
     ds_quant_gradients: GradientCommunication
@@ -188,19 +189,17 @@ class QuantizedReductionStage3:
             return gradients.reduce_scatter_coalesced(tensors, names, group)
 
         with replaced(stage3, "reduce_scatter_coalesced", reduce_scatter_coalesced):
-            return super()._DeepSpeedZeroOptimizer_Stage3__avg_scatter_grads(  # type: ignore[misc]
-                params_to_reduce, communication_data_type
-            )
+            return super()._DeepSpeedZeroOptimizer_Stage3__avg_scatter_grads(params_to_reduce, communication_data_type)
 
     def _DeepSpeedZeroOptimizer_Stage3__avg_scatter_contiguous_grads(
         self, buffer_to_reduce: Tensor, communication_data_type: torch.dtype
     ) -> list[Tensor]:
         spans, start = [], 0
-        for parameter in self.ipg_buckets[communication_data_type].params:  # type: ignore[attr-defined]
+        for parameter in self.ipg_buckets[communication_data_type].params:
             numel = parameter.grad.numel()
             spans.append(Span(self.ds_quant_gradients.names[id(parameter)], 0, 0, start, numel))
             start += numel
         with _quantized(stage3, self.ds_quant_gradients, spans):
-            return super()._DeepSpeedZeroOptimizer_Stage3__avg_scatter_contiguous_grads(  # type: ignore[misc]
+            return super()._DeepSpeedZeroOptimizer_Stage3__avg_scatter_contiguous_grads(
                 buffer_to_reduce, communication_data_type
             )

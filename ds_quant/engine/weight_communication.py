@@ -29,7 +29,7 @@ from ds_quant.comm.weight_gather import WeightGather
 from ds_quant.comm.weight_layout import Weight, build
 from ds_quant.config import WeightCommunicationConfig
 from ds_quant.engine.coded_weights import check_any_coded, coded_weights, tell_codes
-from ds_quant.engine.engine_class import mix_in
+from ds_quant.engine.engine_class import MixedIn, mix_in
 from ds_quant.engine.parts import Loading
 from ds_quant.engine.rank_files import REPLICAS, read_tensors, save_tensors
 from ds_quant.engine.reduction import replaced
@@ -45,7 +45,7 @@ STREAM = 0x77656967
 """Sets the random bits of weights on the wire apart from others."""
 
 
-class GatheredStage1And2:
+class GatheredStage1And2(MixedIn):
     """Mixed into the class of a live DeepSpeedZeroOptimizer."""
 
     ds_quant_weights: "WeightCommunication"
@@ -53,7 +53,7 @@ class GatheredStage1And2:
     def step(self, closure: Any = None) -> Any:
         self.ds_quant_weights.before_update()
         with replaced(stage_1_and_2, "all_gather_dp_groups", self.ds_quant_weights.gather_updated):
-            return super().step(closure)  # type: ignore[misc]
+            return super().step(closure)
 
 
 def gather_whole_of(parameters: Iterable[Any]) -> None:

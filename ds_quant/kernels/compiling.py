@@ -43,6 +43,26 @@ def compile_whole(
     return limited
 
 
+@functools.cache
+def compiled_with(function: Callable[..., Any], value: Any, backend: str | Callable = "inductor") -> Callable[..., Any]:
+    """`function(matrix, value, ...)` compiled without its second argument, which is constant: once for each value.
+
+    For all shapes; Inductor rounds to 16 bits where the definition does.
+    """
+
+    # Called once, while compiling: what it returns is constant, whereas integers of a closure may become symbols.
+    @torch.compiler.assume_constant_result
+    def constant() -> Any:
+        return value
+
+    def call(matrix: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        return function(matrix, constant(), *args, **kwargs)
+
+    # There are 108 kinds of calls of `int8.quantize_both` with the same bits; fewer of others.
+    options = {"emulate_precision_casts": True} if backend == "inductor" else None
+    return compile_whole(call, 256, backend, options)
+
+
 def _rounded_divisions() -> dict[str, bool]:
     """What `numerics.integer.divide` needs where Inductor writes addcdiv as an ordinary division: torch before 2.13."""
     from torch._inductor.lowering import lowerings

@@ -87,7 +87,7 @@ BACKENDS = [
     Backend("aten", ("cpu", "cuda")),
 ]
 """In the order in which they are asked."""
-FAMILIES = ("adamw", "elementwise", "masters", "int8", "fp8", "wire")
+FAMILIES = ("adamw", "elementwise", "masters", "int8", "fp8", "simulated", "wire")
 
 
 class Operation(Generic[P, R]):
@@ -189,7 +189,7 @@ def add_backend(backend: Backend) -> None:
 
 
 def report(device: torch.device | str) -> list[tuple[str, str]]:
-    """For each family, its title and what serves its operations on a device."""
+    """For each family that is called on a device, its title and what serves its operations."""
     lines = []
     for name in FAMILIES:
         family = importlib.import_module(f"ds_quant.kernels.{name}.ops").FAMILY
@@ -198,7 +198,8 @@ def report(device: torch.device | str) -> list[tuple[str, str]]:
             served.setdefault(each.implementation(device), []).append(each.name)
         only_one = len(served) == 1
         texts = [text if only_one else f"{text} ({', '.join(names)})" for text, names in served.items()]
-        lines.append((family.title, "; ".join(texts)))
+        if texts:
+            lines.append((family.title, "; ".join(texts)))
     return lines
 
 

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ds_quant.kernels import simulated as kernels
 from ds_quant.kernels.fp8 import ops as fp8_ops
+from ds_quant.kernels.simulated import ops as kernels
 from ds_quant.numerics.integer import Quantized, dequantize, integer_values
 
 _NARROW = (torch.bfloat16, torch.float16)

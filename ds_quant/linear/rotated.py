@@ -14,7 +14,7 @@ arXiv 2502.20586 and NVIDIA's NVFP4 recipe, arXiv 2509.25149, which rotates dW a
 
 from torch import Tensor
 
-from ds_quant.kernels import simulated as kernels
+from ds_quant.kernels.simulated import ops as kernels
 from ds_quant.linear.recipe import Quantizer
 from ds_quant.numerics.integer import Quantized
 

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ds_quant.kernels import simulated as kernels
+from ds_quant.kernels.simulated import ops as kernels
 from ds_quant.linear import token_means
 from ds_quant.linear.products import Operand, product
 from ds_quant.linear.recipe import (

@@ -13,7 +13,7 @@ with them are fp32; m and n are not quantized.
 import torch
 from torch import Tensor
 
-from ds_quant.kernels import simulated as kernels
+from ds_quant.kernels.simulated import ops as kernels
 from ds_quant.linear.products import Operand
 from ds_quant.linear.recipe import Quantizer
 

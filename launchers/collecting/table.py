@@ -64,7 +64,7 @@ def config_rows(configs: Iterable[Config]) -> list[list[str]]:
         gap = config.gap
         interval = ""
         if gap is not None and gap.half_width is not None:
-            interval = f"{gap.mean - gap.half_width:+.4f} to {gap.mean + gap.half_width:+.4f}"
+            interval = gap.interval()
         rows.append(
             [
                 config.name,

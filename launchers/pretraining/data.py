@@ -8,12 +8,13 @@ from typing import Any, NamedTuple
 
 import datasets
 import torch
+from corpora import document_stream, packing, shards, streaming
+from corpora import tokenizer as tokenizers
 from survival.errors import mistake
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from ds_quant.cli.shared import terminal, text_files, token_ids
-from pretraining import document_stream, documents, packing, shards, streaming
-from pretraining import tokenizer as tokenizers
+from pretraining import documents
 from pretraining.arguments import Arguments
 
 

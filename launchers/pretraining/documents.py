@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import datasets
-from survival.errors import LaunchError
+from corpora import hub, shards
 
 from ds_quant.cli.shared.text_files import (
     Documents,
     files_of,
-    guarded,
     python_source,
     read_files,
     split,
     with_text,
 )
 from ds_quant.planning.presets import PYTHON_SOURCE
-from pretraining import shards
 from pretraining.arguments import DataArguments
 
 
@@ -28,10 +23,10 @@ def load(args: DataArguments, *, seed: int) -> Documents:
     elif args.dataset_name == PYTHON_SOURCE:
         train = read_files(python_source(), "text", PYTHON_SOURCE)
     else:
-        hub = from_hub(args.dataset_name, args.dataset_config_name)
-        train = with_text(hub["train"], args.text_column, str(args.dataset_name))
-        if args.validation_file is None and "validation" in hub:
-            return Documents(train, with_text(hub["validation"], args.text_column, str(args.dataset_name)))
+        found = hub.load(args.dataset_name, args.dataset_config_name)
+        train = with_text(found["train"], args.text_column, str(args.dataset_name))
+        if args.validation_file is None and "validation" in found:
+            return Documents(train, with_text(found["validation"], args.text_column, str(args.dataset_name)))
     if args.validation_file is not None:
         return Documents(train, read_files(args.validation_file, args.text_column, "--validation_file"))
     return split(train, args.validation_fraction, seed=seed)
@@ -44,18 +39,3 @@ def check_files(args: DataArguments) -> None:
             files_of(getattr(args, flag), f"--{flag}")
     if args.train_shards is not None:
         shards.load(args.train_shards)
-
-
-def from_hub(name: str | None, config: str | None, *, streaming: bool = False) -> Any:
-    """The data set of that name; it has a split `train`."""
-    loaded = guarded(
-        lambda: datasets.load_dataset(name, config, streaming=streaming),
-        f"--dataset_name {name}",
-        "a data set that could not be loaded",
-        "one that can",
-        "check the name and that the Hugging Face hub can be reached, or train on files with --train_file",
-    )
-    if "train" not in loaded:
-        got = f"a data set with the parts {', '.join(loaded)}"
-        raise LaunchError(f"--dataset_name {name}: got {got}; allowed: one with a part 'train'; fix: name another")
-    return loaded

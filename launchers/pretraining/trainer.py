@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import DummyOptim
+from corpora.loading import ExactLoading
 from survival.guard import Guard
 from survival.saving import CheckpointSaver
 from torch import nn
@@ -16,7 +17,6 @@ from torch.utils.data import RandomSampler
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from pretraining import trainer_seams
-from pretraining.loading import ExactLoading
 
 _PROGRESS = "progress_rank{}.json"
 

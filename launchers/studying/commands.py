@@ -7,17 +7,19 @@ import dataclasses
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from sweeping import matrix
 
 from ds_quant.cli.shared.errors import CommandError
-from studying import other_domain, pictures, plan, protocol, results, smoke, tables, texts, verdicts
+from studying import other_domain, pictures, plan, post_training, protocol, results, smoke, tables, texts, verdicts
 from studying.plan import Key, Settings
-from studying.rows import BASELINE, all_rows
+from studying.rows import BASELINE, Row, all_rows
 from studying.training import Training
+
+Measure = Callable[[Sequence[Key], Mapping[str, Row], Settings, Path, Path], None]
 
 
 def run(argv: list[str], *, description: str) -> int:
@@ -42,6 +44,13 @@ def _parser(description: str) -> argparse.ArgumentParser:
     command.add_argument("--page", type=Path, default=_PAGE, help="default: docs/study.md")
     command = commands.add_parser("repeat", help="train runs of the CSV again and compare", allow_abbrev=False)
     command.set_defaults(do=_repeat)
+    _add_choices(command)
+    command = commands.add_parser(
+        "post-training",
+        help="the baseline's models with the quantizers of rows",
+        allow_abbrev=False,
+    )
+    command.set_defaults(do=_quantize_after_training)
     _add_choices(command)
     command = commands.add_parser("smoke", help="short runs against measured limits", allow_abbrev=False)
     command.set_defaults(do=_smoke)
@@ -106,11 +115,13 @@ def _more_seeds(options: argparse.Namespace, training: Training, size: str, fami
     return more
 
 
-def _measure_other_domain(options: argparse.Namespace, training: Training, keys: Sequence[Key]) -> None:
+def _measure_other_domain(
+    options: argparse.Namespace, training: Training, keys: Sequence[Key], measure: Measure = other_domain.measure
+) -> None:
     own = None if options.corpus else options.runs / "text" / texts.OTHER_DOMAIN
     text = options.other_domain or own
     if text is not None:
-        other_domain.measure(keys, training.rows, training.settings, training.csv, text)
+        measure(keys, training.rows, training.settings, training.csv, text)
 
 
 def _print_plan(options: argparse.Namespace) -> int:
@@ -132,7 +143,7 @@ def _write_tables(options: argparse.Namespace) -> int:
     found = list(results.read(options.csv).values())
     rows = list(all_rows().values())
     folder = options.csv.parent
-    made = tables.text(found, rows)
+    made = tables.text(found, rows, post_training.read(post_training.path(options.csv)))
     for size, family, ratio in tables.groups(found):
         rate = results.tuned_rate(found, size, family, ratio)
         judged = [] if rate is None else verdicts.judge(rows, found, (size, family, ratio, rate))
@@ -144,6 +155,19 @@ def _write_tables(options: argparse.Namespace) -> int:
             made += f"\n![gaps of {family}, {size}, D/N {ratio:g}]({link})\n"
     changed = tables.write(options.page, made)
     print(f"{'written' if changed else 'unchanged'}: {options.page}")
+    return 0
+
+
+def _quantize_after_training(options: argparse.Namespace) -> int:
+    if options.corpus and not options.other_domain:
+        raise CommandError("--other-domain: got none with --corpus; allowed: text to evaluate on; name a file")
+    training, known = _training(options), list(results.read(options.csv).values())
+    for size in plan.chosen(options.sizes, protocol.SIZES, "--sizes"):
+        for family in plan.chosen(options.families, protocol.FAMILIES, "--families"):
+            rate = results.tuned_rate(known, size, family, plan.ratio_of(options.ratio))
+            if rate is not None:
+                keys = _keys(options, size, family, rate)
+                _measure_other_domain(options, training, keys, post_training.measure)
     return 0
 
 

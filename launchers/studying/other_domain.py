@@ -10,6 +10,7 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from collecting import runs
 
@@ -47,11 +48,25 @@ def measure(keys: Sequence[Key], rows: Mapping[str, Row], settings: Settings, cs
 
 def _losses(keys: Sequence[Key], rows: Mapping[str, Row], settings: Settings, text: Path) -> dict[Key, float]:
     folders = {str(plan.folder(key, rows[key.row], settings)): key for key in keys}
-    size = protocol.SIZES[keys[0].size]
+    found = evaluate([Path(folder) for folder in folders], keys[0], settings, text)
+    # It tells the folder of the weights, which is the run's `model`.
+    return {folders[str(Path(row["folder"]).parent)]: loss(row) for row in found}
+
+
+def evaluate(
+    folders: Sequence[Path], key: Key, settings: Settings, text: Path, quantizers: Sequence[str] = ("trained",)
+) -> list[dict[str, Any]]:
+    """What `ds_quant evaluate` says of runs of the size of `key`: a row for each run and choice of quantizers.
+
+    Raises:
+        CommandError: it failed.
+    """
+    size = protocol.SIZES[key.size]
     with tempfile.TemporaryDirectory() as scratch:
         output = Path(scratch) / "losses.json"
         command = [
-            *(sys.executable, "-m", "ds_quant.cli.command", "evaluate", *folders, "--text_file", str(text)),
+            *(sys.executable, "-m", "ds_quant.cli.command", "evaluate", *map(str, folders)),
+            *("--quantizers", *quantizers, "--text_file", str(text)),
             *("--join", "eos", "--context_length", str(size.context_length)),
             # Scales of a whole tensor depend on what is in a batch: as in training.
             *("--batch_size", str(size.micro_batch), "--device", settings.device, "--output", str(output)),
@@ -60,8 +75,10 @@ def _losses(keys: Sequence[Key], rows: Mapping[str, Row], settings: Settings, te
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         if done.returncode:
             raise CommandError(f"held-out domain: {done.stderr.strip()}")
-        found = json.loads(output.read_text(encoding="utf-8"))["rows"]
-    # It tells the folder of the weights, which is the run's `model`.
-    return {
-        folders[str(Path(row["folder"]).parent)]: float(next(iter(row["perplexity"].values()))["loss"]) for row in found
-    }
+        rows: list[dict[str, Any]] = json.loads(output.read_text(encoding="utf-8"))["rows"]
+        return rows
+
+
+def loss(row: Mapping[str, Any]) -> float:
+    """Of one row, in nats a token."""
+    return float(next(iter(row["perplexity"].values()))["loss"])

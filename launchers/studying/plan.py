@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from pretraining import shards
+from corpora import shards
 from sweeping.paper import FOLDER
 
 from ds_quant.base.whole_folder import write_whole
@@ -103,15 +103,20 @@ def steps(key: Key, settings: Settings) -> int:
     return protocol.SIZES[key.size].steps(key.family, settings.index.vocab_size, key.ratio)
 
 
-def command(key: Key, row: Row, settings: Settings) -> list[str]:
-    """The command that trains it, from its last checkpoint if it has one. Writes the DeepSpeed JSON that it names."""
-    size = protocol.SIZES[key.size]
-    out = folder(key, row, settings)
-    config = out.parent / "config.json"
-    text = row.config.replace(repairs.LAST, str(size.layers - 1))
+def write_config(key: Key, row: Row, settings: Settings) -> Path:
+    """Write the row's DeepSpeed JSON beside its runs, if it is not there."""
+    config = folder(key, row, settings).parent / "config.json"
+    text = row.config.replace(repairs.LAST, str(protocol.SIZES[key.size].layers - 1))
     if not config.exists() or config.read_text(encoding="utf-8") != text:
         config.parent.mkdir(parents=True, exist_ok=True)
         write_whole(config, text)
+    return config
+
+
+def command(key: Key, row: Row, settings: Settings) -> list[str]:
+    """The command that trains it, from its last checkpoint if it has one. Writes the DeepSpeed JSON that it names."""
+    size = protocol.SIZES[key.size]
+    out, config = folder(key, row, settings), write_config(key, row, settings)
     total = steps(key, settings)
     every = -(-total // _EVALUATIONS)
     overrides = {**size.overrides(key.family), **_understood(row.overrides, key.family)}

@@ -6,10 +6,10 @@ import csv
 import dataclasses
 import io
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from collecting import files, runs
 
@@ -18,6 +18,8 @@ from ds_quant.cli.shared.errors import CommandError
 from studying import plan, protocol
 from studying.plan import ROOT, Key, Settings
 from studying.rows import BASELINE, Row
+
+T = TypeVar("T")
 
 PATH = ROOT / "docs" / "results" / "study" / "runs.csv"
 
@@ -50,37 +52,46 @@ class Result:
     date: str
 
 
-_KEY = [field.name for field in dataclasses.fields(Key)]
+KEY_COLUMNS = [field.name for field in dataclasses.fields(Key)]
 _REST = [field.name for field in dataclasses.fields(Result) if field.name != "key"]
-COLUMNS = (*_KEY, *_REST)
+COLUMNS = (*KEY_COLUMNS, *_REST)
 
 
 def read(path: Path) -> dict[Key, Result]:
     """The results of a CSV that `write` wrote; none where there is no file. Raises CommandError for another file."""
-    if not path.exists():
-        return {}
-    try:
-        with path.open(newline="", encoding="utf-8") as file:
-            reader = csv.DictReader(file)
-            if tuple(reader.fieldnames or ()) != COLUMNS:
-                raise ValueError(f"columns {', '.join(reader.fieldnames or ())}")
-            found = [_result(line) for line in reader]
-    except (OSError, ValueError, TypeError) as error:
-        raise CommandError(
-            f"results: got {path} ({error}); allowed: a CSV that launchers/study.py wrote; restore it"
-        ) from error
-    return {result.key: result for result in found}
+    return {result.key: result for result in read_lines(path, COLUMNS, _result)}
 
 
 def write(path: Path, results: Iterable[Result]) -> None:
     """All of them, sorted, so that a diff shows what is new."""
+    ordered = sorted(results, key=lambda result: dataclasses.astuple(result.key))
+    write_lines(path, COLUMNS, [{**dataclasses.asdict(one.key), **dataclasses.asdict(one)} for one in ordered])
+
+
+def read_lines(path: Path, columns: Sequence[str], made: Callable[[Mapping[str, str]], T]) -> list[T]:
+    """What `made` makes of each line; none where there is no file. Raises CommandError for a file of other columns."""
+    if not path.exists():
+        return []
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            reader = csv.DictReader(file)
+            if tuple(reader.fieldnames or ()) != tuple(columns):
+                raise ValueError(f"columns {', '.join(reader.fieldnames or ())}")
+            return [made(line) for line in reader]
+    except (OSError, ValueError, TypeError) as error:
+        raise CommandError(
+            f"results: got {path} ({error}); allowed: a CSV that launchers/study.py wrote; restore it"
+        ) from error
+
+
+def write_lines(path: Path, columns: Sequence[str], lines: Iterable[Mapping[str, Any]]) -> None:
+    """A whole CSV, or the one before stays."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(COLUMNS)
-    for result in sorted(results, key=lambda result: dataclasses.astuple(result.key)):
-        values = {**dataclasses.asdict(result.key), **dataclasses.asdict(result)}
+    writer.writerow(columns)
+    for line in lines:
         # repr of a float reads back as the same number.
-        writer.writerow([repr(value) if isinstance(value, float) else value for value in map(values.get, COLUMNS)])
+        writer.writerow([repr(value) if isinstance(value, float) else value for value in map(line.get, columns)])
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, text.getvalue())
 
@@ -121,8 +132,9 @@ def of_run(key: Key, row: Row, settings: Settings, where: Mapping[str, Any]) -> 
     )
 
 
-def _result(line: Mapping[str, str]) -> Result:
-    key = Key(
+def key_of(line: Mapping[str, str]) -> Key:
+    """The run that a line of a CSV is about. Raises ValueError."""
+    return Key(
         size=line["size"],
         family=line["family"],
         ratio=float(line["ratio"]),
@@ -130,9 +142,12 @@ def _result(line: Mapping[str, str]) -> Result:
         row=line["row"],
         seed=int(line["seed"]),
     )
+
+
+def _result(line: Mapping[str, str]) -> Result:
     kinds = {field.name: str(field.type) for field in dataclasses.fields(Result)}
     convert = {"int": int, "float": float, "str": str}
-    return Result(key=key, **{name: convert[kinds[name]](line[name]) for name in _REST})
+    return Result(key=key_of(line), **{name: convert[kinds[name]](line[name]) for name in _REST})
 
 
 def _number(value: float | None) -> float:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from ds_quant.base.whole_folder import write_whole
 from ds_quant.cli.shared.errors import CommandError
 from ds_quant.cli.shared.spreads import Gap
 from ds_quant.cli.shared.tables import markdown_table
-from studying import protocol, verdicts
+from studying import post_training, protocol, verdicts
+from studying.plan import Key
+from studying.post_training import Evaluated
 from studying.results import Result, tuned_rate
 from studying.rows import BASELINE, CONTROL, MATRIX, REPAIR, Row
 from studying.verdicts import Judged
@@ -36,8 +38,8 @@ def groups(found: Iterable[Result]) -> list[tuple[str, str, float]]:
     return sorted(known, key=lambda group: (group[2], sizes.index(group[0]), protocol.FAMILIES.index(group[1])))
 
 
-def text(found: Sequence[Result], rows: Sequence[Row]) -> str:
-    """All tables as Markdown."""
+def text(found: Sequence[Result], rows: Sequence[Row], evaluated: Mapping[Key, Evaluated]) -> str:
+    """All tables as Markdown. `evaluated`: the baseline's models quantized after training."""
     if not found:
         return "No run has ended yet.\n"
     lines = [_about(found), ""]
@@ -59,6 +61,7 @@ def text(found: Sequence[Result], rows: Sequence[Row]) -> str:
             judged = verdicts.judge(rows, found, (size, family, ratio, scale * rate))
             if any(entry.seeds for entry in judged if entry.row.name != BASELINE):
                 lines += [*([f"At {scale:g} times that rate:", ""] if scale != 1 else []), *_judged(judged)]
+            lines += post_training.table(rows, found, evaluated, (size, family, ratio, scale * rate))
     return "\n".join(lines)
 
 
@@ -125,7 +128,8 @@ _FIGURES = ("seeds", "gap", "95% interval", "verdict", "gap, held-out domain")
 
 def _cells(entry: Judged) -> list[str]:
     diverged = f" ({entry.num_diverged} diverged)" if entry.num_diverged else ""
-    figures = [f"{entry.seeds}{diverged}", _mean(entry.gap), interval(entry.gap), entry.verdict, _mean(entry.other_gap)]
+    interval = "" if entry.gap is None else entry.gap.interval()
+    figures = [f"{entry.seeds}{diverged}", _mean(entry.gap), interval, entry.verdict, _mean(entry.other_gap)]
     return [entry.row.name, entry.row.what, *figures]
 
 
@@ -154,13 +158,6 @@ def _agreed(entry: Judged) -> str:
         if word in entry.row.outcome:
             return "yes" if entry.verdict in same else "no"
     return ""
-
-
-def interval(gap: Gap | None) -> str:
-    """As text; empty with fewer than two pairs."""
-    if gap is None or gap.half_width is None:
-        return ""
-    return f"{gap.mean - gap.half_width:+.4f} to {gap.mean + gap.half_width:+.4f}"
 
 
 def _mean(gap: Gap | None) -> str:

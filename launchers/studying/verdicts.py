@@ -58,7 +58,7 @@ def judge(rows: Iterable[Row], found: Sequence[Result], group: tuple[str, str, f
 
     Runs of other settings of a row, of another text or dtype than the newest baseline's, are left out.
     """
-    own = [result for result in found if _group(result) == group]
+    own = [result for result in found if group_of(result) == group]
     base = {
         result.key.seed: result
         for result in own
@@ -91,7 +91,8 @@ def needs_more_seeds(judged: Judged) -> bool:
     return abs(judged.gap.mean) < protocol.SMALL_EFFECT
 
 
-def _group(result: Result) -> tuple[str, str, float, float]:
+def group_of(result: Result) -> tuple[str, str, float, float]:
+    """(size, family, ratio, rate)."""
     return result.key.size, result.key.family, result.key.ratio, result.key.rate
 
 

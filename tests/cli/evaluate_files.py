@@ -7,8 +7,8 @@ import random
 from pathlib import Path
 
 import torch
+from corpora import tokenizer as tokenizers
 from helpers.samples import WORDS, write_corpus
-from pretraining import tokenizer as tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import ds_quant

@@ -12,12 +12,12 @@ import time
 
 import pytest
 import torch
+from corpora import packing
 from evaluate_files import CONTEXT, W8A8, refused, section, write_json, write_model
 from helpers.launching import launch
 from helpers.samples import write_corpus
 from hypothesis import given
 from hypothesis import strategies as st
-from pretraining import packing
 from transformers import AutoTokenizer
 
 from ds_quant.cli import evaluate

@@ -245,13 +245,14 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(rng):
         ("exp_avg.scale", {"exp_avg": first._replace(scale=first.scale[:-1])}),
         ("exp_avg.scale", {"exp_avg": first._replace(scale=first.scale.double())}),
         ("exp_avg", {"exp_avg": first._replace(numel=999)}),
-        ("exp_avg", {"exp_avg": first._replace(block_size=255)}),
+        ("exp_avg", {"exp_avg": first._replace(block_size=96)}),
+        ("exp_avg_sq", {"exp_avg_sq": good.param.bfloat16()}),
         ("exp_avg_sq.codes", {"exp_avg_sq": second._replace(codes=second.codes[:-1])}),
         ("exp_avg_sq.codes", {"exp_avg_sq": second._replace(codes=second.codes.repeat_interleave(2)[::2])}),
     ]
     for name, changed in bad:
         with pytest.raises(ValueError, match=rf"adamw_\(works\[1\]\.{name}\): got .*; allowed: .*; "):
-            cpu.adamw_([good, good._replace(**changed)])
+            adamw_([good, good._replace(**changed)])
     for changed in ({"exp_avg_key": (-1, 0)}, {"exp_avg_key": (0, 2**32)}, {"stream": 2**63}, {"stream": -1}):
         with pytest.raises(ValueError, match=r"adamw_\(works\[1\]\): got keys .*; allowed: .*; "):
             cpu.adamw_([good, good._replace(**changed)])

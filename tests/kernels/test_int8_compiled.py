@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 
+from ds_quant.kernels import compiling
 from ds_quant.kernels.int8 import compiled as kernels
 from ds_quant.kernels.int8 import matmul
 from ds_quant.numerics import products as reference
@@ -215,12 +216,12 @@ def test_autograd_sees_nothing(rng):
 @pytest.fixture
 def counters(monkeypatch):
     """By function and constant, a backend of torch.compile that counts compilations and runs operations as they are."""
-    compiled, found = kernels._compiled, {}
+    compiled, found = compiling.compiled_with, {}
 
     def count(*kind):
         return compiled(*kind, backend=found.setdefault(kind, CompileCounter()))
 
-    monkeypatch.setattr(kernels, "_compiled", count)
+    monkeypatch.setattr(kernels, "compiled_with", count)
     yield found
     compiled.cache_clear()
 

@@ -8,8 +8,9 @@ from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ds_quant.kernels import simulated as kernels
-from ds_quant.linear import simulated
+from ds_quant.kernels import compiling, registry
+from ds_quant.kernels.simulated import compiled
+from ds_quant.kernels.simulated import ops as kernels
 from ds_quant.linear.products import Operand, sums
 from ds_quant.numerics.format import Format, Group, Integers, quantize_to
 from ds_quant.numerics.integer import quantize
@@ -21,11 +22,14 @@ STREAMS = (4, 5, 6 + (3 << 32))
 
 @pytest.fixture
 def compiles(monkeypatch):
-    compiled = kernels._compiled
-    monkeypatch.setattr(kernels, "_compiles", lambda x: min(x.shape) > 1)
-    compiled.cache_clear()
+    backend = registry.Backend("compiled", ("cpu",), is_usable=lambda family: family is kernels.FAMILY)
+    monkeypatch.setattr(registry, "BACKENDS", [backend])
+    caches = (registry._serving, compiling.compiled_with)
+    for cache in caches:
+        cache.cache_clear()
     yield
-    compiled.cache_clear()
+    for cache in caches:
+        cache.cache_clear()
 
 
 def assert_same(got, want):
@@ -56,9 +60,9 @@ def test_the_end_of_products(compiles):
 
 def test_nothing_compiles_again(monkeypatch, compiles):
     """For new shapes, keys and streams."""
-    counters, compiled = {}, kernels._compiled
+    counters, real = {}, compiling.compiled_with
     monkeypatch.setattr(
-        kernels, "_compiled", lambda *kind: compiled(*kind, backend=counters.setdefault(kind, CompileCounter()))
+        compiled, "compiled_with", lambda *kind: real(*kind, backend=counters.setdefault(kind, CompileCounter()))
     )
     to = Format(Integers(8), Group("row"))
     for number, shape in enumerate(((9, 64), (64, 9), (3, 4), (768, 20), (1, 5))):
@@ -71,19 +75,18 @@ def test_nothing_compiles_again(monkeypatch, compiles):
 
 def test_where_it_is_compiled(monkeypatch):
     """Not on CPUs, and what a graph is made of is left to its compiler."""
-    monkeypatch.setattr(kernels, "_compiled", None)
-    x = torch.randn(4, 6)
-    kernels.quantize(x, None, Format(Integers(8), Group("row")), "nearest", None, 0)
-    assert torch.equal(kernels.finish(x, None, None, None, FP32), x)
-    cuda = torch.empty(4, 6, device="meta")
-    monkeypatch.setattr(torch.Tensor, "device", torch.device("cuda"), raising=False)
-    assert kernels._compiles(cuda)
-    assert not kernels._compiles(cuda[:1])
-    monkeypatch.setenv("DS_QUANT_KERNELS", "reference")
-    assert not kernels._compiles(cuda)
-    monkeypatch.delenv("DS_QUANT_KERNELS")
+    x, cuda = torch.randn(4, 6), torch.device("cuda")
+    for operation, function in ((kernels.quantize, compiled.quantize), (kernels.finish, compiled.finish)):
+        assert operation.on(x.device) is operation.reference
+        assert operation.on(cuda) is function
+        with monkeypatch.context() as patched:
+            patched.setenv("DS_QUANT_KERNELS", "reference")
+            assert operation.on(cuda) is operation.reference
+    assert not compiled._is_compiled(x[:1])
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    assert not kernels._compiles(cuda)
+    monkeypatch.setattr(registry.Operation, "on", None)
+    kernels.quantize(x, None, Format(Integers(8), Group("row")), "nearest", None, 0)
+    assert torch.equal(kernels.finish(x.clone(), None, None, None, FP32), x)
 
 
 def test_codes_are_exact_in_16_bits():
@@ -167,11 +170,10 @@ def test_layers_hand_over_what_they_quantize(monkeypatch):
     import ds_quant
 
     calls = []
-    for name in ("quantize", "finish"):
-        real = getattr(kernels, name)
-        monkeypatch.setattr(kernels, name, lambda *a, real=real, name=name: (calls.append(name), real(*a))[1])
+    for operation in (kernels.quantize, kernels.finish):
+        name, serving = operation.name, operation.reference
+        monkeypatch.setattr(operation, "reference", lambda *a, f=serving, n=name: (calls.append(n), f(*a))[1])
     config = {"weight": {"bits": 8}, "activation": {"bits": 8}, "gradient": {"bits": 8}}
     module = ds_quant.QuantLinear(8, 12, config=config)
     module(torch.randn(5, 8, requires_grad=True)).sum().backward()
     assert (calls.count("quantize"), calls.count("finish")) == (5, 3)
-    assert simulated.kernels is kernels

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from pretraining import document_stream, shards
-from pretraining.loading import ExactLoading
-from pretraining.streaming import LaneStream, Plan
+from corpora import document_stream, shards
+from corpora.loading import ExactLoading
+from corpora.streaming import LaneStream, Plan
 from survival.errors import LaunchError
 from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 

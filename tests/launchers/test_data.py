@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from corpora import packing, shard_writer, shards, streaming, tokenizer
+from corpora.corpus import CorpusArguments
 from helpers.samples import write_corpus
 from hypothesis import given
 from hypothesis import strategies as st
-from pretraining import arguments, data, documents, packing, shard_writer, shards, streaming, tokenizer
+from pretraining import arguments, data, documents
 from pretraining.arguments import DataArguments
-from pretraining.corpus import CorpusArguments
 from survival.errors import LaunchError
 from transformers import PreTrainedTokenizerFast, TrainingArguments
 

@@ -18,12 +18,12 @@ import numpy as np
 import pytest
 from accelerate.data_loader import skip_first_batches
 from conftest import ROOT
+from corpora import packing, shard_writer, shards, tokenizer
+from corpora.corpus import CorpusArguments
+from corpora.permutation import Permutation, PermutedBatches
 from helpers.samples import WORDS
 from hypothesis import given
 from hypothesis import strategies as st
-from pretraining import packing, shard_writer, shards, tokenizer
-from pretraining.corpus import CorpusArguments
-from pretraining.permutation import Permutation, PermutedBatches
 from survival.errors import LaunchError
 from torch.utils.data import DataLoader
 
@@ -313,9 +313,9 @@ MEASURE = """
 import sys, threading, time
 sys.path[:0] = sys.argv[1].split(":")
 from ds_quant.cli.shared import terminal
-from pretraining import shard_writer, shards
-from pretraining.corpus import CorpusArguments
-from pretraining.permutation import PermutedBatches
+from corpora import shard_writer, shards
+from corpora.corpus import CorpusArguments
+from corpora.permutation import PermutedBatches
 from torch.utils.data import DataLoader
 
 peak = 0

@@ -12,10 +12,10 @@ import datasets
 import numpy as np
 import pytest
 from conftest import ROOT
+from corpora import document_stream
+from corpora.permutation import Permutation
+from corpora.streaming import Lane, LaneLoader, LaneStream, Plan, Position, choose_lanes
 from helpers.launching import run_ranks
-from pretraining import document_stream
-from pretraining.permutation import Permutation
-from pretraining.streaming import Lane, LaneLoader, LaneStream, Plan, Position, choose_lanes
 from survival.errors import LaunchError
 
 EOS = 1

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import sentencepiece
-from pretraining import tokenizer
+from corpora import tokenizer
 from survival.errors import LaunchError
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 

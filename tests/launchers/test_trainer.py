@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from corpora.loading import ExactLoading
 from pretraining import trainer_seams
-from pretraining.loading import ExactLoading
 from pretraining.trainer import PretrainTrainer
 from survival.errors import LaunchError
 from torch.utils.data import Dataset

@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 import ds_quant
 from ds_quant.base.number_formats import FORMATS
 from ds_quant.config import ConfigError, LinearConfig
-from ds_quant.kernels import simulated as kernels
+from ds_quant.kernels.simulated import ops as kernels
 from ds_quant.linear.convert import convert, step_key_of
 from ds_quant.linear.products import Operand, sums
 from ds_quant.numerics.format import named_format, quantize_to

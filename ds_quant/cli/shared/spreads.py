@@ -40,6 +40,12 @@ class Gap:
     half_width: float | None
     """The 95% confidence interval is mean - half_width to mean + half_width; None with one pair."""
 
+    def interval(self) -> str:
+        """As text; empty with fewer than two pairs."""
+        if self.half_width is None:
+            return ""
+        return f"{self.mean - self.half_width:+.4f} to {self.mean + self.half_width:+.4f}"
+
     @classmethod
     def of(cls, differences: Sequence[float]) -> Gap | None:
         if not differences:

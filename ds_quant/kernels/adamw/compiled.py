@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ds_quant.kernels.adamw import ops
-from ds_quant.kernels.adamw.work import AdamWWork, check_work
+from ds_quant.kernels.adamw.work import AdamWWork
 from ds_quant.kernels.compiling import compile_whole
 from ds_quant.kernels.transfers import sent
 from ds_quant.numerics.adam import AdamWScalars, Moment, adamw_step
@@ -34,12 +34,9 @@ def adamw_(works: Sequence[AdamWWork]) -> None:
     """Do the works in place. The module docstring has how close the result is to the reference.
 
     Tensors are written behind autograd's back: their versions stay.
-
-    Raises ValueError, before anything is changed, where a tensor is not as `AdamWWork` and `QuantizedBlocks` have it.
     """
     by_device: dict[torch.device, list[AdamWWork]] = {}
-    for number, work in enumerate(works):
-        check_work(number, work)
+    for work in works:
         if work.param.numel():
             by_device.setdefault(work.param.device, []).append(work)
     for device, group in by_device.items():

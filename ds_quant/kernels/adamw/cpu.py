@@ -14,7 +14,6 @@ from ds_quant.kernels.adamw import ops
 from ds_quant.kernels.adamw.work import AdamWWork, MastersWork
 from ds_quant.numerics.adam import Moment
 from ds_quant.numerics.codes import MAPS, CodeMap, code_values, decode, encode
-from ds_quant.numerics.packing import packed_bytes
 
 MAX_LEVELS = 512
 """The rough roots of the kernel are exact enough up to here."""
@@ -32,9 +31,7 @@ def adamw_(works: Sequence[AdamWWork], *, isa: str | None = None) -> None:
 
     Nothing is allocated beside some bytes a tensor, and four bytes a block where blocks exceed 4096 elements. Works
     with a map that the kernel does not have (`register_map`) go on to the next backend, which is said once. `isa` asks
-    for a narrower instruction set.
-
-    Raises ValueError, before anything is changed, where a tensor is not as `AdamWWork` and `QuantizedBlocks` have it.
+    for a narrower instruction set. Raises ValueError, before anything is changed, for keys and maps that there are not.
     """
     others = _run("adamw_", works, isa)
     if others:
@@ -44,10 +41,7 @@ def adamw_(works: Sequence[AdamWWork], *, isa: str | None = None) -> None:
 
 @ops.adamw_masters_.by("cpu")
 def adamw_masters_(works: Sequence[MastersWork], *, isa: str | None = None) -> None:
-    """The same of masters: a block of them is expanded, stepped and rounded while it is in the first cache.
-
-    What `ops` checks is not checked again here.
-    """
+    """The same of masters: a block of them is expanded, stepped and rounded while it is in the first cache."""
     others = _run("adamw_masters_", [work.step for work in works], isa, works)
     if others:
         rest = [works[number] for number in others]
@@ -67,10 +61,8 @@ def _run(
         for number, work in enumerate(works):
             param, grad, exp_avg, exp_avg_sq, scalars, key, sq_key, stream = work
             numel = param.numel()
-            _check("param", number, param, numel, native.DTYPES)
-            _check("grad", number, grad, numel, native.DTYPES)
-            first_map, codes, scale, block_size = _moment("exp_avg", number, exp_avg, numel)
-            second_map, sq_codes, sq_scale, sq_block_size = _moment("exp_avg_sq", number, exp_avg_sq, numel)
+            first_map, codes, scale, block_size = _moment(exp_avg)
+            second_map, sq_codes, sq_scale, sq_block_size = _moment(exp_avg_sq)
             kind = (param.dtype, grad.dtype, first_map, second_map)
             if kind not in formats and not (_has_map(first_map) and _has_map(second_map)):
                 others.append(number)
@@ -111,39 +103,12 @@ def _has_map(code_map: CodeMap | None) -> bool:
     return False
 
 
-def _check(name: str, number: int, tensor: Tensor, numel: int, dtypes: dict[torch.dtype, int]) -> None:
-    if tensor.dtype in dtypes and tensor.numel() == numel and tensor.is_cpu and tensor.is_contiguous():
-        return
-    layout = "contiguous" if tensor.is_contiguous() else "not contiguous"
-    raise ValueError(
-        f"adamw_(works[{number}].{name}): got {tensor.numel()} elements, {tensor.dtype}, {tensor.device}, {layout}; "
-        f"allowed: {numel} elements, {' or '.join(map(str, dtypes))}, cpu, contiguous; make it so"
-    )
-
-
-_FP32 = {torch.float32: 0}
-
-
-def _moment(name: str, number: int, moment: Moment, numel: int) -> tuple[CodeMap | None, int, int, int]:
+def _moment(moment: Moment) -> tuple[CodeMap | None, int, int, int]:
     """(code map or None for fp32, address of the codes or the fp32 moment, address of the scales, block size)."""
     if isinstance(moment, Tensor):
-        _check(name, number, moment, numel, _FP32)
         return None, moment.data_ptr(), 0, 1
-    codes, scale, count, block_size, code_map = moment
-    if count != numel or block_size < 1 or (block_size & (block_size - 1) and numel % block_size):
-        raise ValueError(
-            f"adamw_(works[{number}].{name}): got {count} elements in blocks of {block_size}; allowed: {numel}, "
-            "in blocks of a power of two or a divisor of that; quantize it so"
-        )
-    num_bytes = numel if code_map.bits == 8 else packed_bytes(numel, block_size, code_map.bits)
-    _check(f"{name}.codes", number, codes, num_bytes, _stored_dtypes(code_map))
-    _check(f"{name}.scale", number, scale, -(-numel // block_size), _FP32)
+    codes, scale, _, block_size, code_map = moment
     return code_map, codes.data_ptr(), scale.data_ptr(), block_size
-
-
-@functools.cache
-def _stored_dtypes(code_map: CodeMap) -> dict[torch.dtype, int]:
-    return {code_map.stored_dtype: 0}
 
 
 @functools.lru_cache(maxsize=256)

@@ -8,18 +8,13 @@ from collections.abc import Sequence
 import torch
 
 from ds_quant.kernels.adamw import compiled, ops, triton_batches
-from ds_quant.kernels.adamw.work import AdamWWork, check_work
+from ds_quant.kernels.adamw.work import AdamWWork
 
 
 @ops.adamw_.by("cuda")
 @torch.no_grad()
 def adamw_(works: Sequence[AdamWWork]) -> None:
-    """Do the works in place. Tensors are written behind autograd's back: their versions stay.
-
-    Raises ValueError, before anything is changed, where a tensor is not as `AdamWWork` and `QuantizedBlocks` have it.
-    """
-    for number, work in enumerate(works):
-        check_work(number, work)
+    """Do the works in place. Tensors are written behind autograd's back: their versions stay."""
     small = [triton_batches.is_small(work) for work in works]
     triton_batches.adamw_([work for work, is_small in zip(works, small, strict=True) if is_small])
     compiled.adamw_([work for work, is_small in zip(works, small, strict=True) if not is_small])

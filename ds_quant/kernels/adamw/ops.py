@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from ds_quant.kernels.adamw import reference
-from ds_quant.kernels.adamw.work import AdamWWork, MastersWork, check_masters
+from ds_quant.kernels.adamw.work import AdamWWork, MastersWork, check_masters, check_work
 from ds_quant.kernels.registry import Family, operation
 from ds_quant.kernels.transfers import refuse_capture
 
@@ -20,14 +20,16 @@ FAMILY = Family(
 
 @operation(FAMILY, reference=reference.adamw_)
 def adamw_(works: Sequence[AdamWWork]) -> None:
-    """Do the works, all on one type of device, in place. Raises ValueError for two types, and as the kernels do.
+    """Do the works, all on one type of device, in place.
 
-    Raises RuntimeError while a CUDA graph is captured: learning rate, bias corrections and keys are this step's.
-
-    The tensors of a work are checked by the kernel: most of them read them for that only once.
+    Raises ValueError, before anything is changed, for two types, and where a tensor is not as `AdamWWork` and
+    `QuantizedBlocks` have it; RuntimeError while a CUDA graph is captured, as learning rate, bias corrections and keys
+    are this step's.
     """
     device = _device_of("adamw_", works)
     if device is not None:
+        for number, work in enumerate(works):
+            check_work(f"adamw_(works[{number}]", work)
         adamw_.on(device)(works)
 
 
@@ -37,10 +39,10 @@ def adamw_masters_(works: Sequence[MastersWork]) -> None:
 
     A backend that has it does so in one pass. Conditions and errors are those of `adamw_`.
     """
-    for number, work in enumerate(works):
-        check_masters(number, work)
     device = _device_of("adamw_masters_", [work.step for work in works])
     if device is not None:
+        for number, work in enumerate(works):
+            check_masters(f"adamw_masters_(works[{number}]", work)
         adamw_masters_.on(device)(works)
 
 
@@ -56,8 +58,8 @@ def _device_of(where: str, works: Sequence[AdamWWork]) -> torch.device | None:
     kinds = {work.param.device.type for work in works}
     if len(kinds) > 1:
         raise ValueError(
-            f"{where}(works): got parameters on {' and '.join(sorted(kinds))}; allowed: one type of device; call it "
-            "once for each"
+            f"{where}(works): got parameters on {' and '.join(sorted(kinds))}; allowed: one type of device; fix: call "
+            "it once for each"
         )
     device = works[0].param.device
     what = "the learning rate, bias corrections and random keys of one step"

@@ -10,19 +10,14 @@ import torch
 
 from ds_quant.base.log import warn
 from ds_quant.kernels.adamw import ops, triton_batches, triton_kernel
-from ds_quant.kernels.adamw.work import AdamWWork, check_work
+from ds_quant.kernels.adamw.work import AdamWWork
 from ds_quant.kernels.choice import VARIABLE
 
 
 @ops.adamw_.by("triton")
 @torch.no_grad()
 def adamw_(works: Sequence[AdamWWork]) -> None:
-    """Do the works in place. Tensors are written behind autograd's back: their versions stay.
-
-    Raises ValueError, before anything is changed, where a tensor is not as `AdamWWork` and `QuantizedBlocks` have it.
-    """
-    for number, work in enumerate(works):
-        check_work(number, work)
+    """Do the works in place. Tensors are written behind autograd's back: their versions stay."""
     small, others = [], []
     for work in works:
         reason = triton_kernel.unsupported(work)

@@ -6,12 +6,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ds_quant.base.errors import argument_error
 from ds_quant.numerics.adam import AdamWScalars, Moment
 from ds_quant.numerics.integer import DTYPES
 from ds_quant.numerics.packing import code_bytes
 
 MOST_DRAWN = 1 << 32
 """Masters that one key rounds."""
+_FP32 = (torch.float32,)
 
 
 class AdamWWork(NamedTuple):
@@ -44,55 +46,45 @@ class MastersWork(NamedTuple):
     """Of stochastic rounding, with no subkey to derive: element i draws number i, below 2^32. None: nearest."""
 
 
-def check_masters(number: int, work: MastersWork) -> None:
-    """Raises ValueError where weights or low bits of work `number` are not as `MastersWork` has them."""
-    weight, low_bits = work.step.param, work.low_bits
-    for name, tensor, dtype in (("step.param", weight, torch.bfloat16), ("low_bits", low_bits, torch.int8)):
-        if tensor is None or (
-            tensor.dtype == dtype
-            and tensor.numel() == weight.numel()
-            and tensor.device == weight.device
-            and tensor.is_contiguous()
-        ):
-            continue
-        layout = "contiguous" if tensor.is_contiguous() else "not contiguous"
-        raise ValueError(
-            f"adamw_masters_(works[{number}].{name}): got {tensor.numel()} elements, {tensor.dtype}, {tensor.device}, "
-            f"{layout}; allowed: {weight.numel()} elements, {dtype}, {weight.device}, contiguous; make it so"
-        )
-    if work.key is not None and weight.numel() > MOST_DRAWN:
-        raise ValueError(
-            f"adamw_masters_(works[{number}]): got {weight.numel()} elements that are rounded stochastically; allowed: "
-            f"{MOST_DRAWN}; step them in parts, with a key for each"
-        )
-
-
-def check_work(number: int, work: AdamWWork) -> None:
-    """Raises ValueError where a tensor of work `number` is not as `AdamWWork` and `QuantizedBlocks` have it."""
-    numel = work.param.numel()
-
-    def check(name: str, tensor: Tensor, count: int, dtypes: Sequence[torch.dtype]) -> None:
-        same = tensor.numel() == count and tensor.dtype in dtypes and tensor.device == work.param.device
-        if not same or not tensor.is_contiguous():
-            layout = "contiguous" if tensor.is_contiguous() else "not contiguous"
-            raise ValueError(
-                f"adamw_(works[{number}].{name}): got {tensor.numel()} elements, {tensor.dtype}, {tensor.device}, "
-                f"{layout}; allowed: {count} elements, {' or '.join(map(str, dtypes))}, {work.param.device}, "
-                "contiguous; make it so"
-            )
-
-    check("param", work.param, numel, DTYPES)
-    check("grad", work.grad, numel, DTYPES)
+def check_work(where: str, work: AdamWWork) -> None:
+    """Raises ValueError if a tensor of what `where` names, "adamw_(works[3]", is not as `AdamWWork` has it."""
+    param = work.param
+    numel, device = param.numel(), param.device
+    _check(where, "param", param, numel, DTYPES, device)
+    _check(where, "grad", work.grad, numel, DTYPES, device)
     for name, moment in (("exp_avg", work.exp_avg), ("exp_avg_sq", work.exp_avg_sq)):
         if isinstance(moment, Tensor):
-            check(name, moment, numel, (torch.float32,))
+            _check(where, name, moment, numel, _FP32, device)
             continue
-        size = moment.block_size
-        if moment.numel != numel or size < 1 or (size & (size - 1) and numel % size):
-            raise ValueError(
-                f"adamw_(works[{number}].{name}): got {moment.numel} elements in blocks of {size}; allowed: {numel} "
-                "elements, in blocks of a power of two or a divisor of that; quantize it so"
-            )
-        num_bytes = code_bytes(numel, size, moment.code_map.bits)
-        check(f"{name}.codes", moment.codes, num_bytes, (moment.code_map.stored_dtype,))
-        check(f"{name}.scale", moment.scale, -(-numel // size), (torch.float32,))
+        codes, scale, count, size, code_map = moment
+        if count != numel or size < 1 or (size & (size - 1) and numel % size):
+            got = f"{count} elements in blocks of {size}"
+            allowed = f"{numel} elements, in blocks of a power of two or a divisor of that"
+            raise argument_error(f"{where}.{name})", got, allowed, "quantize it so")
+        num_bytes = code_bytes(numel, size, code_map.bits)
+        _check(where, f"{name}.codes", codes, num_bytes, (code_map.stored_dtype,), device)
+        _check(where, f"{name}.scale", scale, -(-numel // size), _FP32, device)
+
+
+def check_masters(where: str, work: MastersWork) -> None:
+    """Raises ValueError likewise where one is not as `MastersWork` has it."""
+    weight = work.step.param
+    numel = weight.numel()
+    _check(where, "step.param", weight, numel, (torch.bfloat16,), weight.device)
+    if work.low_bits is not None:
+        _check(where, "low_bits", work.low_bits, numel, (torch.int8,), weight.device)
+    if work.key is not None and numel > MOST_DRAWN:
+        got = f"{numel} elements that are rounded stochastically"
+        raise argument_error(f"{where})", got, f"{MOST_DRAWN}", "step them in parts, with a key for each")
+    check_work(f"{where}.step", work.step)
+
+
+def _check(
+    where: str, name: str, tensor: Tensor, numel: int, dtypes: Sequence[torch.dtype], device: torch.device
+) -> None:
+    if tensor.numel() == numel and tensor.dtype in dtypes and tensor.device == device and tensor.is_contiguous():
+        return
+    layout = "contiguous" if tensor.is_contiguous() else "not contiguous"
+    got = f"{tensor.numel()} elements, {tensor.dtype}, {tensor.device}, {layout}"
+    allowed = f"{numel} elements, {' or '.join(map(str, dtypes))}, {device}, contiguous"
+    raise argument_error(f"{where}.{name})", got, allowed, "make it so")

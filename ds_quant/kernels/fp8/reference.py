@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ds_quant.kernels import simulated
+from ds_quant.kernels.simulated import ops as simulated
 
 
 def fp8_matmul(

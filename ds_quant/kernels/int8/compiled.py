@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ds_quant.kernels.compiling import compile_whole
+from ds_quant.kernels.compiling import compiled_with
 from ds_quant.kernels.int8 import matmul, ops
 from ds_quant.numerics import products as reference
 
@@ -131,7 +131,7 @@ def _dequantize(codes: Tensor, dtype: torch.dtype, **scales: Tensor | None) -> T
 def _call(function: Callable, matrix: Tensor, constant: int | torch.dtype, **tensors: Any) -> Any:
     matrix = matrix.contiguous().data
     is_small = min(matrix.shape) < 2
-    return function(matrix, constant, **tensors) if is_small else _compiled(function, constant)(matrix, **tensors)
+    return function(matrix, constant, **tensors) if is_small else compiled_with(function, constant)(matrix, **tensors)
 
 
 def _data(tensor: Tensor | None) -> Tensor | None:
@@ -141,18 +141,3 @@ def _data(tensor: Tensor | None) -> Tensor | None:
 
 def _scale(scale: Tensor | None) -> Tensor | None:
     return _data(scale if scale is None else scale.reshape(() if scale.numel() == 1 else (-1,)))
-
-
-@functools.cache
-def _compiled(function: Callable, value: int | torch.dtype, backend: str | Callable = "inductor") -> Callable[..., Any]:
-    # Called once, while compiling: what it returns is constant, whereas integers of a closure may become symbols.
-    @torch.compiler.assume_constant_result
-    def constant() -> int | torch.dtype:
-        return value
-
-    def call(matrix: Tensor, **tensors: Any) -> Any:
-        return function(matrix, constant(), **tensors)
-
-    # There are 108 kinds of calls of `quantize_both` with the same bits, with square matrices first; fewer of others.
-    options = {"emulate_precision_casts": True} if backend == "inductor" else None
-    return compile_whole(call, 256, backend, options)

@@ -1,7 +1,7 @@
 """Reads a tokenized corpus through memory maps: files of token ids, an index, and the tokenizer.
 
 FOLDER/index.json lists the files. FOLDER/train-00000.bin and so on contain only token ids, little-endian; each document
-ends with EOS. `launchers/tokenize_corpus.py` writes them; pretraining/shard_writer.py describes how.
+ends with EOS. `launchers/tokenize_corpus.py` writes them; corpora/shard_writer.py describes how.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ import numpy as np
 from survival.errors import mistake
 from transformers import PreTrainedTokenizerBase
 
+from corpora import packing
+from corpora import tokenizer as tokenizers
 from ds_quant.cli.shared import token_ids
-from pretraining import packing
-from pretraining import tokenizer as tokenizers
 
 FORMAT = 1
 INDEX, PROGRESS, TOKENIZER = "index.json", "progress.json", "tokenizer"

@@ -21,9 +21,9 @@ import torch
 from survival.errors import mistake
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from corpora.document_stream import Stream
+from corpora.permutation import Permutation
 from ds_quant.cli.shared import token_ids
-from pretraining.document_stream import Stream
-from pretraining.permutation import Permutation
 
 FORMAT = 1
 MOST_LANES = 64

@@ -11,9 +11,9 @@ from survival.errors import mistake
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
 
-from pretraining.permutation import PermutedBatches
-from pretraining.shards import PackedShards
-from pretraining.streaming import LaneLoader, LaneStream
+from corpora.permutation import PermutedBatches
+from corpora.shards import PackedShards
+from corpora.streaming import LaneLoader, LaneStream
 
 _SHARDS_STATE = "data_state.json"
 

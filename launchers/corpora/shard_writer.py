@@ -1,4 +1,4 @@
-"""Tokenize a corpus of any size once, into the files that pretraining/shards.py reads.
+"""Tokenize a corpus of any size once, into the files that corpora/shards.py reads.
 
 The unit of work is a chunk: the documents that fill one training file. Validation documents among them go to a separate
 file. Files are written under a temporary name, synced and renamed; then progress.json records where the next chunk
@@ -26,11 +26,11 @@ import numpy as np
 from survival.errors import LaunchError, mistake
 from transformers import PreTrainedTokenizerBase
 
+from corpora import shards
+from corpora import tokenizer as tokenizers
+from corpora.corpus import TRAIN, VALIDATION, Corpus, CorpusArguments, Group, Place
 from ds_quant.base.whole_folder import replace_folder, write_json
 from ds_quant.cli.shared import terminal, token_ids
-from pretraining import shards
-from pretraining import tokenizer as tokenizers
-from pretraining.corpus import TRAIN, VALIDATION, Corpus, CorpusArguments, Group, Place
 
 _CHARACTERS_AT_ONCE = 1 << 18
 """Small batches, because ids are first Python integers of 36 bytes each."""

@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 
 from survival.errors import mistake
 
+from corpora import document_stream
+from corpora.document_stream import Stream
 from ds_quant.cli.shared import text_files
 from ds_quant.planning.presets import PYTHON_SOURCE
-from pretraining import document_stream
-from pretraining.document_stream import Stream
 
 TRAIN, VALIDATION = "train", "validation"
 _GROUP = 64

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import datasets
 from survival.errors import LaunchError
 
+from corpora import hub
 from ds_quant.cli.shared import text_files
-from pretraining import documents
 
 
 class Group(NamedTuple):
@@ -90,7 +90,7 @@ def from_files(patterns: list[str], text_column: str, flag: str) -> list[Stream]
 
 def from_hub(name: str, config: str | None, text_column: str) -> dict[str, Stream]:
     """The splits `train` and, if there is one, `validation` of a data set on the hub or a folder."""
-    loaded = documents.from_hub(name, config, streaming=True)
+    loaded = hub.load(name, config, streaming=True)
     parts = [part for part in ("train", "validation") if part in loaded]
     return {part: Stream(text_files.only(loaded[part], text_column, name), text_column, name) for part in parts}
 

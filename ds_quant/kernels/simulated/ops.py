@@ -1,0 +1,92 @@
+"""What layers in floating point call: their quantizers, the end of their products, and two operators for graphs.
+
+On CUDA quantizers and ends are compiled (`compiled`). Elsewhere, inside of torch.compile, and where
+DS_QUANT_KERNELS=reference, they are operations one after the other, which give the same bits.
+"""
+
+import torch
+from torch import Tensor
+
+from ds_quant.kernels.registry import Family, operation
+from ds_quant.kernels.simulated import reference
+from ds_quant.numerics import rotation
+from ds_quant.numerics.format import Format, Integers
+from ds_quant.numerics.integer import Quantized
+from ds_quant.numerics.minifloat import Minifloat
+from ds_quant.numerics.random import derive_key
+
+FAMILY = Family(
+    package=__name__.rpartition(".")[0],
+    title="layers in floating point",
+    caller="a layer in floating point",
+    without_cpp="layers in floating point need none",
+)
+_BF16_CAPABILITY = (8, 0)
+
+
+@torch.compiler.assume_constant_result
+def multiplies_narrow(device: torch.device) -> bool:
+    """Whether torch.mm of a device gives fp32 of operands in 16 bits: NVIDIA's from compute capability 8.0 on."""
+    if device.type != "cuda" or torch.version.hip or "dtype" not in torch.ops.aten.mm.overloads():
+        return False
+    return torch.cuda.get_device_capability(device) >= _BF16_CAPABILITY
+
+
+@operation(FAMILY, reference=reference.quantize, backends_only=True)
+def quantize(
+    x: Tensor, factor: Tensor | None, to: Format[Integers | Minifloat], rounding: str, key: Tensor | None, stream: int
+) -> Quantized:
+    """`quantize_to` of x, in fp32 times `factor` where there is one, by the subkey number `stream` of the key.
+
+    factor: fp32 that broadcasts against x, or None. key: counts with rounding "stochastic" only. Of one on the CPU the
+    subkey is made there, and sent to the device without waiting.
+    """
+    subkey = None
+    if key is not None and rounding == "stochastic":
+        subkey = derive_key(key, stream)
+        if subkey.device != x.device:
+            subkey = subkey.to(x.device, non_blocking=True)
+    if torch.compiler.is_compiling():
+        return reference.quantize(x, factor, to, rounding, subkey)
+    return quantize.on(x.device)(x, factor, to, rounding, subkey)
+
+
+@operation(FAMILY, reference=reference.finish, backends_only=True)
+def finish(
+    products: Tensor, row_scale: Tensor | None, column_scale: Tensor | None, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """((products * row_scale) * column_scale) + bias in fp32, rounded once to `dtype`.
+
+    products: fp32 [M, N], which may be overwritten. Scales: fp32 [M, 1] and [N, 1], or of one element. bias: [N].
+    """
+    if torch.compiler.is_compiling():
+        return reference.finish(products, row_scale, column_scale, bias, dtype)
+    return finish.on(products.device)(products, row_scale, column_scale, bias, dtype)
+
+
+@torch.library.custom_op("ds_quant::rotate_rows", mutates_args=())
+def rotate_rows(x: Tensor, block_size: int) -> Tensor:
+    """`numerics.rotation.rotate_rows` of x [rows, features], fp32, bf16 or fp16, in fp32.
+
+    An operator of its own in graphs: fused, each element would be computed from all of its block again and again.
+    """
+    return rotation.rotate_rows(x.detach().float(), block_size).contiguous()
+
+
+@rotate_rows.register_fake
+def _(x: Tensor, block_size: int) -> Tensor:
+    return x.new_empty(x.shape, dtype=torch.float32)
+
+
+@torch.library.custom_op("ds_quant::token_mean", mutates_args=())
+def token_mean(x: Tensor) -> Tensor:
+    """fp32 [features]: the mean of x [tokens, features], fp32, bf16 or fp16; zeros of no tokens.
+
+    An operator of its own in graphs, whose sums would have another order.
+    """
+    return x.detach().float().sum(0) / max(x.shape[0], 1)
+
+
+@token_mean.register_fake
+def _(x: Tensor) -> Tensor:
+    return x.new_empty(x.shape[1:], dtype=torch.float32)

@@ -1,0 +1,119 @@
+"""The baseline's models with a row's quantizers put in after training: what training with them is held against."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from collecting import runs
+
+from ds_quant.cli.shared.spreads import Gap
+from ds_quant.cli.shared.tables import markdown_table
+from studying import other_domain, plan, results, verdicts
+from studying.plan import Key, Settings
+from studying.rows import BASELINE, Row
+
+_COLUMNS = (*results.KEY_COLUMNS, "fingerprint", "text", "loss")
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """One model of the baseline with the quantizers of one row."""
+
+    key: Key
+    """The row whose quantizers these are; all else is the baseline's run."""
+    fingerprint: str
+    """`plan.fingerprint` of the row."""
+    text: str
+    """`plan.Settings.text`, of the training."""
+    loss: float
+    """Of the held-out domain, in nats a token."""
+
+
+def path(csv: Path) -> Path:
+    """Where this is kept, beside the runs in `csv`."""
+    return csv.with_name("post_training.csv")
+
+
+def can_be_put_in(row: Row) -> bool:
+    """Whether a row quantizes weights or activations and nothing else: what it does to the forward pass."""
+    linear = (json.loads(row.config).get("ds_quant") or {}).get("linear") or {}
+    parts = {part for part in ("weight", "activation", "gradient") if linear.get(part) is not None}
+    return bool(parts) and "gradient" not in parts and not row.overrides
+
+
+def measure(keys: Sequence[Key], rows: Mapping[str, Row], settings: Settings, csv: Path, text: Path) -> None:
+    """Evaluate the baseline's models of the seeds in `keys` with the quantizers of their rows, where it is missing.
+
+    Raises:
+        CommandError: the evaluation failed.
+    """
+    known, trained = read(path(csv)), results.read(csv)
+    waiting: dict[Key, list[Key]] = {}
+    for key in keys:
+        model = Key(**{**vars(key), "row": BASELINE})
+        told = (plan.fingerprint(rows[key.row]), settings.text)
+        done = key in known and (known[key].fingerprint, known[key].text) == told
+        if not done and can_be_put_in(rows[key.row]) and model in trained and trained[model].state == runs.DONE:
+            waiting.setdefault(model, []).append(key)
+    for model, asked in waiting.items():
+        folder = plan.folder(model, rows[BASELINE], settings)
+        if not (folder / "model").is_dir():
+            continue
+        files = {key: plan.write_config(key, rows[key.row], settings) for key in asked}
+        found = other_domain.evaluate([folder], model, settings, text, [str(file) for file in files.values()])
+        losses = {str(row["quantizers_from"]): other_domain.loss(row) for row in found}
+        for key, file in files.items():
+            known[key] = Evaluated(key, plan.fingerprint(rows[key.row]), settings.text, losses[str(file)])
+        _write(path(csv), known.values())
+
+
+def read(path: Path) -> dict[Key, Evaluated]:
+    """What is known; nothing where there is no file. Raises CommandError for another file."""
+    return {one.key: one for one in results.read_lines(path, _COLUMNS, _of_line)}
+
+
+def _write(path: Path, found: Iterable[Evaluated]) -> None:
+    ordered = sorted(found, key=lambda one: dataclasses.astuple(one.key))
+    results.write_lines(path, _COLUMNS, [{**vars(one.key), **vars(one)} for one in ordered])
+
+
+def table(
+    rows: Sequence[Row],
+    found: Sequence[results.Result],
+    evaluated: Mapping[Key, Evaluated],
+    group: tuple[str, str, float, float],
+) -> list[str]:
+    """Gaps on the held-out domain of quantizers that came after training, beside those of training with them."""
+    own = [result for result in found if verdicts.group_of(result) == group and result.state == runs.DONE]
+    base = {result.key.seed: result for result in own if result.key.row == BASELINE}
+    lines = []
+    for entry in verdicts.judge(rows, found, group):
+        pairs = [
+            (one.loss, base[one.key.seed].other_loss)
+            for one in evaluated.values()
+            if one.key.row == entry.row.name
+            and group == (one.key.size, one.key.family, one.key.ratio, one.key.rate)
+            and one.fingerprint == plan.fingerprint(entry.row)
+            and one.key.seed in base
+            and one.text == base[one.key.seed].text
+        ]
+        gap = Gap.of([after - before for after, before in pairs if before == before])
+        if gap is not None:
+            trained = entry.other_gap
+            lines.append([entry.row.name, entry.row.what, *_cells(gap), *_cells(trained)])
+    if not lines:
+        return []
+    header = ["row", "", "seeds", "after training", "95% interval", "seeds", "in training", "95% interval"]
+    return ["**Quantized after training, and in training** (held-out domain)", "", *markdown_table(header, lines), ""]
+
+
+def _cells(gap: Gap | None) -> list[str]:
+    return ["", "", ""] if gap is None else [str(gap.num_pairs), f"{gap.mean:+.4f}", gap.interval()]
+
+
+def _of_line(line: Mapping[str, str]) -> Evaluated:
+    return Evaluated(results.key_of(line), line["fingerprint"], line["text"], float(line["loss"]))

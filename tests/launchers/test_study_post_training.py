@@ -1,0 +1,77 @@
+"""The baseline's models quantized after training, beside training with the same quantizers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from studying import other_domain, plan, post_training, results, rows
+from studying.plan import Key, Settings
+from studying.post_training import Evaluated
+from studying.results import Result
+
+ROWS = rows.all_rows()
+GROUP = ("0.7m", "llama", 1.0, 0.002)
+TEXT = "a text"
+
+
+def key_of(row: str, seed: int = 0) -> Key:
+    return Key(*GROUP[:3], GROUP[3], row, seed)
+
+
+def a_run(row: str, seed: int, other_loss: float) -> Result:
+    told = {"text": TEXT, "parameters": 1, "steps": 1, "tokens": 1, "state": "done", "loss": 5.0, "lowest": 5.0}
+    where = {"dtype": "float32", "processor": "", "torch": "", "deepspeed": "", "commit": "", "date": "2026-11-29"}
+    fingerprint = plan.fingerprint(ROWS[row])
+    return Result(key=key_of(row, seed), fingerprint=fingerprint, other_loss=other_loss, **told, **where)
+
+
+def test_rows_that_have_something_to_put_in() -> None:
+    found = {name for name, row in ROWS.items() if post_training.can_be_put_in(row)}
+    assert {"w4_channel", "a4_token", "w8a8", "w4_nvfp4"} <= found
+    assert not {"baseline", "baseline_untied", "g8_token", "w8a8g8", "m8_tensor", "w4a4g4_block32"} & found
+
+
+def test_gaps_are_paired_and_stand_beside_those_of_training() -> None:
+    runs = [a_run("baseline", seed, 5.0 + seed) for seed in range(3)]
+    runs += [a_run("w4_channel", seed, 5.3 + seed) for seed in range(2)]
+    fingerprint = plan.fingerprint(ROWS["w4_channel"])
+    evaluated = {
+        key_of("w4_channel", seed): Evaluated(key_of("w4_channel", seed), fingerprint, TEXT, 5.1 + seed)
+        for seed in range(3)
+    }
+    evaluated[key_of("a4_token")] = Evaluated(key_of("a4_token"), "of other settings", TEXT, 9.0)
+    *_, line, end = post_training.table(list(ROWS.values()), runs, evaluated, GROUP)
+    assert [cell.strip() for cell in line.split("|")[3:-1]] == [
+        *("3", "+0.1000", "+0.1000 to +0.1000"),
+        *("2", "+0.3000", "+0.3000 to +0.3000"),
+    ]
+    assert end == ""
+    assert post_training.table(list(ROWS.values()), runs, {}, GROUP) == []
+
+
+def test_what_is_missing_is_evaluated_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    csv, asked = tmp_path / "runs.csv", []
+    monkeypatch.setattr(Settings, "text", TEXT)
+    settings = Settings(runs=tmp_path / "runs", corpus=tmp_path)
+    results.write(csv, [a_run("baseline", 0, 5.0), a_run("baseline", 1, 5.0)])
+    (plan.folder(key_of("baseline"), ROWS["baseline"], settings) / "model").mkdir(parents=True)
+
+    def evaluate(folders: Any, key: Key, settings: Settings, text: Path, quantizers: Any) -> list[dict[str, Any]]:
+        asked.append((key, quantizers))
+        return [{"quantizers_from": one, "perplexity": {"text": {"loss": 5.25}}} for one in quantizers]
+
+    monkeypatch.setattr(other_domain, "evaluate", evaluate)
+    keys = [key_of(row, seed) for row in ("baseline", "w4_channel", "g8_token", "a4_token") for seed in range(3)]
+    for _ in range(2):
+        post_training.measure(keys, ROWS, settings, csv, tmp_path)
+        found = post_training.read(post_training.path(csv))
+        assert {(key.row, key.seed, one.loss) for key, one in found.items()} == {
+            ("w4_channel", 0, 5.25),  # of seed 1 the model is gone, seed 2 was not trained
+            ("a4_token", 0, 5.25),
+        }
+    assert len(asked) == 1
+    (model, files) = asked[0]
+    assert model == key_of("baseline")
+    assert [Path(file).parent.name.split(".")[0] for file in files] == ["w4_channel", "a4_token"]
