@@ -116,6 +116,9 @@ def test_bytes(reports, ranks, case):
         fetched, shared, whole = codes["wire"]
         assert fetched + shared + whole == codes["counted"]
         assert report[case]["none"]["wire"][:2] == [0, 0]
+        if "hierarchical" in case:
+            two_levels, one_level = codes["levels"]
+            assert sum(codes["layout"]) == two_levels < one_level / 2
         if ":3:" not in case:
             assert fetched + shared == steps * sum(codes["layout"]) > 0
         elif AT_ONCE in case:
@@ -211,6 +214,7 @@ def test_bytes_of_differences(differences, ranks, number):
     for report in (report[number] for report in differences[ranks]):
         whole = [step for step in range(3) if step % weight.get("whole_every", 1000) == 0]
         of_a_step = sum(report["layout"])
+        assert of_a_step == sum(report["slots"]) * (ranks // weight.get("hierarchical", 1) - 1)
         assert report["wire"] == of_a_step * (3 - len(whole))
         of_whole = sum(report["numel"]) * size * (ranks - 1) // ranks
         assert report["counted"] == report["wire"] + of_whole * len(whole)

@@ -270,6 +270,10 @@ def run(case, gathered, watch):
     if part is not None:
         report["counted"] = part.total.sent_bytes
         report["layout"] = layout_of(part, engine)
+        if watch.node_size > 1:
+            sizes = (watch.node_size, 1)
+            layouts = [gather.layout for gather in part._gathers]
+            report["levels"] = [sum(layout.sent_bytes(dist.get_rank(), size) for layout in layouts) for size in sizes]
         report["coarse"] = parameters_of(engine)
         model = engine.module
         layer = next(module for module in model.modules() if isinstance(module, QuantizedModule))

@@ -84,6 +84,7 @@ def run(case, weight, watch):
     watch.take()
     report = {"trained": train(engine, 0, EARLY), "wire": watch.take(), "counted": part.total.sent_bytes}
     report["layout"] = [gather.sent_bytes for gather in part._gathers]
+    report["slots"] = [gather.layout.slot_bytes for gather in part._gathers]
     report["numel"] = [flat.numel() for flat in engine.optimizer.bit16_groups_flat]
     report["error"] = part.summary()["weight_quantization_error"]
     report["replica"] = parameters_of(engine)
