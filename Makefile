@@ -50,6 +50,9 @@ moments: venv
 masters: venv
 	python tests/convergence/master_losses.py
 
+muon: venv
+	python tests/convergence/muon_losses.py
+
 communication: venv
 	python tests/convergence/communication_losses.py
 

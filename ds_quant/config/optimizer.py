@@ -98,6 +98,9 @@ class OptimizerConfig(Section):
     """The slow moment of AdEMAMix, in 8 bits at least. Absent: 32 bits."""
     master: MasterConfig | None = None
     """The master weights, at ZeRO stages 1 to 3 with bf16. Absent: fp32, as DeepSpeed keeps them."""
+    release_gradients: bool = False
+    """Step parameters as their gradients come in the backward, so that gradients never exist all at once. At ZeRO
+    stage 2 with `master`, without clipping and accumulation (docs/masters.md)."""
     exclude: Patterns = ()
     """Shell patterns on parameter names: those keep 32-bit states. Default none."""
 
@@ -109,6 +112,9 @@ class OptimizerConfig(Section):
     def rules(self) -> Iterator[Rule]:
         if not (self.states() or self.master):
             yield nothing(self, "exp_avg, exp_avg_sq, momentum_buffer, exp_avg_fast, exp_avg_slow or master")
+        if self.release_gradients and not self.master:
+            reason = "true beside master: fp32 masters take gradients of fp32, which are made of a whole partition"
+            yield "release_gradients", True, reason, 'add "master": {"bits": 24}, or remove release_gradients'
         for name, state in self.states().items():
             if name not in SECOND_MOMENTS and state.rounding == "nearest" and state.granularity == "block":
                 reason = (

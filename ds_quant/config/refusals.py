@@ -4,82 +4,30 @@ Each row names a setting by its path; its value is looked up in the raw JSON, be
 that are refused (PipelineModule) are not in the JSON: the engine checks those.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 from ds_quant.base.errors import ConfigError, problem
 from ds_quant.config import QuantConfig
+from ds_quant.config.optimizer_refusals import OPTIMIZER_REFUSALS
+from ds_quant.config.refusal import (
+    Refusal,
+    is_above_one,
+    is_enabled,
+    is_given,
+    is_no_partition,
+    is_no_stage,
+    is_nvme,
+    is_on,
+    is_three,
+)
 
 ALL = ("linear", "optimizer", "communication", "diagnostics")
-MASTER = ("optimizer.master",)
-
-
-def _is_on(value: Any) -> bool:
-    return bool(value) and value != "auto"  # DeepSpeed takes its default, off, for "auto"
-
-
-def _is_enabled(value: Any) -> bool:
-    return isinstance(value, dict) and _is_on(value.get("enabled"))
-
-
-def _is_given(value: Any) -> bool:
-    return value is not None and value is not False
-
-
-def _is_nvme(value: Any) -> bool:
-    return isinstance(value, str) and value.lower() == "nvme"
-
-
-def _is_above_one(value: Any) -> bool:
-    return isinstance(value, int | float) and value > 1
-
-
-def _is_no_partition(value: Any) -> bool:
-    return value in (None, 0)
-
-
-def _is_off(value: Any) -> bool:
-    return value not in (True, "auto")
-
-
-def _is_elsewhere(value: Any) -> bool:
-    return value not in (None, "none")
-
-
-def _is_not_bf16(value: Any) -> bool:
-    return value not in (None, "bf16", "bfloat16")
-
-
-def _is_no_stage(value: Any) -> bool:
-    return value is not None and not (type(value) is int and 0 <= value <= 3)
-
-
-def _is_three(value: Any) -> bool:
-    return type(value) is int and value == 3
-
-
-@dataclass(frozen=True)
-class Refusal:
-    """A setting that some parts of the section refuse."""
-
-    path: str
-    """Dotted path in the DeepSpeed JSON."""
-    refused: Callable[[Any], bool]
-    """Whether its value is refused; None stands for absent."""
-    parts: tuple[str, ...]
-    """The parts of the section it collides with, as dotted paths inside `ds_quant`."""
-    allowed: str
-    reason: str
-    fix: str = "remove it, or that part of the section"
-    alias: str = ""
-    """Another path, which DeepSpeed reads where there is nothing at the first."""
 
 
 REFUSALS = (
     Refusal(
         "zero_optimization.stage",
-        _is_no_stage,
+        is_no_stage,
         ALL,
         "0, 1, 2 or 3, written out",
         "DeepSpeed has no other stage, and takes anything unresolved for stage 0",
@@ -87,7 +35,7 @@ REFUSALS = (
     ),
     Refusal(
         "zero_optimization.stage",
-        _is_no_partition,
+        is_no_partition,
         ("communication.weight",),
         "1, 2 or 3",
         "at stage 0 nothing is gathered",
@@ -95,7 +43,7 @@ REFUSALS = (
     ),
     Refusal(
         "zero_optimization.stage",
-        _is_three,
+        is_three,
         ("communication.weight.bits",),  # what only mode "difference" has
         "1 or 2",
         "at stage 3 no rank keeps a replica of the weights that a difference could be added to",
@@ -104,7 +52,7 @@ REFUSALS = (
     ),
     Refusal(
         "zero_optimization.stage",
-        _is_three,
+        is_three,
         ("communication.weight.hierarchical",),
         "1 or 2",
         "stage 3 fetches weights in one level: a second one would have to run between the start of a fetch and its use",
@@ -112,63 +60,63 @@ REFUSALS = (
     ),
     Refusal(
         "zero_optimization.zero_hpz_partition_size",
-        _is_above_one,
+        is_above_one,
         ("communication.weight",),
         "1",
         "ZeRO++'s hpZ keeps second partitions, made of what a forward has fetched",
     ),
     Refusal(
         "tensor_parallel.autotp_size",
-        _is_above_one,
+        is_above_one,
         ALL,
         "0 or 1",
         "AutoTP replaces the quantized linears by full-precision ones of its own",
     ),
     Refusal(
         "expert_parallel",
-        _is_enabled,
+        is_enabled,
         ALL,
         '"enabled": false',
         "AutoEP replaces the expert layers after the conversion",
     ),
     Refusal(
         "hybrid_engine",
-        _is_enabled,
+        is_enabled,
         ALL,
         '"enabled": false',
         "its inference kernels bypass the quantized modules",
     ),
     Refusal(
         "compile.deepcompile",
-        _is_on,
+        is_on,
         ALL,
         "false",
         "DeepCompile bypasses the engine's hooks and its gradient reduction",
     ),
     Refusal(
         "weight_quantization",
-        _is_given,
+        is_given,
         ALL,
         "absent",
         "DeepSpeed's own weight quantization is for inference; it stores the parameters as integers",
     ),
     Refusal(
         "zero_optimization.zenflow",
-        _is_given,
+        is_given,
         ALL,
         "absent",
         "ZenFlow's optimizer bypasses the hooks",
     ),
     Refusal(
         "zero_optimization.offload_optimizer.super_offload",
-        _is_on,
+        is_on,
         ALL,
         "false",
         "SuperOffload's optimizer bypasses the hooks",
     ),
     Refusal(
         "zero_optimization.offload_optimizer.device",
-        _is_nvme,
+        is_nvme,
         ALL,
         '"none" or "cpu"',
         "swapping to NVMe is not tested, and reads the raw storage of the optimizer's state",
@@ -176,7 +124,7 @@ REFUSALS = (
     ),
     Refusal(
         "zero_optimization.offload_param.device",
-        _is_nvme,
+        is_nvme,
         ALL,
         '"none" or "cpu"',
         "swapping parameters to NVMe is not tested with quantized modules",
@@ -184,21 +132,21 @@ REFUSALS = (
     ),
     Refusal(
         "zero_optimization.zero_quantized_weights",
-        _is_on,
+        is_on,
         ("linear.weight",),
         "false",
         "ZeRO++'s qwZ quantizes the gathered weights: they would be quantized twice",
     ),
     Refusal(
         "zero_optimization.zero_quantized_nontrainable_weights",
-        _is_on,
+        is_on,
         ("linear.weight",),
         "false",
         "ZeRO++ stores frozen weights quantized: they would be quantized twice",
     ),
     Refusal(
         "zero_optimization.zero_quantized_gradients",
-        _is_on,
+        is_on,
         ALL,
         "false",
         "ZeRO++'s qgZ needs CUDA and is silently ignored below stage 3",
@@ -206,14 +154,14 @@ REFUSALS = (
     ),
     Refusal(
         "sparse_gradients",
-        _is_on,
+        is_on,
         ("communication",),
         "false",
         "DeepSpeed gathers sparse gradients as they are: they would cross the wire in full precision",
     ),
     Refusal(
         "zero_optimization.elastic_checkpoint",
-        _is_on,
+        is_on,
         ("optimizer",),
         "false",
         "elastic checkpoints cut up the raw tensors of the optimizer's state",
@@ -221,59 +169,19 @@ REFUSALS = (
     ),
     Refusal(
         "bf16.bf16_optimizer_states",
-        _is_on,
+        is_on,
         ("optimizer",),
         "false",
         "DeepSpeed would keep the moments in bf16, in silence",
     ),
     Refusal(
         "bfloat16.bf16_optimizer_states",  # the old name of the section, which DeepSpeed reads where bf16 is absent
-        _is_on,
+        is_on,
         ("optimizer",),
         "false",
         "DeepSpeed would keep the moments in bf16, in silence",
     ),
-    Refusal(
-        "zero_optimization.stage",
-        _is_no_partition,
-        MASTER,
-        "1, 2 or 3",
-        "at stage 0 DeepSpeed has no switch for masters of bf16",
-        "set 1, or remove optimizer.master",
-    ),
-    Refusal(
-        "bf16.enabled",
-        _is_off,
-        MASTER,
-        "true",
-        "a master of few bits is a bf16 weight and what it lacks",
-        "set it, or remove optimizer.master",
-        alias="bfloat16.enabled",
-    ),
-    Refusal(
-        "data_types.grad_accum_dtype",
-        _is_not_bf16,
-        MASTER,
-        '"bf16"',
-        "with others DeepSpeed keeps fp32 masters",
-        "remove it, or optimizer.master",
-    ),
-    Refusal(
-        "zero_optimization.offload_optimizer.device",
-        _is_elsewhere,
-        MASTER,
-        '"none"',
-        "DeepSpeed offloads masters of bf16 with its own CPU optimizer only",
-        "remove it, or optimizer.master",
-    ),
-    Refusal(
-        "zero_optimization.offload_param.device",
-        _is_elsewhere,
-        MASTER,
-        '"none"',
-        "the masters share the memory of the weights, which would not be where the step is done",
-        "remove it, or optimizer.master",
-    ),
+    *OPTIMIZER_REFUSALS,
 )
 
 

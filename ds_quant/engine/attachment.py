@@ -15,6 +15,7 @@ from ds_quant.engine.parameter_methods import restore_methods
 from ds_quant.engine.parts import Part
 from ds_quant.engine.preparation import Prepared
 from ds_quant.engine.quant_engine import extend
+from ds_quant.engine.release import Release
 from ds_quant.engine.steps import Steps
 from ds_quant.engine.weight_communication import WeightCommunication
 from ds_quant.engine.weight_fetches import WeightFetches
@@ -36,6 +37,8 @@ def attach(engine: Any, prepared: Prepared) -> None:
     parts: list[Part] = [micro_steps := MicroSteps(engine)]
     if quant.optimizer and quant.optimizer.master:
         parts.append(Masters(engine, quant.optimizer.master))
+    if quant.optimizer and quant.optimizer.release_gradients:
+        parts.append(Release(engine))
     if quant.optimizer:
         if isinstance(engine.basic_optimizer, QuantMuon):
             from ds_quant.engine.muon import keep_momentum  # not above: it brings torch's compiler with it

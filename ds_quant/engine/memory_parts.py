@@ -40,6 +40,7 @@ def memory_parts(engine: Any) -> dict[str, list[Tensor]]:
     for role, names in _PLACES.items():
         for name in names:
             parts[role] += _tensors(getattr(wrapper, name, None))
+    parts["gradients"] += pending_gradients(engine)
     for master in list(parts["masters"]):
         # With offloading they are on the host, as the masters are.
         parts["masters" if engine.zero_cpu_offload() else "gradients"] += [] if master.grad is None else [master.grad]
@@ -54,6 +55,12 @@ def gradient_buckets(engine: Any) -> list[Tensor]:
     """What stages 1 and 2 collect gradients in before they are reduced: there during the backward only."""
     buckets = getattr(engine.optimizer, "ipg_buckets", {}).values()
     return [tensor for bucket in buckets for tensor in _tensors(bucket.buffer)]
+
+
+def pending_gradients(engine: Any) -> list[Tensor]:
+    """Gradients that are stepped in the backward, and are not whole yet."""
+    released = getattr(engine.optimizer, "ds_quant_released", None)
+    return [] if released is None else released.pending()
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

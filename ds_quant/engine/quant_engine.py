@@ -17,6 +17,7 @@ from ds_quant.engine.masters import Masters
 from ds_quant.engine.micro_steps import MicroSteps
 from ds_quant.engine.moments import Moments
 from ds_quant.engine.parts import Loading, Part
+from ds_quant.engine.release import Release
 from ds_quant.engine.seams import check_live
 from ds_quant.engine.steps import Steps
 from ds_quant.engine.weight_communication import WeightCommunication
@@ -26,6 +27,7 @@ from ds_quant.engine.weights import Weights
 ORDER: tuple[type[Part], ...] = (
     MicroSteps,
     Masters,
+    Release,
     Moments,
     Steps,
     Weights,

@@ -107,6 +107,17 @@ SEAMS: tuple[tuple[str, str, str], ...] = (
         ("deepspeed.runtime.zero.stage_1_and_2", f"DeepSpeedZeroOptimizer.{name}", "gradients of bf16 masters lie once")
         for name in ("_use_compact_grad_partition_buffer", "copy_grads_in_partition", "_is_muon_group")
     ),
+    *(
+        ("deepspeed.runtime.zero.stage_1_and_2", f"DeepSpeedZeroOptimizer.{name}", "gradients are stepped as they come")
+        for name in (
+            "process_gradients",
+            "_get_compact_grad_partition_slice",
+            "_build_compact_grad_partition_buffer",
+            "_optimizer_step",
+            "_link_all_hp_params",
+        )
+    ),
+    ("deepspeed.runtime.zero.utils", "get_norm_dtype", "norms of gradients that are stepped as they come"),
     ("deepspeed.runtime.zero.stage_1_and_2", "dist.all_reduce", "what stages 1 and 2 reduce with"),
     ("deepspeed.runtime.zero.stage_1_and_2", "dist.reduce", "what stages 1 and 2 reduce with"),
     *(

@@ -119,29 +119,14 @@ class QuantizedOptimizer(torch.optim.Optimizer):
         counters: list[Tensor] = []
         strided: list[tuple[Tensor, Tensor]] = []
         for param, grad, options in with_gradients:
-            state = self.state[param]
-            step = shared.ready(state, options, param)
-            counters.append(state["step"])
             data = param
             if not data.is_contiguous():
                 data = param.contiguous()
                 strided.append((param, data))
-            if not grad.is_contiguous():
-                grad = grad.contiguous()
-            states: list[State] = []
-            keys: list[tuple[int, int] | None] = []
-            stream = 0
-            for name, is_stochastic in options.stochastic:
-                stored, key = state[name], None
-                if type(stored) is QuantizedState:
-                    stream = stored.stream
-                    key = shared.key(step) if is_stochastic else None
-                    stored = stored.blocks
-                states.append(stored)
-                keys.append(key)
-            item = Item(data, grad, states, keys, stream, step, options)
+            item = shared.item(param, data, grad.contiguous(), options)
+            counters.append(self.state[param]["step"])
             if isinstance(data, MasterTensor):
-                parts.setdefault(param.device, []).extend(master_items(data, item, shared.key(step)))
+                parts.setdefault(param.device, []).extend(master_items(data, item, shared.key(item.step)))
             else:
                 items.setdefault(param.device, []).append(item)
         for batch in items.values():
@@ -247,6 +232,23 @@ class Step:
         if found is None:
             found = self._keys[step] = fold_words(self._optimizer.seed, step, rank=self._optimizer.rank)
         return found
+
+    def item(self, param: Tensor, data: Tensor, grad: Tensor, options: GroupOptions) -> Item:
+        """What is to be done of `param`, whose values are those of `data`, contiguous as `grad` is."""
+        state = self._optimizer.state[param]
+        step = self.ready(state, options, param)
+        states: list[State] = []
+        keys: list[tuple[int, int] | None] = []
+        stream = 0
+        for name, is_stochastic in options.stochastic:
+            stored, key = state[name], None
+            if type(stored) is QuantizedState:
+                stream = stored.stream
+                key = self.key(step) if is_stochastic else None
+                stored = stored.blocks
+            states.append(stored)
+            keys.append(key)
+        return Item(data, grad, states, keys, stream, step, options)
 
     def ready(self, state: dict[str, Any], options: GroupOptions, param: Tensor) -> int:
         """Make or repair the state of `param`, so that step and states are as the optimizer keeps them.

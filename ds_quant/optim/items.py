@@ -43,15 +43,20 @@ class MasterItem(NamedTuple):
 
 
 def master_items(masters: MasterTensor, item: Item, key: tuple[int, int]) -> Iterator[MasterItem]:
-    """The parts of masters, each as an item of a step that `item` describes as a whole; `key` is the step's.
+    """The parts of masters, each as an item of a step that `item` describes as a whole; `key` is the step's."""
+    for number, (begin, end, _, _) in enumerate(masters.parts()):
+        yield master_item(masters, number, item, item.grad.view(-1)[begin:end], key)
+
+
+def master_item(masters: MasterTensor, number: int, item: Item, grad: Tensor, key: tuple[int, int]) -> MasterItem:
+    """Part `number` of masters, whose gradient is `grad`, of the step that `item` describes as a whole.
 
     A part draws random bits as a parameter of its own would: part number i has the subkey PART_STREAM + i.
     """
-    for number, (begin, end, weight, low_bits) in enumerate(masters.parts()):
-        own = [None if drawn is None else derive_words(drawn, PART_STREAM + number) for drawn in item.keys]
-        states = [part_of(state, begin, end) for state in item.states]
-        grad = item.grad.view(-1)[begin:end]
-        rounding = None
-        if masters.is_stochastic:
-            rounding = derive_words(derive_words(key, PART_STREAM + number), MASTER_STREAM + item.stream)
-        yield MasterItem(item._replace(param=weight, grad=grad, states=states, keys=own), low_bits, rounding)
+    begin, end, weight, low_bits = masters.part(number)
+    own = [None if drawn is None else derive_words(drawn, PART_STREAM + number) for drawn in item.keys]
+    states = [part_of(state, begin, end) for state in item.states]
+    rounding = None
+    if masters.is_stochastic:
+        rounding = derive_words(derive_words(key, PART_STREAM + number), MASTER_STREAM + item.stream)
+    return MasterItem(item._replace(param=weight, grad=grad, states=states, keys=own), low_bits, rounding)

@@ -94,13 +94,21 @@ class MasterTensor(CodedTensor):
     def _part(self, stored: Tensor) -> Tensor:
         return stored.as_strided(self.shape, self.stride(), int(stored.storage_offset()) + self.start)
 
+    @property
+    def num_parts(self) -> int:
+        """Of PART_ELEMENTS masters each, but for the last one."""
+        return -(-self.weight.numel() // PART_ELEMENTS)
+
+    def part(self, number: int) -> Part:
+        """Part `number`, from 0."""
+        begin = number * PART_ELEMENTS
+        end = min(begin + PART_ELEMENTS, self.weight.numel())
+        low_bits = None if self.low_bits is None else self.low_bits[begin:end]
+        return Part(begin, end, self.weight[begin:end], low_bits)
+
     def parts(self) -> Iterator[Part]:
-        """PART_ELEMENTS masters at a time."""
-        count = self.weight.numel()
-        for begin in range(0, count, PART_ELEMENTS):
-            end = min(begin + PART_ELEMENTS, count)
-            low_bits = None if self.low_bits is None else self.low_bits[begin:end]
-            yield Part(begin, end, self.weight[begin:end], low_bits)
+        """All of them, in order."""
+        return map(self.part, range(self.num_parts))
 
     def copy_stored(self, source: Tensor) -> bool:
         """Copy weights and remainders of masters of as many bits and the same shape; whether `source` has them."""

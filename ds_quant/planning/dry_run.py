@@ -13,13 +13,14 @@ is hollow, a norm or a loss, is 1, and a single truth is False.
 
 import itertools
 import mmap
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._C._distributed_c10d import FakeWork
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter, tree_map_only
+from torch.utils._pytree import tree_map_only
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ds_quant.base.errors import fail
@@ -43,6 +44,7 @@ class DryRun(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self._hollow: Any = WeakIdKeyDictionary()
+        self._known_shapes: dict[Any, tuple[Any]] = {}
 
     def is_hollow(self, tensor: Tensor) -> bool:
         """Whether the tensor has no values."""
@@ -52,7 +54,7 @@ class DryRun(TorchDispatchMode):
         kwargs = kwargs or {}
         if not all(kind in (Tensor, torch.nn.Parameter) for kind in types):
             return NotImplemented  # a subclass with its own operators calls this again with plain tensors
-        inputs = [value for value in tree_iter((args, kwargs)) if isinstance(value, Tensor)]
+        inputs = list(tensors_in((args, kwargs)))
         if func.namespace == "c10d":
             return self._communicated(func, args, kwargs)
         fills = func in _FILLS and inputs[0].nbytes == inputs[0].untyped_storage().nbytes() <= KNOWN_BYTES
@@ -69,13 +71,24 @@ class DryRun(TorchDispatchMode):
         name = func._schema.name.removeprefix("aten::")
         empty = torch.Tag.nondeterministic_seeded in func.tags or name.startswith(("empty", "new_empty"))
         results = self._shapes(func, args, kwargs)
-        sizes = sum(r.untyped_storage().nbytes() for r in tree_iter(results) if isinstance(r, Tensor))
+        sizes = sum(result.untyped_storage().nbytes() for result in tensors_in(results))
         if known and not empty and sizes <= KNOWN_BYTES:
             return func(*args, **kwargs)
         return self._allocated(func, args, kwargs, results)
 
     def _shapes(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """What the operator returns, on the meta device."""
+        """What the operator returns, on the meta device. The same tensors again for arguments of the same shapes."""
+        # As many operators of a model are alike as it has layers, and some shape functions are Python's.
+        key = (func, _shapes_of((args, kwargs)))
+        try:
+            found = self._known_shapes.get(key)
+        except TypeError:  # an argument that cannot be hashed
+            return self._computed_shapes(func, args, kwargs)
+        if found is None:
+            found = self._known_shapes[key] = (self._computed_shapes(func, args, kwargs),)
+        return found[0]
+
+    def _computed_shapes(self, func: Any, args: Any, kwargs: Any) -> Any:
         metas: dict[int, Tensor] = {}
 
         def meta(tensor: Tensor) -> Tensor:
@@ -110,9 +123,8 @@ class DryRun(TorchDispatchMode):
             value = args[number] if number < len(args) else kwargs.get(argument.name)
             for name in argument.alias_info.before_set:
                 written[name] = value
-            for tensor in tree_iter(value):
-                if isinstance(tensor, Tensor):
-                    self._hollow[tensor.untyped_storage()] = True
+            for tensor in tensors_in(value):
+                self._hollow[tensor.untyped_storage()] = True
         single = len(schema.returns) == 1
         answers = []
         for declared, result in zip(schema.returns, [results] if single else results or (), strict=True):
@@ -126,7 +138,7 @@ class DryRun(TorchDispatchMode):
 
     def _communicated(self, func: Any, args: Any, kwargs: Any) -> Any:
         """A collective: done by the process group on known tensors, as a group of equal ranks does it."""
-        tensors = [[value for value in tree_iter(part) if isinstance(value, Tensor)] for part in args]
+        tensors = [list(tensors_in(part)) for part in args]
         results, *sources = [found for found in tensors if found] or [[]]
         if not any(map(self.is_hollow, itertools.chain(*sources or [results]))):
             for tensor in results:
@@ -143,6 +155,34 @@ class DryRun(TorchDispatchMode):
         tensor = _unwritten(meta)
         self._hollow[tensor.untyped_storage()] = True
         return tensor
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """The tensors in nested tuples, lists and dicts, which is all that operators take and return."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, tuple | list):
+        for item in value:
+            yield from tensors_in(item)
+    elif isinstance(value, dict):
+        yield from tensors_in(tuple(value.values()))
+
+
+def _shapes_of(value: Any) -> Any:
+    """Arguments of an operator as a key: tensors by what a shape function sees of them, and which of them are one."""
+    numbers: dict[int, int] = {}
+
+    def seen(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            number = numbers.setdefault(id(value), len(numbers))
+            return Tensor, number, value.size(), value.stride(), value.dtype
+        if isinstance(value, tuple | list):
+            return type(value), *map(seen, value)
+        if isinstance(value, dict):
+            return dict, *((name, seen(item)) for name, item in value.items())
+        return type(value), value  # 1, 1.0 and True are equal
+
+    return seen(value)
 
 
 def _unwritten(meta: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
 """What fits: ZeRO stages, recomputed activations, and bits of moments and masters tried on one job, by dry runs.
 
 Moments and masters are a chain of depths, each of which takes less memory than the one before it. For each stage, with
-and without recomputation, the least depth that fits is looked for.
+and without recomputation, the least depth that fits is looked for; at stage 2 also with gradients that are released in
+the backward, where the config allows it (no clipping, no accumulation).
 
 What fits is sorted by what it costs: recomputing activations, which adds a forward to the forward and two of the
 backward; then the bytes that a rank sends; then depth. Layers' bits and what crosses the wire stay as the config has
@@ -22,6 +23,8 @@ from ds_quant.planning.predict import Predictor
 
 DEPTHS: tuple[tuple[int, int], ...] = ((32, 32), (8, 32), (8, 24), (4, 24), (4, 16))
 """Bits of moments and of masters. 4: those with a sign, beside 8 of exp_avg_sq, and of AdEMAMix's slow moment."""
+_FIRST_WITH_MASTERS = 2
+"""The least of DEPTHS at which gradients can be released."""
 _EIGHT_AT_LEAST = ("exp_avg_sq", "exp_avg_slow")
 
 
@@ -36,6 +39,8 @@ class Fitting:
     config: dict[str, Any]
     """The DeepSpeed config to use."""
     outcome: Outcome
+    released: bool = False
+    """Whether gradients are released in the backward."""
 
     def cost(self) -> tuple[int, bool, int, int]:
         """What it is sorted by: ranks, recomputation, bytes sent, depth."""
@@ -51,12 +56,13 @@ class Fitting:
                 "activations recomputed" if self.gradient_checkpointing else "activations kept",
                 "moments as configured" if moments == 32 else f"{moments}-bit moments",
                 "masters as configured" if masters == 32 else f"{masters}-bit masters",
+                *(["gradients released"] if self.released else []),
             ]
         )
 
 
-def config_at(raw: dict[str, Any], depth: int, stage: int) -> dict[str, Any]:
-    """The config with moments and masters of a depth, and of a ZeRO stage."""
+def config_at(raw: dict[str, Any], depth: int, stage: int, released: bool = False) -> dict[str, Any]:
+    """The config with moments and masters of a depth, of a ZeRO stage, and with gradients released or not."""
     config = copy.deepcopy(raw)
     config.setdefault("zero_optimization", {})["stage"] = stage
     moments, masters = DEPTHS[depth]
@@ -66,6 +72,9 @@ def config_at(raw: dict[str, Any], depth: int, stage: int) -> dict[str, Any]:
             section[name] = {"bits": max(moments, 8) if name in _EIGHT_AT_LEAST else moments}
         if masters < 32:
             section["master"] = {"bits": masters}
+        section.pop("release_gradients", None)
+        if released:
+            section["release_gradients"] = True
     return config
 
 
@@ -78,17 +87,20 @@ class Fitter:
 
     def __init__(self, request: Request, predictor: Predictor, tell: Callable[[str], None] = lambda line: None):
         self._request, self._predictor, self._tell = request, predictor, tell
-        self._planners: dict[tuple[int, bool, int], Planner] = {}
+        self._planners: dict[tuple[int, bool, int, bool], Planner] = {}
         self._is_checkpointed = (True,) if request.gradient_checkpointing else (False, True)
 
-    def outcome(self, world_size: int, stage: int, checkpointing: bool, depth: int) -> Outcome | None:
+    def outcome(
+        self, world_size: int, stage: int, checkpointing: bool, depth: int, released: bool = False
+    ) -> Outcome | None:
         """At micro batch 1; None for what training would refuse."""
-        key = (depth, checkpointing, stage)
+        key = (depth, checkpointing, stage, released)
         if key not in self._planners:
-            config = config_at(self._request.config, depth, stage)
+            config = config_at(self._request.config, depth, stage, released)
             asked = dataclasses.replace(self._request, config=config, gradient_checkpointing=checkpointing)
             moments, masters = DEPTHS[depth]
-            label = f"{moments}-bit moments, {masters}-bit masters{', recomputed' if checkpointing else ''}: "
+            more = f"{', recomputed' if checkpointing else ''}{', released' if released else ''}: "
+            label = f"{moments}-bit moments, {masters}-bit masters{more}"
             self._planners[key] = Planner(asked, self._predictor, lambda line: self._tell(label + line))
         try:
             return self._planners[key].outcome(Setting(world_size, stage, 1))
@@ -98,33 +110,36 @@ class Fitter:
     def fitting(self, world_size: int, memory: int) -> list[Fitting]:
         """The ways that fit in `memory` bytes of each of `world_size` ranks, cheapest first."""
         # On one rank the stages take the same, but for the buffers of the higher ones.
-        stages = (1,) if world_size == 1 else (1, 2, 3)
+        stages = [(stage, False) for stage in ((1,) if world_size == 1 else (1, 2, 3))]
         found = [
             one
             for checkpointing in self._is_checkpointed
-            for stage in stages
-            for one in self._least_depth(world_size, stage, checkpointing, memory)
+            for stage, released in (*stages, (2, True))
+            for one in self._least_depth(world_size, stage, checkpointing, memory, released)
         ]
         return sorted(found, key=Fitting.cost)
 
-    def _least_depth(self, world_size: int, stage: int, checkpointing: bool, memory: int) -> Iterator[Fitting]:
+    def _least_depth(
+        self, world_size: int, stage: int, checkpointing: bool, memory: int, released: bool
+    ) -> Iterator[Fitting]:
         def outcome(depth: int) -> Outcome | None:
-            found = self.outcome(world_size, stage, checkpointing, depth)
+            found = self.outcome(world_size, stage, checkpointing, depth, released)
             return found if found is not None and found.peak_bytes <= memory else None
 
-        last = self._deepest(world_size, stage, checkpointing)
+        last = self._deepest(world_size, stage, checkpointing, released)
         if last is None or outcome(last) is None:
             return
-        low = bisect_left(range(last), True, key=lambda depth: outcome(depth) is not None)  # `last` fits
+        depths = range(_FIRST_WITH_MASTERS if released else 0, last)
+        low = depths.start + bisect_left(depths, True, key=lambda depth: outcome(depth) is not None)  # `last` fits
         fits = outcome(low)
         assert fits is not None
-        config = config_at(self._request.config, low, stage)
-        yield Fitting(Setting(world_size, stage, 1), checkpointing, low, config, fits)
+        config = config_at(self._request.config, low, stage, released)
+        yield Fitting(Setting(world_size, stage, 1), checkpointing, low, config, fits, released)
 
-    def _deepest(self, world_size: int, stage: int, checkpointing: bool) -> int | None:
+    def _deepest(self, world_size: int, stage: int, checkpointing: bool, released: bool = False) -> int | None:
         """The deepest that training does not refuse: there are no masters of few bits without bf16, or offloaded."""
-        for depth in (len(DEPTHS) - 1, 1, 0):
-            if self.outcome(world_size, stage, checkpointing, depth) is not None:
+        for depth in (len(DEPTHS) - 1, *(() if released else (1, 0))):
+            if self.outcome(world_size, stage, checkpointing, depth, released) is not None:
                 return depth
         return None
 
@@ -134,9 +149,9 @@ class Fitter:
 
         def serves(world_size: int) -> bool:
             """Whether what takes least does: stages 1 and 3 differ either way by their buffers."""
-            for stage in (3, 1) if world_size > 1 else (1,):
-                depth = self._deepest(world_size, stage, True)
-                found = None if depth is None else self.outcome(world_size, stage, True, depth)
+            for stage, released in (*(((3, False),) if world_size > 1 else ()), (1, False), (2, True)):
+                depth = self._deepest(world_size, stage, True, released)
+                found = None if depth is None else self.outcome(world_size, stage, True, depth, released)
                 if found is not None and found.peak_bytes <= memory:
                     return True
             return False

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 
 from ds_quant.optim.coded_tensor import CodedTensor
+from ds_quant.planning.dry_run import tensors_in
 from ds_quant.planning.traffic import Collective, collective
 
 ROLES = ("weights", "masters", "moments", "gradients", "activations", "communication", "temporaries")
@@ -49,14 +49,14 @@ class Ledger(TorchDispatchMode):
         if not all(kind in (Tensor, torch.nn.Parameter) for kind in types):
             return NotImplemented
         result = func(*args, **kwargs)
-        for value in tree_iter((args, kwargs, result)):
-            if isinstance(value, Tensor) and value.device.type != "meta":
+        for value in tensors_in((args, kwargs, result)):
+            if value.device.type != "meta":
                 self.note(value)
         if func.namespace == "c10d":
             found = collective(func, args, self._marks[-1][1] if self._marks else "")
             if found is not None:
                 self.collectives.append(found)
-                self.assign("communication", (value for value in tree_iter(args) if isinstance(value, Tensor)))
+                self.assign("communication", tensors_in(args))
         return result
 
     def note(self, tensor: Tensor) -> int:

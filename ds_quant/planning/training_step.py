@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ds_quant.engine.memory_parts import gradient_buckets, memory_parts
+from ds_quant.engine.memory_parts import gradient_buckets, memory_parts, pending_gradients
 from ds_quant.linear.modules import QuantizedModule
 from ds_quant.planning.ledger import Ledger
 
@@ -18,7 +18,7 @@ def watch_gradients(engine: Any, ledger: Ledger) -> None:
     """Have the ledger know gradients, and what they are collected in, from the moment that autograd hands them over."""
 
     def watch(gradient: Tensor) -> None:
-        ledger.assign("gradients", [gradient])
+        ledger.assign("gradients", [gradient, *pending_gradients(engine)])
         ledger.assign("communication", gradient_buckets(engine))
 
     for parameter in engine.module.parameters():

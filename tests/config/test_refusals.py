@@ -1,5 +1,6 @@
 """What of DeepSpeed's JSON is refused: every row, for the parts it concerns and for no others."""
 
+import json
 import os
 import subprocess
 import sys
@@ -21,6 +22,7 @@ OTHER_PARTS = (
     ("communication.weight.bits",),
     ("communication.weight.hierarchical",),
     ("optimizer.master",),
+    ("optimizer.release_gradients",),
 )
 """Of rows that have tests of their own, since another part stands for the same path."""
 
@@ -59,6 +61,17 @@ MASTER_CASES = [
     ("zero_optimization.offload_param.device", ["cpu"], ["none", None]),
 ]
 
+# path, values that are refused with optimizer.release_gradients, values that pass
+RELEASE_CASES = [
+    ("zero_optimization.stage", [0, 1, 3, None], [2]),
+    ("gradient_clipping", [1.0, 0.5, "auto", None], [0, 0.0]),
+    ("gradient_accumulation_steps", [2], [1, None]),
+    ("managed_gradient_accumulation", [False], [True, None]),
+    ("bf16.check_grad_overflow", [True, None], [False]),
+    ("zero_optimization.contiguous_gradients", [False], [True, None]),
+    ("optimizer.type", ["Muon", "muon"], ["AdamW", "Lion"]),
+]
+
 # path, a value that is refused with communication.weight, values that pass
 WEIGHT_CASES = [("zero_optimization.zero_hpz_partition_size", 2, [1, None])]
 
@@ -76,7 +89,7 @@ def check(path, value, section):
 
 
 def test_every_row_has_a_case():
-    assert {row.path for row in REFUSALS} == {path for path, *_ in CASES + MASTER_CASES + WEIGHT_CASES}
+    assert {row.path for row in REFUSALS} == {path for path, *_ in CASES + MASTER_CASES + RELEASE_CASES + WEIGHT_CASES}
     assert len({(row.path, row.parts) for row in REFUSALS}) == len(REFUSALS)
 
 
@@ -142,6 +155,40 @@ def test_weights_are_gathered_over_all_ranks(path, refused, passing):
         check_refusals(raw(value), QuantConfig.load(raw(value)))
     with pytest.raises(ConfigError, match=f"^{path}: got {refused}; allowed"):
         check_refusals(raw(refused), QuantConfig.load(raw(refused)))
+
+
+@pytest.mark.parametrize(("path", "refused", "passing"), RELEASE_CASES)
+def test_gradients_are_released_only_where_each_can_be_stepped_at_once(path, refused, passing):
+    def raw(value, released=True):
+        optimizer = {"master": {"bits": 24}, "release_gradients": released}
+        made = {
+            "gradient_clipping": 0,
+            "zero_optimization": {"stage": 2},
+            "bf16": {"enabled": True, "check_grad_overflow": False},
+            "optimizer": {"type": "AdamW"},
+            "ds_quant": {"optimizer": optimizer},
+        }
+        *outer, last = path.split(".")
+        node = made
+        for key in outer:
+            node = node[key]
+        node[last] = value
+        return made
+
+    for value in passing:
+        check_refusals(raw(value), QuantConfig.load(raw(value)))
+    for value in refused:
+        with pytest.raises(ConfigError, match="release_gradients") as caught:
+            check_refusals(raw(value), QuantConfig.load(raw(value)))
+        assert f"{path}: got {json.dumps(value)}" in str(caught.value)
+        if path != "zero_optimization.stage":
+            check_refusals(raw(value, False), QuantConfig.load(raw(value, False)))
+
+
+def test_gradients_are_released_to_masters_of_few_bits():
+    section = {"optimizer": {"exp_avg": {"bits": 8}, "release_gradients": True}}
+    with pytest.raises(ConfigError, match="release_gradients: got true; allowed: true beside master"):
+        QuantConfig.load({"ds_quant": section})
 
 
 @pytest.mark.parametrize(("path", "refused", "passing"), MASTER_CASES)
@@ -228,12 +275,13 @@ owners = {
     "bf16": DeepSpeedBF16Config,
     "bfloat16": DeepSpeedBF16Config,
 }
-from deepspeed.runtime.config import get_data_types_params
+from deepspeed.runtime.config import get_data_types_params, get_optimizer_name
 from deepspeed.runtime.constants import GRAD_ACCUM_DTYPE
 assert get_data_types_params({"data_types": GRAD_ACCUM_DTYPE}) == "grad_accum_dtype"  # they have no model
+assert get_optimizer_name({"optimizer": {"type": "Muon"}}) == "Muon"
 for path in sys.argv[1:]:
     owner, _, key = path.rpartition(".")
-    if owner and owner != "data_types":
+    if owner not in ("", "data_types", "optimizer"):
         assert key in owners[owner].model_fields, path
 assert "enabled" in HybridEngineConfig.model_fields
 assert hasattr(AutoEPConfig(), "enabled")

@@ -1,4 +1,5 @@
-"""Losses of the default job with gradients or weights in few bits on the wire: the tables of docs/communication.md.
+"""Losses of the default job with gradients or weights in few bits on the wire: the tables of docs/results/, in
+2026-11-22-communication.md and 2026-11-29-weights-on-the-wire.md.
 
     python tests/convergence/communication_losses.py [--recipes comm8 ...] [--runs runs/communication] [--only-table]
 

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import socket
 import statistics
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +16,19 @@ def train(output: Path, config: Path, *flags: str, ranks: int = 1) -> None:
     """Train the default job of launchers/pretrain.py with `config`, one thread a rank, unless `output` has a result."""
     if (output / "summary.json").exists():
         return
-    command = ["deepspeed", "--num_gpus", ranks, ROOT / "launchers" / "pretrain.py", "--deepspeed", config]
+    with socket.socket() as probe:  # several studies may run at once
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [
+        "deepspeed",
+        "--num_gpus",
+        ranks,
+        "--master_port",
+        port,
+        ROOT / "launchers" / "pretrain.py",
+        "--deepspeed",
+        config,
+    ]
     # A run that ends with an error is a row of the table too.
     subprocess.run(
         [*map(str, command), *flags, "--output_dir", str(output)], env={**os.environ, "OMP_NUM_THREADS": "1"}

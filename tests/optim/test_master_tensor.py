@@ -9,12 +9,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ds_quant import QuantAdamW
+from ds_quant.config import ConfigError
 from ds_quant.kernels import build
 from ds_quant.numerics.master import join_master, round_weight, split_master
 from ds_quant.numerics.random import derive_words, fold_words
 from ds_quant.optim import base, items, master
+from ds_quant.optim.lion import QuantLion
 from ds_quant.optim.master import MasterTensor
 from ds_quant.optim.state import QuantizedState
+from ds_quant.optim.step_in_parts import StepInParts
 
 FORMATS = {
     "8 bits": ({"bits": 8}, {"bits": 8}),
@@ -229,3 +232,58 @@ def test_the_fused_step_makes_no_tensor_of_its_size(monkeypatch, rng):
     with Largest() as plain:
         optimizer.step()
     assert plain.num_bytes >= 4 * 5000
+
+
+def put_in(optimizer, masters):
+    """In place of the parameters of groups of one, as the engine does."""
+    for group, param in zip(optimizer.param_groups, masters, strict=True):
+        group["params"] = [param]
+
+
+@pytest.mark.parametrize("kind", ["AdamW", "Lion"])
+def test_a_step_in_parts_has_the_bits_of_a_whole_one(rng, monkeypatch, kind):
+    """Of two tensors that are stepped part after part, the last one first, for two steps."""
+    monkeypatch.setattr(master, "PART_ELEMENTS", 1024)
+    gradients = [[values_of(rng, numel).bfloat16() for numel in (2500, 1100)] for _ in range(2)]
+    gradients[0][0][:300] = 0.0
+    gradients[0][0][1200], gradients[1][1][7] = float("inf"), float("nan")
+    start = [values_of(rng, 2500), values_of(rng, 1100)]
+    found = []
+    for in_parts in (False, True):
+        params = [masters_of(values, 24 if number else 16, is_stochastic=True) for number, values in enumerate(start)]
+        groups = [{"params": [value.clone()], "lr": 1e-2 * (number + 1)} for number, value in enumerate(start)]
+        if kind == "Lion":
+            optimizer = QuantLion(groups, exp_avg={"bits": 8}, seed=3)
+        else:
+            optimizer = QuantAdamW(groups, exp_avg={"bits": 4}, exp_avg_sq={"bits": 8}, seed=3)
+        put_in(optimizer, params)
+        for grads in gradients:
+            if in_parts:
+                step = StepInParts(optimizer)
+                for param, grad in reversed(list(zip(params, grads, strict=True))):
+                    for number in reversed(range(param.num_parts)):
+                        begin, end, _, _ = param.part(number)
+                        step.step(param, number, grad[begin:end].clone())
+                step.finish()
+            else:
+                for param, grad in zip(params, grads, strict=True):
+                    param.grad = grad
+                optimizer.step()
+        states = [optimizer.state[param] for param in params]
+        stored = [part for state in states for name in optimizer.STATES for part in state[name].stored()]
+        found.append(
+            [*(part for param in params for part in param.stored()), *stored, *(s["step"].view(1) for s in states)]
+        )
+    for whole, parts in zip(*found, strict=True):
+        assert torch.equal(whole.view(torch.uint8), parts.view(torch.uint8)), "bits, NaN included"
+
+
+def test_hyperparameters_of_a_step_in_parts_stay(rng):
+    param = masters_of(values_of(rng, 300))
+    optimizer = QuantAdamW([torch.zeros(300)], lr=torch.tensor(0.5), exp_avg={"bits": 8}, exp_avg_sq={"bits": 8})
+    put_in(optimizer, [param])
+    step = StepInParts(optimizer)
+    step.check_options()
+    optimizer.param_groups[0]["lr"].fill_(0.25)
+    with pytest.raises(ConfigError, match=r"lr of parameter group 0: got .*0\.25 after .* began with 0\.5"):
+        step.check_options()

@@ -29,7 +29,8 @@ class Formula:
         quant = config.get("ds_quant", {}).get("optimizer", {})
         bits = sum(quant.get(name, {"bits": 32})["bits"] for name in ("exp_avg", "exp_avg_sq"))
         master = {24: 1, 16: 0}.get(quant.get("master", {}).get("bits"), 4)
-        shared = 100 * (bits / 8 + master) + (200 if stage > 1 else 0) + (200 if stage > 2 else 0)
+        gradients = 0 if quant.get("release_gradients") else 200
+        shared = 100 * (bits / 8 + master) + (gradients if stage > 1 else 0) + (200 if stage > 2 else 0)
         rest = 400 - (200 if stage > 1 else 0) - (200 if stage > 2 else 0)
         peak = rest + shared / job.world_size + (50 if job.gradient_checkpointing else 500)
         sent = 300 if stage == 3 else 200
@@ -86,6 +87,32 @@ def test_fewest_ranks(asked):
     rows = table([("1 GiB", 2, fitter.fitting(2, 600)[0]), ("2 GiB", None, None)])
     assert rows[2].startswith("| 1 GiB | 2 | ZeRO ")
     assert rows[3] == "| 2 GiB | none | | |"
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("memory", [340, 380, 420, 500, 620, 900])
+def test_gradients_are_released_where_the_config_allows_it(asked, world_size, memory):
+    asked.config["gradient_clipping"] = 0
+    asked.config["bf16"]["check_grad_overflow"] = False
+    asked = dataclasses.replace(asked, batch=world_size)
+    fitter = Fitter(asked, Formula())
+    found = [one for one in fitter.fitting(world_size, memory) if one.released]
+    for checkpointing in (False, True):
+        depths = [
+            depth
+            for depth in range(2, len(DEPTHS))
+            if fitter.outcome(world_size, 2, checkpointing, depth, True).peak_bytes <= memory
+        ]
+        here = [one for one in found if one.gradient_checkpointing == checkpointing]
+        assert [one.depth for one in here] == depths[:1]
+        for one in here:
+            assert one.config["ds_quant"]["optimizer"]["release_gradients"] is True
+            assert one.describe().endswith(", gradients released")
+    # 200 of weights, 150 of states and 50 of activations; without gradients.
+    assert fitter.least_ranks(400) == (1 if world_size == 1 else 2)  # one rank of a batch of two accumulates
+    for kept in (dataclasses.replace(asked, batch=2 * world_size), asked):
+        kept.config["gradient_clipping"] = 0 if kept is not asked else 1.0
+        assert not any(one.released for one in Fitter(kept, Formula()).fitting(world_size, 10_000))
 
 
 def test_depths_are_configs_that_training_takes(asked, raw):

@@ -22,6 +22,7 @@ from ds_quant.planning.plan import Planner, Request, Setting, divisors, world_si
 from ds_quant.planning.traffic import Collective, totals
 
 MiB = 2**20
+TINY = "model_type=llama,hidden_size=16,intermediate_size=32,num_hidden_layers=6,num_attention_heads=2,vocab_size=64"
 
 
 def resident_bytes():
@@ -74,6 +75,45 @@ class TestDryRun:
             assert x.norm().item() == 1.0
             assert torch.isfinite(x.amax())
             assert not (x > 0).any()
+
+    def test_known_shapes_change_nothing(self, monkeypatch):
+        """Of a model whose layers are alike, in a forward, a backward and a step: every change of memory, in order."""
+
+        def changes():
+            ledger = Ledger()
+            with DryRun(), ledger:
+                model = causal_model(resolve_model(TINY, length=8)[0])
+                optimizer = torch.optim.AdamW(model.parameters(), foreach=True)
+                ids = torch.arange(16).view(2, 8)
+                for _ in range(2):
+                    model(input_ids=ids, labels=ids).loss.backward()
+                    optimizer.step()
+                    optimizer.zero_grad()
+            return ledger._events, ledger._sizes
+
+        computed = []
+        original = DryRun._computed_shapes
+        monkeypatch.setattr(DryRun, "_computed_shapes", lambda *a: computed.append(a[1]) or original(*a))
+        found, few = changes(), len(computed)
+        monkeypatch.setattr(DryRun, "_shapes", DryRun._computed_shapes)
+        assert changes() == found
+        assert 0 < few < (len(computed) - few) / 4
+
+    def test_shapes_are_known_by_what_decides_them(self):
+        with DryRun():
+            x = torch.randn(2, 3)
+            made = [x + 1, x.t() + 1, x.half() + 1, torch.cat([x, x]), torch.cat([x]), x.sum(0), x.sum(1)]
+            whole = torch.full((2,), 1, device="cpu"), torch.full((2,), 1.0), torch.full((2,), True)
+        assert [(tuple(t.shape), t.stride(), t.dtype) for t in made] == [
+            ((2, 3), (3, 1), torch.float32),
+            ((3, 2), (1, 3), torch.float32),
+            ((2, 3), (3, 1), torch.float16),
+            ((4, 3), (3, 1), torch.float32),
+            ((2, 3), (3, 1), torch.float32),
+            ((3,), (1,), torch.float32),
+            ((2,), (1,), torch.float32),
+        ]
+        assert [t.dtype for t in whole] == [torch.int64, torch.float32, torch.bool]
 
     def test_views_share_memory_and_data_may_be_replaced(self):
         with DryRun():
