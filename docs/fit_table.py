@@ -1,12 +1,14 @@
 """The fewest GPUs that Llamas train on, by dry runs: the table of planning.md.
 
-    python docs/fit_table.py [1B 7B 13B 70B]
+    python docs/fit_table.py [--most-ranks 64] [1B 7B 13B 70B]
 
 One sequence of 2048 tokens a GPU and step, bf16, activations recomputed, 2 GiB of each card set aside.
 """
 
+import argparse
 import sys
 from bisect import bisect_left
+from collections.abc import Sequence
 
 from ds_quant.planning.fit import Fitter
 from ds_quant.planning.models import resolve_model
@@ -56,27 +58,33 @@ class Peaks:
             self._known[key] = found.peak_bytes
         return self._known[key]
 
-    def fewest(self, card: int, depth: int, released: bool) -> str:
+    def fewest(self, card: int, depth: int, released: bool, worlds: Sequence[int]) -> str:
         """GPUs of `card` GiB, and the peak there in GiB."""
 
         def fits(world_size: int) -> bool:
             return self.peak(world_size, depth, released) <= (card - 2) * 2**30
 
-        place = bisect_left(WORLDS, True, key=fits)
-        if place == len(WORLDS):
-            return "more than 64"
-        return f"{WORLDS[place]} ({self.peak(WORLDS[place], depth, released) / 2**30:.1f})"
+        if fits(worlds[0]):  # which is the quickest to tell
+            return str(worlds[0])
+        place = bisect_left(worlds, True, lo=1, key=fits)
+        return str(worlds[place]) if place < len(worlds) else f"more than {worlds[-1]}"
 
 
 def main() -> None:
-    print(f"| model | states | {' | '.join(f'{card} GB' for card in CARDS)} |")
-    print(f"|---|---|{'---|' * len(CARDS)}", flush=True)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="*", default=list(MODELS), help="default: all")
+    parser.add_argument("--most-ranks", type=int, default=WORLDS[-1], help="default: %(default)s")
+    arguments = parser.parse_args()
+    worlds = [world for world in WORLDS if world <= arguments.most_ranks]
+    print(f"| model | states | GiB on one GPU | {' | '.join(f'{card} GB' for card in CARDS)} |")
+    print(f"|---|---|---|{'---|' * len(CARDS)}", flush=True)
     with Predictor() as predictor:
-        for name in sys.argv[1:] or MODELS:
+        for name in arguments.models:
             peaks = Peaks(name, predictor)
             for label, (depth, released) in WAYS.items():
-                cells = " | ".join(peaks.fewest(card, depth, released) for card in CARDS)
-                print(f"| {name} | {label} | {cells} |", flush=True)
+                alone = peaks.peak(1, depth, released) / 2**30
+                cells = " | ".join(peaks.fewest(card, depth, released, worlds) for card in CARDS)
+                print(f"| {name} | {label} | {alone:.1f} | {cells} |", flush=True)
 
 
 if __name__ == "__main__":
