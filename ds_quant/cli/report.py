@@ -96,6 +96,8 @@ def explain(source: Any) -> tuple[list[tuple[str, str]], list[str]]:
         rows.append(("  exclude", left_out))
         if ends := quant.linear.exclude_blocks:
             rows.append(("  exclude_blocks", f"the first {ends.first:.1%} and the last {ends.last:.1%}, rounded up"))
+        if step := quant.linear.forward_full_precision_from:
+            rows.append(("  forward_full_precision_from", f"optimizer step {step:,}, gradients quantized as before"))
     else:
         rows.append(("linear layers", "full precision"))
     checks: list[Callable[[], Any]] = [lambda: check_refusals(raw, quant)]

@@ -82,6 +82,18 @@ class LinearConfig(Section):
     """Shell patterns on module names: what is not. Null (default): the model's output heads. `[]`: nothing."""
     exclude_blocks: ExcludeBlocksConfig | None = None
     """Which blocks are not, by depth. Absent: none."""
+    forward_full_precision_from: (
+        Annotated[
+            int,
+            Field(ge=1),
+            Allowed(
+                "an integer, 1 or more: a step (of a share: the share times all steps, which DeepSpeed cannot know)"
+            ),
+        ]
+        | None
+    ) = None
+    """So many optimizer steps see `weight` and `activation`; those after it compute as if the two were absent, forward
+    and backward, with `gradient` as before. Absent: all steps see them."""
 
     def rules(self) -> Iterator[Rule]:
         if not (self.weight or self.activation or self.gradient):
@@ -92,6 +104,8 @@ class LinearConfig(Section):
         if self.rotation:
             yield from self._rotation_rules(self.rotation)
         yield from self._folding_rules()
+        if self.forward_full_precision_from is not None:
+            yield from self._full_precision_rules(self.forward_full_precision_from)
         if self.backend == "int8":
             yield from self._int8_rules()
         elif self.backend == "fp8":
@@ -110,6 +124,14 @@ class LinearConfig(Section):
         elif "weight" in self.gradient.used_for and not (self.activation and self.activation.split_mean):
             allowed = "with activation.split_mean as well: the weight gradient needs both means"
             yield "gradient.split_mean", True, allowed, 'add that, or set gradient.used_for to ["input"]'
+
+    def _full_precision_rules(self, step: int) -> Iterator[Rule]:
+        if not (self.weight or self.activation):
+            allowed = "absent without weight and activation: the forward is in full precision from the first step on"
+            yield "forward_full_precision_from", step, allowed, "remove it"
+        if self.gradient and self.gradient.split_mean and "weight" in self.gradient.used_for:
+            allowed = "false with forward_full_precision_from, which takes the other mean away from the weight gradient"
+            yield "gradient.split_mean", True, allowed, 'remove one of the two, or set gradient.used_for to ["input"]'
 
     def rotated_products(self) -> tuple[str, ...]:
         """Those of ("Y", "dX", "dW") whose operands are rotated."""

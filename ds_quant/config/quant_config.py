@@ -53,6 +53,7 @@ class QuantConfig(Section):
             "linear.weight.symmetric true": linear and linear.weight and not linear.weight.symmetric,
             'linear.weight.rounding "nearest"': linear and linear.weight and linear.weight.rounding != "nearest",
             "no linear.rotation": linear and linear.rotation,
+            "no linear.forward_full_precision_from": linear and linear.forward_full_precision_from is not None,
             'linear.backward_operands "quantized"': linear and linear.backward_operands != "quantized",
         }
         needs = [need for need, is_missing in problems.items() if is_missing]

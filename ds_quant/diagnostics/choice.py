@@ -36,6 +36,7 @@ class Choice:
 
 
 _READ_WEIGHTS = ("quantization_error", "oscillation")
+_READ_QUANTIZERS = (*_READ_WEIGHTS, "gradient_error")
 
 
 def choose(config: DiagnosticsConfig, quant: QuantConfig) -> Choice:
@@ -60,6 +61,10 @@ def choose(config: DiagnosticsConfig, quant: QuantConfig) -> Choice:
         missing["quantization_error"] = ("no quantizer of weights or inputs", fix)
     if not (linear and linear.weight):
         missing["oscillation"] = ("no quantizer of weights", "add ds_quant.linear.weight")
+    if linear and linear.forward_full_precision_from is not None:
+        for kind in _READ_QUANTIZERS:
+            what = "linear.forward_full_precision_from, after which layers have other quantizers"
+            missing.setdefault(kind, (what, "remove that key"))
     if quant.communication and quant.communication.weight:
         for kind in _READ_WEIGHTS:
             what = "communication.weight, after which a rank holds most weights in few bits"

@@ -1,5 +1,8 @@
 """A live engine tells the quantized layers which step, micro step and forward they are in.
 
+With `linear.forward_full_precision_from` the step also says whether a forward is quantized: for evaluation too, and for
+the model called by itself after a step.
+
 All three stand still during a forward and its backward, recomputed layers included, so that these draw the same bits.
 The second forward of a micro step, say of a policy that is called twice before one backward, gets other bits than the
 first; evaluations and forwards that fail do not count.
@@ -11,6 +14,7 @@ import deepspeed
 import torch
 from deepspeed import comm as dist
 
+from ds_quant.base.log import say
 from ds_quant.engine.micro_steps import MicroSteps
 from ds_quant.engine.parts import Loading, Part
 from ds_quant.linear import recomputation
@@ -38,6 +42,7 @@ class Steps(Part):
         remove_forward_counter(engine.module)
         recomputation.follow_reentrant(deepspeed.checkpointing.CheckpointFunction)
         engine.ds_quant_step_key = step_key
+        self._reach()
 
     def before_forward(self, *, trains: bool) -> None:
         # A checkpoint holds the step; the micro steps restart at 0.
@@ -47,11 +52,21 @@ class Steps(Part):
                 self._micro_step, self._forwards = (step, micro_step), 0
             micro_step |= self._forwards << 32
         self._step_key.set(step, micro_step)
+        self._reach()
         self._step_key.begin_forward()
 
     def after_forward(self, *, trains: bool, failed: bool) -> None:
         self._step_key.end_forward()
         self._forwards += trains and not failed
+
+    def after_writing(self) -> None:
+        self._reach()
+
+    def _reach(self) -> None:
+        quantized = self._step_key.quantizes_forward
+        self._step_key.reach(self.engine.global_steps)
+        if quantized and not self._step_key.quantizes_forward:
+            say(f"step {self.engine.global_steps}: the forward is in full precision from here on")
 
     def after_load(self, loading: Loading, path: str | None) -> None:
         self._micro_step = (-1, 0)

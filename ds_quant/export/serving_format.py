@@ -127,6 +127,9 @@ def _of_any_numbers(config: LinearConfig) -> _Broken:
         broken.append(("activation.split_mean", True, "false: a server takes no mean of tokens"))
     if "Y" in config.rotated_products():
         broken.append(("rotation.used_for", "output", "a forward without: a server rotates nothing"))
+    if config.forward_full_precision_from is not None:
+        allowed = "absent: weights that were trained without quantizers last are no longer those of a quantized model"
+        broken.append(("forward_full_precision_from", config.forward_full_precision_from, allowed))
     for name, operand in (("weight", config.weight), ("activation", config.activation)):
         if operand and not operand.symmetric:
             broken.append((f"{name}.symmetric", False, zero_point))

@@ -146,7 +146,7 @@ def _convert_modules(
         module.configure_quantization(config, step_key, index, shared_inputs)
     if not done:
         model.__dict__[_PLACES] = places
-        if _draws_random_bits(config):
+        if _draws_random_bits(config) or config.forward_full_precision_from is not None:
             model.register_forward_pre_hook(CountForwards(step_key))
     elif modules:
         say(f"{len(modules)} linear modules that are new since the model was converted: {', '.join(modules)}")

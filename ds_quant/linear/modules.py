@@ -36,6 +36,7 @@ class QuantizedModule(nn.Module):
     quant_config: LinearConfig
     step_key: StepKey
     _quant_plan: Plan
+    _full_forward_plan: Plan
     _shared_inputs: SharedInputs
     _weight_codes: WeightCodes
 
@@ -49,11 +50,18 @@ class QuantizedModule(nn.Module):
         self.quant_config = config
         self.step_key = step_key
         self._quant_plan = plan_of(config, transposed=self.transposed, stream=NUM_STREAMS * index)
-        if self._quant_plan.stochastic:
+        self._full_forward_plan = self._quant_plan.full_forward
+        step_key.full_forward_from = config.forward_full_precision_from
+        if self._quant_plan.stochastic or config.forward_full_precision_from is not None:
             recomputation.follow()
         self._shared_inputs = shared_inputs or SharedInputs()
         self._weight_codes = WeightCodes()
         self._arriving_input: ArrivingInput | None = None
+
+    @property
+    def _plan_in_force(self) -> Plan:
+        """What it quantizes at this step."""
+        return self._quant_plan if self.step_key.quantizes_forward else self._full_forward_plan
 
     def watch_input(self) -> None:
         """Identify inputs by the tensors the module is called with, where other hooks pass on aliases of them."""
@@ -78,23 +86,23 @@ class QuantizedModule(nn.Module):
                 f"{type(self).__name__}: got an input of {dtype} for a weight of {self.weight.dtype}; allowed: the "
                 "same dtype; fix: cast the input, or turn autocast on"
             )
+        plan = self._plan_in_force
         local_key = replicated_key = None
-        if self._quant_plan.stochastic:
+        if plan.stochastic:
             # `simulated` derives subkeys in Python, from keys that need no device; in graphs all is on the device.
             in_python = self.quant_config.backend != "int8" and not torch.compiler.is_compiling()
             device = torch.device("cpu") if in_python else x.device
-            local_key, replicated_key = self.step_key.keys_of_call(self._quant_plan.stream, device)
+            local_key, replicated_key = self.step_key.keys_of_call(plan.stream, device)
         if self.quant_config.backend == "int8":
-            return self._int8_forward(x, dtype, local_key)
+            return self._int8_forward(x, dtype, plan, local_key)
         bias = getattr(self, "bias", None)
-        return SimulatedLinear.apply(x.to(dtype), self.weight, bias, self._quant_plan, dtype, local_key, replicated_key)
+        return SimulatedLinear.apply(x.to(dtype), self.weight, bias, plan, dtype, local_key, replicated_key)
 
-    def _int8_forward(self, x: Tensor, dtype: torch.dtype, key: Tensor | None) -> Tensor:
-        plan = self._quant_plan
+    def _int8_forward(self, x: Tensor, dtype: torch.dtype, plan: Plan, key: Tensor | None) -> Tensor:
         inputs: tuple[Tensor | None, ...] = (None, None, None)
         weights: tuple[Tensor | None, ...] = (None, None, None)
         if plan.activation:
-            inputs = self._input_codes(x, dtype, key)
+            inputs = self._input_codes(x, dtype, plan, key)
         # Compiled code makes them in the graph: what is kept in Python would be compiled in as it was.
         keeps = not torch.compiler.is_compiling() and self.training and self._weight_codes.may_keep(self.weight)
         if plan.weight and keeps:
@@ -102,13 +110,15 @@ class QuantizedModule(nn.Module):
             weights = self._weight_codes.get(self.weight, functools.partial(quantize_weight, plan=plan, ways=ways))
         elif plan.weight:
             weights = quantize_weight(self.weight, plan, weight_ways(plan, forward=True, backward=False))
+        elif keeps:
+            self._weight_codes.forget()
         if not plan.activation or plan.original_operands:
             x = x.to(dtype)  # it is held for the backward: in the narrower dtype
         bias = getattr(self, "bias", None)
         return Int8Linear.apply(x, self.weight, bias, *inputs, *weights, keeps, plan, dtype, key)
 
-    def _input_codes(self, x: Tensor, dtype: torch.dtype, key: Tensor | None) -> Codes:
-        plan, activation = self._quant_plan, self._quant_plan.activation
+    def _input_codes(self, x: Tensor, dtype: torch.dtype, plan: Plan, key: Tensor | None) -> Codes:
+        activation = plan.activation
         ways = input_ways(plan, trains=torch.is_grad_enabled() and self.weight.requires_grad)
         # Layers that round stochastically each draw their own bits, as in the simulated backend.
         if torch.compiler.is_compiling() or activation is None or activation.rounding == "stochastic":
@@ -123,7 +133,7 @@ class QuantizedModule(nn.Module):
 
     def describe(self) -> str:
         """One line such as ``W8 channel, A8 token (int8: Y)``."""
-        return describe(self.quant_config)
+        return describe(self.quant_config, quantizes_forward=self.step_key.quantizes_forward)
 
 
 class QuantLinear(QuantizedModule, nn.Linear):
@@ -151,10 +161,11 @@ class QuantLinear(QuantizedModule, nn.Linear):
         return self.quantized_forward(input)
 
 
-def describe(config: LinearConfig) -> str:
+def describe(config: LinearConfig, *, quantizes_forward: bool = True) -> str:
     """A linear configuration in one line: ``W8 channel, A8 token, G8 outer stochastic for dX+dW (simulated)``.
 
-    With backend int8 or fp8 the products that run on such units stand at its end: ``(int8: Y, dX, dW)``.
+    With backend int8 or fp8 the products that run on such units stand at its end: ``(int8: Y, dX, dW)``. Where the
+    forward is to be in full precision it says from which step on, or, once `quantizes_forward` is False, since when.
     """
     parts = []
     for letter, operand in (("W", config.weight), ("A", config.activation), ("G", config.gradient)):
@@ -184,6 +195,9 @@ def describe(config: LinearConfig) -> str:
         parts.append(f"Hadamard {config.rotation.block_size} for {'+'.join(config.rotated_products())}")
     if config.backward_operands == "original":
         parts.append("original operands in the backward")
+    if config.forward_full_precision_from is not None:
+        when = "from" if quantizes_forward else "since"
+        parts.append(f"forward in full precision {when} step {config.forward_full_precision_from}")
     backend: str = config.backend
     if backend != "simulated":
         narrow = plan_of(config, transposed=False, stream=0).both_quantized

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ds_quant.kernels.fp8 import ops as fp8_ops
 from ds_quant.kernels.simulated import ops as kernels
-from ds_quant.numerics.integer import Quantized, dequantize, integer_values
+from ds_quant.numerics.integer import Quantized, integer_values
 
 _NARROW = (torch.bfloat16, torch.float16)
 
@@ -40,7 +40,7 @@ class Operand(NamedTuple):
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """[rows, contracted] in dtype, dequantized."""
-        value = dequantize(self.value, dtype) if isinstance(self.value, Quantized) else self.value.to(dtype)
+        value = kernels.dequantize(self.value, dtype) if isinstance(self.value, Quantized) else self.value.to(dtype)
         return self._contracted_last(value)
 
     def factors(self, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -123,6 +123,11 @@ class Plan(NamedTuple):
     rotation_block: int = 0
 
     @property
+    def full_forward(self) -> "Plan":
+        """What it becomes once the forward is in full precision: that of a layer which quantizes neither W nor X."""
+        return self._replace(weight=None, activation=None, rotated=(), rotation_block=0)
+
+    @property
     def stochastic(self) -> bool:
         quantizers = (self.weight, self.activation, self.grad_input, self.grad_weight)
         return any(q is not None and q.rounding == "stochastic" for q in quantizers)

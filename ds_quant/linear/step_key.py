@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ds_quant.base.errors import ConfigError, fail
 from ds_quant.numerics.random import derive_key, derive_words, fold_words
 
 SEED_MASK = 2**63 - 1
@@ -30,6 +31,7 @@ class Moment(NamedTuple):
     replicated: Tensor
     calls: dict[int, int] | None
     recomputes: bool
+    quantizes_forward: bool
 
 
 class StepKey:
@@ -47,6 +49,10 @@ class StepKey:
         self.rank = rank
         self.step = 0
         self.micro_step = 0
+        self.full_forward_from: int | None = None
+        """The step from which on the forward is in full precision; None: never."""
+        self.quantizes_forward = True
+        """Whether that step is still to come. Code is compiled for this, and not for each step's number."""
         self._device = torch.device("cpu")
         self._number = _enrol(self)
         self._calls: dict[int, int] | None = None
@@ -59,6 +65,10 @@ class StepKey:
         if (step, micro_step) != (self.step, self.micro_step):
             self.step, self.micro_step = step, micro_step
             self._make_keys()
+
+    def reach(self, step: int) -> None:
+        """`step` comes next: layers quantize their forward, or do not any more."""
+        self.quantizes_forward = self.full_forward_from is None or step < self.full_forward_from
 
     def begin_forward(self) -> None:
         """A forward begins: from here to `end_forward`, layers that are called again draw other bits each time."""
@@ -84,12 +94,14 @@ class StepKey:
     def moment(self) -> Moment:
         """Where it stands now, for `go_to`."""
         calls = None if self._calls is None else dict(self._calls)
-        return Moment(self.step, self.micro_step, self._local, self._replicated, calls, self._recomputes)
+        keys = self._local, self._replicated
+        return Moment(self.step, self.micro_step, *keys, calls, self._recomputes, self.quantizes_forward)
 
     def go_to(self, moment: Moment) -> None:
         """Stand where `moment` was taken."""
-        self.step, self.micro_step, self._local, self._replicated, calls, self._recomputes = moment
-        self._calls = None if calls is None else dict(calls)
+        self.step, self.micro_step, self._local, self._replicated = moment[:4]
+        self._recomputes, self.quantizes_forward = moment.recomputes, moment.quantizes_forward
+        self._calls = None if moment.calls is None else dict(moment.calls)
 
     def _count_call(self, stream: int) -> int:
         # In a backward, only recomputation that went back to its forward knows which calls these are.
@@ -145,7 +157,8 @@ class StepKey:
                 self._make_keys()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
+        # What version 0.1 has pickled lacks the two.
+        self.__dict__.update({"full_forward_from": None, "quantizes_forward": True, **state})
         self._calls, self._recomputes = None, False
         self._number = _enrol(self)
 
@@ -213,5 +226,16 @@ class CountForwards:
 
     def __call__(self, module: torch.nn.Module, args: tuple) -> None:
         if module.training and torch.is_grad_enabled():
+            if self.step_key.full_forward_from is not None:
+                raise _needs_engine(self.step_key.full_forward_from)
             self.step_key.advance()
         self.step_key.begin_forward()
+
+
+def _needs_engine(step: int) -> ConfigError:
+    return fail(
+        "ds_quant.linear.forward_full_precision_from",
+        step,
+        "training with an engine of DeepSpeed, which counts optimizer steps and has them in its checkpoints",
+        "pass the model to ds_quant.initialize, or remove the key",
+    )

@@ -56,6 +56,10 @@ class WeightCodes:
             self._epoch, self._state = _epoch, TensorState(weight)
         return self._codes
 
+    def forget(self) -> None:
+        """Free them: the layer does not quantize its weight any more."""
+        self._codes = self._state = None
+
     def __deepcopy__(self, memo: dict) -> "WeightCodes":
         return WeightCodes()
 

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from ds_quant.engine.entry import initialize
+from ds_quant.linear.convert import step_key_of
 from ds_quant.planning.ledger import ROLES, Ledger
 from ds_quant.planning.models import causal_model
 from ds_quant.planning.traffic import Collective
@@ -93,6 +94,8 @@ def make_engine(job: Job) -> Any:
 def run_job(job: Job, ledger: Ledger, offloaded: tuple[str, ...] = ()) -> Outcome:
     """Make the engine, take `WARM_STEPS` steps, and then the one that counts. Enter `ledger` before.
 
+    Where the forward is in full precision from some step on, once before and once after it: the larger one counts.
+
     offloaded: roles whose memory is the host's.
     """
     with flash_attention() if job.flash_attention else contextlib.nullcontext():
@@ -102,6 +105,21 @@ def run_job(job: Job, ledger: Ledger, offloaded: tuple[str, ...] = ()) -> Outcom
 def _run_job(job: Job, ledger: Ledger, offloaded: tuple[str, ...]) -> Outcome:
     engine = make_engine(job)
     watch_gradients(engine, ledger)
+    found = _record(engine, job, ledger, offloaded)
+    later = _full_forward_from(engine)
+    if later is None or later <= engine.global_steps:
+        return found
+    engine.global_steps = later  # layers hold other activations from there on, and no codes of weights
+    return max(found, _record(engine, job, ledger, offloaded), key=lambda outcome: outcome.peak_bytes)
+
+
+def _full_forward_from(engine: Any) -> int | None:
+    """The step from which on the engine's layers do not quantize their forward; None: all do, or none."""
+    step_key = step_key_of(engine.module)
+    return None if step_key is None else step_key.full_forward_from
+
+
+def _record(engine: Any, job: Job, ledger: Ledger, offloaded: tuple[str, ...]) -> Outcome:
     vocabulary = int(job.model["vocab_size"])
     for _ in range(WARM_STEPS + 1):
         gc.collect()

@@ -1,13 +1,17 @@
 """`ds_quant diagnose formats`: the table, and what it says against a direct computation."""
 
+import argparse
 import csv
 
 import pytest
 import torch
+from evaluate_files import write_model
 from safetensors.torch import save_file
+from torch import nn
 
 from ds_quant.base.number_formats import FORMATS
 from ds_quant.cli import diagnose
+from ds_quant.cli.diagnosing import common, formats, recorded_tensors
 from ds_quant.numerics.integer import fake_quantize
 
 
@@ -65,3 +69,59 @@ def test_files_that_cannot_be_measured(tmp_path, capsys):
     save_file({"bias": torch.ones(3)}, tmp_path / "bias.safetensors")
     assert diagnose.main(["formats", "--tensors", str(tmp_path / "bias.safetensors")]) == 2
     assert "without a matrix" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A small trained model in full precision."""
+    return write_model(tmp_path_factory.mktemp("models") / "run", None)
+
+
+def arguments(run, *flags):
+    text = ("--text_file", str(run.parent / "corpus.jsonl"), "--batch_size", "2", "--batches", "2")
+    return ["--checkpoints", str(run), *text, *flags]
+
+
+def test_what_layers_of_a_checkpoint_multiply(run):
+    """The matrices are those taken here, from the same two batches: by layer, and pooled."""
+    parser = argparse.ArgumentParser()
+    formats.add_arguments(parser)
+    (subject,) = common.subjects(parser.parse_args(arguments(run)))
+    by_layer, pooled = (recorded_tensors.record(subject, by_layer=apart) for apart in (True, False))
+    layers = {name: module for name, module in subject.loaded.model.named_modules() if isinstance(module, nn.Linear)}
+    del layers["lm_head"]
+    seen = {f"run: {name} weights": [module.weight.detach()] for name, module in layers.items()}
+
+    def keep(name, what, x):
+        seen.setdefault(f"run: {name} {what}", []).append(x.detach().reshape(-1, x.shape[-1]))
+
+    for name, module in layers.items():
+        module.register_forward_hook(lambda _, args, y, name=name: keep(name, "activations", args[0]))
+        module.register_full_backward_hook(lambda _, dx, dy, name=name: keep(name, "gradients", dy[0]))
+    for batch in subject.batches:
+        subject.loaded.model(**batch).loss.backward()
+    assert by_layer.keys() == seen.keys()
+    for name, matrices in seen.items():
+        assert all(map(torch.equal, by_layer[name], matrices)), name
+        assert any(x.count_nonzero() for x in matrices)
+    for what in ("weights", "activations", "gradients"):
+        together = [x for name, matrices in by_layer.items() if name.endswith(what) for x in matrices]
+        assert len(together) == len(pooled[f"run: {what}"]) == len(layers) * (1 if what == "weights" else 2)
+        assert all(map(torch.equal, together, pooled[f"run: {what}"]))
+
+
+def test_a_checkpoint_has_its_rows(run, tmp_path, monkeypatch):
+    for name, value in {"ROWS": 4, "FEATURES": 32}.items():
+        monkeypatch.setattr(formats, name, value)
+    output = tmp_path / "table.csv"
+    assert diagnose.main(["formats", *arguments(run, "--draws", "0", "--output", str(output))]) == 0
+    with output.open() as file:
+        rows = list(csv.DictReader(file))
+    assert {row["bias_of_stochastic"] for row in rows} == {""}
+    recorded = {f"run: {what}" for what in ("weights", "activations", "gradients")}
+    assert {row["numbers"] for row in rows} == {"Gaussian", "Student t (3)", *recorded}
+
+
+def test_layers_of_no_checkpoint(capsys):
+    assert diagnose.main(["formats", "--by_layer"]) == 2
+    assert "--by_layer: got no checkpoint; allowed: beside --checkpoints" in capsys.readouterr().err

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM
 
 import ds_quant
 from ds_quant.cli.shared import loaded_model, opened_model
-from ds_quant.config import LinearConfig
+from ds_quant.config import ConfigError, LinearConfig
 from ds_quant.export import export
 
 
@@ -53,6 +53,29 @@ def test_trained_off_and_other(trained, tmp_path):
         else:
             assert (loaded.linear is None) == (quantizers == "off")
             assert torch.equal(logits(loaded.model), expected[quantizers])
+
+
+def test_the_forward_of_the_step_at_which_weights_were_saved(model, tmp_path):
+    """Quantized before linear.forward_full_precision_from, plain from it on, refused where no file knows the step."""
+    config = json.loads((model / "config.json").read_text())
+    write_json(model / "config.json", config | {"ds_quant": {"linear": {**W8A8, "forward_full_precision_from": 30}}})
+    for step in (29, 30):
+        write_json(tmp_path / "summary.json", {"steps": step})
+        loaded = loaded_model.load_model(model)
+        assert (loaded.linear, loaded.step) == (LinearConfig.parse(W8A8) if step < 30 else None, step)
+        plain = AutoModelForCausalLM.from_pretrained(model).eval()
+        if step < 30:
+            ds_quant.convert(plain, W8A8)
+        assert torch.equal(logits(loaded.model), logits(plain))
+        (note,) = loaded.notes
+        assert f"saved at step {step}, " + ("before" if step < 30 else "after") in note
+    (tmp_path / "summary.json").unlink()
+    with pytest.raises(ConfigError, match=r"forward_full_precision_from: got .*no file that tells the step"):
+        loaded_model.load_model(model)
+    other = write_json(tmp_path / "w4.json", section({"weight": {"bits": 4}, "forward_full_precision_from": 1}))
+    loaded = loaded_model.load_model(model, quantizers=other)
+    assert loaded.linear == LinearConfig.parse({"weight": {"bits": 4}})
+    assert "without meaning in an evaluation: linear.forward_full_precision_from" in loaded.notes[0]
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from collectives import simulate
+from collectives_definition import simulate
 
 from ds_quant.base.errors import ConfigError
 from ds_quant.comm.feedback import ErrorFeedback

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from collectives import simulate
+from collectives_definition import simulate
 
 from ds_quant.comm.layout import Span, build, cut_evenly
 from ds_quant.comm.statistics import Statistics, Traffic

@@ -1,4 +1,4 @@
-"""What few bits cost each state of AdEMAMix: a table of docs/moments.md.
+"""What few bits cost each state of AdEMAMix: a table of docs/results/2026-11-29-optimizer-states.md.
 
     python tests/convergence/ademamix_states.py     about two minutes
 

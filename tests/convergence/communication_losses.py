@@ -1,4 +1,5 @@
-"""Losses of the default job with gradients in few bits beside full precision: the table of docs/communication.md.
+"""Losses of the default job with gradients in few bits beside full precision: the table of
+docs/results/2026-11-22-communication.md.
 
     python tests/convergence/communication_losses.py [--runs runs/communication] [--ranks 4] [--only-table]
 

@@ -1,4 +1,5 @@
-"""Relative quantization error of real gradients by bits, block size and rotation: a table of docs/communication.md.
+"""Relative quantization error of real gradients by bits, block size and rotation: a table of
+docs/results/2026-11-22-communication.md.
 
     python tests/convergence/gradient_errors.py runs/tiny/model
 

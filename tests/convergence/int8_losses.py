@@ -1,4 +1,5 @@
-"""Losses of the default job with int8 linear layers beside full precision: the table of docs/int8.md.
+"""Losses of the default job with int8 linear layers beside full precision: the table of
+docs/results/2026-11-22-int8.md.
 
     python tests/convergence/int8_losses.py [--runs runs/int8] [--only-table]
 

@@ -1,4 +1,5 @@
-"""Losses of the default job with masters of 24 and 16 bits beside fp32 ones: the table of docs/masters.md.
+"""Losses of the default job with masters of 24 and 16 bits beside fp32 ones: the table of
+docs/results/2026-11-29-masters.md.
 
     python tests/convergence/master_losses.py [--runs runs/masters] [--seeds 42 7 1234] [--only-table]
 

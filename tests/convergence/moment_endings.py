@@ -1,4 +1,4 @@
-"""How far parameters go whose gradients have ended: the table of docs/moments.md.
+"""How far parameters go whose gradients have ended: the table of docs/results/2026-11-28-moment-endings.md.
 
     python tests/convergence/moment_endings.py     rows of zeros beside active ones, some five minutes
 

@@ -1,4 +1,5 @@
-"""Losses of the default job with quantized moments beside torch AdamW: the table and curves of docs/moments.md.
+"""Losses of the default job with quantized moments beside torch AdamW: the table and curves of
+docs/results/2026-11-22-moments.md.
 
     python tests/convergence/moment_losses.py [--runs runs/moments] [--only-table]
 

@@ -1,4 +1,5 @@
-"""Adam's moments in few bits beside exact ones, over whole trajectories: what docs/moments.md reports.
+"""Adam's moments in few bits beside exact ones, over whole trajectories: what
+docs/results/2026-11-22-moment-trajectories.md reports.
 
     python tests/convergence/moment_trajectories.py            all schemes, and the optimizers that are installed
     python tests/convergence/moment_trajectories.py --quick    the recommended ones, in two minutes

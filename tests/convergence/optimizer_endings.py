@@ -1,4 +1,5 @@
-"""How far parameters go whose gradients have ended or turned, under Lion, SGD and AdEMAMix: a table of docs/moments.md.
+"""How far parameters go whose gradients have ended or turned, under Lion, SGD and AdEMAMix: a table of
+docs/results/2026-11-29-optimizer-states.md.
 
     python tests/convergence/optimizer_endings.py     about three minutes
 

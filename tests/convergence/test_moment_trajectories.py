@@ -1,4 +1,5 @@
-"""Bounds that the recommended ways to store the moments must keep; docs/moments.md has the whole tables."""
+"""Bounds that the recommended ways to store the moments must keep;
+docs/results/2026-11-22-moment-trajectories.md has the whole tables."""
 
 import pytest
 import torch

@@ -75,6 +75,7 @@ def test_a_section_of_diagnostics_alone_is_enough():
         ({"linear": A8}, {"quantization_error", "gradient_error"}),
         ({"linear": {**A8, "backward_operands": "original"}}, {"quantization_error"}),
         ({"linear": G8}, {"gradient_error"}),
+        ({"linear": {**W8, **A8, **G8, "forward_full_precision_from": 9}}, set()),
         ({"linear": {"gradient": {"bits": 8, "used_for": ["input"]}}}, set()),
         ({"communication": {"gradient": {"bits": 8}}}, {"gradient_error"}),
         ({"linear": W8 | A8, "communication": {"weight": {"mode": "codes"}}}, {"gradient_error"}),

@@ -15,185 +15,27 @@ import time
 from pathlib import Path
 
 import torch
+from collectives_definition import as_sent, bound, expected_of
+from counted_wire import CountedWire, check_bytes
+from expectations import expecting, same_on_all
 from torch import distributed as dist
 
 from ds_quant.base.errors import ConfigError
-from ds_quant.comm import all_reduce, backend, reduce_scatter
+from ds_quant.comm import all_reduce, reduce_scatter
 from ds_quant.comm.exchange import Call
-from ds_quant.comm.layout import Span, build, cut_each, cut_evenly
+from ds_quant.comm.layout import Span, cut_each, cut_evenly
 from ds_quant.comm.reducer import STREAM, Reducer
 from ds_quant.config import GradientCommunicationConfig
 from ds_quant.numerics import wire
-from ds_quant.numerics.random import derive_words, fold_words
+from ds_quant.numerics.random import fold_words
 
 SIZES = (1, 3, 255, 256, 257, 1000, 4097)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-LEVELS = {8: 127, 4: 7}
 
 
 def values(size, dtype, rank, seed):
     generator = torch.Generator().manual_seed(1000 * seed + rank)
     return (torch.randn(size, generator=generator) * 10 ** torch.rand(size, generator=generator)).to(dtype)
-
-
-def bound(shares, bits, block_size, blocks_of_result, rotation):
-    """The largest error of a sum: half a step of each share that was sent, and half of the result's, all roundings
-    included. Blocks start at pieces, which start at multiples of the block, so a step is at most that of the whole."""
-    spread = block_size**0.5 if rotation == "hadamard" else 1.0  # of one element's error over its block, at most
-    steps = [share.abs().max() / LEVELS[bits] for share in shares]
-    sum_of_steps = sum(steps)
-    total = sum_of_steps
-    if blocks_of_result:
-        total = total + (sum(share.abs().max() for share in shares) + sum_of_steps) / LEVELS[bits]
-    # Rotated values may be sqrt(block) times as large as the largest before.
-    return float(total * spread * spread + 1e-5 * sum(share.abs().max() for share in shares))
-
-
-def simulate(shares, pieces, fmt, *, factor=1.0, keys=None, feedbacks=None, residual_scale=1.0, output_dtype=None):
-    """All ranks of a reduction in one process, by the definition of `numerics.wire` and a layout.
-
-    `shares` are each rank's tensors, `keys` its random bits. Returns each rank's tensors after an all-reduce, or, with
-    `output_dtype`, each rank's part of a reduce-scatter.
-    """
-    world_size = len(shares)
-    ranks = range(world_size)
-    layouts = [build(pieces, fmt, world_size, rank) for rank in ranks]
-
-    def options(rank, phase, owned, inverse):
-        found = {} if keys is None or keys[rank] is None else {"key": derive_words(keys[rank], phase)}
-        if feedbacks is not None:
-            slots = feedbacks[rank].slots(owned, torch.device("cpu"))
-            found["residuals"] = wire.Residuals(slots.read, slots.write, residual_scale, inverse)
-        return found
-
-    messages = []
-    for rank, layout in enumerate(layouts):
-        message = torch.zeros(sum(layout.send_splits), dtype=torch.uint8)
-        wire.quantize(
-            shares[rank], layout.sent, message, fmt, **options(rank, 0, layout.sent_pieces, 1.0 / residual_scale)
-        )
-        messages.append(message.split(layout.send_splits))
-    slots, outputs = [], []
-    for rank, layout in enumerate(layouts):
-        received = torch.stack([messages[other][rank] for other in ranks if other != rank])
-        where = (shares[rank], layout.own, received, rank, fmt)
-        if output_dtype is not None:
-            outputs.append(torch.empty(layout.own_numel, dtype=output_dtype))
-            wire.reduce(*where, factor=factor, output=outputs[-1])
-        else:
-            slots.append(torch.zeros(layout.slot_bytes, dtype=torch.uint8))
-            about = options(rank, 1, layout.own_pieces, 1.0 / (factor * residual_scale))
-            wire.reduce(*where, factor=factor, message=slots[-1], **about)
-    if output_dtype is not None:
-        return outputs
-    results = [[tensor.clone() for tensor in tensors] for tensors in shares]
-    for layout, tensors in zip(layouts, results, strict=True):
-        wire.dequantize(torch.cat(slots), layout.gathered, tensors, fmt)
-    return results
-
-
-def expected_of(shares, pieces, fmt, node, *, factor, keys, output_dtype=None):
-    """`simulate`, for one flat tensor a rank and either number of levels; sums within nodes of `node` ranks are those
-    of their dtype. One rank alone quantizes nothing."""
-    world_size = len(shares)
-    if world_size == 1:
-        return [(shares[0].float() * factor).to(output_dtype or shares[0].dtype)]
-    if not node:
-        found = simulate(
-            [[share] for share in shares], pieces, fmt, factor=factor, keys=keys, output_dtype=output_dtype
-        )
-        return found if output_dtype is not None else [tensors[0] for tensors in found]
-    sums = [[sum(shares[at + 1 : at + node], shares[at])] for at in range(0, world_size, node)]
-    results = [None] * world_size if output_dtype is not None else [share.clone() for share in shares]
-    for number in range(node):
-        chunk = [piece._replace(owner=piece.owner // node) for piece in pieces if piece.owner % node == number]
-        found = simulate(sums, chunk, fmt, factor=factor, keys=keys[number::node], output_dtype=output_dtype)
-        if output_dtype is not None:
-            results[number::node] = found
-            continue
-        for result in results:
-            for piece in chunk:
-                at = slice(piece.start, piece.start + piece.numel)
-                result[at] = found[0][0][at]
-    return results
-
-
-def as_sent(tensor):
-    return tensor.float() if tensor.dtype == torch.float64 else tensor
-
-
-def message_bytes(pieces, fmt):
-    """The formula of comm/layout.py, for the message to one owner."""
-    blocks = sum(-(-piece.numel // fmt.block_size) for piece in pieces)
-    codes = sum(piece.numel if fmt.bits == 8 else -(-piece.numel // 2) for piece in pieces)
-    return -(-(4 * blocks + codes) // 4) * 4
-
-
-class CountedWire:
-    """Counts, at the collectives, the bytes that this rank puts on the wire; not those within a node."""
-
-    def __init__(self, inside=None):
-        self.inside = inside
-        self.bytes = self.calls = 0
-        self.originals = backend.all_to_all, backend.all_gather
-
-    def __enter__(self):
-        backend.all_to_all, backend.all_gather = self.all_to_all, self.all_gather
-        return self
-
-    def __exit__(self, *_):
-        backend.all_to_all, backend.all_gather = self.originals
-
-    def all_to_all(self, output, message, output_splits, splits, group):
-        assert message.numel() * message.element_size() == sum(splits)
-        assert output.numel() == sum(output_splits)
-        self.bytes += sum(splits) - splits[dist.get_rank(group)]
-        self.calls += 1
-        return self.originals[0](output, message, output_splits, splits, group)
-
-    def all_gather(self, output, message, group):
-        if group is not self.inside or group is None:
-            self.bytes += (dist.get_world_size(group) - 1) * message.numel() * message.element_size()
-            self.calls += 1
-        return self.originals[1](output, message, group)
-
-
-def check_bytes(expect, world_size, rank, numel):
-    """What crosses the wire is what the formula says, what is counted, and no more than is promised."""
-    largest_share = {8: 0.26, 4: 0.135}  # of fp32: (1 + 4 / 256) / 4 and (1 / 2 + 4 / 256) / 4, and padding
-    for bits, most in largest_share.items():
-        reducer = Reducer(GradientCommunicationConfig.parse({"bits": bits}))
-        for spans in ([Span("", 0, 0, 0, numel)], [Span("a", 0, 0, 0, 1001), Span("b", 0, 0, 1001, numel - 1001)]):
-            values = torch.ones(numel)
-            for name, pieces in (
-                ("all_reduce", cut_evenly(spans, reducer.fmt, world_size)),
-                ("reduce_scatter", cut_each(spans, world_size)),
-            ):
-                sizes = [
-                    message_bytes([piece for piece in pieces if piece.owner == owner], reducer.fmt)
-                    for owner in range(world_size)
-                ]
-                formula = sum(sizes) - sizes[rank]
-                ring = (world_size - 1) / world_size * 4 * numel
-                with CountedWire() as wire_:
-                    if name == "all_reduce":
-                        formula += (world_size - 1) * max(sizes)
-                        ring *= 2
-                        reducer.all_reduce([values], spans, Call(1.0))
-                    else:
-                        output = torch.empty(reducer.own_numel(pieces))
-                        reducer.reduce_scatter([values], pieces, output, Call(1.0))
-                traffic = reducer.statistics.take()
-                what = (name, bits, len(spans), world_size)
-                expect(wire_.bytes == formula, "bytes, formula", *what, wire_.bytes, formula)
-                expect(traffic.sent_bytes == wire_.bytes, "bytes, counted", *what, traffic, wire_.bytes)
-                calls = {"all_reduce": 2, "reduce_scatter": 1}[name] if world_size > 1 else 0
-                expect(wire_.calls == calls, "codes and scales in one message", *what, wire_.calls)
-                if world_size > 1:
-                    expect(wire_.bytes <= most * ring, "more bytes than promised", *what, wire_.bytes / ring)
-                    expect(wire_.bytes >= ring * bits / 32 * 0.99, "bytes are missing", *what, wire_.bytes / ring)
-                    # In the gradient's own dtype the same exchange sends what a ring does, but for uneven shares.
-                    expect(abs(traffic.unquantized_bytes / ring - 1) < 0.01, "unquantized", *what, traffic)
 
 
 def check_memory(expect):
@@ -208,30 +50,12 @@ def check_memory(expect):
     expect(len(kept[0]) == (3 if reducer.world_size > 1 else 0), "a message, what is received, what is gathered", kept)
 
 
-def same_on_all(tensor):
-    raw = tensor.contiguous().view(-1).view(torch.uint8).clone()
-    others = [torch.empty_like(raw) for _ in range(dist.get_world_size())]
-    dist.all_gather(others, raw)
-    return all(torch.equal(raw, other) for other in others)
-
-
 def cases(world_size):
     for number, (bits, rotation, rounding) in enumerate(
         [(8, "none", "nearest"), (4, "none", "nearest"), (4, "hadamard", "nearest"), (8, "none", "stochastic")]
     ):
         for size in SIZES:
             yield number, bits, rotation, rounding, size, DTYPES[(number + size) % len(DTYPES)]
-
-
-def expecting(report):
-    """A function that counts a condition in the report, and notes what is wrong where it does not hold."""
-
-    def expect(condition, *what):
-        report["checked"] += 1
-        if not condition:
-            report["wrong"].append(" ".join(map(str, what)))
-
-    return expect
 
 
 def main(output):

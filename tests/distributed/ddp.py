@@ -15,7 +15,9 @@ import sys
 from pathlib import Path
 
 import torch
-from collectives import LEVELS, CountedWire, bound, same_on_all
+from collectives_definition import LEVELS, bound
+from counted_wire import CountedWire
+from expectations import same_on_all
 from torch import distributed as dist
 from torch import nn
 

@@ -13,7 +13,7 @@ import tempfile
 
 import deepspeed
 import torch
-from common import batch, say, tiny_llama_config, write_report
+from common import batch, leave, say, tiny_llama_config, write_report
 from deepspeed import comm as dist
 from transformers import LlamaForCausalLM
 
@@ -102,8 +102,7 @@ def main(output, path, *cases):
         del engine, resumed_engine
         gc.collect()
     write_report(output, report)
-    dist.barrier()
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

@@ -6,7 +6,9 @@ import json
 import pytest
 from conftest import ROOT
 from helpers.launching import PROGRAMS, run_ranks
-from int8_jobs import ACCUMULATION, CASES, CHECKPOINTED, EARLY, EDITS, MEMORY, STAGE3, STEPS
+from int8_edits import EDITS
+from int8_jobs import CASES, CHECKPOINTED, MEMORY
+from int8_training import ACCUMULATION, EARLY, STAGE3, STEPS
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
 

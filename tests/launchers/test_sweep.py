@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 import sweep
+from collected_runs import a_done_run, write_metrics
 from conftest import ROOT
 from survival import status
 from sweeping import hours, matrix, plan, slurm
-from test_collect import a_done_run, write_metrics
 
 from ds_quant.cli.shared.errors import CommandError
 

@@ -58,7 +58,7 @@ def test_the_three_products(weight, activation):
         try:
             LinearConfig.parse(config)
         except ConfigError:
-            continue  # nothing to quantize, or a scale that cannot be folded: test_config.py has these
+            continue  # nothing to quantize, or a scale that cannot be folded: test_linear_rules.py has these
         for dtype in (torch.float32, torch.bfloat16):
             seed = int(torch.randint(2**31, ()).item())
             x, w, bias, g = random_case(dtype, seed)

@@ -1,89 +1,24 @@
+"""Quantization in blocks against its oracle, bit for bit, and what holds for any input."""
+
 import itertools
 import math
 
 import numpy as np
 import pytest
 import torch
-import torch._dynamo.testing
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from numerics import moment_oracle
+from numerics.block_inputs import BLOCK_SIZE, KINDS, assert_equal, denormal, huge, make_input, normal, spread, wild
 
-from ds_quant.numerics import (
-    CodeMap,
-    code_map,
-    code_values,
-    dequantize_blockwise,
-    fold_key,
-    from_bitsandbytes,
-    group_size,
-    quantize_blockwise,
-    random_bits,
-    to_bitsandbytes,
-)
+from ds_quant.numerics import code_map, code_values, dequantize_blockwise, fold_key, group_size, quantize_blockwise
 from ds_quant.numerics.codes import BITS, MAPS
 from ds_quant.numerics.packing import pack, unpack
 
 ALL = [case for case in itertools.product(MAPS, BITS, (True, False)) if case[:2] != ("float", 4)]
 LENGTHS = (0, 1, 2, 31, 32, 33, 63, 65, 97, 128)
-BLOCK_SIZE = 32
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-FLOAT32_MAX = torch.finfo(torch.float32).max
-
-
-def normal(rng, length):
-    return rng.normal(size=length) * 10.0 ** rng.uniform(-12, 4)
-
-
-def wild(rng, length):
-    """Magnitudes over the whole range of float32, denormals included."""
-    return rng.choice([-1.0, 1.0], size=length) * 2.0 ** rng.uniform(-150, 127.9, size=length)
-
-
-def denormal(rng, length):
-    return rng.integers(-(10 ** rng.integers(1, 7)), 10 ** rng.integers(1, 7), size=length) * 2.0**-149
-
-
-def huge(rng, length):
-    return rng.choice([-1.0, 1.0], size=length) * rng.uniform(0.5, 1.0, size=length) * FLOAT32_MAX
-
-
-def spread(rng, length):
-    """Log-normal, as second moments are."""
-    return rng.choice([-1.0, 1.0], size=length) * np.exp(3 * rng.normal(size=length)) * 1e-8
-
-
-def zeros(rng, length):
-    return np.where(np.arange(length) // BLOCK_SIZE % 2 == 0, rng.choice([0.0, -0.0], length), rng.normal(size=length))
-
-
-def non_finite(rng, length):
-    x = rng.normal(size=length)
-    x[rng.random(length) < 0.02] = rng.choice([np.inf, -np.inf, np.nan])
-    return x
-
-
-KINDS = (normal, wild, denormal, huge, spread, zeros, non_finite)
-
-
-def make_input(rng, kind, length, signed, dtype=torch.float32):
-    with np.errstate(all="ignore"):
-        x = torch.from_numpy(kind(rng, length).astype(np.float32))
-    if kind is not non_finite:
-        x = x.clamp(-torch.finfo(dtype).max, torch.finfo(dtype).max)
-    return (x if signed else x.abs()).to(dtype)
-
-
-def assert_equal(got, expected):
-    """Bit for bit, except that a NaN equals a NaN; dtypes and shapes too."""
-    assert got.dtype == expected.dtype
-    assert got.shape == expected.shape
-    if got.dtype.is_floating_point:
-        assert torch.equal(got.isnan(), expected.isnan())
-        got, expected = got.nan_to_num(nan=0.0), expected.nan_to_num(nan=0.0)
-        assert torch.equal(torch.signbit(got), torch.signbit(expected))
-    assert torch.equal(got, expected)
 
 
 def check_against_oracle(x, name, bits, signed, key, offset=0):
@@ -307,152 +242,3 @@ def test_granularities_of_whole_parameters(rng):
             assert (error <= absmax / levels * 0.50001).all()
     with pytest.raises(ValueError, match=r"\(granularity\): got 'row'; allowed: block, tensor, channel; "):
         group_size((2, 2), "row", 64)
-
-
-COMPILED = {
-    "whole blocks, nearest": (256, "nearest", [("power", 8, True), ("float", 8, True), ("power", 4, False)]),
-    "a tail block, stochastic": (
-        301,
-        "stochastic",
-        [
-            ("float", 8, True),
-            ("float", 8, False),
-            ("power", 4, True),
-            ("power", 4, False),
-            ("dynamic", 8, True),
-            ("dynamic", 4, False),
-        ],
-    ),
-}
-
-
-@pytest.mark.parametrize("case", COMPILED)
-def test_compiled_bits_equal_eager_ones(case, rng):
-    length, rounding, cases = COMPILED[case]
-    maps = [code_map(name, bits, signed=signed) for name, bits, signed in cases]
-
-    def call(x, key):
-        key = key if rounding == "stochastic" else None
-        blocks = [
-            quantize_blockwise(x if m.signed else x.abs(), m, block_size=32, rounding=rounding, key=key) for m in maps
-        ]
-        return tuple(t for q in blocks for t in (q.codes, q.scale, dequantize_blockwise(q)))
-
-    torch.compiler.reset()
-    counter = torch._dynamo.testing.CompileCounterWithBackend("inductor")
-    compiled = torch.compile(call, fullgraph=True, dynamic=False, backend=counter)
-    for step, kind in enumerate(KINDS):
-        x = make_input(rng, kind, length, True)
-        key = fold_key(int(rng.integers(2**63)), step)
-        for got, expected in zip(compiled(x, key), call(x, key), strict=True):
-            assert_equal(got, expected)
-    assert counter.frame_count == 1
-
-
-def bitsandbytes_optimizer(rng, shape):
-    import bitsandbytes
-
-    parameter = torch.nn.Parameter(torch.from_numpy(rng.normal(size=shape)).float())
-    optimizer = bitsandbytes.optim.AdamW8bit([parameter], lr=1e-3)
-    for _ in range(3):
-        parameter.grad = torch.from_numpy(rng.normal(size=shape) * 1e-3).float()
-        optimizer.step()
-    return parameter, optimizer
-
-
-@pytest.mark.parametrize("shape", [(64, 64), (5003,)])
-def test_a_bitsandbytes_state_moves_here_and_back(shape, rng):
-    from bitsandbytes.functional import dequantize_blockwise as reference
-
-    parameter, optimizer = bitsandbytes_optimizer(rng, shape)
-    state = optimizer.state[parameter]
-    moments = from_bitsandbytes(state)
-    for number, moment in enumerate(moments, start=1):
-        expected = reference(
-            state[f"state{number}"], absmax=state[f"absmax{number}"], code=state[f"qmap{number}"], blocksize=256
-        )
-        assert expected.abs().max() > 0
-        assert torch.allclose(dequantize_blockwise(moment), expected.reshape(-1), rtol=1e-6, atol=0)
-    back = to_bitsandbytes(*moments, parameter.shape)
-    for name, tensor in back.items():
-        assert tensor.dtype == state[name].dtype
-        assert tensor.shape == state[name].shape
-        assert torch.allclose(tensor.float(), state[name].float(), rtol=3e-7, atol=0)
-
-
-def test_bitsandbytes_goes_on_from_our_moments(rng):
-    parameter, optimizer = bitsandbytes_optimizer(rng, (4096,))
-    twin, other = bitsandbytes_optimizer(rng, (4096,))
-    twin.data.copy_(parameter.data)
-    state = optimizer.state[parameter]
-    ours = [moment._replace(codes=moment.codes.clone()) for moment in from_bitsandbytes(state)]
-    other.state[twin].update({name: tensor.clone() for name, tensor in to_bitsandbytes(*ours, twin.shape).items()})
-    grad = torch.from_numpy(rng.normal(size=4096) * 1e-3).float()
-    for p, o in ((parameter, optimizer), (twin, other)):
-        p.grad = grad.clone()
-        o.step()
-    assert torch.allclose(parameter, twin, rtol=0, atol=1e-6)
-
-
-def test_our_quantizer_is_close_to_that_of_bitsandbytes(rng):
-    import bitsandbytes.functional as bnb
-
-    for signed in (True, False):
-        x = make_input(rng, spread, 8192, signed)
-        m = code_map("dynamic", 8, signed=signed)
-        ours = quantize_blockwise(x, m, block_size=256)
-        theirs, state = bnb.quantize_blockwise(x, code=bnb.create_dynamic_map(signed), blocksize=256)
-        assert torch.equal(ours.scale, state.absmax)
-        # bitsandbytes on a CPU does not always take the nearest code.
-        assert (ours.codes == theirs).float().mean() > 0.4
-        difference = dequantize_blockwise(ours) - dequantize_blockwise(ours._replace(codes=theirs))
-        assert difference.norm() < 0.02 * x.norm()
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"state1": torch.zeros(4096)}, r"\(state1\): got torch.float32; allowed: torch.uint8; "),
-        ({"qmap2": torch.linspace(0, 1, 256)}, r"\(qmap2\): got another map"),
-        ({"qmap1": torch.zeros(16)}, r"\(qmap1\): got another map"),
-        ({"absmax2": torch.zeros(17)}, r"\(absmax2\): got shape \(17,\); allowed: \(16,\) "),
-    ],
-)
-def test_a_state_of_another_layout_is_refused(change, message, rng):
-    parameter, optimizer = bitsandbytes_optimizer(rng, (4096,))
-    with pytest.raises(ValueError, match=message):
-        from_bitsandbytes({**optimizer.state[parameter], **change})
-
-
-def test_only_blocks_of_256_with_the_dynamic_map_go_to_bitsandbytes():
-    x = torch.rand(512)
-    m, v = (quantize_blockwise(x, code_map("dynamic", 8, signed=signed), block_size=256) for signed in (True, False))
-    power = quantize_blockwise(x, code_map("power", 8, signed=False), block_size=256)
-    short = quantize_blockwise(x, code_map("dynamic", 8, signed=True), block_size=128)
-    with pytest.raises(ValueError, match=r"\(exp_avg_sq\): got CodeMap\(name='power'"):
-        to_bitsandbytes(m, power, (512,))
-    with pytest.raises(ValueError, match=r"\(exp_avg\): got .* in blocks of 128; allowed: .* in blocks of 256; "):
-        to_bitsandbytes(short, v, (512,))
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"x": torch.ones(3, dtype=torch.float64)}, r"\(x\): got torch.float64; allowed: float32, bfloat16, float16; "),
-        ({"x": torch.ones(3, 3)}, r"\(x\): got 2 dimensions; allowed: 1; "),
-        ({"block_size": 48}, r"\(block_size\): got 48 for 100 elements; allowed: powers of two, and divisors "),
-        ({"block_size": 0}, r"\(block_size\): got 0 "),
-        ({"block_size": -2}, r"\(block_size\): got -2 "),
-        ({"block_size": 64.0}, r"\(block_size\): got 64.0 "),
-        ({"block_size": True}, r"\(block_size\): got True "),
-        ({"rounding": "up"}, r"\(rounding\): got 'up'; allowed: nearest, stochastic; "),
-        ({"rounding": "stochastic"}, r"\(key\): got None; allowed: a key with rounding 'stochastic'; "),
-        ({"key": fold_key(0)}, r"\(key\): got a key; allowed: none with rounding 'nearest'"),
-        ({"rounding": "stochastic", "key": torch.ones(2)}, r"\(key\): got torch.float32 of shape \(2,\); allowed: "),
-        ({"rounding": "stochastic", "key": random_bits(fold_key(0), 3)}, r"\(key\): got torch.int64 of shape \(3,\); "),
-    ],
-)
-def test_wrong_arguments_are_refused(arguments, message):
-    arguments = {"x": torch.ones(100), "block_size": 32, **arguments}
-    with pytest.raises(ValueError, match=message):
-        quantize_blockwise(arguments.pop("x"), CodeMap("power", 8, True, 127, 0, 4), **arguments)

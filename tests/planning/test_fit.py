@@ -11,7 +11,7 @@ from ds_quant.cli.report import main
 from ds_quant.planning.fit import DEPTHS, Fitter, config_at, section_of, table
 from ds_quant.planning.job import Outcome
 from ds_quant.planning.models import resolve_model
-from ds_quant.planning.plan import Planner, Request
+from ds_quant.planning.plan import Planner, Request, Setting
 from ds_quant.planning.predict import Predictor
 from ds_quant.planning.traffic import Collective
 
@@ -175,3 +175,22 @@ def test_its_peaks_are_those_of_plain_plans(raw):
     assert found.outcome.parts["masters"] == pytest.approx(numel, abs=64)
     assert found.outcome.parts["moments"] == pytest.approx(2 * numel * (1 + 4 / 256), abs=64)
     assert alone == found.outcome
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(280)
+@pytest.mark.parametrize("backend", ["simulated", "int8"])
+def test_a_forward_that_ends_quantized_takes_the_larger_of_both_peaks(raw, backend):
+    """Activations in their dtype weigh more than codes of them, and no codes of the weights less than some."""
+    given = {"weight": {"bits": 8}, "activation": {"bits": 8}, "gradient": {"bits": 8}, "backend": backend}
+    model, length = resolve_model("model_type=gpt2,n_embd=64,n_layer=2,n_head=2,vocab_size=512,n_positions=32")
+    linears = [given, {"gradient": given["gradient"], "backend": backend}, {**given, "forward_full_precision_from": 99}]
+    with Predictor() as predictor:
+        before, after, found = (
+            Planner(Request(raw | {"ds_quant": {"linear": linear}}, model, length, 8, 1), predictor)
+            .outcome(Setting(1, 1, 8))
+            .peak_bytes
+            for linear in linears
+        )
+    assert before != after
+    assert found == max(before, after)

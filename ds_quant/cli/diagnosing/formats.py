@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ds_quant.base.number_formats import FORMATS, FOUR_SIX
+from ds_quant.cli.diagnosing import common, recorded_tensors
 from ds_quant.cli.shared.errors import CommandError
 from ds_quant.numerics.format import Format, Group, Integers, fake_quantize_to, named_format
 from ds_quant.numerics.minifloat import Minifloat
@@ -31,9 +32,9 @@ COLUMNS = ("format", "scale", "bits_an_element", "numbers", "relative_error", "b
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's flags."""
     parser.description = (
-        "Relative errors of every number format, rounded to nearest, on Gaussian and heavy-tailed numbers and the "
-        "matrices of files; and what is left of them in the mean of 16 stochastic roundings, a quarter of the error of "
-        "one where there is no bias."
+        "Relative errors of every number format, rounded to nearest, on Gaussian and heavy-tailed numbers, the "
+        "matrices of files, and weights, activations and gradients of checkpoints; and what is left of them in the "
+        "mean of 16 stochastic roundings, a quarter of the error of one where there is no bias."
     )
     parser.add_argument(
         "--tensors",
@@ -43,13 +44,37 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="safetensors files, whose matrices are measured as well: weights of a checkpoint, recorded activations",
     )
+    parser.add_argument(
+        "--checkpoints",
+        nargs="*",
+        default=[],
+        metavar="CHECKPOINT",
+        help="models whose linear layers are measured as well: their weights, and the inputs and output gradients of "
+        f"{recorded_tensors.TOKENS} tokens of each batch of a text; output heads are left out",
+    )
+    parser.add_argument("--by_layer", action="store_true", help="each layer of a checkpoint apart; default: all pooled")
+    common.add_model(parser)
+    common.add_text(parser)
+    parser.add_argument(
+        "--draws",
+        type=int,
+        default=DRAWS,
+        help="stochastic roundings whose mean is taken; 0: none, which leaves that column empty (default: %(default)s)",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the numbers that are drawn (default: 0)")
     parser.add_argument("--output", type=Path, help="a CSV file; default: the same on the terminal")
 
 
 def run(options: argparse.Namespace) -> None:
-    """Measure and write. Raises CommandError."""
-    rows = list(table(numbers(options.seed, options.tensors)))
+    """Measure and write. Raises ConfigError, CommandError."""
+    if options.draws < 0:
+        raise CommandError(f"--draws: got {options.draws}; allowed: 0 or more; correct it")
+    found = numbers(options.seed, options.tensors)
+    if options.by_layer and not options.checkpoints:
+        raise CommandError("--by_layer: got no checkpoint; allowed: beside --checkpoints; name one, or leave it out")
+    for subject in common.subjects(options) if options.checkpoints else ():
+        found |= recorded_tensors.record(subject, by_layer=options.by_layer)
+    rows = list(table(found, options.draws))
     stream = options.output.open("w", newline="") if options.output else sys.stdout
     try:
         writer = csv.writer(stream, lineterminator="\n")
@@ -106,23 +131,29 @@ def formats() -> Iterator[tuple[str, str, Format[Integers | Minifloat]]]:
             yield name, f"block of {size}", named_format(name, "block", size)
 
 
-def table(found: dict[str, list[Tensor]]) -> Iterator[tuple[object, ...]]:
+def table(found: dict[str, list[Tensor]], draws: int) -> Iterator[tuple[object, ...]]:
     """Rows of COLUMNS, errors pooled over the matrices of a kind."""
     for name, scale, fmt in formats():
         for what, matrices in found.items():
             error = bias = square = elements = scales = 0.0
             for x in matrices:
                 error += float((fake_quantize_to(x, fmt) - x).double().square().sum())
-                draws = (
-                    fake_quantize_to(x, fmt, rounding="stochastic", key=fold_key(0, draw)) for draw in range(DRAWS)
-                )
-                mean = sum((draw.double() for draw in draws), torch.zeros((), dtype=torch.float64)) / DRAWS
-                bias += float((mean - x).square().sum())
+                bias += _bias(x, fmt, draws)
                 square += float(x.double().square().sum())
                 elements += x.numel()
                 scales += _scale_bits(x, fmt)
             bits = fmt.elements.bits + scales / elements
-            yield name, scale, f"{bits:.4g}", what, f"{(error / square) ** 0.5:.4g}", f"{(bias / square) ** 0.5:.4g}"
+            left = f"{(bias / square) ** 0.5:.4g}" if draws else ""
+            yield name, scale, f"{bits:.4g}", what, f"{(error / square) ** 0.5:.4g}", left
+
+
+def _bias(x: Tensor, fmt: Format[Integers | Minifloat], draws: int) -> float:
+    """The squared error of the mean of so many stochastic roundings, added up; 0 without any."""
+    if not draws:
+        return 0.0
+    rounded = (fake_quantize_to(x, fmt, rounding="stochastic", key=fold_key(0, draw)) for draw in range(draws))
+    mean = sum((draw.double() for draw in rounded), torch.zeros((), dtype=torch.float64)) / draws
+    return float((mean - x).square().sum())
 
 
 def _scale_bits(x: Tensor, fmt: Format[Integers | Minifloat]) -> float:

@@ -82,7 +82,9 @@ def choose(opened: OpenedModel, quantizers: str | Path) -> tuple[LinearConfig | 
     if quantizers == "trained":
         # Gradient quantizers alone leave the forward as it is.
         trained = opened.trained
-        return (trained if trained is not None and (trained.weight or trained.activation) else None), []
+        if trained is None or not (trained.weight or trained.activation):
+            return None, []
+        return _at_step_of(opened.path, trained)
     section = QuantConfig.load(str(quantizers))
     linear = section.linear
     if linear is None or not (linear.weight or linear.activation):
@@ -90,7 +92,30 @@ def choose(opened: OpenedModel, quantizers: str | Path) -> tuple[LinearConfig | 
         raise fail(f"{quantizers}: ds_quant", got, "quantizers that a forward goes through", 'another JSON, or "off"')
     unused = [name for name in ("optimizer", "communication") if getattr(section, name) is not None]
     unused += ["linear.gradient"] if linear.gradient is not None else []
+    if linear.forward_full_precision_from is not None:
+        unused.append("linear.forward_full_precision_from")
+        linear = _without_end(linear)
     return linear, [f"{quantizers}: without meaning in an evaluation: {', '.join(unused)}"] if unused else []
+
+
+def _at_step_of(path: Path, trained: LinearConfig) -> tuple[LinearConfig | None, list[str]]:
+    """What the training's forward quantized at the step at which the weights were saved."""
+    end = trained.forward_full_precision_from
+    if end is None:
+        return trained, []
+    step, where = step_of(path), f"{LinearConfig.where}.forward_full_precision_from"
+    if step is None:
+        got, allowed = f"{end}, and no file that tells the step", "a checkpoint of the Trainer, or a run's final model"
+        raise fail(f"{path}: {where}", got, allowed, 'choose quantizers by name: "off", or a JSON')
+    if step >= end:
+        note = f"{short_name(path)}: saved at step {step}, after {where} {end}: evaluated without quantizers"
+        return None, [note]
+    return _without_end(trained), [f"{short_name(path)}: saved at step {step}, before {where} {end}: quantized"]
+
+
+def _without_end(linear: LinearConfig) -> LinearConfig:
+    """Quantized whatever the step: an evaluation has none of its own."""
+    return linear.model_copy(update={"forward_full_precision_from": None})
 
 
 # ---- the folder

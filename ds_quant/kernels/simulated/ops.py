@@ -1,7 +1,8 @@
 """What layers in floating point call: their quantizers, the end of their products, and two operators for graphs.
 
-On CUDA quantizers and ends are compiled (`compiled`). Elsewhere, inside of torch.compile, and where
-DS_QUANT_KERNELS=reference, they are operations one after the other, which give the same bits.
+On CUDA quantizers and ends are compiled (`compiled`), on the CPU they are C++ where it has the format (`cpu`).
+Elsewhere, inside of torch.compile, and where DS_QUANT_KERNELS=reference, they are operations one after the other, which
+give the same bits.
 """
 
 import torch
@@ -19,7 +20,7 @@ FAMILY = Family(
     package=__name__.rpartition(".")[0],
     title="layers in floating point",
     caller="a layer in floating point",
-    without_cpp="layers in floating point need none",
+    without_cpp="layers in floating point on the CPU quantize by operations one after the other, several times as slow",
 )
 _BF16_CAPABILITY = (8, 0)
 
@@ -49,6 +50,14 @@ def quantize(
     if torch.compiler.is_compiling():
         return reference.quantize(x, factor, to, rounding, subkey)
     return quantize.on(x.device)(x, factor, to, rounding, subkey)
+
+
+@operation(FAMILY, reference=reference.dequantize, backends_only=True)
+def dequantize(q: Quantized, dtype: torch.dtype) -> Tensor:
+    """`numerics.integer.dequantize`."""
+    if torch.compiler.is_compiling():
+        return reference.dequantize(q, dtype)
+    return dequantize.on(q.codes.device)(q, dtype)
 
 
 @operation(FAMILY, reference=reference.finish, backends_only=True)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ds_quant.numerics.format import Format, Integers, quantize_to
-from ds_quant.numerics.integer import Quantized
+from ds_quant.numerics.integer import Quantized, dequantize
 from ds_quant.numerics.minifloat import Minifloat
 
 
@@ -13,6 +13,9 @@ def quantize(
 ) -> Quantized:
     """`quantize_to` of x, in fp32 times `factor` where there is one."""
     return quantize_to(x if factor is None else x.float() * factor, to, rounding=rounding, key=subkey)
+
+
+__all__ = ["dequantize", "finish", "quantize"]
 
 
 def finish(

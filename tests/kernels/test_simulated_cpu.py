@@ -1,0 +1,109 @@
+"""Layers in floating point on the CPU: the C++ kernels give the definitions' bits, and take what they have."""
+
+import itertools
+
+import pytest
+import torch
+
+from ds_quant.kernels import build
+from ds_quant.kernels.simulated import cpu, ops, reference
+from ds_quant.numerics.format import Format, Group, Integers, ScaleCodec, named_format
+from ds_quant.numerics.random import fold_key
+
+FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
+GROUPS = (Group("row"), Group("column"), Group("tensor"), Group("block", 16), Group("block", 32))
+SHAPES = ((9, 64), (33, 50), (1, 40), (7, 1), (64, 96), (0, 5), (3, 0))
+
+pytestmark = pytest.mark.skipif(not build.load().library, reason=f"no C++ kernels: {build.load().reason}")
+
+
+def numbers(shape, dtype, *, odd=True):
+    """Normal numbers with rows and columns of zeros, tiny and huge ones, an Inf and a NaN."""
+    x = torch.randn(shape) * torch.rand(shape[0], 1).mul(6).exp()
+    if odd and x.numel() > 300:
+        x[1], x[:, 3] = 0, 0
+        x[2, 5], x[4, 7], x[6] = torch.inf, torch.nan, 1e-41
+    return x.to(dtype)
+
+
+def assert_same(got, want):
+    for mine, right in zip(got, want, strict=True):
+        if isinstance(right, torch.Tensor):
+            assert (mine.dtype, mine.shape) == (right.dtype, right.shape)
+            assert torch.equal(mine.nan_to_num(nan=-7.5), right.nan_to_num(nan=-7.5))
+        else:
+            assert mine == right
+
+
+@pytest.mark.parametrize("group", GROUPS, ids=lambda group: f"{group.granularity}{group.block_size}")
+def test_quantizers_and_what_they_leave(group):
+    for shape, dtype, bits, key in itertools.product(SHAPES, (FP32, BF16, FP16), (8, 4), (None, fold_key(5))):
+        x, to = numbers(shape, dtype), Format(Integers(bits), group)
+        for laid_out in (x, x.t().contiguous().t(), torch.cat((x, x), 1)[:, : shape[1]]):
+            arguments = (laid_out, None, to, "nearest" if key is None else "stochastic", key)
+            got, want = cpu.quantize(*arguments), reference.quantize(*arguments)
+            assert_same(got, want)
+            for target in (FP32, BF16, FP16):
+                assert_same([cpu.dequantize(got, target)], [reference.dequantize(want, target)])
+
+
+def test_factors_and_the_full_range():
+    for shape in SHAPES:
+        x = numbers(shape, BF16)
+        by_column, by_row = torch.rand(shape[1]), torch.rand(shape[0], 1)
+        for group, factor, full_range in itertools.product(
+            GROUPS, (None, by_column, by_column.view(1, -1), by_row, torch.rand(1), torch.rand(1, 1)), (False, True)
+        ):
+            arguments = (x, factor, Format(Integers(8, full_range=full_range), group), "nearest", None)
+            assert_same(cpu.quantize(*arguments), reference.quantize(*arguments))
+
+
+def test_what_is_left_to_the_definitions(monkeypatch):
+    """Floating point, asymmetric codes, scales in 8 bits, tails of blocks, other dimensions; nothing else."""
+    x, seen = torch.randn(20, 48), []
+    real = reference.quantize
+    monkeypatch.setattr(reference, "quantize", lambda *a: seen.append(a[2]) or real(*a))
+    left = [
+        Format(Integers(8, symmetric=False), Group("row")),
+        Format(Integers(4), Group("block", 32)),
+        Format(Integers(4), Group("block", 16), ScaleCodec("e8m0")),
+        Format(Integers(4), Group("block", 16, 16)),
+        named_format("fp8_e4m3", "row"),
+        named_format("nvfp4"),
+    ]
+    for to in left:
+        assert_same(cpu.quantize(x, None, to, "nearest", None), real(x, None, to, "nearest", None))
+        q = real(x, None, to, "nearest", None)
+        assert_same([cpu.dequantize(q, BF16)], [reference.dequantize(q, BF16)])
+    assert seen == left
+    cube = torch.randn(2, 3, 4)
+    cpu.quantize(cube, None, Format(Integers(8), Group("row")), "nearest", None)
+    assert len(seen) == len(left) + 1
+    for group in (Group("row"), Group("column"), Group("tensor"), Group("block", 16)):
+        cpu.quantize(x, None, Format(Integers(8), group), "nearest", None)
+    assert len(seen) == len(left) + 1
+    with pytest.raises(ValueError, match=r"quantize\(x\): got torch.float64"):
+        cpu.quantize(x.double(), None, Format(Integers(8), Group("row")), "nearest", None)
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16, FP16], ids=str)
+def test_the_end_of_products(dtype):
+    for rows, columns in ((5, 40), (40, 5), (1, 8), (0, 3), (33, 129)):
+        y = numbers((rows, columns), FP32)
+        by_row = (None, torch.rand(rows, 1), torch.rand(1, 1))
+        by_column = (None, torch.rand(columns, 1), torch.rand(1, 1))
+        for a, b, bias in itertools.product(
+            by_row, by_column, (None, torch.randn(columns), torch.randn(columns).to(BF16))
+        ):
+            want = reference.finish(y.clone(), a, b, bias, dtype)
+            assert_same([cpu.finish(y.clone(), a, b, bias, dtype)], [want])
+            assert_same([cpu.finish(y.t().contiguous().t(), a, b, bias, dtype)], [want])
+
+
+def test_the_cpu_takes_them(monkeypatch):
+    device = torch.device("cpu")
+    assert ops.quantize.on(device) is cpu.quantize
+    assert ops.dequantize.on(device) is cpu.dequantize
+    assert ops.finish.on(device) is cpu.finish
+    monkeypatch.setenv("DS_QUANT_KERNELS", "reference")
+    assert ops.quantize.on(device) is reference.quantize

@@ -1,0 +1,101 @@
+"""The study: its rows, sizes and text."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from conftest import ROOT
+from study_results import ROWS
+from studying import plan, protocol, repairs, rows, texts, wiki_markup
+from sweeping import paper
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from ds_quant.config import QuantConfig
+from ds_quant.linear.convert import convert
+
+# ---- rows and sizes
+
+
+def test_every_row_of_the_paper_is_there_as_its_file_has_it() -> None:
+    names = [*paper.COMPONENTS, *paper.COMBINATIONS, *paper.MOMENTS]
+    matrix = {name: row for name, row in ROWS.items() if row.kind == rows.MATRIX}
+    assert list(matrix) == names
+    assert set(paper.OUTCOMES) == set(names)
+    for name, row in matrix.items():
+        assert row.config == (ROOT / "ds_configs" / "paper" / f"paper_{name}.json").read_text()
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_every_row_is_one_that_ds_quant_takes(name: str) -> None:
+    section = json.loads(ROWS[name].config.replace(repairs.LAST, "1")).get("ds_quant")
+    quant = None if section is None else QuantConfig.model_validate(section)
+    if quant is not None and quant.linear is not None:
+        for family in protocol.FAMILIES:
+            overrides = protocol.Size(32, 64, 2, 2, 16, 2, 2).overrides(family)
+            values = {key: value == "True" if "tie" in key else int(value) for key, value in overrides.items()}
+            config = AutoConfig.for_model(family, **values, vocab_size=64, bos_token_id=1, eos_token_id=1)
+            model = AutoModelForCausalLM.from_config(config)
+            convert(model, quant.linear)
+            ids = torch.randint(64, (2, 16))
+            model(input_ids=ids, labels=ids).loss.backward()
+            assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    others = {plan.fingerprint(row) for row in ROWS.values() if row.name != name}
+    assert plan.fingerprint(ROWS[name]) not in others
+
+
+def test_repairs_have_the_bits_of_what_they_repair() -> None:
+    bits = {"nvfp4": 4, "nvint4": 4, "mxfp4": 4}
+    for name, repair in repairs.ALL.items():
+        told = [
+            v for part in repair.section.values() for k, v in part.items() if isinstance(v, dict) and k != "rotation"
+        ]
+        most = max(values.get("bits") or bits[values["format"]] for values in told)
+        named = {int(digit) for digit in "48" if digit in name.partition("_")[0]}
+        assert most == max(named) or name.endswith("m4v8"), name
+
+
+@pytest.mark.parametrize("family", protocol.FAMILIES)
+def test_parameters_are_those_of_the_models(family: str) -> None:
+    from pretraining import arguments, model
+
+    for size in protocol.SIZES.values():
+        overrides = ",".join(f"{key}={value}" for key, value in size.overrides(family).items())
+        asked = arguments.ModelArguments(
+            preset="tiny" if family == "llama" else "tiny-gpt2", config_overrides=overrides
+        )
+        config = model.resolve_config(asked, vocab_size=2048, context_length=size.context_length)
+        with torch.device("meta"):
+            built = AutoModelForCausalLM.from_config(config)
+        assert model.describe(built)["num_parameters"] == size.parameters(family, 2048)
+    assert protocol.SIZES["0.7m"].steps("llama", 2048, 1) == 162
+
+
+# ---- text
+
+
+def test_prose_of_an_article() -> None:
+    markup = """{{Infobox|a={{b|[[c]]}}}}
+'''Anarchism''' is a [[political philosophy|philosophy of politics]] of [[self-governance]].<ref name="x">{{cite}}</ref>
+[[File:A.jpg|thumb|A [[link]] in a caption that ends with a full stop.]]
+{| class="wikitable"
+| a cell that is long enough to be a sentence of its own here.
+|}
+== History ==
+In 1920 &amp; later it was <b>much</b> discussed<!-- by whom? --> in the press of [http://a.org many countries].
+* a list whose item is long enough to be a sentence, and is none.
+A last sentence with a formula <math>x^2.</math> and a note<ref>Not this one.</ref> in it.
+==References==
+This line is long enough to be a sentence, but it lists only sources.
+"""
+    assert wiki_markup.prose(markup).split("\n") == [
+        "Anarchism is a philosophy of politics of self-governance.",
+        "In 1920 & later it was much discussed in the press of many countries.",
+        "A last sentence with a formula and a note in it.",
+    ]
+
+
+def test_browns_words_become_text() -> None:
+    tagged = "\n\n\tThe/at jury/nn said/vbd ,/, ``/`` no/at evidence/nn ''/'' ./.\n\n\n\tWhy/wrb ?/. ?/.\n"
+    assert texts.untagged(tagged) == 'The jury said, "no evidence".\nWhy?'

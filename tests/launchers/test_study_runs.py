@@ -1,0 +1,111 @@
+"""The study: runs that go on where they were killed, plans, and mistakes."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import tokenize_corpus
+from helpers.samples import write_corpus
+from study_results import ROWS, a_result
+from studying import commands, plan, protocol, results
+from studying.plan import Key, Settings
+from studying.training import Training
+
+from ds_quant.base import trainer_checkpoints
+from ds_quant.cli.shared.errors import CommandError
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("study")
+    text = write_corpus(folder / "documents.jsonl")
+    flags = ["--train_file", str(text), "--vocab_size", "320", "--validation_fraction", "0.2"]
+    assert tokenize_corpus.main([*flags, "--output_dir", str(folder / "tokens")]) == 0
+    return folder / "tokens"
+
+
+@pytest.mark.distributed
+def test_a_killed_run_goes_on_and_a_finished_one_is_left(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny = protocol.Size(32, 64, 2, 2, context_length=32, batch=4, micro_batch=4)
+    monkeypatch.setitem(protocol.SIZES, "tiny", tiny)
+    key = Key("tiny", "gpt2", 0.2, 1e-3, "w8a8", 7)
+    where = {"processor": "p", "torch": "t", "deepspeed": "d", "commit": "c", "date": "2026-11-29"}
+    said: list[str] = []
+    training = Training(Settings(tmp_path / "runs", corpus), ROWS, tmp_path / "runs.csv", where, say=said.append)
+    out = plan.folder(key, ROWS["w8a8"], training.settings)
+
+    def kill() -> None:
+        while trainer_checkpoints.newest_whole(out) is None:
+            time.sleep(0.05)
+        os.kill(json.loads((out / "status.json").read_text())["pid"], signal.SIGKILL)
+
+    killer = threading.Thread(target=kill, daemon=True)
+    killer.start()
+    assert training.run([key]) == [key]
+    killer.join(timeout=1)
+    assert not (out / "summary.json").exists(), "killed in the middle"
+    assert said[-1].startswith("failed (-9)")
+    assert not training.csv.exists()
+
+    assert training.missing([key]) == [key]
+    assert training.run([key]) == [], training._log(key).read_text()
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["resumed_from_step"], "from its checkpoint"
+    (result,) = results.read(training.csv).values()
+    assert result.loss == summary["final_eval_loss"]
+    assert result.steps == tiny.steps("gpt2", 320, 0.2) == summary["steps"]
+    assert (result.state, result.parameters) == ("done", tiny.parameters("gpt2", 320))
+
+    # A finished run is never run again: neither what the CSV has, nor what only its folder has.
+    told = len(said)
+    assert training.run([key]) == []
+    training.csv.unlink()
+    assert training.run([key]) == []
+    assert said[told:] == []
+    assert repr(results.read(training.csv)[key]) == repr(result), "nan included"
+    # Other settings of the row are another run.
+    changed = dataclasses.replace(ROWS["w8a8"], config=ROWS["w8_channel"].config)
+    assert dataclasses.replace(training, rows={"w8a8": changed}).missing([key]) == [key]
+
+
+def test_mistakes_are_said(tmp_path: Path, corpus: Path) -> None:
+    flags = ["plan", "--runs", str(tmp_path), "--corpus", str(corpus), "--csv", str(tmp_path / "runs.csv")]
+    for wrong, message in (
+        (["--rows", "w5"], "--rows: got 'w5'; allowed: baseline"),
+        (["--sizes", "1m"], "--sizes: got '1m'"),
+        (["--families", "bert"], "--families: got 'bert'"),
+        (["--ratio", "-1"], "--ratio: got '-1'"),
+        (["--at-once", "0"], "--at-once: got 0"),
+        (["--seeds", "x"], "SEEDS: got 'x'"),
+    ):
+        with pytest.raises(CommandError, match=message):
+            commands.run([*flags, *wrong], description="")
+
+
+def test_a_plan_names_what_is_missing(tmp_path: Path, corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "runs.csv"
+    flags = ["plan", "--runs", str(tmp_path), "--corpus", str(corpus), "--csv", str(path)]
+    assert commands.run([*flags, "--rows", "w8a8", "--seeds", "0-2"], description="") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert sum(line.startswith("to tune") for line in lines) == len(protocol.RATES)
+    assert sum(line.startswith("to train") for line in lines) == 6
+    text = Settings(tmp_path, corpus).text
+    found = [a_result("baseline", seed, 5.0, text=text) for seed in range(2)]
+    results.write(path, [*found, *(a_result("baseline", 0, 6.0, text=text, rate=rate) for rate in (0.001, 0.004))])
+    assert commands.run([*flags, "--rows", "w8a8", "--seeds", "0-2"], description="") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if "baseline" in line] == [
+        'to train ["0.7m", "llama", "D/N 1", "rate 0.002", "baseline", "seed 2"]'
+    ]
+    with path.open() as file:
+        assert next(csv.reader(file)) == list(results.COLUMNS)

@@ -1,0 +1,100 @@
+"""The study's tables: what the CSV has, and nothing else."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+from study_results import a_result
+from studying import commands, results, tables
+from studying.results import Result
+
+from ds_quant.cli.shared.errors import CommandError
+
+
+def some_results() -> list[Result]:
+    found = [a_result("baseline", 0, 5.2, rate=0.001), a_result("baseline", 0, 5.3, rate=0.004)]
+    for seed in range(3):
+        found += [a_result("baseline", seed, 5 + seed / 10), a_result("w8a8", seed, 5.001 + seed / 10 + seed / 1000)]
+        found += [a_result("w4_channel", seed, 5.2 + seed / 10 + seed / 1000)]
+        found += [a_result("w4_block32", seed, 5.03 + seed / 10 + seed / 1000)]
+    return [*found, a_result("v8_tensor", 0, 400.0, state="diverged")]
+
+
+def test_tables_say_what_the_csv_has(tmp_path: Path) -> None:
+    path = tmp_path / "runs.csv"
+    results.write(path, some_results())
+    page = tmp_path / "study.md"
+    page.write_text(f"# Before\n{tables.BEGIN}\nold\n{tables.END}\nafter\n")
+    arguments = ["tables", "--csv", str(path), "--page", str(page)]
+    assert commands.run(arguments, description="") == 0
+    made = page.read_text()
+    assert made.startswith("# Before\n")
+    assert made.endswith(f"{tables.END}\nafter\n")
+    lines = {line.split("|")[1].strip(): line for line in made.splitlines() if line.startswith("| ")}
+    assert "| 3 | +0.0020 | -0.0005 to +0.0045 | equal | +0.0020 | about baseline: recommended | yes |" in lines["w8a8"]
+    assert "| 3 | +0.2010 | +0.1985 to +0.2035 | degraded |" in lines["w4_channel"]
+    assert "| +0.2010 | yes |" in lines["w4_block32"]
+    assert "1 (1 diverged)" in lines["v8_tensor"]
+    assert "| fails | yes |" in lines["v8_tensor"]
+    assert "Tuned learning rate: 0.002" in made
+    assert (tmp_path / "llama-0.7m-1.png").read_bytes().startswith(b"\x89PNG")
+    assert "Not run yet: w8_tensor" in made
+    # Nothing but the CSV is in them.
+    assert commands.run(arguments, description="") == 0
+    assert page.read_text() == made
+    text = path.read_text().replace("5.203", "5.213", 1)
+    assert text != path.read_text()
+    path.write_text(text)
+    assert commands.run(arguments, description="") == 0
+    assert page.read_text() != made
+
+
+def test_the_committed_page_is_that_of_the_committed_csv(tmp_path: Path) -> None:
+    page = tmp_path / "docs" / "study.md"
+    page.parent.mkdir()
+    committed = (ROOT / "docs" / "study.md").read_text()
+    page.write_text(committed)
+    copy = page.parent / "results" / "study" / "runs.csv"
+    results.write(copy, results.read(results.PATH).values())
+    assert copy.read_text() == results.PATH.read_text(), "sorted and in full, as the script writes it"
+    commands.run(["tables", "--csv", str(copy), "--page", str(page)], description="")
+    assert page.read_text() == committed, "run `python launchers/study.py tables`"
+
+
+def test_a_csv_comes_back_to_the_last_digit(tmp_path: Path) -> None:
+    found = [
+        a_result("baseline", 0, 0.1 + 0.2),
+        a_result("v8_tensor", 1, math.nan, state="diverged", other_loss=math.nan),
+    ]
+    results.write(tmp_path / "a.csv", found)
+    read = results.read(tmp_path / "a.csv")
+    assert read[found[0].key] == found[0]
+    assert math.isnan(read[found[1].key].loss)
+    (tmp_path / "b.csv").write_text("size,family\n")
+    with pytest.raises(CommandError, match="columns size, family"):
+        results.read(tmp_path / "b.csv")
+
+
+def test_a_rate_is_tuned_when_half_and_double_are_worse() -> None:
+    def tuned(losses: dict[float, float]) -> float | None:
+        found = [a_result("baseline", 0, loss, rate=rate) for rate, loss in losses.items()]
+        found += [a_result("baseline", 1, 1.0, rate=0.004), a_result("w8a8", 0, 1.0, rate=0.004)]
+        return results.tuned_rate(found, "0.7m", "llama", 1.0)
+
+    assert tuned({}) is None
+    assert tuned({0.002: 5.0, 0.004: 5.1, 0.008: 5.2}) is None
+    assert tuned({0.001: 5.05, 0.002: 5.0, 0.004: 5.1, 0.008: 5.2}) == 0.002
+    assert tuned({0.001: 4.9, 0.002: 5.0, 0.004: 5.1, 0.008: 5.2}) is None
+
+
+def test_a_repeated_run_is_the_same_to_the_last_digit() -> None:
+    one = a_result("v8_tensor", 0, 0.1 + 0.2)
+    assert results.is_same(one, dataclasses.replace(one, date="2026-12-01", other_loss=1.0))
+    assert not results.is_same(one, dataclasses.replace(one, loss=0.3))
+    nan = dataclasses.replace(one, loss=math.nan, state="diverged")
+    assert results.is_same(nan, dataclasses.replace(nan))
+    assert not results.is_same(nan, one)
