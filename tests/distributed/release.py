@@ -17,8 +17,19 @@ from ds_quant.planning.job import Job, run_job
 from ds_quant.planning.ledger import ROLES, Ledger, plain
 
 CASES = {
-    "AdamW": {"type": "AdamW", "section": {"exp_avg": {"bits": 4}, "exp_avg_sq": {"bits": 8}}, "bits": 24},
-    "Lion": {"type": "Lion", "section": {"exp_avg": {"bits": 8}}, "bits": 16, "checkpointing": True},
+    "AdamW": {
+        "type": "AdamW",
+        "section": {"exp_avg": {"bits": 4}, "exp_avg_sq": {"bits": 8}},
+        "bits": 24,
+        "zero": {"overlap_comm": True},
+    },
+    "Lion": {
+        "type": "Lion",
+        "section": {"exp_avg": {"bits": 8}},
+        "bits": 16,
+        "checkpointing": True,
+        "zero": {"reduce_scatter": False},
+    },
     "wire": {"type": "AdamW", "section": {"exp_avg": {"bits": 8}, "exp_avg_sq": {"bits": 8}}, "bits": 24, "wire": True},
 }
 STEPS = 2
@@ -50,7 +61,12 @@ def start(case, released, folder=None):
         "bf16": {"enabled": True, "check_grad_overflow": False},
         "optimizer": {"type": case["type"], "params": {"lr": 1e-2, "weight_decay": 0.1}},
         "scheduler": {"type": "WarmupLR", "params": {"warmup_max_lr": 1e-2, "warmup_num_steps": 8}},
-        "zero_optimization": {"stage": 2, "ds_quant_required": True, "reduce_bucket_size": BUCKET},
+        "zero_optimization": {
+            "stage": 2,
+            "ds_quant_required": True,
+            "reduce_bucket_size": BUCKET,
+            **case.get("zero", {}),
+        },
         "ds_quant": {"optimizer": optimizer},
     }
     if case.get("wire"):
