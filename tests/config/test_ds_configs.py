@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, free_port
+from studying.rows import all_rows
 from sweeping import paper
 from sweeping.matrix import shipped
 
@@ -81,6 +82,12 @@ WEIGHT_ROWS = {
     "wire8": ("full_int8", "comm8", {"mode": "codes"}),
     "wire4": ("full_int8", "comm4", {"mode": "difference", "bits": 4}),
 }
+# What is recommended for three budgets: rows that have its linear layers, its moments, and what it sends.
+RECOMMENDED = {
+    "recommended_8bit": ("full_int8", "adam8", "wire8"),
+    "recommended_4bit_states": ("full_int8", "m4v8", "wire4"),
+    "recommended_4bit": (None, "m4v8", "wire4"),
+}
 # Rows whose training is looked at: a row of ROWS, and steps between two looks.
 DIAGNOSED_ROWS = {"w8a8_diagnostics": ("w8a8", 20)}
 STAGE_0 = [name for name in MOMENT_ROWS if name.startswith("paper_")]
@@ -116,6 +123,7 @@ def test_the_matrix_is_complete():
         *WIRE_ROWS,
         *INT8_ROWS,
         *WEIGHT_ROWS,
+        *RECOMMENDED,
         *DIAGNOSED_ROWS,
     }
     assert len(list((ROOT / "ds_configs").rglob("*.json"))) == len(NAMES), "one name, one file"
@@ -145,6 +153,20 @@ def test_each_row_with_weights_on_the_wire_is_another_but_for_them(name):
     assert quant.communication.model_copy(update={"weight": None}) == load(wire).communication
     assert quant.model_copy(update={"communication": None}) == load(other).model_copy(update={"communication": None})
     assert quant.communication.weight.model_dump(exclude_unset=True) == weight
+
+
+@pytest.mark.parametrize("name", RECOMMENDED)
+def test_what_is_recommended_is_made_of_rows_that_were_measured(name):
+    quant, (linear, moments, wire) = load(name), RECOMMENDED[name]
+    assert quant.optimizer == load(moments).optimizer
+    assert quant.communication == load(wire).communication
+    if linear is not None:
+        assert quant.linear == load(linear).linear
+        return
+    # Of the study, whose rows quantize the output layer, too.
+    row = QuantConfig.load(json.loads(all_rows()["w4a4g4_block32"].config)).linear
+    assert row.exclude == ()
+    assert quant.linear == row.model_copy(update={"exclude": None})
 
 
 @pytest.mark.parametrize("name", INT8_ROWS)
@@ -367,6 +389,7 @@ def test_every_config_trains_a_step(tmp_path):
         linear, moments_row = WIRE_ROWS.get(name, (None, None, None))[1:]
         row = WEIGHT_ROWS[name][0] if name in WEIGHT_ROWS else name
         linear, moments_row, wire = INT8_ROWS.get(row, (linear, moments_row, name if name in WIRE_ROWS else None))
+        _, moments_row, wire = RECOMMENDED.get(name, (None, moments_row, wire))
         without = name == "baseline" or (name in MOMENT_ROWS and name != "w8a8_adam8")
         without |= name in WIRE_ROWS and not linear
         expected = 0 if without else 14 + name.startswith("paper_")
