@@ -14,6 +14,7 @@ from ds_quant.engine.parts import Part
 ORDER = [
     "MicroSteps",
     "Masters",
+    "Release",
     "Moments",
     "Steps",
     "Weights",
@@ -23,8 +24,9 @@ ORDER = [
     "Diagnostics",
 ]
 """Written down once more: what `quant_engine.ORDER` must be."""
-BELOW_STAGE_3 = [name for name in ORDER if name != "WeightFetches"]
-"""The parts that one engine has: that of stage 3 stands in for WeightCommunication."""
+BELOW_STAGE_3 = [name for name in ORDER if name not in ("WeightFetches", "Release")]
+"""The parts that one engine has: that of stage 3 stands in for WeightCommunication, and gradients that are released
+cannot be accumulated."""
 HOOKS = [name for name in vars(Part) if name.startswith(("before_", "after_"))]
 
 
