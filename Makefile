@@ -92,9 +92,9 @@ lint: venv
 	mypy
 	lint-imports
 
-# Two files at a time, one thread each; WORKERS=0 runs all in one process. What all jobs would build at once is built
-# first.
-WORKERS ?= 2
+# Three files at a time, one thread each: tests of Slurm and of runs that are killed wait more than they compute.
+# WORKERS=0 runs all in one process. What all jobs would build at once is built first.
+WORKERS ?= 3
 MARKERS ?= not slow
 BUILD_OP = python -c "import deepspeed; deepspeed.get_accelerator().create_op_builder('ShareMemCommBuilder').load()"
 PYTEST = python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder --durations 25 -m "$(MARKERS)"

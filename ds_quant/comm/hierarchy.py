@@ -40,22 +40,22 @@ class Nodes(NamedTuple):
     """The ranks of the same number in all nodes."""
 
 
-def ranks_per_node(setting: bool | int) -> int:
+def ranks_per_node(setting: bool | int, where: str = WHERE) -> int:
     """The number that `"hierarchical"` means. Raises ConfigError where `true` cannot be told."""
     if setting is not True:
         return int(setting)
     local = os.environ.get("LOCAL_WORLD_SIZE", "")
     if not local.isdecimal() or int(local) < 1:
         allowed = "true where the launcher sets LOCAL_WORLD_SIZE (deepspeed, torchrun), or the ranks in a node"
-        raise fail(WHERE, True, allowed, "write the number of ranks in a node")
+        raise fail(where, True, allowed, "write the number of ranks in a node")
     return int(local)
 
 
-def check_nodes(world_size: int, size: int) -> None:
+def check_nodes(world_size: int, size: int, where: str = WHERE) -> None:
     """Raise ConfigError where the ranks do not fill whole nodes, two at least."""
     if world_size % size or world_size == size:
-        allowed = f"a divisor of the {world_size} ranks that reduce together, less than all: one node quantizes nothing"
-        raise fail(WHERE, size, allowed, "correct it, or set false")
+        allowed = f"a divisor of the {world_size} ranks that exchange them, less than all: one node sends no codes"
+        raise fail(where, size, allowed, "correct it, or set false")
 
 
 def make_nodes(group: backend.Group, size: int) -> Nodes:

@@ -11,12 +11,12 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch import distributed as torch_dist
 
-from ds_quant.comm import backend, layout
+from ds_quant.comm import layout
 from ds_quant.comm.buffers import Buffers
 from ds_quant.comm.exchange import Words
 from ds_quant.comm.layout import Piece
+from ds_quant.comm.message_gather import GroupOfNodes
 from ds_quant.comm.statistics import Statistics
 from ds_quant.comm.weight_layout import Weight
 from ds_quant.config import WeightCommunicationConfig
@@ -42,6 +42,7 @@ class DifferenceGather:
     Args:
         weights: those of the group, in order; padding between and behind them is not sent.
         numel: of the group, a multiple of the number of ranks.
+        group: with its nodes where messages are to travel between these once.
     """
 
     def __init__(
@@ -49,12 +50,12 @@ class DifferenceGather:
         weights: Sequence[Weight],
         numel: int,
         fmt: WireFormat,
-        group: backend.Group,
+        group: GroupOfNodes,
         buffers: Buffers,
         statistics: Statistics,
     ) -> None:
         self.group, self.fmt = group, fmt
-        self.world_size, self.rank = torch_dist.get_world_size(group), torch_dist.get_rank(group)
+        self.world_size, self.rank = group.world_size, group.rank
         self._buffers, self._statistics = buffers, statistics
         self._size = numel // self.world_size
         pieces = [piece for weight in weights for piece in _pieces(weight, self._size)]
@@ -62,14 +63,24 @@ class DifferenceGather:
         counts = [sum(piece.owner == owner for piece in self.layout.pieces) for owner in range(self.world_size)]
         ends = [sum(counts[: owner + 1]) for owner in range(self.world_size)]
         self._of_owner = [
-            Parts(*(column[end - count : end] for column in self.layout.gathered))
-            for count, end in zip(counts, ends, strict=True)
+            self._placed(owner, Parts(*(column[end - count : end] for column in self.layout.gathered)))
+            for owner, (count, end) in enumerate(zip(counts, ends, strict=True))
         ]
 
     @property
     def sent_bytes(self) -> int:
-        """What a rank puts on the wire."""
-        return (self.world_size - 1) * self.layout.slot_bytes
+        """What a rank puts on the wire; of two levels, between nodes."""
+        return self.group.num_receivers * self.layout.slot_bytes
+
+    def _placed(self, owner: int, parts: Parts) -> Parts:
+        """Places in the messages of all owners, of those that a layout has put in the order of the ranks."""
+        moved = (self.group.place(owner) - owner) * self.layout.slot_bytes
+        if moved == 0:
+            return parts
+        parts = parts._replace(scale_at=parts.scale_at + moved, codes_at=parts.codes_at + moved)
+        for column in (parts.scale_at, parts.codes_at):
+            column.setflags(write=False)  # as `layout.build` has them
+        return parts
 
     @torch.no_grad()
     def gather(self, flat: Tensor, masters: Tensor, replica: Tensor, key: Words | None) -> None:
@@ -84,18 +95,17 @@ class DifferenceGather:
         values = taken.view(torch.float32)
         torch.sub(masters.to(flat.device), replica.float(), out=values)
         gathered = self._buffers.take(self.world_size * self.layout.slot_bytes, flat.device)
-        begin = self.rank * self.layout.slot_bytes
+        begin = self.group.place(self.rank) * self.layout.slot_bytes
         slot = gathered[begin : begin + self.layout.slot_bytes]
         if self.layout.own_pieces:
             errors = self._statistics.errors_on(flat.device)
             wire.quantize([values], self.layout.own, slot, self.fmt, key=key, errors=errors)
-        work = backend.all_gather(gathered, slot, self.group)
-        others = self.world_size - 1
-        self._statistics.count(self.sent_bytes, others * self.layout.own_numel, flat.element_size())
+        gathering = self.group.gather(gathered)
+        receivers = self.group.num_receivers
+        self._statistics.count(self.sent_bytes, receivers * self.layout.own_numel, flat.element_size())
         partitions = flat.view(self.world_size, self._size)
         partitions[self.rank].copy_(replica)
-        if work is not None:
-            work.wait()
+        gathering.wait()
         values.zero_()  # padding stays what it is
         for owner, partition in enumerate(partitions):
             if len(self._of_owner[owner].numel):
@@ -119,12 +129,13 @@ def _pieces(weight: Weight, size: int) -> list[Piece]:
 
 def describe_weights(config: WeightCommunicationConfig) -> str:
     """One line for reports."""
+    between = ["once between nodes"] if config.hierarchical else []
     if config.mode == "codes":
-        return "the codes that layers compute with"
+        return ", ".join(["the codes that layers compute with", *between])
     fmt = wire_format(config)
     words = [f"their differences in {fmt.bits} bits in blocks of {fmt.block_size}"]
     if rounding_of(config) == "stochastic":
         words.append("stochastic rounding")
     if fmt.rotation != "none":
         words.append(f"{fmt.rotation} rotation")
-    return ", ".join(words)
+    return ", ".join(words + between)

@@ -110,16 +110,20 @@ class WeightLayout:
             for messages in zip(*self.rounds, strict=True)
         )
 
-    def sent_bytes(self, rank: int) -> int:
-        """What a rank puts on the wire: each message for each other rank, and its part of the exchange of absmax."""
+    def sent_bytes(self, rank: int, node_size: int = 1) -> int:
+        """What a rank puts on the wire: each message for each other node, and its part of the exchange of absmax.
+
+        In one level each rank is a node. In two, what stays in the node does not count.
+        """
         world_size = len(self.rounds[0]) if self.rounds else 1
-        messages = sum(messages[rank].num_bytes for messages in self.rounds) * (world_size - 1)
-        return messages + exchange_bytes(self.num_shared, world_size)
+        messages = sum(messages[rank].num_bytes for messages in self.rounds) * (world_size // node_size - 1)
+        return messages + exchange_bytes(self.num_shared, world_size, node_size)
 
 
-def exchange_bytes(num_shared: int, world_size: int) -> int:
-    """What a rank sends in the all-reduce of the absmax of shared channels, in fp32."""
-    return 2 * 4 * num_shared * (world_size - 1) // world_size
+def exchange_bytes(num_shared: int, world_size: int, node_size: int = 1) -> int:
+    """What a rank sends in the all-reduce of the absmax of shared channels, in fp32: between nodes, of its share."""
+    num_nodes = world_size // node_size
+    return 2 * 4 * -(-num_shared // node_size) * (num_nodes - 1) // num_nodes
 
 
 def build(

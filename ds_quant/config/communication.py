@@ -56,6 +56,9 @@ class WeightCommunicationConfig(Section):
     """Of `difference`: `nearest` (ties to even) or `stochastic`. Default `nearest` at 8 bits, `stochastic` at 4."""
     rotation: Literal["none", "hadamard"] = "none"
     """Of `difference`: `hadamard` rotates each block before it is quantized, which spreads outliers over the block."""
+    hierarchical: RanksPerNode = False
+    """At stages 1 and 2: send codes between nodes once, each rank to those of its own number in other nodes, and pass
+    them on inside the nodes: `true`, or the number of ranks in a node."""
     whole_every: Annotated[int, Field(ge=1), Allowed("an integer, 1 or more: steps of the optimizer")] | None = None
     """Of `difference`: the first step and each of so many sends whole weights. Default 1000."""
 

@@ -51,6 +51,14 @@ REFUSALS = (
         "communication",
     ),
     Refusal(
+        "zero_optimization.stage",
+        is_three,
+        ("communication.weight.hierarchical",),
+        "1 or 2",
+        "stage 3 fetches weights in one level: a second one would have to run between the start of a fetch and its use",
+        'use stage 1, or remove "hierarchical"',
+    ),
+    Refusal(
         "zero_optimization.zero_hpz_partition_size",
         is_above_one,
         ("communication.weight",),

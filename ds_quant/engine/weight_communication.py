@@ -22,6 +22,8 @@ from ds_quant.base.errors import fail
 from ds_quant.base.log import say
 from ds_quant.comm.agreement import check_agreement
 from ds_quant.comm.buffers import Buffers
+from ds_quant.comm.hierarchy import check_nodes, make_nodes, ranks_per_node
+from ds_quant.comm.message_gather import GroupOfNodes
 from ds_quant.comm.weight_difference import WHOLE_EVERY, DifferenceGather, describe_weights, rounding_of, wire_format
 from ds_quant.comm.weight_gather import WeightGather
 from ds_quant.comm.weight_layout import Weight, build
@@ -69,8 +71,8 @@ class WeightCommunication(WeightPart):
     """Has a live engine gather its updated weights by `config`. All ranks make it.
 
     Raises:
-        ConfigError: there is nothing to gather in few bits, DeepSpeed chose an optimizer that gathers otherwise, or the
-            ranks differ in config or model.
+        ConfigError: there is nothing to gather in few bits, DeepSpeed chose an optimizer that gathers otherwise,
+            `hierarchical` does not fit the ranks, or these differ in config or model.
         ImportError: the live engine or its wrapper lacks what is used here.
     """
 
@@ -89,13 +91,14 @@ class WeightCommunication(WeightPart):
         self._wrapper: Any = weakref.proxy(wrapper)
         groups = _groups(engine, config)
         sizes = [flat.numel() for flat in wrapper.bit16_groups_flat]
-        description = [config.model_dump(), sizes, groups]  # what all layouts are made of
+        node_size = _node_size(config, wrapper.real_dp_process_group)
+        description = [config.model_dump(), node_size, sizes, groups]  # what all layouts are made of
         device = torch.device(engine.device)
         check_agreement("ds_quant.communication.weight", description, dist.get_world_group(), device)
         self._seed = seed_of_first_rank(engine, torch.initial_seed())
         self._replicas: Replicas | None = None
         self._loaded: dict[str, Tensor] = {}
-        self._gathers: list[Any] = self._make_gathers(groups)
+        self._gathers: list[Any] = self._make_gathers(groups, node_size)
         if config.mode == "difference":
             self._replicas = Replicas(wrapper)
         sent = {
@@ -115,18 +118,24 @@ class WeightCommunication(WeightPart):
         engine.ds_quant_weight_communication = self
         _tell(config, [weight for group in groups for weight in group])
 
-    def _make_gathers(self, groups: Sequence[Sequence[Weight]]) -> list[Any]:
+    def _make_gathers(self, groups: Sequence[Sequence[Weight]], node_size: int) -> list[Any]:
         buffers, wrapper = Buffers(), self._wrapper
+        ranks: dict[Any, GroupOfNodes] = {}
         made: list[Any] = []
         for group, flat, process_group in zip(
             groups, wrapper.bit16_groups_flat, wrapper.real_dp_process_group, strict=True
         ):
+            if process_group not in ranks:
+                alone = not node_size or dist.get_world_size(process_group) == 1
+                nodes = None if alone else make_nodes(process_group, node_size)
+                ranks[process_group] = GroupOfNodes(process_group, nodes)
+            members = ranks[process_group]
             if self.config.mode == "difference":
                 fmt = wire_format(self.config)
-                made.append(DifferenceGather(group, flat.numel(), fmt, process_group, buffers, self.statistics))
+                made.append(DifferenceGather(group, flat.numel(), fmt, members, buffers, self.statistics))
             else:
-                layout = build(group, flat.numel(), dist.get_world_size(process_group), flat.element_size())
-                made.append(WeightGather(layout, process_group, buffers, self.statistics))
+                layout = build(group, flat.numel(), members.world_size, flat.element_size())
+                made.append(WeightGather(layout, members, buffers, self.statistics))
         return made
 
     # ---- a step
@@ -209,6 +218,18 @@ class WeightCommunication(WeightPart):
         loaded, self._loaded = self._loaded, {}
         if self._replicas and path is not None:
             self._replicas.load(loaded)
+
+
+def _node_size(config: WeightCommunicationConfig, groups: Iterable[Any]) -> int:
+    """Ranks in a node that messages travel between; 0: they travel between ranks."""
+    sizes = {dist.get_world_size(group) for group in groups} - {1}
+    if not config.hierarchical or not sizes:
+        return 0
+    where = "ds_quant.communication.weight.hierarchical"
+    found = ranks_per_node(config.hierarchical, where)
+    for size in sorted(sizes):
+        check_nodes(size, found, where)
+    return found
 
 
 def _groups(engine: Any, config: WeightCommunicationConfig) -> list[list[Weight]]:

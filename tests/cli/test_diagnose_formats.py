@@ -2,9 +2,11 @@
 
 import argparse
 import csv
+import runpy
 
 import pytest
 import torch
+from conftest import ROOT
 from evaluate_files import write_model
 from safetensors.torch import save_file
 from torch import nn
@@ -125,3 +127,9 @@ def test_a_checkpoint_has_its_rows(run, tmp_path, monkeypatch):
 def test_layers_of_no_checkpoint(capsys):
     assert diagnose.main(["formats", "--by_layer"]) == 2
     assert "--by_layer: got no checkpoint; allowed: beside --checkpoints" in capsys.readouterr().err
+
+
+def test_the_table_of_the_page_is_what_its_script_writes():
+    names = runpy.run_path(str(ROOT / "docs" / "formats_table.py"))
+    page = names["PAGE"].read_text()
+    assert page == names["page"](page), "run python docs/formats_table.py"

@@ -57,6 +57,17 @@ def test_bytes_of_large_weights(bits):
         assert found.sent_bytes(rank) == 3 * numel // 4 * bits // 8 + 3 * 2 * 3 * 1024
 
 
+def test_bytes_between_nodes():
+    """A message for each other node, not for each other rank, and its share of the rows in several partitions."""
+    weights, numel = weights_of(SHAPES)
+    found = build(weights, numel + -numel % 4, 4, 2)
+    assert found.num_shared % 2, "nothing to round up"
+    for rank in range(4):
+        (message,) = (messages[rank].num_bytes for messages in found.rounds)
+        assert found.sent_bytes(rank) == 3 * message + 2 * 4 * found.num_shared * 3 // 4
+        assert found.sent_bytes(rank, 2) == message + 2 * 4 * ((found.num_shared + 1) // 2) // 2
+
+
 def test_what_cannot_be_laid_out_is_refused():
     weights, numel = weights_of(SHAPES)
     with pytest.raises(ValueError, match="allowed: multiples"):

@@ -20,6 +20,7 @@ ALL = set(PARTS)
 OTHER_PARTS = (
     ("communication.weight",),
     ("communication.weight.bits",),
+    ("communication.weight.hierarchical",),
     ("optimizer.master",),
     ("optimizer.release_gradients",),
 )
@@ -130,6 +131,18 @@ def test_weights_are_gathered_as_codes_alone_at_stage_3():
     with pytest.raises(ConfigError, match="no rank keeps a replica") as caught:
         check("zero_optimization.stage", 3, DIFFERENCE)
     assert "; allowed: 1 or 2 with ds_quant.communication.weight.bits (" in str(caught.value)
+
+
+def test_weights_travel_between_ranks_at_stage_3():
+    def of(setting):
+        return PARTS["linear.weight"] | {"communication": {"weight": {"mode": "codes", "hierarchical": setting}}}
+
+    for setting in (True, 2):
+        check("zero_optimization.stage", 2, of(setting))
+        with pytest.raises(ConfigError, match="fetches weights in one level") as caught:
+            check("zero_optimization.stage", 3, of(setting))
+        assert "; allowed: 1 or 2 with ds_quant.communication.weight.hierarchical (" in str(caught.value)
+    check("zero_optimization.stage", 3, of(False))
 
 
 @pytest.mark.parametrize(("path", "refused", "passing"), WEIGHT_CASES)

@@ -107,8 +107,8 @@ WRONG_STATE_AND_WIRE_VALUES = [
         "did you mean",
     ),
     (
-        {**W8_LINEAR, "communication": {"weight": {"mode": "codes", "hierarchical": True}}},
-        f"{ON_WIRE}.hierarchical",
+        {**W8_LINEAR, "communication": {"weight": {"mode": "codes", "error_feedback": True}}},
+        f"{ON_WIRE}.error_feedback",
         "true",
         "the keys mode",
         "remove it",

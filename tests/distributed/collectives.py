@@ -19,6 +19,7 @@ from collectives_definition import as_sent, bound, expected_of
 from counted_wire import CountedWire, check_bytes
 from expectations import expecting, same_on_all
 from torch import distributed as dist
+from weight_gathers import check_of_many, check_two_levels
 
 from ds_quant.base.errors import ConfigError
 from ds_quant.comm import all_reduce, reduce_scatter
@@ -78,6 +79,8 @@ def main(output):
         ]
 
     hierarchical = [False] + [m for m in (2,) if world_size % m == 0 and world_size > m]
+    for node in hierarchical[1:]:
+        check_two_levels(expect, node, same_on_all)
     for node in hierarchical:
         for number, bits, rotation, rounding, size, dtype in cases(world_size):
             options = {"bits": bits, "block_size": 32 if size < 1000 else 256, "rotation": rotation}
@@ -265,6 +268,7 @@ def main_of_many(output, rank, world_size=1024):
         expect(wire_.bytes == 2 * ranks_beyond * (256 + 4), "formula of nodes", node, wire_.bytes)
         counted.append(wire_.bytes)
     expect(counted[1] * 8 < counted[0], "nodes", counted)
+    check_of_many(expect, 8)
 
     # A group that is gone takes what was made for it along.
     collectives = sys.modules["ds_quant.comm.collectives"]

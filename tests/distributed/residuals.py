@@ -297,6 +297,7 @@ def disagreeing(folder):
         "block_size": {"gradient": {"block_size": (32, 64)[rank]}},
         "model": {"stage": 0, "model": lambda: Net(hidden=HIDDEN + rank)},
         "hierarchical": {"gradient": {"hierarchical": 3}},
+        "weights": {"section": {"communication": {"weight": {"mode": "difference", "bits": 8, "hierarchical": 3}}}},
     }
     report = {}
     for name, case in cases.items():

@@ -150,6 +150,8 @@ def test_ranks_that_disagree_all_say_so(rest):
             assert "ds_quant.communication: got ..." in error
             assert "; allowed: the same on all ranks; fix: give every rank the same config" in error
     assert all("hierarchical: got 3; allowed: a divisor of the 2 ranks" in error for error in found["hierarchical"])
+    where = "ds_quant.communication.weight.hierarchical: got 3; allowed: a divisor of the 2 ranks"
+    assert all(error.startswith(where) for error in found["weights"])
 
 
 def test_residuals_of_version_0_1_are_owed_on(tmp_path):

@@ -31,6 +31,7 @@ CASES = {
         f"reader:simulated:4:3:bf16:{PARTED}",
         f"gpt2:int8:8:3:autocast:{PARTED}:{AT_ONCE}",
     ],
+    4: ["odd:int8:8:1:bf16:hierarchical=2"],
 }
 MORE = ["odd:simulated:5:3:masters", f"odd:int8:8:3:fp32:{PARTED}", f"gpt2:simulated:8:3:bf16:{PARTED}:offload_param=1"]
 """Of stage 3."""
@@ -115,6 +116,9 @@ def test_bytes(reports, ranks, case):
         fetched, shared, whole = codes["wire"]
         assert fetched + shared + whole == codes["counted"]
         assert report[case]["none"]["wire"][:2] == [0, 0]
+        if "hierarchical" in case:
+            two_levels, one_level = codes["levels"]
+            assert sum(codes["layout"]) == two_levels < one_level / 2
         if ":3:" not in case:
             assert fetched + shared == steps * sum(codes["layout"]) > 0
         elif AT_ONCE in case:
@@ -154,6 +158,7 @@ DIFFERENCES = {
         ("odd:int8:8:1:bf16", {"mode": "difference", "bits": 8, "block_size": 32, "rounding": "stochastic"}),
         ("gpt2:simulated:8:1:fp32", {"mode": "difference", "bits": 4, "whole_every": 3}),
     ],
+    4: [("odd:int8:8:2:bf16", {"mode": "difference", "bits": 4, "hierarchical": 2})],
 }
 EACH = [(ranks, number) for ranks, cases in DIFFERENCES.items() for number in range(len(cases))]
 
@@ -209,6 +214,7 @@ def test_bytes_of_differences(differences, ranks, number):
     for report in (report[number] for report in differences[ranks]):
         whole = [step for step in range(3) if step % weight.get("whole_every", 1000) == 0]
         of_a_step = sum(report["layout"])
+        assert of_a_step == sum(report["slots"]) * (ranks // weight.get("hierarchical", 1) - 1)
         assert report["wire"] == of_a_step * (3 - len(whole))
         of_whole = sum(report["numel"]) * size * (ranks - 1) // ranks
         assert report["counted"] == report["wire"] + of_whole * len(whole)

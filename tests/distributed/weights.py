@@ -3,7 +3,7 @@
     deepspeed weights.py OUTPUT CASE ...
 
 A CASE is MODEL:BACKEND:BITS:STAGE:DTYPE and more settings of zero_optimization as `name=value`, with colons between;
-the dtype `masters` is bf16 with masters of 24 bits.
+the dtype `masters` is bf16 with masters of 24 bits, and `hierarchical=value` one of communication.weight.
 Reported are digests of what each of two engines shows after each step, one of DeepSpeed's own gathers and one of ours;
 what crossed the wire, counted at the collectives; and what leaves the job of either.
 """
@@ -102,7 +102,10 @@ def config_of(case, gathered):
         config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
     for setting in more:
         name, _, value = setting.partition("=")
-        config["zero_optimization"][name] = json.loads(value)
+        if name != "hierarchical":
+            config["zero_optimization"][name] = json.loads(value)
+        elif gathered:
+            quantized["communication"]["weight"] = {**quantized["communication"]["weight"], name: json.loads(value)}
     for name in ("offload_optimizer", "offload_param"):
         if name in config["zero_optimization"]:
             config["zero_optimization"][name] = {"device": "cpu"}
@@ -165,21 +168,32 @@ def train(engine, first, last):
 def layout_of(part, engine):
     """Bytes of a step, as the layouts have them; of stage 3 those of a fetch of every weight, without whole ones."""
     if not is_stage3(engine):
-        return [gather.layout.sent_bytes(dist.get_rank()) for gather in part._gathers]
+        return [gather.sent_bytes for gather in part._gathers]
     others = dist.get_world_size() - 1
     return [others * weight.slot_bytes for weight in part._coded.values()]
 
 
 class Watch:
-    """Bytes that this rank sends to gather weights, counted at the collectives."""
+    """Bytes that this rank sends to gather weights, counted at the collectives; not those within a node."""
 
     def __init__(self):
+        self.node_size = 1
         self.sent = self.shared = self.whole = 0
         self._gather, self._reduce, self._fetch = backend.all_gather_uneven, backend.all_reduce_max, backend.all_gather
         backend.all_gather_uneven, backend.all_reduce_max = self._counted_gather, self._counted_reduce
         backend.all_gather = self._counted_fetch
         self._of_deepspeed, self._of_all = partition_parameters._dist_allgather_fn, dist.all_gather_into_tensor
         partition_parameters._dist_allgather_fn, dist.all_gather_into_tensor = self._counted_whole, self._counted_all
+
+    def watch(self, case):
+        """Count for a case from now on."""
+        _, _, size = case.partition("hierarchical=")
+        self.node_size = int(size or 1)
+        self.take()
+
+    def _leaves_node(self, group):
+        ranks = torch.distributed.get_process_group_ranks(group)
+        return ranks[0] // self.node_size != ranks[-1] // self.node_size
 
     def _counted_whole(self, part, output, group=None):
         self.whole += output.nbytes - part.nbytes
@@ -190,17 +204,17 @@ class Watch:
         return self._of_all(output, part, *args, **kwargs)
 
     def _counted_fetch(self, output, message, group):
-        self.sent += output.nbytes - message.nbytes
+        self.sent += self._leaves_node(group) * (output.nbytes - message.nbytes)
         return self._fetch(output, message, group)
 
     def _counted_gather(self, slots, message, group):
         assert message.dtype == torch.uint8
-        self.sent += message.numel() * (len(slots) - 1)
+        self.sent += self._leaves_node(group) * message.numel() * (len(slots) - 1)
         return self._gather(slots, message, group)
 
     def _counted_reduce(self, values, group):
         ranks = torch.distributed.get_world_size(group)
-        self.shared += 2 * values.nbytes * (ranks - 1) // ranks
+        self.shared += self._leaves_node(group) * 2 * values.nbytes * (ranks - 1) // ranks
         return self._reduce(values, group)
 
     def take(self):
@@ -250,12 +264,16 @@ def evaluated(engine):
 def run(case, gathered, watch):
     engine = build(case, gathered)
     folder = shared_folder()
-    watch.take()
+    watch.watch(case)
     report = {"early": train(engine, 0, EARLY), "wire": watch.take(), "evaluated": evaluated(engine)}
     part = getattr(engine, "ds_quant_weight_communication", None)
     if part is not None:
         report["counted"] = part.total.sent_bytes
         report["layout"] = layout_of(part, engine)
+        if watch.node_size > 1:
+            sizes = (watch.node_size, 1)
+            layouts = [gather.layout for gather in part._gathers]
+            report["levels"] = [sum(layout.sent_bytes(dist.get_rank(), size) for layout in layouts) for size in sizes]
         report["coarse"] = parameters_of(engine)
         model = engine.module
         layer = next(module for module in model.modules() if isinstance(module, QuantizedModule))

@@ -23,15 +23,17 @@ EARLY, STEPS, DRIFTING = 3, 6, 24
 
 
 class Watch:
-    """Bytes of the messages, counted at the all-gather; those of gradients have their own."""
+    """Bytes of the messages between nodes, counted at the all-gather; those of gradients have their own."""
 
     def __init__(self):
-        self.sent = 0
+        self.node_size, self.sent = 1, 0
         self._gather = backend.all_gather
         backend.all_gather = self._counted
 
     def _counted(self, output, message, group):
-        self.sent += output.numel() - message.numel()
+        ranks = torch.distributed.get_process_group_ranks(group)
+        if ranks[0] // self.node_size != ranks[-1] // self.node_size:
+            self.sent += output.numel() - message.numel()
         return self._gather(output, message, group)
 
     def take(self):
@@ -78,9 +80,11 @@ def run(case, weight, watch):
     engine = build(case, weight)
     part = engine.ds_quant_weight_communication
     names = {name: parameter for name, parameter in engine.module.named_parameters() if parameter.requires_grad}
+    watch.node_size = weight.get("hierarchical", 1)
     watch.take()
     report = {"trained": train(engine, 0, EARLY), "wire": watch.take(), "counted": part.total.sent_bytes}
     report["layout"] = [gather.sent_bytes for gather in part._gathers]
+    report["slots"] = [gather.layout.slot_bytes for gather in part._gathers]
     report["numel"] = [flat.numel() for flat in engine.optimizer.bit16_groups_flat]
     report["error"] = part.summary()["weight_quantization_error"]
     report["replica"] = parameters_of(engine)

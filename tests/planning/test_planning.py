@@ -388,6 +388,27 @@ class TestCommand:
         assert gathered["sent_bytes"] == 2 * share * 1023
         assert any("a node sends" in line for line in lines(report))
 
+    @pytest.mark.slow
+    @pytest.mark.timeout(180)
+    def test_weights_cross_between_nodes_once(self, root, capsys, tmp_path):
+        """A message goes to each other node, and inside the node what came is passed on: two messages to one rank."""
+        given = ["plan", "--model", "model_type=gpt2,n_embd=64,n_layer=1,n_head=2,vocab_size=64,n_positions=32"]
+        given += ["--nodes", "2", "--gpus-per-node", "2", "--batch", "4", "--stage", "1", "--json", "--config"]
+        gathers = {}
+        for level in (False, True):
+            raw = json.loads((root / "ds_configs" / "comm8.json").read_text())
+            weight = {"mode": "difference", "bits": 8, "hierarchical": level}
+            raw["ds_quant"]["communication"] = {"weight": weight}
+            path = tmp_path / "config.json"
+            path.write_text(json.dumps(raw))
+            assert main([*given, str(path)]) == 0
+            rows = json.loads(capsys.readouterr().out)["wire"]
+            rows = [row for row in rows if row["operation"] == "all-gather" and row["dtype"] == "uint8"]
+            gathers[level] = [sum(row[key] for row in rows) for key in ("sent_bytes", "node_bytes")]
+        message = gathers[False][0] // 3
+        assert gathers[False][0] == 3 * message > 0
+        assert gathers[True] == [message + 2 * message, 2 * message]
+
     @pytest.mark.timeout(180)
     def test_threads_do_not_make_it_hang(self, root, capsys, monkeypatch):
         """In most shells OMP_NUM_THREADS is not set; dry runs are forks, and torch's threads do not survive one."""

@@ -1,0 +1,37 @@
+"""Writes the table of errors of number formats: `python docs/formats_table.py`, after `ds_quant diagnose formats`."""
+
+import csv
+from pathlib import Path
+
+PAGE = Path(__file__).parent / "results" / "2026-11-29-formats.md"
+FIGURES = PAGE.with_name("2026-11-29-formats-recorded.csv")
+BEGIN, END = "<!-- written by docs/formats_table.py -->\n", "<!-- end -->\n"
+
+
+def table() -> str:
+    """A row for each format, a column for each kind of numbers: relative errors."""
+    with FIGURES.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    kinds = list(dict.fromkeys(row["numbers"] for row in rows))
+    found: dict[tuple[str, str], dict[str, dict[str, str]]] = {}
+    for row in rows:
+        found.setdefault((row["format"], row["scale"]), {})[row["numbers"]] = row
+    heads = ["format", "a scale for each", "bits", *(kind.rpartition(": ")[2] for kind in kinds)]
+    lines = [heads, ["---"] * len(heads)]
+    for (name, scale), cells in found.items():
+        bits = cells[kinds[0]]["bits_an_element"]
+        lines.append([f"`{name}`", scale, bits, *(f"{float(cells[kind]['relative_error']):.4f}" for kind in kinds)])
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def page(text: str) -> str:
+    """The page with the table of the figures between its two marks."""
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    assert begin, f"{PAGE} has lost the mark {BEGIN}"
+    assert end, f"{PAGE} has lost the mark {END}"
+    return before + BEGIN + table() + END + after
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(PAGE.read_text()))
