@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/.cache/torch_extensions
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help venv pretrain baseline compare moments masters communication int8 study study-smoke test test-all test-kills test-stack stack-tests check docs lint pytest clean
+.PHONY: help venv pretrain baseline compare moments masters muon communication int8 study study-smoke test test-all test-kills test-stack stack-tests check docs lint pytest clean
 
 help:
 	@echo "make pretrain   pre-train the tiny model in W8A8 (sets everything up first)"

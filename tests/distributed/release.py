@@ -39,6 +39,8 @@ BUCKET = 3000
 """Of DeepSpeed: smaller than some of the parameters, larger than others."""
 MEMORY_PART = 1 << 12
 """Of the model whose memory is measured."""
+LARGEST = 64 * 128
+"""Elements of its largest parameter."""
 NAME = "model.layers.0.mlp.up_proj.weight"
 
 
@@ -156,7 +158,7 @@ def memory_job(world_size, rank):
         "zero_optimization": {"stage": 2, "ds_quant_required": True, "reduce_bucket_size": MEMORY_PART},
         "ds_quant": {"optimizer": {**optimizer, "release_gradients": True}},
     }
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 8}
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 16}
     model = {**tiny_llama_config(**sizes).to_dict(), "model_type": "llama"}
     return Job(config, model, 1, 8, world_size, rank)
 
