@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch import distributed as torch_dist
+from torch.distributed import distributed_c10d
 
 from ds_quant.base.errors import fail
 from ds_quant.comm import backend
@@ -65,7 +66,7 @@ def make_nodes(group: backend.Group, size: int) -> Nodes:
     num_nodes = world_size // size
     node, number = divmod(rank, size)
     # Every group by its members alone: other ranks of the job need not take part.
-    with _unbound(torch_dist.group.WORLD):
+    with _unbound(torch_dist.group.WORLD), _named_alike(group):
         inside = torch_dist.new_group(members[node * size : (node + 1) * size], use_local_synchronization=True)
         between = torch_dist.new_group(members[number::size], use_local_synchronization=True)
     return Nodes(size, num_nodes, node, number, inside, between)
@@ -87,6 +88,24 @@ def _unbound(world: Any) -> Iterator[None]:
         yield
     finally:
         world.bound_device_id = bound
+
+
+@contextmanager
+def _named_alike(group: backend.Group) -> Iterator[None]:
+    """Context in which the ranks of `group` give new groups the same names.
+
+    torch makes a name of a group's ranks and of how many groups its maker has. Where ranks have been in different
+    numbers of groups, of experts say, they would wait for each other under different names for ever.
+    """
+    names = distributed_c10d._world.pg_names
+    missing = max(backend.gather_objects(len(names), group)) - len(names)
+    stand_ins = [object() for _ in range(missing)]
+    names.update(dict.fromkeys(stand_ins, ""))
+    try:
+        yield
+    finally:
+        for one in stand_ins:
+            del names[one]
 
 
 class TwoLevelLayout(NamedTuple):

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ds_quant.base.errors import fail
 from ds_quant.base.log import say
-from ds_quant.comm.agreement import check_agreement
+from ds_quant.comm.agreement import check_agreement, raise_together
 from ds_quant.comm.buffers import Buffers
 from ds_quant.comm.hierarchy import check_nodes, make_nodes, ranks_per_node
 from ds_quant.comm.message_gather import GroupOfNodes
@@ -91,9 +91,13 @@ class WeightCommunication(WeightPart):
         self._wrapper: Any = weakref.proxy(wrapper)
         groups = _groups(engine, config)
         sizes = [flat.numel() for flat in wrapper.bit16_groups_flat]
-        node_size = _node_size(config, wrapper.real_dp_process_group)
-        description = [config.model_dump(), node_size, sizes, groups]  # what all layouts are made of
         device = torch.device(engine.device)
+        node_size = 0
+        if config.hierarchical:  # a launcher that tells some ranks alone of their nodes is found by all
+            found: list[int] = []
+            raise_together(lambda: found.append(_node_size(config, wrapper.real_dp_process_group)), device)
+            (node_size,) = found
+        description = [config.model_dump(), node_size, sizes, groups]  # what all layouts are made of
         check_agreement("ds_quant.communication.weight", description, dist.get_world_group(), device)
         self._seed = seed_of_first_rank(engine, torch.initial_seed())
         self._replicas: Replicas | None = None
@@ -221,9 +225,9 @@ class WeightCommunication(WeightPart):
 
 
 def _node_size(config: WeightCommunicationConfig, groups: Iterable[Any]) -> int:
-    """Ranks in a node that messages travel between; 0: they travel between ranks."""
+    """Ranks in a node that messages travel between, of a hierarchical config; 0: no group has two ranks."""
     sizes = {dist.get_world_size(group) for group in groups} - {1}
-    if not config.hierarchical or not sizes:
+    if not sizes:
         return 0
     where = "ds_quant.communication.weight.hierarchical"
     found = ranks_per_node(config.hierarchical, where)

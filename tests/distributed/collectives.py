@@ -211,6 +211,10 @@ def main(output):
             all_reduce(result, group=own_group)
             expect(torch.allclose(result, torch.full((64,), 3.0), rtol=1e-2), "group of two")
         dist.barrier(everybody)
+        for node in hierarchical[1:]:  # whose groups are made by ranks that have been in different numbers of groups
+            result = torch.full((64,), rank + 1.0)
+            all_reduce(result, hierarchical=node, group=everybody)
+            expect(torch.allclose(result, torch.full((64,), total), rtol=1e-2), "nodes of a later group", node)
 
         # A rank that does not come is missed after the group's time-out: an error, no hang.
         impatient = dist.new_group([0, 1], timeout=datetime.timedelta(seconds=2))
