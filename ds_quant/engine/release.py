@@ -87,7 +87,8 @@ class Release(Part):
         super().__init__(engine)
         wrapper = engine.optimizer
         own = ("params_in_partition", "grad_partition_insertion_offset", "grad_start_offset", "get_param_id")
-        check_live([(wrapper, name) for name in (*own, "averaged_gradients", "compute_grad_norm", "param_names")])
+        buffers = ("_get_compact_grad_partition_slice", "_build_compact_grad_partition_buffer", "averaged_gradients")
+        check_live([(wrapper, name) for name in (*own, *buffers, "compute_grad_norm", "param_names")])
         _check_engine(engine)
         wrapper.ds_quant_released = self._released = ReleasedGradients(wrapper, engine.basic_optimizer)
         mix_in(wrapper, StepsInBackward)

@@ -157,7 +157,13 @@ SEAMS: tuple[tuple[str, str, str], ...] = (
 USED_WITH = {
     # Before 0.19.8 stages 1 and 2 have no buffer of their own partition, and pass nothing to add to.
     f"DeepSpeedZeroOptimizer.{name}": "DeepSpeedZeroOptimizer._get_compact_grad_partition_slice"
-    for name in ("_add_to_grad_partition_buffer", "_use_compact_grad_partition_buffer", "_is_muon_group")
+    for name in (
+        "_add_to_grad_partition_buffer",
+        "_use_compact_grad_partition_buffer",
+        "_get_compact_grad_partition_slice",
+        "_build_compact_grad_partition_buffer",
+        "_is_muon_group",
+    )
 }
 """Seams that only some releases have, with what those have that use them (in the same module)."""
 
