@@ -94,7 +94,7 @@ def test_what_the_backward_holds():
     assert sum(t.numel() * t.element_size() for t in saved if t is not module.weight) == 100 * 64 + 100 * 4
 
 
-@pytest.mark.parametrize("layout", ["linear", "conv1d"])
+@pytest.mark.parametrize("layout", ["linear", pytest.param("conv1d", marks=pytest.mark.slow)])
 def test_compiled_as_one_graph(layout):
     torch._dynamo.reset()
     config = {**ALL, "gradient": {**E5M2, "rounding": "stochastic"}}
