@@ -66,7 +66,7 @@ def make_nodes(group: backend.Group, size: int) -> Nodes:
     num_nodes = world_size // size
     node, number = divmod(rank, size)
     # Every group by its members alone: other ranks of the job need not take part.
-    with _unbound(torch_dist.group.WORLD), _named_alike(group):
+    with _named_alike(group), _unbound(torch_dist.group.WORLD):
         inside = torch_dist.new_group(members[node * size : (node + 1) * size], use_local_synchronization=True)
         between = torch_dist.new_group(members[number::size], use_local_synchronization=True)
     return Nodes(size, num_nodes, node, number, inside, between)

@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 import torch
 from torch import distributed as torch_dist
+from torch.distributed import distributed_c10d
 
 from ds_quant.base.errors import ConfigError
+from ds_quant.comm import backend
 from ds_quant.comm.hierarchy import Nodes, check_nodes, make_nodes, ranks_per_node, two_level
 from ds_quant.comm.layout import Span, build, cut_each, cut_evenly
 from ds_quant.numerics.wire import WireFormat, code_bytes, num_blocks
@@ -127,10 +129,13 @@ def test_nodes_that_do_not_fit_are_refused(world_size, size):
 def test_groups_of_nodes_wait_for_no_rank_outside(monkeypatch):
     """Also where the job's group is bound to a device: torch would split new ones off from it, with all its ranks."""
     job = SimpleNamespace(bound_device_id=torch.device("cuda", 1))
-    group, calls = object(), []
+    group, calls, names = object(), [], distributed_c10d._world.pg_names
+    before = dict(names)
 
     def new_group(ranks, **options):
         calls.append((ranks, options, job.bound_device_id))
+        # Names are made of this number, which must be the same on all ranks: the others' largest.
+        assert len(names) == len(before) + 3
         if len(calls) == 4:
             raise RuntimeError("no network")
 
@@ -139,6 +144,7 @@ def test_groups_of_nodes_wait_for_no_rank_outside(monkeypatch):
     monkeypatch.setattr(torch_dist, "get_rank", lambda group: 3)
     monkeypatch.setattr(torch_dist, "get_process_group_ranks", lambda group: [1, 2, 5, 6])
     monkeypatch.setattr(torch_dist, "new_group", new_group)
+    monkeypatch.setattr(backend, "gather_objects", lambda count, group: [count, count + 3, count + 1, count])
     found = make_nodes(group, 2)
     assert found[:4] == (2, 2, 1, 1)
     alone = {"use_local_synchronization": True}
@@ -147,6 +153,7 @@ def test_groups_of_nodes_wait_for_no_rank_outside(monkeypatch):
     with pytest.raises(RuntimeError, match="no network"):
         make_nodes(group, 2)
     assert job.bound_device_id == torch.device("cuda", 1)
+    assert names == before
 
 
 @pytest.mark.parametrize(("world_size", "size"), [(4, 2), (8, 4), (1024, 8)])
