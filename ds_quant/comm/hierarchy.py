@@ -97,7 +97,7 @@ def _named_alike(group: backend.Group) -> Iterator[None]:
     torch makes a name of a group's ranks and of how many groups its maker has. Where ranks have been in different
     numbers of groups, of experts say, they would wait for each other under different names for ever.
     """
-    names = distributed_c10d._world.pg_names
+    names: dict[Any, Any] = distributed_c10d._world.pg_names
     missing = max(backend.gather_objects(len(names), group)) - len(names)
     stand_ins = [object() for _ in range(missing)]
     names.update(dict.fromkeys(stand_ins, ""))
