@@ -1,5 +1,6 @@
 """What studies of losses share: training a config if that has not been done, and reading what a run left."""
 
+import argparse
 import csv
 import json
 import os
@@ -108,3 +109,34 @@ def gap_table(
             cells = [*(cell(losses[seed], base[seed]) for seed in base), f"{mean:+.4f}", *(f"{x:.4f}" for x in more)]
             lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def study(
+    doc: str | None,
+    runs: str,
+    names: Mapping[str, str],
+    seeds: Sequence[int],
+    baseline: str,
+    first: str,
+    config_of: Callable[[Path, str], Path],
+    *flags: str,
+) -> int:
+    """The command line of a study of one rank: trains what is missing, seed by seed, and prints `gap_table`.
+
+    runs: the default folder. names: of the recipes beside the baseline. config_of: a recipe's config, given the folder.
+    """
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=Path, default=Path(runs), help="default: %(default)s")
+    parser.add_argument("--seeds", type=int, nargs="+", default=seeds, help="default: %(default)s")
+    parser.add_argument("--only-table", action="store_true", help="train nothing")
+    arguments = parser.parse_args()
+    arguments.runs.mkdir(parents=True, exist_ok=True)
+    if not arguments.only_table:
+        for seed in arguments.seeds:
+            for recipe in (baseline, *names):
+                config = config_of(arguments.runs, recipe)
+                train(
+                    arguments.runs / f"{recipe}-s{seed}", config, "--seed", str(seed), *flags, "--save_strategy", "no"
+                )
+    print(gap_table(arguments.runs, names, arguments.seeds, baseline, first=first))
+    return 0

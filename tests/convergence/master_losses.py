@@ -7,11 +7,10 @@ All runs are in bf16, with 8-bit moments. Trains every recipe with every seed th
 minutes each on a core with bf16. Runs of one seed share initialisation and data.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
-from loss_runs import changed_config, gap_table, train
+from loss_runs import changed_config, study
 
 BASELINE = "fp32"
 RECIPES = {
@@ -22,23 +21,15 @@ RECIPES = {
 SEEDS = (42, 7, 1234)
 
 
+def config_of(runs: Path, recipe: str) -> Path:
+    """The shipped config with 8-bit moments, and the recipe's masters."""
+    _, changes = RECIPES.get(recipe, ("", {}))
+    return changed_config(runs, recipe, "adam8", ("optimizer",), changes)
+
+
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=Path, default=Path("runs/masters"), help="default: %(default)s")
-    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="default: %(default)s")
-    parser.add_argument("--only-table", action="store_true", help="train nothing")
-    arguments = parser.parse_args()
-    arguments.runs.mkdir(parents=True, exist_ok=True)
-    if not arguments.only_table:
-        for seed in arguments.seeds:
-            for recipe in (BASELINE, *RECIPES):
-                _, changes = RECIPES.get(recipe, ("", {}))
-                config = changed_config(arguments.runs, recipe, "adam8", ("optimizer",), changes)
-                flags = ("--seed", str(seed), "--bf16", "true", "--save_strategy", "no")
-                train(arguments.runs / f"{recipe}-s{seed}", config, *flags)
     names = {recipe: name for recipe, (name, _) in RECIPES.items()}
-    print(gap_table(arguments.runs, names, arguments.seeds, BASELINE, first="fp32 masters"))
-    return 0
+    return study(__doc__, "runs/masters", names, SEEDS, BASELINE, "fp32 masters", config_of, "--bf16", "true")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Losses of the default job with Muon's states in 8 and 4 bits beside DeepSpeed's Muon: the table of docs/moments.md.
+"""Losses of the default job with Muon's states in 8 and 4 bits beside DeepSpeed's Muon. Not measured yet.
 
     python tests/convergence/muon_losses.py [--runs runs/muon] [--seeds 42 7 1234] [--only-table]
 
@@ -6,12 +6,11 @@ Trains every recipe with every seed that is not in the folder yet, some three mi
 share initialisation and data. Nothing is clipped: DeepSpeed takes the norm of Muon's updates for that of gradients.
 """
 
-import argparse
 import json
 import sys
 from pathlib import Path
 
-from loss_runs import gap_table, shipped_config, train
+from loss_runs import shipped_config, study
 
 BASELINE = "muon"
 MUON = {"type": "Muon", "params": {"lr": "auto", "muon_lr": 0.02, "momentum": 0.95, "weight_decay": "auto"}}
@@ -39,21 +38,8 @@ def config_of(runs: Path, recipe: str) -> Path:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=Path, default=Path("runs/muon"), help="default: %(default)s")
-    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="default: %(default)s")
-    parser.add_argument("--only-table", action="store_true", help="train nothing")
-    arguments = parser.parse_args()
-    arguments.runs.mkdir(parents=True, exist_ok=True)
-    if not arguments.only_table:
-        for seed in arguments.seeds:
-            for recipe in (BASELINE, *RECIPES):
-                config = config_of(arguments.runs, recipe)
-                flags = ("--seed", str(seed), "--max_grad_norm", "0", "--save_strategy", "no")
-                train(arguments.runs / f"{recipe}-s{seed}", config, *flags)
     names = {recipe: name for recipe, (name, _) in RECIPES.items()}
-    print(gap_table(arguments.runs, names, arguments.seeds, BASELINE, first="DeepSpeed's Muon"))
-    return 0
+    return study(__doc__, "runs/muon", names, SEEDS, BASELINE, "DeepSpeed's Muon", config_of, "--max_grad_norm", "0")
 
 
 if __name__ == "__main__":
