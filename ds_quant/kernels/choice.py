@@ -8,20 +8,11 @@ compiled    on CUDA, torch.compile and torch's own products, and no kernels of T
 Other names are those of backends that `registry.add_backend` was told to take only by choice.
 """
 
-import os
-
 from ds_quant.base.errors import fail
 
 VARIABLE = "DS_QUANT_KERNELS"
 REFERENCE = "reference"
 CHOICES = [REFERENCE, "triton", "compiled"]
-
-
-def chosen() -> str:
-    """One of CHOICES, or "" where none is made. Raises ConfigError for any other."""
-    value = os.environ.get(VARIABLE, "")
-    check_choice(value)
-    return value
 
 
 def check_choice(value: str) -> None:

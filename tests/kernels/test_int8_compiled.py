@@ -185,8 +185,9 @@ def test_products_are_never_held_as_a_whole(rng, monkeypatch):
         held.append(int_mm(a, b))
         return held[-1]
 
+    record.on = int_mm.on
     monkeypatch.setattr(matmul, "int_mm", record)
-    monkeypatch.setattr(matmul, "_LEAST_ROWS", 4)
+    monkeypatch.setattr(matmul, "LEAST_ROWS", 4)
     monkeypatch.setattr(matmul, "_DEVICE_SCRATCH_BYTES", 4 * 30 * 7)
     for m, k, limit in ((23, 40, 131_072), (1, 40, 131_072), (0, 40, 131_072), (23, 40, 16)):
         monkeypatch.setattr(matmul, "MAX_CONTRACTION", limit)

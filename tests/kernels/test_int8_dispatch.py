@@ -7,7 +7,8 @@ import torch
 from kernels.int8_cases import ISAS, KEYS, assert_same, needs_compiler, results, scales, tensor
 
 from ds_quant.kernels import build, registry
-from ds_quant.kernels.int8 import compiled, cpu, ops
+from ds_quant.kernels.int8 import aten, compiled, cpu, ops
+from ds_quant.kernels.int8.matmul import fp32_products
 from ds_quant.numerics import products as reference
 
 
@@ -29,7 +30,10 @@ def test_dispatch(rng, monkeypatch):
         assert serving(torch.device("cpu")) is getattr(cpu if ISAS else reference, name)
         assert serving(torch.device("cuda")) is getattr(compiled, name)
         assert serving(torch.device("meta")) is getattr(reference, name)
+    for name in ("cpu", "cuda"):
+        assert ops.int_mm.on(torch.device(name)) is aten.int_mm
     monkeypatch.setenv("DS_QUANT_KERNELS", "reference")
+    assert ops.int_mm.on(torch.device("cpu")) is fp32_products
     assert ops.epilogue.on(torch.device("cpu")) is reference.epilogue
     assert_same(results(ops, *arguments), expected, "")
 

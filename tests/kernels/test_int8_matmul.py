@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from ds_quant.kernels import integer_units
-from ds_quant.kernels.int8 import matmul, ops
+from ds_quant.kernels.int8 import aten, cpu_parts, matmul, ops
 from ds_quant.kernels.int8.matmul import MAX_CONTRACTION, fp32_products, int_mm
 from ds_quant.numerics import products as reference
 from ds_quant.numerics.random import fold_key
@@ -27,7 +27,7 @@ SHAPES = (
     *((1, 1, 1), (1, 64, 5), (5, 1, 3), (33, 40, 1), (5, 7, 3), (16, 8, 8)),
     *((17, 33, 65), (31, 1030, 9), (64, 96, 48), (3, 2050, 1)),
 )
-WAYS = {"int_mm": int_mm, "fp32": fp32_products, "padded": matmul._padded_int_mm}
+WAYS = {"int_mm": int_mm, "fp32": fp32_products, "padded": aten.padded_int_mm}
 
 
 def codes(*shape, lowest=-127):
@@ -97,9 +97,15 @@ def test_long_contractions_do_not_overflow(length):
 def test_long_contractions_of_padded_codes_go_in_rows(monkeypatch, num_rows):
     """As on GPUs, where the int32 and int64 products of all rows are never in memory together."""
     monkeypatch.setattr(matmul, "_DEVICE_SCRATCH_BYTES", 1)
-    monkeypatch.setattr(matmul, "_LEAST_ROWS", 4)
+    monkeypatch.setattr(matmul, "LEAST_ROWS", 4)
     sizes = []
-    monkeypatch.setattr(matmul, "int_mm", lambda a, b: sizes.append(a.shape[0]) or int_mm(a, b))
+
+    def record(a, b):
+        sizes.append(a.shape[0])
+        return int_mm(a, b)
+
+    record.on = int_mm.on
+    monkeypatch.setattr(matmul, "int_mm", record)
     length = MAX_CONTRACTION + 16
     a, b = codes(16, length, lowest=-128), codes(16, length)
     a[0], b[0] = -128, 127
@@ -121,10 +127,10 @@ def test_scaled_products(monkeypatch, dtype, scratch, units):
     """The two ways have the same bits, so ranks may choose differently."""
     if not integer_units.is_int_mm_exact(CPU):
         units = "wrong"
-    monkeypatch.setattr(matmul, "integer_units", lambda device: UNITS[units])
-    monkeypatch.setattr(matmul, "_SCRATCH_BYTES", scratch)
-    monkeypatch.setattr(matmul, "_FP32_SCRATCH_BYTES", scratch)
-    monkeypatch.setattr(matmul, "_LEAST_ROWS", 4)
+    monkeypatch.setattr(cpu_parts, "integer_units", lambda device: UNITS[units])
+    monkeypatch.setattr(cpu_parts, "_SCRATCH_BYTES", scratch)
+    monkeypatch.setattr(cpu_parts, "_FP32_SCRATCH_BYTES", scratch)
+    monkeypatch.setattr(cpu_parts, "LEAST_ROWS", 4)
     for m, k, n in SHAPES:
         a, b = codes(m, k), codes(k, n)
         expected = (a.long() @ b.long()).to(torch.int32)
@@ -160,8 +166,10 @@ def test_without_integer_units_products_stay_exact(monkeypatch, units):
     a, b = codes(9, 3000, lowest=-128), codes(3000, 5)
     a[0] = -128
     expected = (a.long() @ b.long()).float()
-    monkeypatch.setattr(matmul, "integer_units", lambda device: UNITS[units])
+    for module in (aten, cpu_parts):
+        monkeypatch.setattr(module, "integer_units", lambda device: UNITS[units])
     monkeypatch.setattr(torch, "_int_mm", None)
+    assert torch.equal(int_mm(a, b).float(), expected)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         got = scaled_matmul(a, b, row_scale=torch.ones(1), dtype=torch.float32)
     assert torch.equal(got, expected)
@@ -288,7 +296,7 @@ def test_operands_of_other_layouts_are_copied_for_cublas(monkeypatch):
     a, b = codes(33, 64), codes(64, 48)
     for left in layouts(a):
         for right in layouts(b):
-            assert torch.equal(matmul._padded_int_mm(left, right).long(), a.long() @ b.long())
+            assert torch.equal(aten.padded_int_mm(left, right).long(), a.long() @ b.long())
 
 
 def test_the_probe_finds_out_what_is_slow(monkeypatch):

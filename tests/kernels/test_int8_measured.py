@@ -8,7 +8,7 @@ import threading
 import pytest
 import torch
 
-from ds_quant.kernels.int8 import matmul, measured
+from ds_quant.kernels.int8 import aten, matmul, measured
 from ds_quant.kernels.int8.measured import Measured, bucket, read, write
 from ds_quant.numerics import products as reference
 
@@ -105,7 +105,7 @@ def test_buckets():
 def test_int_mm_of_padded_operands(monkeypatch, shape, scratch):
     """In parts of rows, each of more than 16, none of them a copy of an operand."""
     monkeypatch.setattr(matmul, "_DEVICE_SCRATCH_BYTES", scratch)
-    monkeypatch.setattr(matmul, "_LEAST_ROWS", 48)
+    monkeypatch.setattr(matmul, "LEAST_ROWS", 48)
     m, n, k = shape
     a, b = (torch.randint(-127, 128, (rows, k), dtype=torch.int8) for rows in (m, n))
     padded = reference.padded(a), reference.padded(b)
@@ -122,7 +122,7 @@ def test_int_mm_of_padded_operands(monkeypatch, shape, scratch):
     monkeypatch.setattr(torch, "_int_mm", int_mm)
     for dtype in (torch.float32, torch.bfloat16):
         finish = functools.partial(reference.epilogue, **options, dtype=dtype)
-        got = matmul.int_mm_of_padded(*padded, m, n, finish)
+        got = aten.int_mm_of_padded(*padded, m, n, finish)
         assert torch.equal(got, reference.padded_matmul(*padded, m, n, **options, dtype=dtype))
     assert max(calls) <= max(scratch // 4, 48 * padded[1].shape[0])
 

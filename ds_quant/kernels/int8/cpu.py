@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ds_quant.kernels import native
-from ds_quant.kernels.int8 import matmul, ops
+from ds_quant.kernels.int8 import cpu_parts, ops
 from ds_quant.numerics.integer import symmetric_levels
 
 
@@ -187,11 +187,11 @@ def scaled_matmul(
     bias: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    """torch multiplies, or exact products in fp32 where its int8 is slow: see `matmul`."""
+    """torch multiplies, or exact products in fp32 where its int8 is slow: see `cpu_parts`."""
     if not (a.numel() and b.numel()):
         return ops.scaled_matmul.reference(a, b, row_scale=row_scale, column_scale=column_scale, bias=bias, dtype=dtype)
     finish = functools.partial(ops.epilogue, column_scale=column_scale, bias=bias, dtype=dtype)
-    return matmul.multiply_in_parts(a, b, row_scale, finish)
+    return cpu_parts.multiply(a, b, row_scale, finish)
 
 
 class _Half:

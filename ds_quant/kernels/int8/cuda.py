@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ds_quant.kernels.int8 import compiled, matmul, measured, ops, triton, triton_quantize
+from ds_quant.kernels.int8 import aten, compiled, measured, ops, triton, triton_quantize
 from ds_quant.kernels.integer_units import integer_units
 
 TRITON, INT_MM = "triton", "int_mm"
@@ -47,7 +47,7 @@ def padded_matmul(
 def by_int_mm(a: Tensor, b: Tensor, num_rows: int, num_columns: int, **options: Any) -> Tensor:
     """cuBLASLt's int32 products and an epilogue that reads them again; at most 256 MiB of them at a time."""
     finish = functools.partial(compiled.epilogue, **options)
-    return matmul.int_mm_of_padded(a, b, num_rows, num_columns, finish)
+    return aten.int_mm_of_padded(a, b, num_rows, num_columns, finish)
 
 
 def _quickest(shape: str, ways: dict[str, Any], device: torch.device) -> str:

@@ -14,6 +14,7 @@ from ds_quant.base.errors import argument_error
 from ds_quant.kernels.int8 import matmul
 from ds_quant.kernels.int8.checks import FLOATS, check_key_or_none, check_operand, check_scale, described
 from ds_quant.kernels.int8.family import FAMILY
+from ds_quant.kernels.int8.matmul import int_mm
 from ds_quant.kernels.int8.padded_ops import padded_matmul, pads, quantize_gradient, quantize_operand
 from ds_quant.kernels.registry import operation
 from ds_quant.numerics import products as reference
@@ -23,6 +24,7 @@ __all__ = [
     "FAMILY",
     "dequantize",
     "epilogue",
+    "int_mm",
     "padded_matmul",
     "pads",
     "quantize_both",
@@ -216,7 +218,7 @@ def _multiply(
     dtype: torch.dtype,
 ) -> Tensor:
     """The reference of `scaled_matmul`, for all sizes: the products as a whole, and then the epilogue."""
-    products = matmul.int_mm(a, b)
+    products = int_mm(a, b)
     finish = epilogue if products.dtype == torch.int32 else reference.epilogue
     return finish(products, row_scale=row_scale, column_scale=column_scale, bias=bias, dtype=dtype)
 
