@@ -26,13 +26,13 @@ from ds_quant.base.log import warn
 from ds_quant.base.whole_folder import whole_file
 
 FOLDER = Path(__file__).parent / "csrc"
-DRIVERS = ("adamw.cpp", "wire.cpp", "products.cpp", "masters.cpp")
-STAGES = ("stages.cpp", "wire_stages.cpp", "products_stages.cpp", "masters_stages.cpp")
+DRIVERS = ("adamw.cpp", "wire.cpp", "products.cpp", "masters.cpp", "formats.cpp")
+STAGES = ("stages.cpp", "wire_stages.cpp", "products_stages.cpp", "masters_stages.cpp", "formats_stages.cpp")
 """Compiled once for each instruction set."""
 HEADERS = (
     *("common.h", "threads.h", "simd.h", "random.h", "convert.h", "absmax.h"),
     *("adamw.h", "decode.h", "encode.h", "back.h", "wire.h", "hadamard.h", "products.h"),
-    *("masters.h", "masters_loops.h"),
+    *("masters.h", "masters_loops.h", "formats.h"),
 )
 SOURCES = (*DRIVERS, *STAGES, *HEADERS)
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno", "-w")

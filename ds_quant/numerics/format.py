@@ -118,23 +118,36 @@ def quantize_to(
             key=key,
             full_range=elements.full_range,
         )
-    granularity, block_size, block_rows = group
-    check_arguments(x, elements.bits, granularity, block_size, rounding, key)
+    check_arguments(x, elements.bits, group.granularity, group.block_size, rounding, key)
     x = x.detach().float()
-    absmax = reduce_groups(x.abs(), torch.amax, granularity, block_size)
-    if block_rows > 1:
-        absmax = _over_rows(absmax, block_rows)
-    if scale_codec.kind == "e4m3" and scale_codec.rule == FOUR_SIX:
-        scale = four_six_scale(x, absmax, block_size, block_rows)
-    else:
-        scale = _scale(absmax, elements, scale_codec)
-    steps = in_steps(x, expand_groups(scale, x, granularity, block_size))
+    absmax = reduce_groups(x.abs(), torch.amax, group.granularity, group.block_size)
+    scale = scale_of(x, absmax, fmt)
+    steps = in_steps(x, expand_groups(scale, x, group.granularity, group.block_size))
     if isinstance(elements, Integers):
         levels = symmetric_levels(elements.bits, full_range=False)
         codes = round_steps(steps, rounding, key).clamp(-levels, levels).to(torch.int8)
-        return Quantized(codes, scale, None, granularity, block_size)
-    draws = None if key is None else uniform(key, steps.shape, steps.device)
-    return Quantized(encode(steps, elements, draws), scale, None, granularity, block_size, elements.name)
+    else:
+        codes = encode(steps, elements, None if key is None else uniform(key, steps.shape, steps.device))
+    return quantized_as(fmt, codes, scale)
+
+
+def quantized_as(fmt: Format[Integers | Minifloat], codes: Tensor, scale: Tensor) -> Quantized:
+    """Codes and scales that were found as `quantize_to` finds them."""
+    name = {} if isinstance(fmt.elements, Integers) else {"elements": fmt.elements.name}
+    return Quantized(codes, scale, None, fmt.group.granularity, fmt.group.block_size, **name)
+
+
+def scale_of(x: Tensor, absmax: Tensor, fmt: Format[Integers | Minifloat]) -> Tensor:
+    """fp32 of absmax's shape: the scales of groups of x, fp32, by their largest magnitudes, NaN where there is one.
+
+    Not of asymmetric codes nor of the full range, which `integer` has.
+    """
+    elements, group, codec = fmt
+    if group.block_rows > 1:
+        absmax = _over_rows(absmax, group.block_rows)
+    if codec.kind == "e4m3" and codec.rule == FOUR_SIX:
+        return four_six_scale(x, absmax, group.block_size, group.block_rows)
+    return _scale(absmax, elements, codec)
 
 
 def fake_quantize_to(

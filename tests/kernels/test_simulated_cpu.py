@@ -1,17 +1,21 @@
 """Layers in floating point on the CPU: the C++ kernels give the definitions' bits, and take what they have."""
 
 import itertools
+import random
 
 import pytest
 import torch
 
-from ds_quant.kernels import build
-from ds_quant.kernels.simulated import cpu, ops, reference
+from ds_quant.base.number_formats import FORMATS, FOUR_SIX, SCALE_RULES
+from ds_quant.kernels import build, native
+from ds_quant.kernels.simulated import cpu, cpu_formats, ops, reference
 from ds_quant.numerics.format import Format, Group, Integers, ScaleCodec, named_format
 from ds_quant.numerics.random import fold_key
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 GROUPS = (Group("row"), Group("column"), Group("tensor"), Group("block", 16), Group("block", 32))
+BLOCKS = (Group("block", 16), Group("block", 16, 16))
+KEYS = (None, fold_key(5))
 SHAPES = ((9, 64), (33, 50), (1, 40), (7, 1), (64, 96), (0, 5), (3, 0))
 
 pytestmark = pytest.mark.skipif(not build.load().library, reason=f"no C++ kernels: {build.load().reason}")
@@ -58,18 +62,49 @@ def test_factors_and_the_full_range():
             assert_same(cpu.quantize(*arguments), reference.quantize(*arguments))
 
 
+@pytest.mark.parametrize("name", FORMATS)
+def test_named_formats(name):
+    """Elements in floating point and scales in 8 bits: all groups, rules, dtypes, roundings, odd sizes, odd numbers."""
+    fmt = FORMATS[name]
+    groups = BLOCKS if fmt.block_size else GROUPS
+    rules = {"e8m0": SCALE_RULES, "e4m3": (FOUR_SIX, "") if name == "nvfp4" else ("",)}.get(fmt.scale, ("",))
+    targets = itertools.cycle((FP32, BF16, FP16))
+    for group, rule, shape, dtype, key in itertools.product(groups, rules, SHAPES, (FP32, BF16, FP16), KEYS):
+        to = named_format(name, group.granularity, group.block_size, block_rows=group.block_rows, scale_rule=rule)
+        x, factor = numbers(shape, dtype), random.choice((None, torch.rand(shape[1]), torch.rand(shape[0], 1)))
+        laid_out = random.choice((x, x.t().contiguous().t(), torch.cat((x, x), 1)[:, : shape[1]]))
+        arguments = (laid_out, factor, to, "nearest" if key is None else "stochastic", key)
+        got, want = cpu.quantize(*arguments), reference.quantize(*arguments)
+        assert_same(got, want)
+        target = next(targets)
+        assert_same([cpu.dequantize(got, target)], [reference.dequantize(want, target)])
+
+
+@pytest.mark.parametrize("name", ["fp8_e4m3", "fp8_e5m2", "mxfp6", "nvfp4", "nvint4"])
+def test_named_formats_on_each_instruction_set(name):
+    """Rows of several pieces, a denormal scale, ties, and numbers that round to -0."""
+    x = torch.randn(7, 2100) * torch.rand(7, 1).mul(20).exp()
+    x[1] = torch.arange(2100) % 40 * 0.25 - 5
+    x[2], x[3, ::2], x[4] = 1e-42, -1e-30, -0.0
+    for isa, key in itertools.product(native.ISAS[: native.library().widest + 1], KEYS):
+        to = named_format(name, "row")
+        want = reference.quantize(x, None, to, "nearest" if key is None else "stochastic", key)
+        assert_same(cpu_formats.quantize(x, to, key, isa), want)
+        for target in (FP32, BF16, FP16):
+            got = cpu_formats.dequantize(want, target, isa)
+            assert_same([got], [reference.dequantize(want, target)])
+            assert torch.equal(got.signbit(), reference.dequantize(want, target).signbit())
+
+
 def test_what_is_left_to_the_definitions(monkeypatch):
-    """Floating point, asymmetric codes, scales in 8 bits, tails of blocks, other dimensions; nothing else."""
+    """Asymmetric codes, blocks of integers that do not cut rows evenly, other dimensions; nothing else."""
     x, seen = torch.randn(20, 48), []
     real = reference.quantize
     monkeypatch.setattr(reference, "quantize", lambda *a: seen.append(a[2]) or real(*a))
     left = [
         Format(Integers(8, symmetric=False), Group("row")),
         Format(Integers(4), Group("block", 32)),
-        Format(Integers(4), Group("block", 16), ScaleCodec("e8m0")),
         Format(Integers(4), Group("block", 16, 16)),
-        named_format("fp8_e4m3", "row"),
-        named_format("nvfp4"),
     ]
     for to in left:
         assert_same(cpu.quantize(x, None, to, "nearest", None), real(x, None, to, "nearest", None))
@@ -81,9 +116,13 @@ def test_what_is_left_to_the_definitions(monkeypatch):
     assert len(seen) == len(left) + 1
     for group in (Group("row"), Group("column"), Group("tensor"), Group("block", 16)):
         cpu.quantize(x, None, Format(Integers(8), group), "nearest", None)
+    for to in (Format(Integers(4), Group("block", 16), ScaleCodec("e8m0")), named_format("nvfp4")):
+        cpu.quantize(x, None, to, "nearest", None)
     assert len(seen) == len(left) + 1
     with pytest.raises(ValueError, match=r"quantize\(x\): got torch.float64"):
         cpu.quantize(x.double(), None, Format(Integers(8), Group("row")), "nearest", None)
+    with pytest.raises(ValueError, match=r"quantize\(key\): got None"):
+        cpu.quantize(x, None, named_format("mxfp8"), "stochastic", None)
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16, FP16], ids=str)

@@ -1,7 +1,8 @@
-"""Quantizers, dequantized operands and the end of products on the CPU, by the C++ kernels of `int8`, bit for bit.
+"""Quantizers, dequantized operands and the end of products on the CPU in C++, bit for bit.
 
-They have symmetric integers with fp32 scales. Blocks that cut rows evenly are rows of their own. All else (floating
-point, asymmetric codes, scales in 8 bits) is left to the definitions.
+Symmetric integers with fp32 scales go to the kernels of `int8`: blocks that cut rows evenly are rows of their own.
+Floating point and scales in 8 bits go to `cpu_formats`. What is left to the definitions: asymmetric codes, blocks of
+integers with a shorter one at the end of a row, and what is no matrix.
 """
 
 import torch
@@ -9,9 +10,9 @@ from torch import Tensor
 
 from ds_quant.kernels import native
 from ds_quant.kernels.int8 import cpu as int8
-from ds_quant.kernels.simulated import ops, reference
+from ds_quant.kernels.simulated import cpu_formats, ops, reference
 from ds_quant.numerics.format import Format, Integers, ScaleCodec
-from ds_quant.numerics.integer import Quantized
+from ds_quant.numerics.integer import Quantized, check_arguments
 from ds_quant.numerics.minifloat import Minifloat
 
 
@@ -20,7 +21,12 @@ def quantize(
     x: Tensor, factor: Tensor | None, to: Format[Integers | Minifloat], rounding: str, subkey: Tensor | None
 ) -> Quantized:
     elements, group, scale = to
-    if not isinstance(elements, Integers) or not elements.symmetric or scale != ScaleCodec() or not _is_matrix(x):
+    if not _is_matrix(x):
+        return reference.quantize(x, factor, to, rounding, subkey)
+    if not isinstance(elements, Integers) or scale != ScaleCodec():
+        check_arguments(x, elements.bits, group.granularity, group.block_size, rounding, subkey)
+        return cpu_formats.quantize(x if factor is None else x.float() * factor, to, subkey)
+    if not elements.symmetric:
         return reference.quantize(x, factor, to, rounding, subkey)
     bits, full_range, size = elements.bits, elements.full_range, group.block_size
     num_rows, num_columns = x.shape
@@ -42,11 +48,11 @@ def quantize(
 @ops.dequantize.by("cpu")
 def dequantize(q: Quantized, dtype: torch.dtype) -> Tensor:
     codes, scale, zero_point, granularity, size, elements = q
-    if elements != "integer" or zero_point is not None or codes.dim() != 2 or not codes.numel():
+    if zero_point is not None or codes.dim() != 2 or not codes.numel() or dtype not in native.DTYPES:
         return reference.dequantize(q, dtype)
+    if elements != "integer" or (granularity == "block" and codes.shape[1] % size):
+        return cpu_formats.dequantize(q, dtype)
     if granularity == "block":
-        if codes.shape[1] % size:
-            return reference.dequantize(q, dtype)
         return int8.dequantize(codes.reshape(-1, size), row_scale=_flat(scale), dtype=dtype).view(codes.shape)
     if granularity == "column":
         return int8.dequantize(codes, column_scale=scale, dtype=dtype)

@@ -1,0 +1,49 @@
+// Operands in floating point of few bits, and in integers whose scales take 8 bits, bit for bit as numerics/format.py
+// has them. Called by simulated/cpu_formats.py through ctypes.
+#include <algorithm>
+
+#include "formats.h"
+#include "threads.h"
+
+namespace {
+
+const FormatsStages& stages_of(int isa) {
+#ifdef DS_QUANT_X86
+    if (isa == 2) return *ds_quant_formats_stages_avx512();
+    if (isa == 1) return *ds_quant_formats_stages_avx2();
+#endif
+    return *ds_quant_formats_stages_plain();
+}
+
+// Calls stage(call, begin, end) for rows of about CHUNK elements.
+template <class Call>
+void by_rows(void (*stage)(const Call&, int64_t, int64_t), const Call& call, Parallel parallel, int num_threads) {
+    int64_t size = std::max<int64_t>(1, CHUNK / std::max<int64_t>(1, call.num_columns));
+    Threads{parallel, num_threads}.for_each((call.num_rows + size - 1) / size, [&](int64_t chunk) {
+        stage(call, chunk * size, std::min(call.num_rows, (chunk + 1) * size));
+    });
+}
+
+}  // namespace
+
+#pragma GCC visibility push(default)
+extern "C" {
+
+// Sizes of the structures, for cpu_formats.py to compare with its own.
+int64_t ds_quant_formats_block_maxima_call_size() { return sizeof(BlockMaximaCall); }
+int64_t ds_quant_formats_encode_call_size() { return sizeof(EncodeCall); }
+int64_t ds_quant_formats_decode_call_size() { return sizeof(DecodeCall); }
+
+void ds_quant_formats_block_maxima(const BlockMaximaCall* call, int isa, Parallel parallel, int num_threads) {
+    by_rows(stages_of(isa).block_maxima, *call, parallel, num_threads);
+}
+
+void ds_quant_formats_encode(const EncodeCall* call, int isa, Parallel parallel, int num_threads) {
+    by_rows(stages_of(isa).encode, *call, parallel, num_threads);
+}
+
+void ds_quant_formats_decode(const DecodeCall* call, int isa, Parallel parallel, int num_threads) {
+    by_rows(stages_of(isa).decode, *call, parallel, num_threads);
+}
+}
+#pragma GCC visibility pop
