@@ -83,6 +83,9 @@ def contenders(backend: str, device: torch.device) -> list[Contender]:
         "W8A8G8": recipes.w8a8g8(backend),
         "W8A8G8, stochastic G": recipes.w8a8g8(backend, rounding="stochastic"),
     }
+    if backend == "simulated":
+        ours["MXFP8"] = recipes.named_format("mxfp8")
+        ours["NVFP4, stochastic G"] = recipes.named_format("nvfp4", rounding="stochastic")
     return [
         Contender("fp32 nn.Linear", lambda o: Layer(_linear(o, torch.float32), o, torch.float32)),
         Contender(BASE, lambda o: Layer(_linear(o), o, torch.bfloat16)),

@@ -21,3 +21,9 @@ def w8a8(backend: str) -> Section:
 def w8a8g8(backend: str, *, rounding: str = "nearest") -> Section:
     """All three products in 8 bits. `rounding` is that of the gradient."""
     return {**w8a8(backend), "gradient": {"bits": 8, "granularity": "outer", "rounding": rounding}}
+
+
+def named_format(name: str, *, rounding: str = "nearest") -> Section:
+    """All operands of all three products in one of the formats with blocks. `rounding` is that of the gradient."""
+    gradient = {"format": name, "rounding": rounding, "used_for": ["weight", "input"]}
+    return {"weight": {"format": name}, "activation": {"format": name}, "gradient": gradient, "backend": "simulated"}

@@ -128,9 +128,11 @@ def study(
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=Path, default=Path(runs), help="default: %(default)s")
     parser.add_argument("--seeds", type=int, nargs="+", default=seeds, help="default: %(default)s")
+    parser.add_argument("--recipes", choices=names, metavar="RECIPE", nargs="+", default=names, help="default: all")
     parser.add_argument("--only-table", action="store_true", help="train nothing")
     arguments = parser.parse_args()
     arguments.runs.mkdir(parents=True, exist_ok=True)
+    names = {recipe: name for recipe, name in names.items() if recipe in arguments.recipes}
     if not arguments.only_table:
         for seed in arguments.seeds:
             for recipe in (baseline, *names):
