@@ -71,10 +71,10 @@ study: venv
 study-smoke: venv
 	python launchers/study.py smoke
 
-# For every change: rooms whose tests start no other process and compile nothing.
-QUICK := $(addprefix tests/,base config comm optim)
+# For every change: the rooms below the engine, but for tests that start other processes or compile graphs.
+QUICK := $(addprefix tests/,base config numerics linear comm optim)
 check: lint
-	OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu python -m pytest --quiet --numprocesses 2 --hypothesis-profile quick -m "not slow and not distributed" $(QUICK)
+	OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu python -m pytest --quiet --numprocesses 2 --hypothesis-profile quick -m "not slow and not distributed and not thorough" $(QUICK)
 
 docs: export NO_MKDOCS_2_WARNING := 1
 docs: venv

@@ -142,11 +142,12 @@ def quantizer_calls(monkeypatch):
 @pytest.fixture
 def with_integer_units(monkeypatch):
     """As on a processor where torch._int_mm is the faster way; elsewhere exact products in fp32 take its place."""
-    from ds_quant.kernels.int8 import matmul
+    from ds_quant.kernels.int8 import aten, cpu_parts
     from ds_quant.kernels.integer_units import IntegerUnits
 
     units = IntegerUnits(is_exact=True, names="", speed=2.0)
-    monkeypatch.setattr(matmul, "integer_units", lambda device: units)
+    for module in (aten, cpu_parts):
+        monkeypatch.setattr(module, "integer_units", lambda device: units)
 
 
 @pytest.fixture

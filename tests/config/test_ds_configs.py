@@ -323,6 +323,7 @@ deepspeed.comm.destroy_process_group()
 
 
 @pytest.mark.timeout(500)
+@pytest.mark.thorough
 def test_stock_deepspeed_refuses_each_but_the_baseline(tmp_path):
     configs = resolved_configs()
     # The control: without the tripwire, stock DeepSpeed takes the section and would train in full precision.
@@ -379,6 +380,7 @@ deepspeed.comm.destroy_process_group()
 
 
 @pytest.mark.timeout(500)
+@pytest.mark.thorough
 def test_every_config_trains_a_step(tmp_path):
     results = run_with_deepspeed(TRAIN, resolved_configs(), tmp_path)
     assert set(results) == set(NAMES)

@@ -288,6 +288,7 @@ assert hasattr(AutoEPConfig(), "enabled")
 """
 
 
+@pytest.mark.thorough
 def test_every_path_is_one_that_deepspeed_has():
     env = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", KNOWN_PATHS, *(row.path for row in REFUSALS)]

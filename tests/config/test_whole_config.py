@@ -135,6 +135,7 @@ print("KEYS", json.dumps(sorted(seen - set(config._REMOVED_TOP_LEVEL_CONFIG_KEYS
 """
 
 
+@pytest.mark.thorough
 def test_the_known_keys_are_those_that_deepspeed_reads():
     env = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", READ_KEYS]

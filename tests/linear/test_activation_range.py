@@ -169,6 +169,7 @@ def test_gradient_checkpointing(backend, use_reentrant):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.thorough
 def test_compiled(backend):
     """One graph, whose quantizer is that of the full range."""
     module = ds_quant.QuantLinear(IN, OUT, config={**FULL, "backend": backend})

@@ -114,6 +114,7 @@ IN_EVERY_RUN = ("nvfp4",)
 @pytest.mark.parametrize(
     "name", [name if name in IN_EVERY_RUN else pytest.param(name, marks=pytest.mark.slow) for name in FORMATS]
 )
+@pytest.mark.thorough
 def test_compiled_gives_the_same_bits(name):
     torch._dynamo.reset()
     config = {**all_three(name), "gradient": {"format": name, "rounding": "stochastic"}}

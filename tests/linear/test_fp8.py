@@ -95,6 +95,7 @@ def test_what_the_backward_holds():
 
 
 @pytest.mark.parametrize("layout", ["linear", pytest.param("conv1d", marks=pytest.mark.slow)])
+@pytest.mark.thorough
 def test_compiled_as_one_graph(layout):
     torch._dynamo.reset()
     config = {**ALL, "gradient": {**E5M2, "rounding": "stochastic"}}

@@ -221,6 +221,7 @@ def test_no_linear_runs_in_floating_point_silently(kind, operands, with_integer_
 
 @pytest.mark.parametrize("counts_itself", [False, True])
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.thorough
 def test_compiled_models(kind, counts_itself):
     """One graph, in which every product is an integer one; not compiled anew for another step's random bits.
 

@@ -306,6 +306,7 @@ def test_copies_and_pickles(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.thorough
 def test_compiled_gives_the_same_bits(backend):
     torch.manual_seed(0)
     module = ds_quant.QuantLinear(16, 8, config={**W8A8G8, "backend": backend})

@@ -107,6 +107,7 @@ def test_models(monkeypatch, calls, kind):
     assert all(torch.equal(a, b) for a, b in zip(usual, step(model, model, TOKENS), strict=True))
 
 
+@pytest.mark.thorough
 def test_compiled(monkeypatch, calls):
     changes = {"resid_pdrop": 0, "attn_pdrop": 0, "embd_pdrop": 0}
     model = tiny("gpt2", **changes)

@@ -105,6 +105,7 @@ class Twice(nn.Module):
 
 
 @pytest.mark.parametrize(("backend", "compiled"), [("simulated", False), ("int8", False), ("int8", True)])
+@pytest.mark.thorough
 def test_calls_of_one_forward_draw_different_bits(backend, compiled):
     torch.manual_seed(0)
     model = Twice()
@@ -126,6 +127,7 @@ def test_recomputation_draws_the_bits_of_each_call(backend, way):
     assert_same(trained(built(SECTIONS[backend])), trained(built(SECTIONS[backend], way)))
 
 
+@pytest.mark.thorough
 def test_compiled_calls_draw_the_same_bits_without_a_graph_for_each_step():
     """Under checkpointing, as compiled code has it too."""
     torch._dynamo.reset()

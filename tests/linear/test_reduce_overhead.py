@@ -17,6 +17,8 @@ from ds_quant.kernels import registry
 from ds_quant.linear.convert import convert, remove_forward_counter, step_key_of
 from ds_quant.linear.weight_codes import weights_changed
 
+pytestmark = pytest.mark.thorough
+
 SIMULATED = {**W8A8G8_INT8, "backend": "simulated"}
 CHANGES = {"resid_pdrop": 0, "attn_pdrop": 0, "embd_pdrop": 0, "use_cache": False}
 """No dropout, and no cache of keys and values, which makes tensors of its own."""

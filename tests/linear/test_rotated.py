@@ -78,6 +78,7 @@ def test_what_the_backward_holds():
     assert sum(t.numel() * t.element_size() for t in saved if t is not module.weight) == 64 * 96 + 64 * 6 * 4
 
 
+@pytest.mark.thorough
 def test_compiled_as_one_graph():
     """With tails of tokens and of features, which are rotated in parts."""
     torch._dynamo.reset()

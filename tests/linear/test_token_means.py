@@ -70,6 +70,7 @@ def test_a_common_part_of_all_tokens_costs_nothing():
     assert errors[1][1] < errors[0][1] / 2
 
 
+@pytest.mark.thorough
 def test_compiled_as_one_graph():
     """The same codes; sums of the terms with means may have another order."""
     torch._dynamo.reset()

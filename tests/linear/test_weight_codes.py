@@ -150,6 +150,7 @@ def test_the_backward_has_the_codes_of_its_forward():
         y.sum().backward()
 
 
+@pytest.mark.thorough
 def test_a_compiled_optimizer_ends_the_epoch():
     module = ds_quant.QuantLinear(IN, OUT, config=W8A8G8_INT8)
     optimizer = torch.optim.SGD(module.parameters(), lr=0.1)

@@ -7,6 +7,8 @@ from numerics.block_inputs import KINDS, assert_equal, make_input
 
 from ds_quant.numerics import code_map, dequantize_blockwise, fold_key, quantize_blockwise
 
+pytestmark = pytest.mark.thorough
+
 COMPILED = {
     "whole blocks, nearest": (256, "nearest", [("power", 8, True), ("float", 8, True), ("power", 4, False)]),
     "a tail block, stochastic": (

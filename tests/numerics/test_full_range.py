@@ -139,6 +139,7 @@ def test_rows_and_tensors_of_int8_products(rng):
             assert torch.equal(got[1], want.scale.reshape(-1))
 
 
+@pytest.mark.thorough
 def test_compiled(rng):
     x = torch.from_numpy(rng.normal(size=(9, 40))).float()
     compiled = torch.compile(quantize, fullgraph=True)

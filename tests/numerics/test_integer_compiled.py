@@ -6,6 +6,8 @@ from numerics.integer_inputs import BLOCK_SIZE, KINDS, assert_equal, make_input,
 
 from ds_quant.numerics import dequantize, fake_quantize, fold_key, quantize
 
+pytestmark = pytest.mark.thorough
+
 COMPILED_CASES = [
     # bits, granularity, symmetric, rounding, dtype, features
     (8, "tensor", True, "nearest", torch.float32, 67),

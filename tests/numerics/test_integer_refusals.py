@@ -45,6 +45,7 @@ def test_block_size_counts_for_blocks_only():
     assert quantize(torch.ones(3), 8, granularity="row", block_size=7).codes.tolist() == [127, 127, 127]
 
 
+@pytest.mark.thorough
 def test_importing_touches_neither_the_frameworks_nor_an_accelerator():
     program = (
         "import sys, torch, ds_quant.numerics\n"

@@ -183,6 +183,7 @@ QUICK_TO_COMPILE = ("mxint8", "nvfp4")
         *(name if name in QUICK_TO_COMPILE else pytest.param(name, marks=pytest.mark.slow) for name in FORMATS),
     ],
 )
+@pytest.mark.thorough
 def test_compiled_gives_the_same_bits(name):
     torch._dynamo.reset()
     name, _, rule = name.partition(" ")

@@ -182,6 +182,7 @@ def test_all_keys_differ():
     assert len(subkeys) == 1000
 
 
+@pytest.mark.thorough
 def test_compiled_bits_are_the_eager_bits_for_every_key_without_recompilation():
     def draw(key):
         subkey = derive_key(key, 3)

@@ -323,6 +323,7 @@ def test_arguments_out_of_range(make, message, rng):
 
 
 @pytest.mark.parametrize("name", ["lion", pytest.param("ademamix", marks=pytest.mark.slow)])
+@pytest.mark.thorough
 def test_compiled_steps_have_the_bits_of_the_definition(name, rng, monkeypatch):
     """With offsets, several pieces, a last one that is shorter, and scalars that change from step to step."""
     monkeypatch.setattr(cpu, "PIECE", 512)
