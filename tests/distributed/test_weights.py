@@ -250,3 +250,13 @@ def test_codes_that_came_are_not_used_once_weights_were_edited(tmp_path, cases):
             assert name in reused
         # What DeepSpeed has released, nobody holds.
         assert reused["held"] == (0 if "parted" in case else 14)
+
+
+def test_a_round_that_fails_on_one_rank_fails_on_all(tmp_path):
+    """As soon as the rank has ended, and not at the time-out of the group, 60 s."""
+    run_ranks(PROGRAMS / "weight_failure.py", tmp_path / "report", timeout=TIMEOUT)
+    kept, failed = (json.loads((tmp_path / f"report.{rank}").read_text()) for rank in range(2))
+    assert failed["error"].startswith("MemoryError: no memory")
+    assert failed["rounds"] == 4
+    assert kept["error"].startswith("RuntimeError: ")
+    assert kept["seconds"] < 60
