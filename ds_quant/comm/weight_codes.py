@@ -52,7 +52,7 @@ def encode(flat: Tensor, run: Run, shared: Tensor | None, message: Tensor) -> No
         _view(message, run.at, run.numel, flat.dtype).copy_(values)
         return
     if run.kind == "shared":
-        codes = symmetric_codes(values, _scale(_shared(run, shared), run.bits), run.bits)
+        codes = symmetric_codes(values, scale_of(_shared(run, shared), run.bits), run.bits)
     else:
         matrix = values.view(-1, run.width)
         quantize = ops.quantize_rows if run.kind == "rows" else ops.quantize_columns
@@ -69,27 +69,45 @@ def encode(flat: Tensor, run: Run, shared: Tensor | None, message: Tensor) -> No
 
 def decode(message: Tensor, run: Run, shared: Tensor | None, flat: Tensor) -> None:
     """Write what an owner has sent of `run` into `flat`."""
-    values = flat[run.start : run.start + run.numel]
     if run.kind == "whole":
-        values.copy_(_view(message, run.at, run.numel, flat.dtype))
+        flat[run.start : run.start + run.numel].copy_(_view(message, run.at, run.numel, flat.dtype))
         return
-    codes = message[run.at : run.at + run.num_bytes]
-    codes = (
-        codes.view(torch.int8) if run.bits == 8 else unpack(codes, run.numel, PACKED_BLOCK, signed=True, bits=run.bits)
-    )
+    codes, absmax = sent_codes(message, run, shared, flat.dtype)
+    write_values(codes, absmax, run, flat)
+
+
+def sent_codes(message: Tensor, run: Run, shared: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Codes int8 [numel] of a run that is not whole, and fp32 the absmax of its rows, its columns or its elements."""
+    codes = unpacked(message[run.at : run.at + run.num_bytes], run)
     if run.kind == "shared":
-        absmax = _shared(run, shared)
-        values.copy_(_values(codes, absmax, _scale(absmax, run.bits)))
-        return
-    absmax = _view(message, run.absmax_at, run.num_channels, flat.dtype).float()
-    scale = _scale(absmax, run.bits)
-    codes, matrix = codes.view(-1, run.width), values.view(-1, run.width)
+        return codes, _shared(run, shared)
+    return codes, _view(message, run.absmax_at, run.num_channels, dtype).float()
+
+
+def unpacked(codes: Tensor, run: Run) -> Tensor:
+    """int8 [numel], a view where codes are sent a byte each."""
+    if run.bits == 8:
+        return codes.view(torch.int8)
+    return unpack(codes, run.numel, PACKED_BLOCK, signed=True, bits=run.bits)
+
+
+def write_values(codes: Tensor, absmax: Tensor, run: Run, flat: Tensor) -> None:
+    """Write what layers find the codes of `run` in into `flat`."""
+    flat[run.start : run.start + run.numel].copy_(values_of(codes, absmax, run, flat.dtype))
+
+
+def values_of(codes: Tensor, absmax: Tensor, run: Run, dtype: torch.dtype) -> Tensor:
+    """What layers find the codes of `run` in, [numel] of `dtype`, or fp32."""
+    scale = scale_of(absmax, run.bits)
+    if run.kind == "shared":
+        return _values(codes, absmax, scale)
+    codes = codes.view(-1, run.width)
     by_row, by_column = (scale, None) if run.kind == "rows" else (None, scale)
-    if flat.dtype == torch.float32:
+    if dtype == torch.float32:
         broadcast = (-1, 1) if run.kind == "rows" else (1, -1)
-        matrix.copy_(_values(codes, absmax.view(broadcast), scale.view(broadcast)))
-    else:  # absmax comes back from its code by itself: its dtype is coarser than the rounding of fp32
-        matrix.copy_(ops.dequantize(codes, by_row, by_column, flat.dtype))
+        return _values(codes, absmax.view(broadcast), scale.view(broadcast)).view(-1)
+    # Absmax comes back from its code by itself: its dtype is coarser than the rounding of fp32.
+    return ops.dequantize(codes, by_row, by_column, dtype).view(-1)
 
 
 def _values(codes: Tensor, absmax: Tensor, scale: Tensor) -> Tensor:
@@ -100,7 +118,8 @@ def _values(codes: Tensor, absmax: Tensor, scale: Tensor) -> Tensor:
     return torch.where(absmax.isfinite(), exact, torch.nan)
 
 
-def _scale(absmax: Tensor, bits: int) -> Tensor:
+def scale_of(absmax: Tensor, bits: int) -> Tensor:
+    """fp32, of channels with this absmax: the layers' own."""
     return symmetric_scale(absmax, symmetric_levels(bits, full_range=False))
 
 

@@ -18,8 +18,9 @@ from torch import distributed as torch_dist
 
 from ds_quant.comm import backend
 from ds_quant.comm.buffers import Buffers
+from ds_quant.comm.received_codes import ReceivedCodes
 from ds_quant.comm.statistics import Statistics
-from ds_quant.comm.weight_codes import decode, encode, shared_absmax
+from ds_quant.comm.weight_codes import encode, scale_of, sent_codes, shared_absmax, unpacked, values_of, write_values
 from ds_quant.comm.weight_layout import (
     ALIGNMENT,
     PACKED_BLOCK,
@@ -40,11 +41,11 @@ class PartitionedWeight:
     """
 
     def __init__(self, shape: Sequence[int], coding: Coding, dtype: torch.dtype, world_size: int, rank: int) -> None:
-        self.dtype, self.rank = dtype, rank
+        self.shape, self.coding, self.dtype, self.rank = tuple(shape), coding, dtype, rank
         numel = torch.Size(shape).numel()
         self.size = -(-numel // world_size)
         """Elements of a partition, padding included."""
-        layout = _layout(tuple(shape), coding, dtype.itemsize, world_size)
+        layout = _layout(self.shape, coding, dtype.itemsize, world_size)
         (self.messages,) = layout.rounds
         self.num_shared = layout.num_shared
         longest = max(message.num_bytes for message in self.messages)
@@ -67,30 +68,49 @@ class PartitionedWeight:
         for run in self.own:
             encode(values, run, shared, slot)
 
-    def decode(self, slots: Tensor, partition: Tensor, shared: Tensor) -> Tensor:
+    def decode(
+        self, slots: Tensor, partition: Tensor, shared: Tensor, *, with_codes: bool = False
+    ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
         """The weight and its padding, 1-D of `dtype`: the own part as it is, the others as their owners sent them.
+
+        And, where asked for, what layers would quantize it to: codes int8 of its shape, and fp32 the scale of each
+        row or column.
 
         slots: uint8 [world_size, slot_bytes], rows may lie apart.
         """
-        world_size = len(slots)
-        flat = torch.empty(self.size * world_size, dtype=self.dtype, device=partition.device)
-        flat[self.rank * self.size : (self.rank + 1) * self.size].copy_(partition)
-        for first, end in ((0, self.rank), (self.rank + 1, world_size)):
-            if self._are_alike and end - first > 1:
-                self._decode_together(slots[first:end], first, flat)
-            else:
-                for rank in range(first, end):
-                    for run in self.messages[rank].runs:
-                        decode(slots[rank], run, shared, flat)
-        return flat
+        begin, end = self.rank * self.size, (self.rank + 1) * self.size
+        if self._are_alike and (with_codes or len(slots) > 2):
+            flat, codes, absmax = self._decode_together(slots)
+            flat[begin:end].copy_(partition)
+            return flat, (codes.view(self.shape), scale_of(absmax, self.coding.bits)) if with_codes else None
+        flat = torch.empty(self.size * len(slots), dtype=self.dtype, device=partition.device)
+        flat[begin:end].copy_(partition)
+        received = ReceivedCodes(self.shape, self.coding, 0, flat.device) if with_codes else None
+        for rank, slot in enumerate(slots):
+            if rank != self.rank or received is not None:
+                self._decode_one(slot, rank, shared, flat, received)
+        return flat, None if received is None else (received.codes, received.scale)
 
-    def _decode_together(self, slots: Tensor, first: int, flat: Tensor) -> None:
-        """What consecutive ranks from `first` on have sent, as one run of rows: few kernels for any number of ranks."""
+    def _decode_one(
+        self, slot: Tensor, rank: int, shared: Tensor, flat: Tensor, received: ReceivedCodes | None
+    ) -> None:
+        for run in self.messages[rank].runs:
+            codes, absmax = sent_codes(slot, run, shared, self.dtype)
+            if received is not None:
+                received.put(run, codes, absmax)
+            if rank != self.rank:
+                write_values(codes, absmax, run, flat)
+
+    def _decode_together(self, slots: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What all ranks have sent, as one run of rows: few kernels for any number of ranks.
+
+        Returns the weight, its codes and absmax. Of the own part, too: to leave it out takes one more pass of the rest.
+        """
         (run,), count = self.messages[0].runs, len(slots)
-        end = self.messages[0].num_bytes
-        message = torch.cat([slots[:, : run.at].flatten(), slots[:, run.at : end].flatten()])
-        joined = run._replace(start=first * self.size, numel=count * self.size, at=count * run.at)
-        decode(message, joined, None, flat)
+        absmax = slots[:, : run.at].flatten().view(self.dtype).float()
+        joined = run._replace(start=0, numel=count * self.size, at=0)
+        codes = unpacked(slots[:, run.at : run.at + run.num_bytes].flatten(), joined)
+        return values_of(codes, absmax, joined, self.dtype), codes, absmax
 
 
 @functools.lru_cache(maxsize=1024)
@@ -123,14 +143,17 @@ class Fetch:
             weight.encode(partition, absmax, slot)
         self._work: Any = backend.all_gather(self._gathered, own, group)
 
-    def finish(self) -> list[Tensor]:
-        """Wait for all; each weight and its padding, 1-D. To be called once."""
+    def finish(self, with_codes: Sequence[bool]) -> list[tuple[Tensor, tuple[Tensor, Tensor] | None]]:
+        """Wait for all; of each weight what `PartitionedWeight.decode` returns. To be called once."""
         if self._work is not None:
             self._work.wait()
         of_ranks = self._gathered.view(-1, self._size)
         found, at = [], 0
-        for weight, partition, shared in zip(self._weights, self._partitions, self._shared, strict=True):
-            found.append(weight.decode(of_ranks[:, at : at + weight.slot_bytes], partition, shared))
+        for weight, partition, shared, with_its in zip(
+            self._weights, self._partitions, self._shared, with_codes, strict=True
+        ):
+            slots = of_ranks[:, at : at + weight.slot_bytes]
+            found.append(weight.decode(slots, partition, shared, with_codes=with_its))
             at += weight.slot_bytes
         self._buffers.give_back(self._gathered)
         return found

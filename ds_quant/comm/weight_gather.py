@@ -1,15 +1,18 @@
 """The all-gather of a flat group of weights, each as its layout says, in rounds that overlap."""
 
+import bisect
 from collections import deque
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from torch import Tensor
 
 from ds_quant.comm.buffers import Buffers
 from ds_quant.comm.message_gather import Gathering, GroupOfNodes
+from ds_quant.comm.received_codes import ReceivedCodes
 from ds_quant.comm.statistics import Statistics
-from ds_quant.comm.weight_codes import decode, encode, shared_absmax
-from ds_quant.comm.weight_layout import ALIGNMENT, Message, WeightLayout, exchange_bytes
+from ds_quant.comm.weight_codes import decode, encode, sent_codes, shared_absmax, write_values
+from ds_quant.comm.weight_layout import ALIGNMENT, Message, Run, WeightLayout, exchange_bytes
 
 
 class _Round(NamedTuple):
@@ -40,10 +43,14 @@ class WeightGather:
         """What this rank puts on the wire; of two levels, between nodes."""
         return self.layout.sent_bytes(self.rank, self.group.nodes.size if self.group.nodes else 1)
 
-    def gather(self, flat: Tensor) -> None:
-        """Have `flat`, whose own partition is right, hold what the owners of the others send. 1-D, contiguous."""
+    def gather(self, flat: Tensor, received: Sequence[ReceivedCodes] = ()) -> None:
+        """Have `flat`, whose own partition is right, hold what the owners of the others send. 1-D, contiguous.
+
+        received: takes the codes of its weights, own ones too; in the order of the group.
+        """
         if self.world_size == 1:
             return
+        find = _Finder(received)
         shared, receivers = None, self.group.num_receivers
         if self.layout.num_shared:
             shared = shared_absmax(flat, self.layout.shared_runs[self.rank], self.layout.num_shared)
@@ -56,9 +63,9 @@ class WeightGather:
             own = messages[self.rank]
             self._statistics.count(receivers * own.num_bytes, receivers * own.numel, flat.element_size())
             if len(under_way) > 1:
-                self._receive(under_way.popleft(), flat, shared)
+                self._receive(under_way.popleft(), flat, shared, find)
         while under_way:
-            self._receive(under_way.popleft(), flat, shared)
+            self._receive(under_way.popleft(), flat, shared, find)
 
     def _send(self, flat: Tensor, messages: tuple[Message, ...], shared: Tensor | None) -> _Round:
         ranks = sorted(range(self.world_size), key=self.group.place)
@@ -71,10 +78,30 @@ class WeightGather:
             encode(flat, run, shared, of_ranks[self.rank])
         return _Round(messages, of_ranks, taken, self.group.gather_uneven(slots))
 
-    def _receive(self, of_round: _Round, flat: Tensor, shared: Tensor | None) -> None:
+    def _receive(self, of_round: _Round, flat: Tensor, shared: Tensor | None, find: "_Finder") -> None:
         of_round.gathering.wait()
         for rank, message in enumerate(of_round.messages):
-            if rank != self.rank:
-                for run in message.runs:
+            for run in message.runs:
+                into = find.of(run)
+                if rank != self.rank and (into is None):
                     decode(of_round.slots[rank], run, shared, flat)
+                elif into is not None:
+                    codes, absmax = sent_codes(of_round.slots[rank], run, shared, flat.dtype)
+                    into.put(run, codes, absmax)
+                    if rank != self.rank:
+                        write_values(codes, absmax, run, flat)
         self._buffers.give_back(of_round.taken)
+
+
+class _Finder:
+    """Finds where the codes of a run are to go."""
+
+    def __init__(self, received: Sequence[ReceivedCodes]) -> None:
+        self._received = received
+        self._starts = [each.start for each in received]
+
+    def of(self, run: Run) -> ReceivedCodes | None:
+        number = bisect.bisect_right(self._starts, run.start) - 1
+        if number < 0 or run.start >= self._starts[number] + self._received[number].codes.numel():
+            return None
+        return self._received[number]

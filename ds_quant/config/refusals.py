@@ -46,7 +46,8 @@ REFUSALS = (
         is_three,
         ("communication.weight.bits",),  # what only mode "difference" has
         "1 or 2",
-        "at stage 3 no rank keeps a replica of the weights that a difference could be added to",
+        "at stage 3 a rank releases weights after their use, so that it has nothing that a difference could be added "
+        "to; a replica on each rank would take the memory that stage 3 saves",
         'use mode "codes" where layers quantize their weights, stage 1 if the model fits, or remove "weight" from '
         "communication",
     ),

@@ -23,6 +23,8 @@ class Fetches(Protocol):
 
     def is_read_elsewhere(self, parameter: _Parameter) -> None: ...
 
+    def were_released(self, parameters: Any) -> None: ...
+
     def were_written(self) -> None: ...
 
     def forget(self, parameter: _Parameter) -> None: ...
@@ -71,8 +73,10 @@ def replace_methods(parameter: _Parameter, part: Fetches) -> None:
         param_list: Any = None, hierarchy: int = 0, has_been_updated: bool = False, *args: Any, **kwargs: Any
     ) -> Any:
         live = owner()
-        if live is not None and has_been_updated:
-            live.were_written()
+        if live is not None:
+            live.were_released([itself()] if param_list is None else param_list)
+            if has_been_updated:
+                live.were_written()
         return cut(param_list, hierarchy, has_been_updated, *args, **kwargs)
 
     parameter.all_gather_coalesced = all_gather_coalesced

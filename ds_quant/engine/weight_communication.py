@@ -30,6 +30,7 @@ from ds_quant.comm.weight_layout import Weight, build
 from ds_quant.config import WeightCommunicationConfig
 from ds_quant.engine.coded_weights import check_any_coded, coded_weights, tell_codes
 from ds_quant.engine.engine_class import MixedIn, mix_in
+from ds_quant.engine.multiplied_weights import MultipliedWeights, UpdatedCodes
 from ds_quant.engine.parts import Loading
 from ds_quant.engine.rank_files import REPLICAS, read_tensors, save_tensors
 from ds_quant.engine.reduction import replaced
@@ -103,12 +104,20 @@ class WeightCommunication(WeightPart):
         self._replicas: Replicas | None = None
         self._loaded: dict[str, Tensor] = {}
         self._gathers: list[Any] = self._make_gathers(groups, node_size)
+        multiplied = MultipliedWeights(engine.module)
+        parameters_of = [[p for p in parameters if p.numel()] for parameters in wrapper.round_robin_bit16_groups]
+        self._updated = [
+            UpdatedCodes(multiplied, zip(group, parameters, strict=True))
+            for group, parameters in zip(groups, parameters_of, strict=True)
+        ]
+        self._is_updated = False
+        """The codes of a step have come, and layers do not have them yet."""
         if config.mode == "difference":
             self._replicas = Replicas(wrapper)
         sent = {
             id(parameter)
-            for parameters, group in zip(wrapper.round_robin_bit16_groups, groups, strict=True)
-            for parameter, weight in zip([p for p in parameters if p.numel()], group, strict=True)
+            for parameters, group in zip(parameters_of, groups, strict=True)
+            for parameter, weight in zip(parameters, group, strict=True)
             if weight.coding or self._replicas
         }
         for module in engine.module.modules():
@@ -165,7 +174,15 @@ class WeightCommunication(WeightPart):
                 master = self._wrapper.single_partition_of_fp32_groups[number]
                 gather.gather(flat, master, self._replicas.own(number), self._key(gather.rank, number))
             else:
-                gather.gather(flat)
+                received = self._updated[number].make_room(flat) if gather.world_size > 1 else []
+                gather.gather(flat, received)
+        self._is_updated = self._replicas is None
+
+    def after_writing(self) -> None:
+        if self._is_updated:
+            self._is_updated = False
+            for updated in self._updated:
+                updated.hand_over()
 
     def _key(self, rank: int, group: int) -> Any:
         if rounding_of(self.config) == "nearest":

@@ -22,6 +22,7 @@ from ds_quant.comm.weight_fetch import Fetch, PartitionedWeight, WeightFetcher
 from ds_quant.comm.weight_layout import Weight
 from ds_quant.config import WeightCommunicationConfig
 from ds_quant.engine.coded_weights import check_any_coded, coded_weights, tell_codes
+from ds_quant.engine.multiplied_weights import MultipliedWeights
 from ds_quant.engine.parameter_methods import METHODS, replace_methods
 from ds_quant.engine.seams import check_live
 from ds_quant.engine.weight_guards import CodedWeights, Guard
@@ -46,11 +47,14 @@ class WeightFetches(WeightPart):
         self._coded: dict[int, PartitionedWeight] = {}
         self._parameters: dict[int, _Parameter] = {}
         self._fetchers: dict[int, WeightFetcher] = {}
+        self._multiplied = MultipliedWeights(engine.module)
         self._in_codes: set[int] = set()
         """Parameters whose values, while they are there, came as codes."""
         self._read_elsewhere: set[int] = set()
         self._is_stale = True
         self._counts = False
+        self._came_in_step: list[_Parameter] = []
+        """In codes; or in a load. It is not over yet."""
         self._make_fetchers(engine)
         guard = Guard(_Weights(self))
         for module in engine.module.modules():
@@ -110,6 +114,7 @@ class WeightFetches(WeightPart):
         for parameter in parameters:
             if parameter.ds_id in self._in_codes and parameter.ds_status is not ZeroParamStatus.INFLIGHT:
                 self._in_codes.discard(parameter.ds_id)
+                self.were_released([parameter])
                 # Whoever computes with what is there keeps it, and its layers find the same codes in what comes.
                 parameter.ds_status = ZeroParamStatus.NOT_AVAILABLE
         return original(parameters, *args, **kwargs)
@@ -120,7 +125,8 @@ class WeightFetches(WeightPart):
         absent = [p for p in self._persistent if p.ds_status is ZeroParamStatus.NOT_AVAILABLE]
         coded, _ = self._sorted_out(absent)
         if coded:
-            self._start(coded).wait()
+            self._start(coded, is_kept=True).wait()
+            self._came_in_step = coded
         return original(self._persistent, *args, **kwargs)
 
     def _sorted_out(self, parameters: Sequence[_Parameter]) -> tuple[list[_Parameter], list[_Parameter]]:
@@ -141,6 +147,12 @@ class WeightFetches(WeightPart):
             name = next(name for name, other in self.engine.module.named_parameters() if other is parameter)
             warn(f"{name} crosses the wire in its dtype from now on, since more than its layer reads it")
 
+    def were_released(self, parameters: Sequence[_Parameter]) -> None:
+        """They are not there any more, or not as they came."""
+        for parameter in parameters:
+            if parameter.ds_id in self._coded:
+                self._multiplied.drop(parameter)
+
     def were_written(self) -> None:
         """Partitions have changed on all ranks."""
         self._is_stale = True
@@ -149,7 +161,7 @@ class WeightFetches(WeightPart):
         key = parameter.ds_id
         return key in self._coded and key not in self._read_elsewhere and self._fetchers[key].world_size > 1
 
-    def _start(self, parameters: Sequence[_Parameter]) -> "_Handles":
+    def _start(self, parameters: Sequence[_Parameter], *, is_kept: bool = False) -> "_Handles":
         if self._is_stale:
             self._agree()
         of_fetcher: dict[int, list[_Parameter]] = {}
@@ -165,7 +177,9 @@ class WeightFetches(WeightPart):
             partitions = [parameter.ds_tensor.detach().to(self._device) for parameter in together]
             fetch = fetcher.start(weights, partitions, counted=self._counts)
             self._in_codes.update(parameter.ds_id for parameter in together)
-            handles.append(_Handle(fetch, together))
+            trains = is_kept or self._counts
+            wanted = [trains and self._multiplied.is_wanted(parameter) for parameter in together]
+            handles.append(_Handle(fetch, together, wanted, self._multiplied))
         return _Handles(handles)
 
     def _agree(self) -> None:
@@ -194,6 +208,7 @@ class WeightFetches(WeightPart):
     def forget(self, parameter: _Parameter) -> None:
         """Another engine gathers it now."""
         self._in_codes.discard(parameter.ds_id)
+        self.were_released([parameter])
 
     def before_reading(self) -> None:
         held = self.held_in_codes()
@@ -204,10 +219,13 @@ class WeightFetches(WeightPart):
 
     def before_forward(self, *, trains: bool) -> None:
         # Partitions may have been written by the user's hands, too.
-        self._is_stale, self._counts = True, trains
+        self._is_stale, self._counts, self._came_in_step = True, trains, []
 
     def after_writing(self) -> None:
         self._is_stale = True
+        for parameter in self._came_in_step:
+            self._multiplied.renew(parameter)
+        self._came_in_step = []
 
     def after_step(self, *, is_whole: bool) -> None:
         super().after_step(is_whole=is_whole)
@@ -217,18 +235,27 @@ class WeightFetches(WeightPart):
 class _Handle:
     """Waits for a fetch, and gives parameters their values."""
 
-    def __init__(self, fetch: Fetch, parameters: Sequence[_Parameter]) -> None:
+    def __init__(
+        self,
+        fetch: Fetch,
+        parameters: Sequence[_Parameter],
+        wanted: Sequence[bool],
+        multiplied: MultipliedWeights,
+    ) -> None:
         self._fetch: Fetch | None = fetch
-        self._parameters = parameters
+        self._parameters, self._wanted, self._multiplied = parameters, wanted, multiplied
 
     @torch.no_grad()
     def wait(self, **kwargs: Any) -> None:
         if self._fetch is None:  # it is asked for each of the parameters
             return
-        for parameter, flat in zip(self._parameters, self._fetch.finish(), strict=True):
+        found = self._fetch.finish(self._wanted)
+        for parameter, (flat, codes) in zip(self._parameters, found, strict=True):
             values = flat[: parameter.ds_numel].view(parameter.ds_shape)
             parameter.data = values.to(parameter.ds_tensor.dtype)
             parameter.ds_status = ZeroParamStatus.AVAILABLE
+            if codes is not None:
+                self._multiplied.hand_over(parameter, *codes)
         self._fetch = None
 
 

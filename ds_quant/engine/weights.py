@@ -1,7 +1,7 @@
 """A live engine tells the quantized layers when their weights were written.
 
 `safe_set_full_fp32_param` needs no telling: it writes the optimizer's own copy, which the next step passes on (stages 0
-to 2), or a partition (stage 3, where no layer keeps codes).
+to 2), or a partition (stage 3, where layers hold codes no longer than the weight that they came with).
 """
 
 import functools

@@ -12,7 +12,7 @@ is not quantized runs in the model's dtype; a quantized operand of it is dequant
 
 For the backward are held: of X the codes and scales, one byte an element; of W the Parameter, and the codes that the
 layer keeps anyway (see `weight_codes`). Where it keeps none (ZeRO-3, evaluation, torch.compile) they are made again in
-the backward; W is rounded to nearest only, so they are the same.
+the backward, unless the weight comes as codes; W is rounded to nearest only, so they are the same.
 """
 
 from typing import Any
@@ -24,12 +24,14 @@ from torch import Tensor
 from ds_quant.kernels.int8 import ops
 from ds_quant.linear.operands import codes_of, pads, quantize_gradient, quantize_weight, weight_ways
 from ds_quant.linear.recipe import Codes, Plan, Quantizer
+from ds_quant.linear.weight_codes import WeightCodes
 
 
 class Int8Linear(torch.autograd.Function):
     """The three products of one layer. Inputs: x [..., in], weight as stored, bias [out] or None, their codes.
 
     `kept_weight_codes`: the codes of W may be held for the backward, as the layer keeps them.
+    `received_weight_codes`: where else the backward finds them, should the weight come as codes again.
     """
 
     @staticmethod
@@ -45,6 +47,7 @@ class Int8Linear(torch.autograd.Function):
         w_scale: Tensor | None,
         w_turned: Tensor | None,
         kept_weight_codes: bool,
+        received_weight_codes: WeightCodes | None,
         plan: Plan,
         dtype: torch.dtype,
         key: Tensor | None,
@@ -68,6 +71,7 @@ class Int8Linear(torch.autograd.Function):
         hold_codes = (None, None, None) if hold_x is not None or qx is None else _for_backward(qx)
         # Not among the saved tensors: what hooks do to those (offloading, say) would be done to the layer's codes.
         ctx.w_codes = qw if kept_weight_codes and not plan.original_operands else None
+        ctx.received_codes = received_weight_codes
         ctx.save_for_backward(weight, key, hold_x, *hold_codes)
         # No view, which a model could not go on to change in place, as Falcon's layers do.
         return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], out))
@@ -83,7 +87,8 @@ class Int8Linear(torch.autograd.Function):
         with torch.autocast(grad_output.device.type, enabled=False):
             g = grad_output.reshape(-1, grad_output.shape[-1])
             if wants_x and plan.weight and not plan.original_operands and qw is None:
-                qw = quantize_weight(weight, plan, weight_ways(plan, forward=False, backward=True))
+                qw = None if ctx.received_codes is None else ctx.received_codes.find(weight)
+                qw = qw or quantize_weight(weight, plan, weight_ways(plan, forward=False, backward=True))
             for_input = plan.grad_input if wants_x else None
             for_weight = plan.grad_weight if wants_weight else None
             wants_bias = wants_bias and ctx.bias_dtype is not None
@@ -114,7 +119,7 @@ class Int8Linear(torch.autograd.Function):
                 grad_weight = grad_weight.to(weight.dtype)
             if wants_bias:
                 grad_bias = sums.to(ctx.bias_dtype)
-        return grad_x, grad_weight, grad_bias, *([None] * 10)
+        return grad_x, grad_weight, grad_bias, *([None] * 11)
 
 
 def _output(

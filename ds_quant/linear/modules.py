@@ -104,18 +104,21 @@ class QuantizedModule(nn.Module):
         if plan.activation:
             inputs = self._input_codes(x, dtype, plan, key)
         # Compiled code makes them in the graph: what is kept in Python would be compiled in as it was.
-        keeps = not torch.compiler.is_compiling() and self.training and self._weight_codes.may_keep(self.weight)
+        reads = not torch.compiler.is_compiling() and self.training and not torch.is_inference_mode_enabled()
+        keeps, received = reads and self._weight_codes.may_keep(self.weight), None
         if plan.weight and keeps:
             ways = weight_ways(plan, forward=True, backward=True)
             weights = self._weight_codes.get(self.weight, functools.partial(quantize_weight, plan=plan, ways=ways))
         elif plan.weight:
-            weights = quantize_weight(self.weight, plan, weight_ways(plan, forward=True, backward=False))
-        elif keeps:
+            received = self._weight_codes if reads else None
+            found = None if received is None else received.find(self.weight)
+            weights = found or quantize_weight(self.weight, plan, weight_ways(plan, forward=True, backward=False))
+        elif reads:
             self._weight_codes.forget()
         if not plan.activation or plan.original_operands:
             x = x.to(dtype)  # it is held for the backward: in the narrower dtype
         bias = getattr(self, "bias", None)
-        return Int8Linear.apply(x, self.weight, bias, *inputs, *weights, keeps, plan, dtype, key)
+        return Int8Linear.apply(x, self.weight, bias, *inputs, *weights, keeps, received, plan, dtype, key)
 
     def _input_codes(self, x: Tensor, dtype: torch.dtype, plan: Plan, key: Tensor | None) -> Codes:
         activation = plan.activation

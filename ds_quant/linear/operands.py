@@ -25,6 +25,7 @@ from ds_quant.linear.recipe import (
     Plan,
     Quantizer,
 )
+from ds_quant.numerics.products import padded
 from ds_quant.numerics.random import derive_key
 
 
@@ -72,6 +73,14 @@ def quantize_weight(weight: Tensor, plan: Plan, ways: str = "codes") -> Codes:
     if granularity == "tensor":
         return Codes(*ops.quantize_tensor(weight, bits))
     return Codes(*(ops.quantize_columns if granularity == "column" else ops.quantize_rows)(weight, bits))
+
+
+def arrange_weight(codes: Tensor, scale: Tensor, plan: Plan) -> Codes:
+    """Codes in the layout of a weight, laid out as `quantize_weight` would have them for a forward and a backward."""
+    if not pads(codes.device):
+        return Codes(codes, scale)
+    ways = weight_ways(plan, forward=True, backward=True)
+    return Codes(None if ways == "turned" else padded(codes), scale, None if ways == "codes" else padded(codes.t()))
 
 
 def quantize_gradient(

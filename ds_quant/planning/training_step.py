@@ -38,6 +38,7 @@ def record_step(engine: Any, make_batch: Callable[[], Mapping[str, Tensor]], led
         ledger.mark("forward")
         batch = make_batch()
         loss = engine(**batch).loss
+        _assign_codes(engine, ledger)  # at stage 3 the backward releases them
         ledger.assign_born_since("activations", "forward")
         ledger.mark("backward")
         engine.backward(loss)
@@ -53,6 +54,10 @@ def record_step(engine: Any, make_batch: Callable[[], Mapping[str, Tensor]], led
 def _assign(engine: Any, ledger: Ledger) -> None:
     for role, tensors in memory_parts(engine).items():
         ledger.assign(role, tensors)
+    _assign_codes(engine, ledger)
+
+
+def _assign_codes(engine: Any, ledger: Ledger) -> None:
     for module in engine.module.modules():
         if isinstance(module, QuantizedModule):
             ledger.assign("weights", [t for t in module._weight_codes._codes or () if t is not None])

@@ -1,10 +1,12 @@
 """Partitioned weights fetched as codes: on ranks of one process, whose slots are handed over by hand."""
 
+import functools
+
 import pytest
 import torch
 
 from ds_quant.comm import weight_fetch
-from ds_quant.comm.weight_codes import decode
+from ds_quant.comm.weight_codes import values_of, write_values
 from ds_quant.comm.weight_fetch import PartitionedWeight
 from ds_quant.comm.weight_layout import Coding
 from ds_quant.numerics.integer import quantize
@@ -17,8 +19,8 @@ def partitions_of(values, world_size):
     return padded.chunk(world_size)
 
 
-def fetched(values, coding, dtype, world_size):
-    """What each rank finds, in `dtype`."""
+def fetched(values, coding, dtype, world_size, *, with_codes=False):
+    """What each rank finds, in `dtype`, and its codes and scales."""
     weights = [PartitionedWeight(values.shape, coding, dtype, world_size, rank) for rank in range(world_size)]
     parts = partitions_of(values, world_size)
     found = [weight.shared_absmax(part) for weight, part in zip(weights, parts, strict=True)]
@@ -27,10 +29,11 @@ def fetched(values, coding, dtype, world_size):
     for weight, part, slot in zip(weights, parts, slots, strict=True):
         weight.encode(part, shared, slot)
     numel = values.numel()
-    return [
-        weight.decode(torch.stack(slots), part, shared)[:numel].view(values.shape)
+    found = [
+        weight.decode(torch.stack(slots), part, shared, with_codes=with_codes)
         for weight, part in zip(weights, parts, strict=True)
     ]
+    return [(flat[:numel].view(values.shape), codes) for flat, codes in found]
 
 
 @pytest.mark.parametrize(
@@ -55,8 +58,13 @@ def test_layers_see_the_same(side, stored, dtype):
         values[-1, -1], values[0] = torch.nan, 0.0
         values = values.to(stored)
         whole = quantize(values.to(dtype), bits, granularity=side)
-        for rank, found in enumerate(fetched(values, Coding(bits, side), dtype, world_size)):
+        alone = fetched(values, Coding(bits, side), dtype, world_size)
+        for rank, (found, codes) in enumerate(fetched(values, Coding(bits, side), dtype, world_size, with_codes=True)):
             assert found.dtype == dtype
+            assert torch.equal(found.nan_to_num(nan=1e9), alone[rank][0].nan_to_num(nan=1e9))
+            assert alone[rank][1] is None
+            assert torch.equal(codes[0], whole.codes)
+            assert torch.equal(codes[1].nan_to_num(nan=1e9), whole.scale.flatten().nan_to_num(nan=1e9))
             seen = quantize(found, bits, granularity=side)
             assert torch.equal(seen.codes.nan_to_num(nan=99), whole.codes.nan_to_num(nan=99))
             assert torch.equal(seen.scale.nan_to_num(nan=1e9), whole.scale.nan_to_num(nan=1e9))
@@ -75,30 +83,36 @@ def test_bytes(bits, share):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("bits", "shape", "world_size"), [(8, (20, 7), 5), (8, (4, 3), 4), (4, (3 * 512, 128), 3)])
+@pytest.mark.parametrize(("bits", "shape", "world_size"), [(8, (20, 7), 5), (8, (4, 3), 2), (4, (3 * 512, 128), 3)])
 def test_ranks_with_whole_rows_are_decoded_together(monkeypatch, bits, shape, world_size, dtype):
-    """As one by one, and by two calls at most."""
+    """As one by one, and by one call."""
     values = torch.randn(shape).to(dtype)
     coding, calls = Coding(bits, "row"), []
 
-    def counted(*args):
+    def counted(function, *args):
         calls.append(args)
-        return decode(*args)
+        return function(*args)
 
-    monkeypatch.setattr(weight_fetch, "decode", counted)
-    together = fetched(values, coding, dtype, world_size)
-    num_calls = len(calls)
-    assert num_calls <= 2 * world_size
-    original = PartitionedWeight.decode
+    for with_codes in (False, True):
+        calls.clear()
+        monkeypatch.undo()
+        for function in (values_of, write_values):
+            monkeypatch.setattr(weight_fetch, function.__name__, functools.partial(counted, function))
+        together = fetched(values, coding, dtype, world_size, with_codes=with_codes)
+        assert len(calls) == world_size
+        calls.clear()
+        original = PartitionedWeight.decode
 
-    def one_by_one(weight, *args):
-        weight._are_alike = False
-        return original(weight, *args)
+        def one_by_one(weight, *args, decode=original, **kwargs):
+            weight._are_alike = False
+            return decode(weight, *args, **kwargs)
 
-    monkeypatch.setattr(PartitionedWeight, "decode", one_by_one)
-    for one, other in zip(together, fetched(values, coding, dtype, world_size), strict=True):
-        assert torch.equal(one, other)
-    assert len(calls) - num_calls == world_size * (world_size - 1)
+        monkeypatch.setattr(PartitionedWeight, "decode", one_by_one)
+        apart = fetched(values, coding, dtype, world_size, with_codes=with_codes)
+        assert len(calls) == world_size * (world_size - 1)
+        for (one, its), (other, others) in zip(together, apart, strict=True):
+            assert torch.equal(one, other)
+            assert its is others is None or all(map(torch.equal, its, others))
 
 
 def test_layouts_of_a_large_model_on_1024_ranks():

@@ -76,6 +76,19 @@ def check_what_leaves_is_whole(none, codes):
         assert codes[part] == none[part], part
 
 
+@pytest.mark.parametrize(("ranks", "case"), CROSSING)
+def test_layers_multiply_the_codes_that_came(reports, ranks, case):
+    """None of them quantizes a weight once more, in a step of which the first forward is not the first of all."""
+    model, backend, _, stage, *_ = case.split(":")
+    # A weight that an embedding has as well comes whole, and below stage 3 one that is frozen does not come at all.
+    whole = 0 if model != "odd" else 1 if stage == "3" else 2
+    for report in reports[ranks]:
+        none, codes = (report[case][how] for how in ("none", "codes"))
+        each = 2 * 2 if stage == "3" else 1  # forward and backward of two micro steps; or once in a step
+        assert none["quantized"] == (each * none["layers"] if backend == "int8" else 0)
+        assert codes["quantized"] == (each * whole if backend == "int8" else 0)
+
+
 @pytest.mark.slow
 def test_more_of_stage_3(tmp_path):
     run_ranks(PROGRAMS / "weights.py", tmp_path / "report.json", *MORE, ranks=3, timeout=TIMEOUT)
@@ -219,3 +232,31 @@ def test_bytes_of_differences(differences, ranks, number):
         of_whole = sum(report["numel"]) * size * (ranks - 1) // ranks
         assert report["counted"] == report["wire"] + of_whole * len(whole)
         assert 0 < report["error"] < 0.5
+
+
+EDITED = ["3:kept:none", "3:parted:false"]
+
+
+@pytest.mark.parametrize("cases", [EDITED, pytest.param(["1:kept:true"], marks=pytest.mark.slow)])
+def test_codes_that_came_are_not_used_once_weights_were_edited(tmp_path, cases):
+    """Losses, gradients and masters after each kind of edit are those of layers that quantize their weights anew."""
+    run_ranks(PROGRAMS / "weight_edits.py", tmp_path / "report.json", *cases, timeout=TIMEOUT)
+    reports = json.loads((tmp_path / "report.json").read_text())
+    for case, report in ((case, report) for report in reports for case in cases):
+        reused, quantized = report[case]["reused"], report[case]["quantized"]
+        assert report[case]["handed over"] > 0
+        assert reused == quantized | {"held": reused["held"]}
+        for name in ("load_checkpoint", "safe_set_full_fp32_param", "GatheredParameters"):
+            assert name in reused
+        # What DeepSpeed has released, nobody holds.
+        assert reused["held"] == (0 if "parted" in case else 14)
+
+
+def test_a_round_that_fails_on_one_rank_fails_on_all(tmp_path):
+    """As soon as the rank has ended, and not at the time-out of the group, 60 s."""
+    run_ranks(PROGRAMS / "weight_failure.py", tmp_path / "report", timeout=TIMEOUT)
+    kept, failed = (json.loads((tmp_path / f"report.{rank}").read_text()) for rank in range(2))
+    assert failed["error"].startswith("MemoryError: no memory")
+    assert failed["rounds"] == 4
+    assert kept["error"].startswith("RuntimeError: ")
+    assert kept["seconds"] < 60

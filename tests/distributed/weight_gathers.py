@@ -9,10 +9,12 @@ from ds_quant.comm import backend
 from ds_quant.comm.buffers import ALIGNMENT, Buffers
 from ds_quant.comm.hierarchy import make_nodes
 from ds_quant.comm.message_gather import GroupOfNodes
+from ds_quant.comm.received_codes import ReceivedCodes
 from ds_quant.comm.statistics import Statistics
 from ds_quant.comm.weight_difference import DifferenceGather
 from ds_quant.comm.weight_gather import WeightGather
 from ds_quant.comm.weight_layout import Coding, Weight, build
+from ds_quant.numerics.integer import quantize
 from ds_quant.numerics.random import fold_words
 from ds_quant.numerics.wire import WireFormat
 
@@ -84,15 +86,22 @@ def stale(flat, group):
     return found
 
 
-def gathered_codes(flat, weights, group, expect, what, round_numel=100):
+def gathered_codes(flat, weights, group, expect, what, round_numel=100, *, with_codes=True):
     layout = build(weights, flat.numel(), group.world_size, flat.element_size(), round_numel)
     expect(layout.num_shared > 0, "shared rows", *what)
     statistics = Statistics()
     gather = WeightGather(layout, group, Buffers(), statistics)
     found = stale(flat, group)
     with Counted(group.nodes and group.nodes.size) as counted:
-        gather.gather(found)
+        wanting = [weight for weight in weights if weight.coding][1:] if with_codes else []
+        received = [ReceivedCodes(weight.shape, weight.coding, weight.start, flat.device) for weight in wanting]
+        gather.gather(found, received)
     check_bytes(gather, statistics, counted, expect, what)
+    for codes, weight in zip(received, wanting, strict=True):
+        values = flat[weight.start :][: codes.codes.numel()].view(weight.shape)
+        wanted = quantize(values, weight.coding.bits, granularity=weight.coding.side)
+        expect(torch.equal(codes.codes, wanted.codes), "codes that came", *what, weight.name)
+        expect(torch.equal(codes.scale.nan_to_num(), wanted.scale.flatten().nan_to_num()), "scales that came", *what)
     return found, counted
 
 
@@ -155,7 +164,7 @@ def check_of_many(expect, node_size):
         generator = torch.Generator().manual_seed(0)
         flat, weights = weights_of(8, group.world_size, torch.bfloat16, generator, copies=7)
         what = ("many", nodes and nodes.size)
-        gathered_codes(flat, weights, group, expect, what, round_numel=16)
+        gathered_codes(flat, weights, group, expect, what, round_numel=16, with_codes=False)
         _, gather = gathered_differences(flat, weights, group, expect, what, 8, "nearest")
         slot = gather.layout.slot_bytes
         for rank, parts in enumerate(gather._of_owner):

@@ -25,7 +25,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
 import ds_quant
 from ds_quant.comm import backend
-from ds_quant.linear import QuantizedModule
+from ds_quant.linear import QuantizedModule, int8, modules, operands
 
 STEPS, ACCUMULATION, ROWS = 4, 2, 3
 EARLY = 2
@@ -223,6 +223,23 @@ class Watch:
         return found
 
 
+class Quantizations:
+    """Weights that int8 layers have quantized."""
+
+    def __init__(self):
+        self.count = 0
+        self._quantize = operands.quantize_weight
+        modules.quantize_weight = int8.quantize_weight = self._counted
+
+    def _counted(self, *args, **kwargs):
+        self.count += 1
+        return self._quantize(*args, **kwargs)
+
+    def take(self):
+        found, self.count = self.count, 0
+        return found
+
+
 def refusal(action):
     """The error of what needs whole weights."""
     try:
@@ -261,11 +278,15 @@ def evaluated(engine):
     return loss
 
 
-def run(case, gathered, watch):
+def run(case, gathered, watch, quantizations):
     engine = build(case, gathered)
     folder = shared_folder()
     watch.watch(case)
-    report = {"early": train(engine, 0, EARLY), "wire": watch.take(), "evaluated": evaluated(engine)}
+    report = {"early": train(engine, 0, EARLY - 1)}
+    quantizations.take()
+    report["early"] += train(engine, EARLY - 1, EARLY)
+    report |= {"quantized": quantizations.take(), "wire": watch.take(), "evaluated": evaluated(engine)}
+    report["layers"] = sum(isinstance(module, QuantizedModule) for module in engine.module.modules())
     part = getattr(engine, "ds_quant_weight_communication", None)
     if part is not None:
         report["counted"] = part.total.sent_bytes
@@ -307,10 +328,10 @@ def run(case, gathered, watch):
 def main():
     output, *cases = (argument for argument in sys.argv[1:] if not argument.startswith("--local_rank"))
     deepspeed.init_distributed()
-    watch, report = Watch(), {}
+    watch, quantizations, report = Watch(), Quantizations(), {}
     for case in cases:
         say(f"rank {dist.get_rank()}: {case}")
-        report[case] = {how: run(case, how == "codes", watch) for how in ("none", "codes")}
+        report[case] = {how: run(case, how == "codes", watch, quantizations) for how in ("none", "codes")}
         gc.collect()
     write_reports(output, report)
     leave()

@@ -12,10 +12,12 @@ from linear.padded_backend import NAMES, add_padded_backend
 from test_int8 import CONFIGS, TOKENS, step, tiny
 
 import ds_quant
+from ds_quant.config import LinearConfig
 from ds_quant.kernels import registry
 from ds_quant.kernels.int8 import ops
 from ds_quant.linear.convert import convert, remove_forward_counter, step_key_of
-from ds_quant.linear.operands import input_ways, weight_ways
+from ds_quant.linear.operands import arrange_weight, input_ways, quantize_weight, weight_ways
+from ds_quant.linear.recipe import plan_of
 from ds_quant.linear.weight_codes import weights_changed
 from ds_quant.numerics import products as reference
 
@@ -52,6 +54,22 @@ def test_the_three_products(monkeypatch, calls, layout, rounding):
         for a, b, name in zip(*both_ways(monkeypatch, trial), ("Y", "dX", "dW", "db"), strict=True):
             assert torch.equal(a, b), f"{name} of {config}"
     assert {name for name, *_ in calls} == set(NAMES)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_codes_that_came_are_laid_out_as_those_that_are_made(monkeypatch, calls, transposed):
+    weight = torch.randn(13, 37)
+    for others in (("activation",), ("gradient",), ("activation", "gradient")):
+        config = LinearConfig.parse({"backend": "int8", **{name: {"bits": 8} for name in ("weight", *others)}})
+        plan = plan_of(config, transposed=transposed, stream=0)
+        monkeypatch.delenv("DS_QUANT_KERNELS", raising=False)
+        usual = quantize_weight(weight, plan)
+        assert arrange_weight(usual.codes, usual.scale, plan) == usual
+        monkeypatch.setenv("DS_QUANT_KERNELS", "padded")
+        want = quantize_weight(weight, plan, weight_ways(plan, forward=True, backward=True))
+        found = arrange_weight(usual.codes, usual.scale, plan)
+        for one, other in zip(found, want, strict=True):
+            assert one is other is None or torch.equal(one, other)
 
 
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])

@@ -9,7 +9,9 @@ from helpers.linear_oracle import IN, OUT, W8A8G8_INT8
 from torch import nn
 
 import ds_quant
+from ds_quant.linear import int8, modules
 from ds_quant.linear.convert import convert, step_key_of
+from ds_quant.linear.operands import quantize_weight
 from ds_quant.linear.weight_codes import WeightCodes
 
 
@@ -148,6 +150,42 @@ def test_the_backward_has_the_codes_of_its_forward():
         module.weight.mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
+
+
+@pytest.mark.parametrize("edit", [None, *edits()], ids=lambda edit: edit and edit.__name__)
+def test_codes_that_came_with_a_weight_are_multiplied_until_it_is_edited(monkeypatch, edit):
+    """As ZeRO-3 fetches a weight, for which a layer keeps no codes of its own; in the forward and the backward."""
+    module = ds_quant.QuantLinear(IN, OUT, config={**W8A8G8_INT8, "gradient": {"bits": 8}})
+    monkeypatch.setattr(WeightCodes, "may_keep", staticmethod(lambda weight: False))
+    codes = quantize_weight(module.weight, module._quant_plan)
+    found = []
+
+    def quantize(*args, **kwargs):
+        found.append(args)
+        return quantize_weight(*args, **kwargs)
+
+    for place in (modules, int8):
+        monkeypatch.setattr(place, "quantize_weight", quantize)
+    x = torch.randn(3, IN)
+
+    def step():
+        leaf = x.clone().requires_grad_()
+        y = module(leaf)
+        y.sum().backward()
+        return y.detach(), leaf.grad
+
+    want = step()
+    assert module._weight_codes.wanted
+    module._weight_codes.receive(module.weight, codes)
+    if edit is not None:
+        edit(module)
+        want = None
+    found.clear()
+    got = step()
+    assert len(found) == (0 if edit is None else 2)
+    module._weight_codes.drop()
+    for one, other in zip(got, want or step(), strict=True):
+        assert torch.equal(one, other)
 
 
 @pytest.mark.thorough

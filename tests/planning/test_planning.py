@@ -410,6 +410,24 @@ class TestCommand:
         assert gathers[True] == [message + 2 * message, 2 * message]
 
     @pytest.mark.timeout(180)
+    def test_codes_that_layers_hold_count(self, root, capsys, tmp_path):
+        """At stage 3, of each weight that came as codes: a byte an element, and a scale for each output."""
+        given = ["plan", "--model", "model_type=gpt2,n_embd=64,n_layer=1,n_head=2,vocab_size=64,n_positions=32"]
+        given += ["--nodes", "1", "--gpus-per-node", "2", "--batch", "2", "--stage", "3", "--json", "--config"]
+        raw = json.loads((root / "ds_configs" / "wire8.json").read_text())
+        weights = {}
+        for mode in ("codes", "none"):
+            raw["ds_quant"]["communication"] = (
+                {"weight": {"mode": mode}} if mode == "codes" else {"gradient": {"bits": 8}}
+            )
+            path = tmp_path / f"{mode}.json"
+            path.write_text(json.dumps(raw))
+            assert main([*given, str(path)]) == 0
+            weights[mode] = json.loads(capsys.readouterr().out)["at_peak"]["weights"]
+        outputs = 3 * 64 + 64 + 4 * 64 + 64
+        assert weights["codes"] - weights["none"] == (64 + 4) * outputs + 3 * 64 * 64
+
+    @pytest.mark.timeout(180)
     def test_threads_do_not_make_it_hang(self, root, capsys, monkeypatch):
         """In most shells OMP_NUM_THREADS is not set; dry runs are forks, and torch's threads do not survive one."""
         monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
