@@ -101,6 +101,8 @@ class LinearConfig(Section):
         if not self.include:
             yield "include", [], "a list of shell patterns, at least one", 'remove it for ["*"], or remove the section'
         yield from self._mean_rules()
+        if self.activation and self.activation.outlier_share is not None:
+            yield from self._outlier_rules(self.activation.outlier_share)
         if self.rotation:
             yield from self._rotation_rules(self.rotation)
         yield from self._folding_rules()
@@ -124,6 +126,16 @@ class LinearConfig(Section):
         elif "weight" in self.gradient.used_for and not (self.activation and self.activation.split_mean):
             allowed = "with activation.split_mean as well: the weight gradient needs both means"
             yield "gradient.split_mean", True, allowed, 'add that, or set gradient.used_for to ["input"]'
+
+    def _outlier_rules(self, share: float) -> Iterator[Rule]:
+        if self.backend != "simulated":
+            fix = 'remove it, or use backend "simulated"'
+            yield "activation.outlier_share", share, f'absent with backend "{self.backend}"', fix
+        mixed = [name for product, name in (("Y", "output"), ("dW", "weight")) if product in self.rotated_products()]
+        if mixed:
+            allowed = f"absent with a rotation for {', '.join(mixed)}, which spreads the features over each other"
+            fix = 'remove one of the two, or set rotation.used_for to ["input"]'
+            yield "activation.outlier_share", share, allowed, fix
 
     def _full_precision_rules(self, step: int) -> Iterator[Rule]:
         if not (self.weight or self.activation):
@@ -176,6 +188,10 @@ class LinearConfig(Section):
         if "input" in folds and self.weight and self.weight.granularity == "block":
             reason = '"tensor" or "channel": a gradient of granularity "outer" cannot fold a scale per block'
             yield "weight.granularity", "block", reason, fix
+        outliers = self.activation and self.activation.outlier_share is not None
+        if "weight" in folds and self.activation and outliers and self.backend == "simulated":
+            reason = 'absent: a gradient of granularity "outer" cannot fold two scales per token'
+            yield "activation.outlier_share", self.activation.outlier_share, reason, fix
         granularity = self.activation.granularity if self.activation else "token"
         if "weight" in folds and granularity in ("block", "channel"):
             reason = f'"tensor" or "token": a gradient of granularity "outer" cannot fold a scale per {granularity}'

@@ -135,9 +135,16 @@ class ActivationConfig(OperandConfig):
     split_mean: bool = False
     """Take the mean over tokens off before quantizing, and add its part in full precision (Averis). Backend `simulated`
     only."""
+    outlier_share: Annotated[float, Field(gt=0, lt=1), Allowed("a number above 0 and below 1")] | None = None
+    """The share of the input features, rounded up, that take 8 bits in place of fewer: those that have the largest
+    magnitudes in the call at hand, so that nothing is held or saved. Backend `simulated` only. Absent: none."""
 
     def rules(self) -> Iterator[Rule]:
         yield from super().rules()
+        bits = self.named_format.bits if self.named_format else self.bits
+        if self.outlier_share is not None and bits == 8:
+            allowed = "absent where all features have 8 bits"
+            yield "outlier_share", self.outlier_share, allowed, "remove it, or use fewer bits"
         if self.range == "full" and not self.symmetric:
             reason = '"narrow" with symmetric false: asymmetric codes use all 2^b levels anyway'
             yield "range", "full", reason, "remove it, or set symmetric to true"

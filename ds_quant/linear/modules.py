@@ -186,6 +186,8 @@ def describe(config: LinearConfig, *, quantizes_forward: bool = True) -> str:
             text += " full range"
         if not isinstance(operand, WeightConfig) and operand.split_mean:
             text += " less its mean"
+        if isinstance(operand, ActivationConfig) and operand.outlier_share is not None:
+            text += f" with {operand.outlier_share:.3g} of the channels in 8 bits"
         if operand.rounding != "nearest":
             text += f" {operand.rounding}"
         parts.append(text)

@@ -62,6 +62,8 @@ class Quantizer(NamedTuple):
     turned: bool = False
     split_mean: bool = False
     """Of X and G: the mean of the tokens is taken off first, see `token_means`."""
+    outlier_share: float = 0.0
+    """Of X: the features that take 8 bits, see `outlier_channels`."""
 
     @property
     def format(self) -> Format[Integers | Minifloat]:
@@ -175,6 +177,7 @@ def plan_of(config: LinearConfig, *, transposed: bool, stream: int) -> Plan:
             block_size=a.block_size,
             full_range=a.range == "full",
             split_mean=a.split_mean,
+            outlier_share=a.outlier_share or 0.0,
             **_elements(a),
         )
     if g:

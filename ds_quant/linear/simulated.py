@@ -26,7 +26,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ds_quant.kernels.simulated import ops as kernels
-from ds_quant.linear import token_means
+from ds_quant.linear import outlier_channels, token_means
+from ds_quant.linear.outlier_channels import WithOutliers
 from ds_quant.linear.products import Operand, product
 from ds_quant.linear.recipe import (
     STREAM_ACTIVATION,
@@ -82,8 +83,7 @@ class SimulatedLinear(torch.autograd.Function):
             x_saved: tuple[Tensor | None, ...] = (x2 if wants_weight else None, None, None)
         else:
             # One byte an element instead of the activation itself.
-            ctx.x_rebuild = (qx.granularity, qx.block_size, qx.elements)
-            x_saved = (qx.codes, qx.scale, qx.zero_point)
+            x_saved, ctx.x_rebuild = qx.apart() if isinstance(qx, WithOutliers) else (qx[:3], qx[3:])
         ctx.save_for_backward(weight, local_key, replicated_key, x_mean, *x_saved)
         return y
 
@@ -107,7 +107,7 @@ class SimulatedLinear(torch.autograd.Function):
                 term = token_means.as_bias(mean, b, None, plan.rotation_block if "dX" in plan.rotated else 0)
                 grad_x = product(a, b, dtype, term, in_fp8=plan.in_fp8).reshape(ctx.x_shape)
             if ctx.needs_input_grad[1]:
-                x = x_saved[0] if ctx.x_rebuild is None else Quantized(*x_saved, *ctx.x_rebuild)
+                x = _rebuilt(x_saved, ctx.x_rebuild)
                 a, b = _weight_gradient_operands(centred if plan.grad_weight else g, x, plan, local_key)
                 if plan.transposed:
                     a, b = b, a
@@ -122,7 +122,7 @@ class SimulatedLinear(torch.autograd.Function):
 
 def _forward_operands(
     x: Tensor, w: Tensor, plan: Plan, local_key: Tensor | None, replicated_key: Tensor | None
-) -> tuple[Quantized | None, Quantized | None]:
+) -> tuple[Quantized | WithOutliers | None, Quantized | None]:
     """X [tokens, in] and W [out, in] for Y; None where they are not quantized."""
     x_stream, w_stream = plan.stream + STREAM_ACTIVATION, plan.stream + STREAM_WEIGHT
     if "Y" in plan.rotated:
@@ -131,12 +131,14 @@ def _forward_operands(
         qx = quantize_rotated(x, plan.activation, local_key, x_stream, plan.rotation_block)
         return qx, quantize_rotated(w, plan.weight, replicated_key, w_stream, plan.rotation_block)
     return (
-        _quantized(x, plan.activation, local_key, x_stream) if plan.activation else None,
+        _quantized_input(x, plan.activation, local_key, x_stream) if plan.activation else None,
         _quantized(w, plan.weight, replicated_key, w_stream) if plan.weight else None,
     )
 
 
-def _for_weight_gradient(x: Tensor, qx: Quantized | None, plan: Plan, key: Tensor | None) -> Quantized | None:
+def _for_weight_gradient(
+    x: Tensor, qx: Quantized | WithOutliers | None, plan: Plan, key: Tensor | None
+) -> Quantized | WithOutliers | None:
     """X as dW contracts it: [in, tokens] where that is rotated, else [tokens, in]; None where it is not quantized.
 
     qx: X in the forward.
@@ -168,7 +170,7 @@ def _input_gradient_operands(
 
 
 def _weight_gradient_operands(
-    g: Tensor, x: Tensor | Quantized, plan: Plan, key: Tensor | None
+    g: Tensor, x: Tensor | Quantized | WithOutliers, plan: Plan, key: Tensor | None
 ) -> tuple[Operand, Operand]:
     """G [tokens, out] and X, as `_for_weight_gradient` left it, for dW."""
     stream = plan.stream + STREAM_GRAD_WEIGHT
@@ -180,7 +182,12 @@ def _weight_gradient_operands(
 
 
 def _gradient_product(
-    g: Tensor, other: Tensor | Quantized, quantizer: Quantizer | None, key: Tensor | None, stream: int, contracted: int
+    g: Tensor,
+    other: Tensor | Quantized | WithOutliers,
+    quantizer: Quantizer | None,
+    key: Tensor | None,
+    stream: int,
+    contracted: int,
 ) -> tuple[Operand, Operand]:
     """The two operands of dX (G contracted over dimension 1) or dW (over dimension 0)."""
     if quantizer is None:
@@ -194,6 +201,22 @@ def _gradient_product(
     return Operand(
         _quantized(g, quantizer, key, stream, scale if contracted == 1 else scale.reshape(-1, 1)), contracted
     ), Operand(other, 0, scaled=False)
+
+
+def _rebuilt(saved: list[Tensor], how: Any) -> Tensor | Quantized | WithOutliers:
+    """What the forward left of X."""
+    if how is None:
+        return saved[0]
+    if len(saved) > 3:
+        return outlier_channels.together(saved, how)
+    codes, scale, zero_point = saved
+    return Quantized(codes, scale, zero_point, *how)
+
+
+def _quantized_input(x: Tensor, quantizer: Quantizer, key: Tensor | None, stream: int) -> Quantized | WithOutliers:
+    if quantizer.outlier_share:
+        return outlier_channels.quantize(x, quantizer, key, stream)
+    return _quantized(x, quantizer, key, stream)
 
 
 def _quantized(

@@ -85,6 +85,12 @@ ACTIVATION = {
         "blocks of 32, output layer and last block in full precision",
         _linear(activation=_block(4, 32), exclude=_LAST),
     ),
+    "a4_token_outliers": Repair(
+        "A",
+        "a4_token",
+        "per token, a tenth of the channels in 8 bits",
+        _linear(activation={"bits": 4, "granularity": "token", "outlier_share": 0.1}),
+    ),
     "a4_nvfp4": Repair("A", "a4_token", "NVFP4", _linear(activation={"format": "nvfp4"})),
     "a4_nvfp4_four_six": Repair(
         "A", "a4_token", "NVFP4, 4/6 scales", _linear(activation={"format": "nvfp4", "scale_rule": "four_six"})

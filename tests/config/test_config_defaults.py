@@ -52,6 +52,7 @@ def test_defaults():
         "granularity": "token",
         "range": "narrow",
         "split_mean": False,
+        "outlier_share": None,
         **block,
         **operand,
     }

@@ -70,6 +70,23 @@ WRONG_LINEAR_VALUES = [
         )
     ),
     *(
+        (
+            {"linear": {**W8A8G8, "activation": {"bits": 4, "outlier_share": share}, **more}},
+            f"{LINEAR}.activation.outlier_share",
+            json.dumps(share),
+            allowed,
+            fix,
+        )
+        for share, more, allowed, fix in (
+            (1, {}, "a number above 0 and below 1", "write"),
+            (0.1, {"activation": {"bits": 8, "outlier_share": 0.1}}, "absent where all features have 8", "fewer bits"),
+            (0.1, {"activation": {"format": "mxint8", "outlier_share": 0.1}}, "have 8 bits", "fewer bits"),
+            (0.1, {}, '"outer" cannot fold two scales per token', "gradient.granularity"),
+            (0.1, {"backend": "int8"}, 'absent with backend "int8"', 'backend "simulated"'),
+            (0.1, {"rotation": {}}, "absent with a rotation for output, weight", 'used_for to ["input"]'),
+        )
+    ),
+    *(
         ({"linear": {**W8A8G8, "exclude_blocks": ends}}, f"{LINEAR}.exclude_blocks{key}", got, allowed, "")
         for ends, key, got, allowed in (
             ({}, "", '{"first": 0.0, "last": 0.0}', "more than 0 and less than 1 together"),

@@ -67,6 +67,7 @@ def test_a_hand_computed_error():
     {"activation": {"bits": 8}, "gradient": {"format": "nvfp4"}},
     {"activation": {"bits": 4}, "gradient": {"bits": 4}, "rotation": {"block_size": 32}},
     {"activation": {"bits": 4, "split_mean": True}, "gradient": {"bits": 4, "split_mean": True}},
+    {"activation": {"bits": 4, "outlier_share": 0.1}, "gradient": {"bits": 8, "granularity": "token"}},
 ])  # fmt: skip
 @pytest.mark.parametrize("make", [llama, gpt2])
 def test_the_quantized_gradient_is_the_one_of_training(make, linear):

@@ -103,6 +103,11 @@ LINEARS = {
         "gradient": {**NVFP4, "split_mean": True, "rounding": "stochastic"},
         "rotation": {"block_size": 32},
     },
+    "outliers": {
+        "weight": {"bits": 4},
+        "activation": {"bits": 4, "outlier_share": 0.1},
+        "gradient": {"bits": 8, "granularity": "token", "rounding": "stochastic"},
+    },
     "fp8": {
         "weight": {"format": "fp8_e4m3"},
         "activation": {"format": "fp8_e4m3"},
@@ -131,7 +136,7 @@ def first_loss(section):
         return sum(model(input_ids=part, labels=part).loss.item() for part in (data[::2], data[1::2])) / 2
 
 
-@pytest.mark.parametrize("name", ["repairs of 4 bits", "int8, then none", *SLOW])
+@pytest.mark.parametrize("name", ["repairs of 4 bits", "outliers", "int8, then none", *SLOW])
 def test_formats_at_every_stage(tmp_path, name):
     """The stages agree as they do for integers, and a resumed run is the one that went on."""
     linear = LINEARS[name]
