@@ -5,6 +5,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field
 
+from ds_quant.base.number_formats import MS_EDEN
 from ds_quant.config.deepspeed_json import SECTION
 from ds_quant.config.operands import ActivationConfig, GradientConfig, WeightConfig
 from ds_quant.config.section import NOTHING, Allowed, Rule, Section, allowed_values
@@ -33,6 +34,8 @@ class RotationConfig(Section):
     ] = None
     """Products whose operands are rotated: the output, the input gradient, the weight gradient. Null (default): all
     whose two operands are quantized."""
+    signs: Literal["fixed", "drawn"] = "fixed"
+    """Of the matrix: the same for all products, steps and ranks, or `drawn` for each product and call."""
 
     def rules(self) -> Iterator[Rule]:
         if self.used_for is not None and (not self.used_for or len(set(self.used_for)) < len(self.used_for)):
@@ -106,6 +109,8 @@ class LinearConfig(Section):
         if self.rotation:
             yield from self._rotation_rules(self.rotation)
         yield from self._folding_rules()
+        if self.gradient and self.gradient.rounding == MS_EDEN:
+            yield from self._eden_rules(self.gradient)
         if self.forward_full_precision_from is not None:
             yield from self._full_precision_rules(self.forward_full_precision_from)
         if self.backend == "int8":
@@ -178,6 +183,21 @@ class LinearConfig(Section):
                 allowed = f'"outer", "tensor" or "block" with a rotated {name} gradient, not one {mixed}'
                 fix = f'use one of them, or leave "{name}" out of rotation'
                 yield "gradient.granularity", granularity, allowed, fix
+
+    def _eden_rules(self, gradient: GradientConfig) -> Iterator[Rule]:
+        fix = 'use that, or gradient.rounding "stochastic"'
+        rotated = self.rotated_products()
+        missing = [name for name in gradient.used_for if _PRODUCTS[name] not in rotated]
+        if missing or not self.rotation or self.rotation.signs != "drawn":
+            names = ", ".join(gradient.used_for)
+            allowed = f'with rotation.signs "drawn" and a rotation for {names}: else nothing makes it unbiased'
+            yield "gradient.rounding", MS_EDEN, allowed, fix
+        elif gradient.granularity == "block" and gradient.block_size > self.rotation.block_size:
+            allowed = f'at most rotation.block_size, {self.rotation.block_size}, with rounding "{MS_EDEN}"'
+            yield "gradient.block_size", gradient.block_size, allowed, "use that, or larger blocks of the rotation"
+        if self.forward_full_precision_from is not None:
+            allowed = '"nearest" or "stochastic" with forward_full_precision_from, which ends all rotation'
+            yield "gradient.rounding", MS_EDEN, allowed, "use one of them, or remove forward_full_precision_from"
 
     def _folding_rules(self) -> Iterator[Rule]:
         if self.backward_operands == "original" or not self.gradient or self.gradient.granularity != "outer":

@@ -5,10 +5,10 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, SerializerFunctionWrapHandler, WithJsonSchema, model_serializer
 
-from ds_quant.base.number_formats import FORMATS, FOUR_SIX, NamedFormat
+from ds_quant.base.number_formats import FORMATS, FOUR_SIX, MS_EDEN, NamedFormat
 from ds_quant.config.deepspeed_json import SECTION
 from ds_quant.config.section import NOTHING, Allowed, BlockSection, Rule, allowed_values
-from ds_quant.config.values import Bits, FormatName, LinearBlock, Rounding, exact_int, not_null
+from ds_quant.config.values import Bits, FormatName, GradientRounding, LinearBlock, Rounding, exact_int, not_null
 
 # Null is no value of either, only what their absence is to Python.
 _BITS_SCHEMA = WithJsonSchema({"type": "integer", "minimum": 2, "maximum": 8})
@@ -170,8 +170,9 @@ class GradientConfig(OperandConfig):
     """Which backward products see the quantized gradient; the others get the original."""
     symmetric: bool = True
     """Codes -(2^(b-1)-1) to 2^(b-1)-1 around zero, or all 2^b levels between minimum and maximum."""
-    rounding: Rounding = "nearest"
-    """`nearest` (ties to even) or `stochastic`."""
+    rounding: GradientRounding = "nearest"
+    """`nearest` (ties to even), `stochastic`, or `ms_eden`: nearest, with scales that make it unbiased after a rotation
+    with drawn signs (`rotation.signs`); with granularity `block`, and no format whose scales are powers of two."""
     split_mean: bool = False
     """Take the mean over tokens off before quantizing, and add its part in full precision (Averis). Backend `simulated`
     only, and for weight gradients only where that of the activation is, too."""
@@ -181,3 +182,18 @@ class GradientConfig(OperandConfig):
         if not self.used_for or len(set(self.used_for)) < len(self.used_for):
             fix = 'list each product once, or leave "gradient" out to quantize none'
             yield "used_for", list(self.used_for), allowed_values(GradientConfig, "used_for"), fix
+        if self.rounding == MS_EDEN:
+            yield from self._eden_rules()
+
+    def _eden_rules(self) -> Iterator[Rule]:
+        with_eden = f'with rounding "{MS_EDEN}"'
+        if self.granularity != "block":
+            allowed = f'"block" {with_eden}, whose scales correct no more than a block of the rotation'
+            yield "granularity", self.granularity, allowed, 'use that, or rounding "stochastic"'
+        if not self.symmetric:
+            yield "symmetric", False, f"true {with_eden}", 'remove it, or use rounding "stochastic"'
+        if self.named_format and self.named_format.scale == "e8m0":
+            allowed = f"bits, nvfp4, nvint4, fp8, fp6 or fp4 {with_eden}: powers of two are too coarse to correct with"
+            yield "format", self.format, allowed, 'use one of them, or rounding "stochastic"'
+        if self.scale_rule == FOUR_SIX:
+            yield "scale_rule", FOUR_SIX, f"absent {with_eden}, which finds scales of its own", "remove one of the two"

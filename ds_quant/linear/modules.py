@@ -194,7 +194,8 @@ def describe(config: LinearConfig, *, quantizes_forward: bool = True) -> str:
     if config.gradient:
         parts[-1] += " for " + "+".join({"input": "dX", "weight": "dW"}[name] for name in config.gradient.used_for)
     if config.rotation:
-        parts.append(f"Hadamard {config.rotation.block_size} for {'+'.join(config.rotated_products())}")
+        drawn = " with drawn signs" if config.rotation.signs == "drawn" else ""
+        parts.append(f"Hadamard {config.rotation.block_size}{drawn} for {'+'.join(config.rotated_products())}")
     if config.backward_operands == "original":
         parts.append("original operands in the backward")
     if config.forward_full_precision_from is not None:

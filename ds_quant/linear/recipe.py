@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from ds_quant.base.number_formats import MS_EDEN
 from ds_quant.config import LinearConfig
 from ds_quant.config.operands import OperandConfig
 from ds_quant.numerics.format import Format, Group, Integers, named_format, quantize_to
@@ -74,7 +75,7 @@ class Quantizer(NamedTuple):
                 self.granularity,
                 self.block_size,
                 block_rows=self.block_rows,
-                scale_rule=self.scale_rule,
+                scale_rule=MS_EDEN if self.rounding == MS_EDEN else self.scale_rule,
             )
         elements = Integers(self.bits, self.symmetric, self.full_range)
         return Format(elements, Group(self.granularity, self.block_size))
@@ -123,16 +124,18 @@ class Plan(NamedTuple):
     rotated: tuple[str, ...] = ()
     """Those of ("Y", "dX", "dW") whose operands are rotated first, see `rotated`."""
     rotation_block: int = 0
+    signs_drawn: bool = False
+    """Each rotation has signs of its own."""
 
     @property
     def full_forward(self) -> "Plan":
         """What it becomes once the forward is in full precision: that of a layer which quantizes neither W nor X."""
-        return self._replace(weight=None, activation=None, rotated=(), rotation_block=0)
+        return self._replace(weight=None, activation=None, rotated=(), rotation_block=0, signs_drawn=False)
 
     @property
     def stochastic(self) -> bool:
         quantizers = (self.weight, self.activation, self.grad_input, self.grad_weight)
-        return any(q is not None and q.rounding == "stochastic" for q in quantizers)
+        return self.signs_drawn or any(q is not None and q.rounding != "nearest" for q in quantizers)
 
     @property
     def both_quantized(self) -> tuple[str, ...]:
@@ -209,4 +212,8 @@ def plan_of(config: LinearConfig, *, transposed: bool, stream: int) -> Plan:
     plan = Plan(weight, activation, grad_input, grad_weight, original, transposed, stream, config.backend == "fp8")
     if not config.rotation:
         return plan
-    return plan._replace(rotated=config.rotated_products(), rotation_block=config.rotation.block_size)
+    return plan._replace(
+        rotated=config.rotated_products(),
+        rotation_block=config.rotation.block_size,
+        signs_drawn=config.rotation.signs == "drawn",
+    )

@@ -37,7 +37,7 @@ from ds_quant.linear.recipe import (
     Plan,
     Quantizer,
 )
-from ds_quant.linear.rotated import quantize_rotated
+from ds_quant.linear.rotated import quantize_rotated, rotation_of
 from ds_quant.numerics.integer import Quantized
 
 
@@ -63,7 +63,7 @@ class SimulatedLinear(torch.autograd.Function):
             a = Operand(x2 if qx is None else qx, 1)
             b = Operand(w if qw is None else qw, 1)
             has_bias, bias_dtype = bias is not None, None if bias is None else bias.dtype
-            bias = token_means.as_bias(x_mean, b, bias, plan.rotation_block if "Y" in plan.rotated else 0)
+            bias = token_means.as_bias(x_mean, b, bias, rotation_of(plan, "Y", local_key, x.device))
             cast_bias = None if bias is None else bias.to(dtype)
             if qx is None and qw is None:
                 y = F.linear(x, w.to(dtype), cast_bias)
@@ -104,7 +104,7 @@ class SimulatedLinear(torch.autograd.Function):
                 w = weight.t() if plan.transposed else weight
                 a, b = _input_gradient_operands(centred if plan.grad_input else g, w, plan, local_key, replicated_key)
                 mean = g_mean if plan.grad_input else None
-                term = token_means.as_bias(mean, b, None, plan.rotation_block if "dX" in plan.rotated else 0)
+                term = token_means.as_bias(mean, b, None, rotation_of(plan, "dX", local_key, g.device))
                 grad_x = product(a, b, dtype, term, in_fp8=plan.in_fp8).reshape(ctx.x_shape)
             if ctx.needs_input_grad[1]:
                 x = _rebuilt(x_saved, ctx.x_rebuild)
@@ -125,11 +125,11 @@ def _forward_operands(
 ) -> tuple[Quantized | WithOutliers | None, Quantized | None]:
     """X [tokens, in] and W [out, in] for Y; None where they are not quantized."""
     x_stream, w_stream = plan.stream + STREAM_ACTIVATION, plan.stream + STREAM_WEIGHT
-    if "Y" in plan.rotated:
+    if rotation := rotation_of(plan, "Y", local_key, x.device):
         assert plan.activation is not None
         assert plan.weight is not None
-        qx = quantize_rotated(x, plan.activation, local_key, x_stream, plan.rotation_block)
-        return qx, quantize_rotated(w, plan.weight, replicated_key, w_stream, plan.rotation_block)
+        qx = quantize_rotated(x, plan.activation, local_key, x_stream, rotation)
+        return qx, quantize_rotated(w, plan.weight, replicated_key, w_stream, rotation)
     return (
         _quantized_input(x, plan.activation, local_key, x_stream) if plan.activation else None,
         _quantized(w, plan.weight, replicated_key, w_stream) if plan.weight else None,
@@ -146,8 +146,8 @@ def _for_weight_gradient(
     if plan.activation is None or plan.original_operands:
         return None
     stream = plan.stream + STREAM_ACTIVATION
-    if "dW" in plan.rotated:
-        return quantize_rotated(x.t(), plan.activation, key, stream, plan.rotation_block)
+    if rotation := rotation_of(plan, "dW", key, x.device):
+        return quantize_rotated(x.t(), plan.activation, key, stream, rotation)
     return _quantized(x, plan.activation, key, stream) if "Y" in plan.rotated else qx
 
 
@@ -156,13 +156,11 @@ def _input_gradient_operands(
 ) -> tuple[Operand, Operand]:
     """G [tokens, out] and W [out, in] for dX."""
     g_stream, w_stream = plan.stream + STREAM_GRAD_INPUT, plan.stream + STREAM_WEIGHT
-    if "dX" in plan.rotated:
+    if rotation := rotation_of(plan, "dX", local_key, g.device):
         assert plan.grad_input is not None
         assert plan.weight is not None
-        gq = quantize_rotated(g, plan.grad_input, local_key, g_stream, plan.rotation_block)
-        return Operand(gq, 1), Operand(
-            quantize_rotated(w.t(), plan.weight, replicated_key, w_stream, plan.rotation_block), 1
-        )
+        gq = quantize_rotated(g, plan.grad_input, local_key, g_stream, rotation)
+        return Operand(gq, 1), Operand(quantize_rotated(w.t(), plan.weight, replicated_key, w_stream, rotation), 1)
     other: Tensor | Quantized = w
     if plan.weight and not plan.original_operands:
         other = _quantized(w, plan.weight, replicated_key, w_stream)
@@ -174,9 +172,9 @@ def _weight_gradient_operands(
 ) -> tuple[Operand, Operand]:
     """G [tokens, out] and X, as `_for_weight_gradient` left it, for dW."""
     stream = plan.stream + STREAM_GRAD_WEIGHT
-    if "dW" in plan.rotated:
+    if rotation := rotation_of(plan, "dW", key, g.device):
         assert plan.grad_weight is not None
-        gq = quantize_rotated(g.t(), plan.grad_weight, key, stream, plan.rotation_block)
+        gq = quantize_rotated(g.t(), plan.grad_weight, key, stream, rotation)
         return Operand(gq, 1), Operand(x, 1)
     return _gradient_product(g, x, plan.grad_weight, key, stream, 0)
 

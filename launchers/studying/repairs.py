@@ -186,8 +186,11 @@ _BLOCKS = (_block(4, 32), _block(4, 32))
 _BLOCK_GRADIENT = _block(4, 32, rounding="stochastic", used_for=list(_BOTH))
 
 
-def _rotated(section: Values, size: int, *used_for: str) -> Values:
-    rotation: Values = {"block_size": size, **({"used_for": list(used_for)} if used_for else {})}
+_EDEN = {**_BLOCK_GRADIENT, "rounding": "ms_eden"}
+
+
+def _rotated(section: Values, size: int, *used_for: str, **more: Any) -> Values:
+    rotation: Values = {"block_size": size, **({"used_for": list(used_for)} if used_for else {}), **more}
     return {"linear": {**section["linear"], "rotation": rotation}}
 
 
@@ -226,6 +229,18 @@ COMBINED = {
         "w4a4g4_naive",
         "the same, dW alone rotated",
         _rotated(_all4(*_BLOCKS, dict(_BLOCK_GRADIENT)), 32, "weight"),
+    ),
+    "w4a4g4_block32_hadamard_backward": Repair(
+        "combined",
+        "w4a4g4_naive",
+        "the same, dX and dW rotated by matrices of 128 with drawn signs",
+        _rotated(_all4(*_BLOCKS, dict(_BLOCK_GRADIENT)), 128, "input", "weight", signs="drawn"),
+    ),
+    "w4a4g4_block32_ms_eden": Repair(
+        "combined",
+        "w4a4g4_naive",
+        "the same, G by MS-EDEN in place of stochastic rounding",
+        _rotated(_all4(*_BLOCKS, dict(_EDEN)), 128, "input", "weight", signs="drawn"),
     ),
     "w4a4g4_nvint4": Repair(
         "combined",

@@ -64,6 +64,10 @@ def test_defaults():
         **block,
         **operand,
     }
+    assert (
+        load({"linear": {"weight": {"bits": 8}, "activation": {"bits": 8}, "rotation": {}}}).linear.rotation.signs
+        == "fixed"
+    )
     linear = quant.linear
     assert (linear.backend, linear.backward_operands) == ("simulated", "quantized")
     assert (linear.include, linear.exclude) == (("*",), None)

@@ -5,6 +5,8 @@ import json
 from config_files import LINEAR, W8
 
 W8A8G8 = {"weight": {"bits": 8}, "activation": {"bits": 8}, "gradient": {"bits": 8}}
+EDEN = {"bits": 4, "granularity": "block", "block_size": 16, "rounding": "ms_eden"}
+DRAWN = {"signs": "drawn"}
 WRONG_LINEAR_VALUES = [
     *(
         (
@@ -85,6 +87,64 @@ WRONG_LINEAR_VALUES = [
             (0.1, {"backend": "int8"}, 'absent with backend "int8"', 'backend "simulated"'),
             (0.1, {"rotation": {}}, "absent with a rotation for output, weight", 'used_for to ["input"]'),
         )
+    ),
+    *(
+        (
+            {"linear": {**W8A8G8, "rotation": DRAWN, **linear, "gradient": {**EDEN, **gradient}}},
+            f"{LINEAR}.gradient.{key}",
+            got,
+            allowed,
+            fix,
+        )
+        for linear, gradient, key, got, allowed, fix in (
+            ({"rotation": {}}, {}, "rounding", '"ms_eden"', 'with rotation.signs "drawn"', '"stochastic"'),
+            ({"rotation": None}, {}, "rounding", '"ms_eden"', "a rotation for weight, input", '"stochastic"'),
+            (
+                {"rotation": {**DRAWN, "used_for": ["weight"]}},
+                {},
+                "rounding",
+                '"ms_eden"',
+                "a rotation for weight, input",
+                '"stochastic"',
+            ),
+            ({}, {"block_size": 64}, "block_size", "64", "at most rotation.block_size, 16", "use that"),
+            ({}, {"symmetric": False}, "symmetric", "false", 'true with rounding "ms_eden"', "remove it"),
+            (
+                {"forward_full_precision_from": 9},
+                {},
+                "rounding",
+                '"ms_eden"',
+                "with forward_full_precision_from",
+                "one of them",
+            ),
+        )
+    ),
+    *(
+        ({"linear": {**W8A8G8, "rotation": DRAWN, "gradient": gradient}}, f"{LINEAR}.gradient.{key}", got, allowed, fix)
+        for gradient, key, got, allowed, fix in (
+            ({"bits": 4, "rounding": "ms_eden"}, "granularity", '"outer"', '"block" with rounding', "use that"),
+            (
+                {"format": "mxfp4", "rounding": "ms_eden"},
+                "format",
+                '"mxfp4"',
+                "powers of two are too coarse",
+                "of them",
+            ),
+            (
+                {"format": "nvfp4", "scale_rule": "four_six", "rounding": "ms_eden"},
+                "scale_rule",
+                '"four_six"',
+                "absent with rounding",
+                "one of the two",
+            ),
+        )
+    ),
+    (
+        {"linear": {"weight": {"bits": 4, "rounding": "ms_eden"}}},
+        f"{LINEAR}.weight.rounding",
+        '"ms_eden"',
+        '"nearest", "stochastic"',
+        "write",
     ),
     *(
         ({"linear": {**W8A8G8, "exclude_blocks": ends}}, f"{LINEAR}.exclude_blocks{key}", got, allowed, "")

@@ -96,12 +96,13 @@ LINEARS = {
         "weight": {"format": "fp8_e4m3"},
         "activation": {"format": "mxint8"},
         "gradient": {"format": "mxfp8", "scale_rule": "up", "rounding": "stochastic"},
+        "rotation": {"used_for": ["output"]},
     },
     "repairs of 4 bits": {
         "weight": NVFP4,
         "activation": {**NVFP4, "split_mean": True},
-        "gradient": {**NVFP4, "split_mean": True, "rounding": "stochastic"},
-        "rotation": {"block_size": 32},
+        "gradient": {"format": "nvfp4", "split_mean": True, "rounding": "ms_eden"},
+        "rotation": {"block_size": 32, "signs": "drawn", "used_for": ["input", "weight"]},
     },
     "outliers": {
         "weight": {"bits": 4},
