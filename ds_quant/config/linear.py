@@ -167,6 +167,11 @@ class LinearConfig(Section):
         if self.backend != "simulated":
             reason = f'absent with backend "{self.backend}", whose products share their operands'
             yield "rotation", rotation.model_dump(exclude_unset=True), reason, 'remove it, or use backend "simulated"'
+        if self.weight and "Y" in self.rotated_products():
+            for key in ("trust_distance", "dampening"):
+                if (value := getattr(self.weight, key)) is not None:
+                    allowed = "absent with a rotated output, whose codes are of mixed weights"
+                    yield f"weight.{key}", value, allowed, 'remove it, or leave "output" out of rotation.used_for'
         of_two = self._products_of_two()
         missing = [name for name in rotation.used_for or () if name not in of_two]
         if missing or not of_two:

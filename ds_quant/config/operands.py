@@ -108,11 +108,24 @@ class WeightConfig(OperandConfig):
     """Codes -(2^(b-1)-1) to 2^(b-1)-1 around zero, or all 2^b levels between minimum and maximum."""
     rounding: Rounding = "nearest"
     """`nearest` (ties to even) or `stochastic`, for weights with backend `simulated` only."""
+    trust_distance: Annotated[float, Field(gt=0, lt=0.5), Allowed("a number above 0 and below 0.5")] | None = None
+    """Weights farther than so many steps between codes from their quantized value get no gradient: those near a
+    threshold, which oscillate (QuEST's trust estimator). With integers. Absent: all get theirs."""
+    dampening: Annotated[float, Field(gt=0, allow_inf_nan=False), Allowed("a number above 0")] | None = None
+    """lambda of lambda * sum (w - Q(w))^2, which is added to the loss by its gradient: weights are pulled to the values
+    of their codes (Nagel et al. 2022). Absent: none."""
 
     def rules(self) -> Iterator[Rule]:
         yield from super().rules()
         if self.block_rows != 1 and self.format not in ("nvfp4", "nvint4"):
             yield "block_rows", self.block_rows, '1, or 16 with format "nvfp4" or "nvint4"', "remove it"
+        for key, value in (("trust_distance", self.trust_distance), ("dampening", self.dampening)):
+            if value is not None and self.rounding == "stochastic":
+                allowed = 'absent with rounding "stochastic", whose weights have no code of their own'
+                yield key, value, allowed, "remove one of the two"
+        if self.trust_distance is not None and self.named_format and self.named_format.elements != "integer":
+            allowed = f'absent with format "{self.format}", whose values are not evenly spaced'
+            yield "trust_distance", self.trust_distance, allowed, "remove it, or use bits, mxint8 or nvint4"
 
 
 class ActivationConfig(OperandConfig):

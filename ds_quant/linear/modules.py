@@ -96,7 +96,8 @@ class QuantizedModule(nn.Module):
         if self.quant_config.backend == "int8":
             return self._int8_forward(x, dtype, plan, local_key)
         bias = getattr(self, "bias", None)
-        return SimulatedLinear.apply(x.to(dtype), self.weight, bias, plan, dtype, local_key, replicated_key)
+        share = self.step_key.loss_share
+        return SimulatedLinear.apply(x.to(dtype), self.weight, bias, plan, dtype, local_key, replicated_key, share)
 
     def _int8_forward(self, x: Tensor, dtype: torch.dtype, plan: Plan, key: Tensor | None) -> Tensor:
         inputs: tuple[Tensor | None, ...] = (None, None, None)
@@ -115,7 +116,8 @@ class QuantizedModule(nn.Module):
         if not plan.activation or plan.original_operands:
             x = x.to(dtype)  # it is held for the backward: in the narrower dtype
         bias = getattr(self, "bias", None)
-        return Int8Linear.apply(x, self.weight, bias, *inputs, *weights, keeps, plan, dtype, key)
+        share = self.step_key.loss_share
+        return Int8Linear.apply(x, self.weight, bias, *inputs, *weights, keeps, plan, dtype, key, share)
 
     def _input_codes(self, x: Tensor, dtype: torch.dtype, plan: Plan, key: Tensor | None) -> Codes:
         activation = plan.activation
@@ -176,6 +178,10 @@ def describe(config: LinearConfig, *, quantizes_forward: bool = True) -> str:
             text += f" of {operand.block_size}"
         if isinstance(operand, WeightConfig) and operand.block_rows > 1:
             text += f" x {operand.block_rows}"
+        if isinstance(operand, WeightConfig) and operand.trust_distance is not None:
+            text += f" trusted within {operand.trust_distance:.3g}"
+        if isinstance(operand, WeightConfig) and operand.dampening is not None:
+            text += f" dampened by {operand.dampening:.3g}"
         if operand.scale_rule == "up":
             text += " scales up"
         if operand.scale_rule == FOUR_SIX:

@@ -65,6 +65,9 @@ class Quantizer(NamedTuple):
     """Of X and G: the mean of the tokens is taken off first, see `token_means`."""
     outlier_share: float = 0.0
     """Of X: the features that take 8 bits, see `outlier_channels`."""
+    trust_distance: float = 0.0
+    """Of W, and so is the next: what its gradient loses and gains, see `weight_gradients`."""
+    dampening: float = 0.0
 
     @property
     def format(self) -> Format[Integers | Minifloat]:
@@ -170,6 +173,8 @@ def plan_of(config: LinearConfig, *, transposed: bool, stream: int) -> Plan:
             rounding=w.rounding,
             block_size=w.block_size,
             block_rows=w.block_rows,
+            trust_distance=w.trust_distance or 0.0,
+            dampening=w.dampening or 0.0,
             **_elements(w),
         )
     if a:

@@ -38,6 +38,7 @@ from ds_quant.linear.recipe import (
     Quantizer,
 )
 from ds_quant.linear.rotated import quantize_rotated, rotation_of
+from ds_quant.linear.weight_gradients import adjusted
 from ds_quant.numerics.integer import Quantized
 
 
@@ -54,6 +55,7 @@ class SimulatedLinear(torch.autograd.Function):
         dtype: torch.dtype,
         local_key: Tensor | None,
         replicated_key: Tensor | None,
+        loss_share: float,
     ) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
             w = weight.t() if plan.transposed else weight  # [out, in]
@@ -74,7 +76,7 @@ class SimulatedLinear(torch.autograd.Function):
                 y = torch.ops.aten._unsafe_view(
                     product(a, b, dtype, bias, in_fp8=plan.in_fp8), (*x.shape[:-1], w.shape[0])
                 )
-        ctx.plan, ctx.dtype, ctx.x_shape = plan, dtype, x.shape
+        ctx.plan, ctx.dtype, ctx.x_shape, ctx.loss_share = plan, dtype, x.shape, loss_share
         ctx.has_bias, ctx.bias_dtype = has_bias, bias_dtype
         wants_weight = ctx.needs_input_grad[1]
         qx = _for_weight_gradient(centred, qx, plan, local_key) if wants_weight else None
@@ -114,10 +116,10 @@ class SimulatedLinear(torch.autograd.Function):
                 grad_weight = product(a, b, dtype, in_fp8=plan.in_fp8)
                 if x_mean is not None:
                     grad_weight = grad_weight.float() + token_means.outer(g, x_mean, plan.transposed)
-                grad_weight = grad_weight.to(weight.dtype)
+                grad_weight = adjusted(grad_weight.to(weight.dtype), weight, plan, ctx.loss_share)
             if ctx.has_bias and ctx.needs_input_grad[2]:
                 grad_bias = g.sum(0).to(ctx.bias_dtype)
-        return grad_x, grad_weight, grad_bias, None, None, None, None
+        return grad_x, grad_weight, grad_bias, *([None] * 5)
 
 
 def _forward_operands(

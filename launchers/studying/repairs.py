@@ -64,6 +64,18 @@ WEIGHT = {
         "W", "w4_channel", "NVFP4, 4/6 scales", _linear(weight={"format": "nvfp4", "scale_rule": "four_six"})
     ),
     "w4_nvint4": Repair("W", "w4_channel", "NVINT4", _linear(weight={"format": "nvint4"})),
+    "w4_channel_trust": Repair(
+        "W",
+        "w4_channel",
+        "per channel, no gradient farther than 0.4 steps from the code",
+        _linear(weight={"bits": 4, "granularity": "channel", "trust_distance": 0.4}),
+    ),
+    "w4_channel_dampened": Repair(
+        "W",
+        "w4_channel",
+        "per channel, dampened by 0.01",
+        _linear(weight={"bits": 4, "granularity": "channel", "dampening": 0.01}),
+    ),
     "w4_mxfp4": Repair("W", "w4_channel", "MXFP4, scales rounded up", _linear(weight=dict(_MX))),
 }
 

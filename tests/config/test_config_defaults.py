@@ -46,7 +46,9 @@ def test_defaults():
     assert quant.enabled is True
     operand = {"symmetric": True, "rounding": "nearest", "format": None, "scale_rule": None}
     block = {"block_size": 128}
-    assert vars(quant.linear.weight) == {"bits": 8, "granularity": "channel", "block_rows": 1, **block, **operand}
+    pulls = {"trust_distance": None, "dampening": None}
+    weight = {"bits": 8, "granularity": "channel", "block_rows": 1, **pulls, **block, **operand}
+    assert vars(quant.linear.weight) == weight
     assert vars(quant.linear.activation) == {
         "bits": 7,
         "granularity": "token",

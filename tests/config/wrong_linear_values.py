@@ -89,6 +89,51 @@ WRONG_LINEAR_VALUES = [
         )
     ),
     *(
+        ({"linear": {**W8A8G8, "weight": {"bits": 4, **weight}, **more}}, f"{LINEAR}.weight.{key}", got, allowed, fix)
+        for key, got, weight, more, allowed, fix in (
+            ("trust_distance", "0.5", {"trust_distance": 0.5}, {}, "above 0 and below 0.5", "write"),
+            ("dampening", "0", {"dampening": 0}, {}, "a number above 0", "write"),
+            (
+                "dampening",
+                "1.5",
+                {"dampening": 1.5, "rounding": "stochastic"},
+                {},
+                "no code of their own",
+                "one of the two",
+            ),
+            (
+                "trust_distance",
+                "0.3",
+                {"trust_distance": 0.3, "rounding": "stochastic"},
+                {},
+                'absent with rounding "stochastic"',
+                "one of the two",
+            ),
+            ("trust_distance", "0.3", {"trust_distance": 0.3}, {"rotation": {}}, "a rotated output", "leave"),
+            ("dampening", "2.5", {"dampening": 2.5}, {"rotation": {}}, "a rotated output", "leave"),
+        )
+    ),
+    (
+        {"linear": {"weight": {"format": "nvfp4", "trust_distance": 0.3}}},
+        f"{LINEAR}.weight.trust_distance",
+        "0.3",
+        'absent with format "nvfp4", whose values are not evenly spaced',
+        "mxint8 or nvint4",
+    ),
+    *(
+        (
+            {
+                "linear": {**W8A8G8, "weight": {"bits": 4, key: 0.25}},
+                "communication": {"weight": {"mode": "codes"}},
+            },
+            "ds_quant.communication.weight.mode",
+            '"codes"',
+            f"only with no linear.weight.{key}",
+            "change that",
+        )
+        for key in ("trust_distance", "dampening")
+    ),
+    *(
         (
             {"linear": {**W8A8G8, "rotation": DRAWN, **linear, "gradient": {**EDEN, **gradient}}},
             f"{LINEAR}.gradient.{key}",
