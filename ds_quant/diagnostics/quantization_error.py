@@ -69,7 +69,8 @@ def error_figures(sums: Tensor, maximum: Tensor) -> dict[str, float]:
 class QuantizationErrorRecorder(Recorder):
     """Errors of the layers' own quantizers; layers that are not quantized are passed over.
 
-    A quantizer that rounds stochastically is measured rounding to nearest, which is the least that it loses.
+    A quantizer that rounds stochastically is measured rounding to nearest, which is the least that it loses; rotations
+    are those with fixed signs.
     """
 
     kind = "quantization_error"

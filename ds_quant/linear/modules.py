@@ -96,7 +96,7 @@ class QuantizedModule(nn.Module):
         if self.quant_config.backend == "int8":
             return self._int8_forward(x, dtype, plan, local_key)
         bias = getattr(self, "bias", None)
-        share = self.step_key.loss_share
+        share = self._loss_share(plan)
         return SimulatedLinear.apply(x.to(dtype), self.weight, bias, plan, dtype, local_key, replicated_key, share)
 
     def _int8_forward(self, x: Tensor, dtype: torch.dtype, plan: Plan, key: Tensor | None) -> Tensor:
@@ -116,8 +116,12 @@ class QuantizedModule(nn.Module):
         if not plan.activation or plan.original_operands:
             x = x.to(dtype)  # it is held for the backward: in the narrower dtype
         bias = getattr(self, "bias", None)
-        share = self.step_key.loss_share
+        share = self._loss_share(plan)
         return Int8Linear.apply(x, self.weight, bias, *inputs, *weights, keeps, plan, dtype, key, share)
+
+    def _loss_share(self, plan: Plan) -> float:
+        # Asked for where it counts only: compiled code is made for it.
+        return self.step_key.loss_share if plan.weight and plan.weight.dampening else 1.0
 
     def _input_codes(self, x: Tensor, dtype: torch.dtype, plan: Plan, key: Tensor | None) -> Codes:
         activation = plan.activation
