@@ -37,6 +37,8 @@ SCALE_RULES = ("floor", "up")
 """How the exponent of an E8M0 scale is found; see `numerics.scales`."""
 FOUR_SIX = "four_six"
 """How the scales of nvfp4 are found otherwise; see `numerics.four_six`."""
+MS_EDEN = "ms_eden"
+"""How gradients are rounded that a random rotation has mixed; see `numerics.eden`."""
 
 
 def scale_bits(fmt: NamedFormat) -> int:

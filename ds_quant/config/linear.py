@@ -5,6 +5,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field
 
+from ds_quant.base.number_formats import MS_EDEN
 from ds_quant.config.deepspeed_json import SECTION
 from ds_quant.config.operands import ActivationConfig, GradientConfig, WeightConfig
 from ds_quant.config.section import NOTHING, Allowed, Rule, Section, allowed_values
@@ -33,6 +34,8 @@ class RotationConfig(Section):
     ] = None
     """Products whose operands are rotated: the output, the input gradient, the weight gradient. Null (default): all
     whose two operands are quantized."""
+    signs: Literal["fixed", "drawn"] = "fixed"
+    """Of the matrix: the same for all products, steps and ranks, or `drawn` for each product and call."""
 
     def rules(self) -> Iterator[Rule]:
         if self.used_for is not None and (not self.used_for or len(set(self.used_for)) < len(self.used_for)):
@@ -101,9 +104,13 @@ class LinearConfig(Section):
         if not self.include:
             yield "include", [], "a list of shell patterns, at least one", 'remove it for ["*"], or remove the section'
         yield from self._mean_rules()
+        if self.activation and self.activation.outlier_share is not None:
+            yield from self._outlier_rules(self.activation.outlier_share)
         if self.rotation:
             yield from self._rotation_rules(self.rotation)
         yield from self._folding_rules()
+        if self.gradient and self.gradient.rounding == MS_EDEN:
+            yield from self._eden_rules(self.gradient)
         if self.forward_full_precision_from is not None:
             yield from self._full_precision_rules(self.forward_full_precision_from)
         if self.backend == "int8":
@@ -124,6 +131,16 @@ class LinearConfig(Section):
         elif "weight" in self.gradient.used_for and not (self.activation and self.activation.split_mean):
             allowed = "with activation.split_mean as well: the weight gradient needs both means"
             yield "gradient.split_mean", True, allowed, 'add that, or set gradient.used_for to ["input"]'
+
+    def _outlier_rules(self, share: float) -> Iterator[Rule]:
+        if self.backend != "simulated":
+            fix = 'remove it, or use backend "simulated"'
+            yield "activation.outlier_share", share, f'absent with backend "{self.backend}"', fix
+        mixed = [name for product, name in (("Y", "output"), ("dW", "weight")) if product in self.rotated_products()]
+        if mixed:
+            allowed = f"absent with a rotation for {', '.join(mixed)}, which spreads the features over each other"
+            fix = 'remove one of the two, or set rotation.used_for to ["input"]'
+            yield "activation.outlier_share", share, allowed, fix
 
     def _full_precision_rules(self, step: int) -> Iterator[Rule]:
         if not (self.weight or self.activation):
@@ -150,6 +167,11 @@ class LinearConfig(Section):
         if self.backend != "simulated":
             reason = f'absent with backend "{self.backend}", whose products share their operands'
             yield "rotation", rotation.model_dump(exclude_unset=True), reason, 'remove it, or use backend "simulated"'
+        if self.weight and "Y" in self.rotated_products():
+            for key in ("trust_distance", "dampening"):
+                if (value := getattr(self.weight, key)) is not None:
+                    allowed = "absent with a rotated output, whose codes are of mixed weights"
+                    yield f"weight.{key}", value, allowed, 'remove it, or leave "output" out of rotation.used_for'
         of_two = self._products_of_two()
         missing = [name for name in rotation.used_for or () if name not in of_two]
         if missing or not of_two:
@@ -167,6 +189,21 @@ class LinearConfig(Section):
                 fix = f'use one of them, or leave "{name}" out of rotation'
                 yield "gradient.granularity", granularity, allowed, fix
 
+    def _eden_rules(self, gradient: GradientConfig) -> Iterator[Rule]:
+        fix = 'use that, or gradient.rounding "stochastic"'
+        rotated = self.rotated_products()
+        missing = [name for name in gradient.used_for if _PRODUCTS[name] not in rotated]
+        if missing or not self.rotation or self.rotation.signs != "drawn":
+            names = ", ".join(gradient.used_for)
+            allowed = f'with rotation.signs "drawn" and a rotation for {names}: else nothing makes it unbiased'
+            yield "gradient.rounding", MS_EDEN, allowed, fix
+        elif gradient.granularity == "block" and gradient.block_size > self.rotation.block_size:
+            allowed = f'at most rotation.block_size, {self.rotation.block_size}, with rounding "{MS_EDEN}"'
+            yield "gradient.block_size", gradient.block_size, allowed, "use that, or larger blocks of the rotation"
+        if self.forward_full_precision_from is not None:
+            allowed = '"nearest" or "stochastic" with forward_full_precision_from, which ends all rotation'
+            yield "gradient.rounding", MS_EDEN, allowed, "use one of them, or remove forward_full_precision_from"
+
     def _folding_rules(self) -> Iterator[Rule]:
         if self.backward_operands == "original" or not self.gradient or self.gradient.granularity != "outer":
             return
@@ -176,6 +213,10 @@ class LinearConfig(Section):
         if "input" in folds and self.weight and self.weight.granularity == "block":
             reason = '"tensor" or "channel": a gradient of granularity "outer" cannot fold a scale per block'
             yield "weight.granularity", "block", reason, fix
+        outliers = self.activation and self.activation.outlier_share is not None
+        if "weight" in folds and self.activation and outliers and self.backend == "simulated":
+            reason = 'absent: a gradient of granularity "outer" cannot fold two scales per token'
+            yield "activation.outlier_share", self.activation.outlier_share, reason, fix
         granularity = self.activation.granularity if self.activation else "token"
         if "weight" in folds and granularity in ("block", "channel"):
             reason = f'"tensor" or "token": a gradient of granularity "outer" cannot fold a scale per {granularity}'

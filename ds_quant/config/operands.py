@@ -5,10 +5,10 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, SerializerFunctionWrapHandler, WithJsonSchema, model_serializer
 
-from ds_quant.base.number_formats import FORMATS, FOUR_SIX, NamedFormat
+from ds_quant.base.number_formats import FORMATS, FOUR_SIX, MS_EDEN, NamedFormat
 from ds_quant.config.deepspeed_json import SECTION
 from ds_quant.config.section import NOTHING, Allowed, BlockSection, Rule, allowed_values
-from ds_quant.config.values import Bits, FormatName, LinearBlock, Rounding, exact_int, not_null
+from ds_quant.config.values import Bits, FormatName, GradientRounding, LinearBlock, Rounding, exact_int, not_null
 
 # Null is no value of either, only what their absence is to Python.
 _BITS_SCHEMA = WithJsonSchema({"type": "integer", "minimum": 2, "maximum": 8})
@@ -108,11 +108,24 @@ class WeightConfig(OperandConfig):
     """Codes -(2^(b-1)-1) to 2^(b-1)-1 around zero, or all 2^b levels between minimum and maximum."""
     rounding: Rounding = "nearest"
     """`nearest` (ties to even) or `stochastic`, for weights with backend `simulated` only."""
+    trust_distance: Annotated[float, Field(gt=0, lt=0.5), Allowed("a number above 0 and below 0.5")] | None = None
+    """Weights farther than so many steps between codes from their quantized value get no gradient: those near a
+    threshold, which oscillate (QuEST's trust estimator). With integers. Absent: all get theirs."""
+    dampening: Annotated[float, Field(gt=0, allow_inf_nan=False), Allowed("a number above 0")] | None = None
+    """lambda of lambda * sum (w - Q(w))^2, which is added to the loss by its gradient: weights are pulled to the values
+    of their codes (Nagel et al. 2022). Absent: none."""
 
     def rules(self) -> Iterator[Rule]:
         yield from super().rules()
         if self.block_rows != 1 and self.format not in ("nvfp4", "nvint4"):
             yield "block_rows", self.block_rows, '1, or 16 with format "nvfp4" or "nvint4"', "remove it"
+        for key, value in (("trust_distance", self.trust_distance), ("dampening", self.dampening)):
+            if value is not None and self.rounding == "stochastic":
+                allowed = 'absent with rounding "stochastic", whose weights have no code of their own'
+                yield key, value, allowed, "remove one of the two"
+        if self.trust_distance is not None and self.named_format and self.named_format.elements != "integer":
+            allowed = f'absent with format "{self.format}", whose values are not evenly spaced'
+            yield "trust_distance", self.trust_distance, allowed, "remove it, or use bits, mxint8 or nvint4"
 
 
 class ActivationConfig(OperandConfig):
@@ -135,9 +148,16 @@ class ActivationConfig(OperandConfig):
     split_mean: bool = False
     """Take the mean over tokens off before quantizing, and add its part in full precision (Averis). Backend `simulated`
     only."""
+    outlier_share: Annotated[float, Field(gt=0, lt=1), Allowed("a number above 0 and below 1")] | None = None
+    """The share of the input features, rounded up, that take 8 bits in place of fewer: those that have the largest
+    magnitudes in the call at hand, so that nothing is held or saved. Backend `simulated` only. Absent: none."""
 
     def rules(self) -> Iterator[Rule]:
         yield from super().rules()
+        bits = self.named_format.bits if self.named_format else self.bits
+        if self.outlier_share is not None and bits == 8:
+            allowed = "absent where all features have 8 bits"
+            yield "outlier_share", self.outlier_share, allowed, "remove it, or use fewer bits"
         if self.range == "full" and not self.symmetric:
             reason = '"narrow" with symmetric false: asymmetric codes use all 2^b levels anyway'
             yield "range", "full", reason, "remove it, or set symmetric to true"
@@ -163,8 +183,9 @@ class GradientConfig(OperandConfig):
     """Which backward products see the quantized gradient; the others get the original."""
     symmetric: bool = True
     """Codes -(2^(b-1)-1) to 2^(b-1)-1 around zero, or all 2^b levels between minimum and maximum."""
-    rounding: Rounding = "nearest"
-    """`nearest` (ties to even) or `stochastic`."""
+    rounding: GradientRounding = "nearest"
+    """`nearest` (ties to even), `stochastic`, or `ms_eden`: nearest, with scales that make it unbiased after a rotation
+    with drawn signs (`rotation.signs`); with granularity `block`, and no format whose scales are powers of two."""
     split_mean: bool = False
     """Take the mean over tokens off before quantizing, and add its part in full precision (Averis). Backend `simulated`
     only, and for weight gradients only where that of the activation is, too."""
@@ -174,3 +195,18 @@ class GradientConfig(OperandConfig):
         if not self.used_for or len(set(self.used_for)) < len(self.used_for):
             fix = 'list each product once, or leave "gradient" out to quantize none'
             yield "used_for", list(self.used_for), allowed_values(GradientConfig, "used_for"), fix
+        if self.rounding == MS_EDEN:
+            yield from self._eden_rules()
+
+    def _eden_rules(self) -> Iterator[Rule]:
+        with_eden = f'with rounding "{MS_EDEN}"'
+        if self.granularity != "block":
+            allowed = f'"block" {with_eden}, whose scales correct no more than a block of the rotation'
+            yield "granularity", self.granularity, allowed, 'use that, or rounding "stochastic"'
+        if not self.symmetric:
+            yield "symmetric", False, f"true {with_eden}", 'remove it, or use rounding "stochastic"'
+        if self.named_format and self.named_format.scale == "e8m0":
+            allowed = f"bits, nvfp4, nvint4, fp8, fp6 or fp4 {with_eden}: powers of two are too coarse to correct with"
+            yield "format", self.format, allowed, 'use one of them, or rounding "stochastic"'
+        if self.scale_rule == FOUR_SIX:
+            yield "scale_rule", FOUR_SIX, f"absent {with_eden}, which finds scales of its own", "remove one of the two"

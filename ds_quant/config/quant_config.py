@@ -52,6 +52,8 @@ class QuantConfig(Section):
             'linear.weight.granularity "channel"': linear and linear.weight and linear.weight.granularity != "channel",
             "linear.weight.symmetric true": linear and linear.weight and not linear.weight.symmetric,
             'linear.weight.rounding "nearest"': linear and linear.weight and linear.weight.rounding != "nearest",
+            "no linear.weight.trust_distance": linear and linear.weight and linear.weight.trust_distance is not None,
+            "no linear.weight.dampening": linear and linear.weight and linear.weight.dampening is not None,
             "no linear.rotation": linear and linear.rotation,
             "no linear.forward_full_precision_from": linear and linear.forward_full_precision_from is not None,
             'linear.backward_operands "quantized"': linear and linear.backward_operands != "quantized",

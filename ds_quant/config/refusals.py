@@ -154,6 +154,14 @@ REFUSALS = (
         "remove it; ds_quant.communication.gradient is what replaces it",
     ),
     Refusal(
+        "fp16",
+        is_enabled,
+        ("linear.weight.dampening",),
+        '"enabled": false',
+        "what dampening adds to a gradient is not scaled as the loss is",
+        "train in bf16 or fp32, or remove dampening",
+    ),
+    Refusal(
         "sparse_gradients",
         is_on,
         ("communication",),

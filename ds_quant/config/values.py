@@ -62,6 +62,7 @@ RanksPerNode = Annotated[
     Allowed("false, true for the ranks that the launcher has put on a node, or their number, 2 or more"),
 ]
 Rounding = Literal["nearest", "stochastic"]
+GradientRounding = Literal["nearest", "stochastic", "ms_eden"]
 # JSON arrays come as lists, which strict mode would refuse for a tuple.
 Patterns = Annotated[
     tuple[Annotated[str, AfterValidator(_pattern)], ...],

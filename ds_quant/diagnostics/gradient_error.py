@@ -16,10 +16,10 @@ from ds_quant.base.errors import fail
 from ds_quant.config import GradientCommunicationConfig, GradientConfig, LinearConfig
 from ds_quant.diagnostics.measurement import Measurement, Row
 from ds_quant.diagnostics.recorder import Recorder, is_transposed, zeros
-from ds_quant.linear import token_means
+from ds_quant.linear import outlier_channels, token_means
 from ds_quant.linear.modules import QuantizedModule, describe
-from ds_quant.linear.recipe import STREAM_ACTIVATION, STREAM_GRAD_WEIGHT, Plan, plan_of
-from ds_quant.linear.rotated import quantize_rotated
+from ds_quant.linear.recipe import STREAM_ACTIVATION, STREAM_GRAD_WEIGHT, Plan, Quantizer, plan_of
+from ds_quant.linear.rotated import quantize_rotated, rotation_of
 from ds_quant.numerics import wire
 from ds_quant.numerics.integer import Quantized, dequantize, integer_values
 from ds_quant.numerics.random import fold_key, fold_words
@@ -39,18 +39,18 @@ def quantized_weight_gradient(x: Tensor, grad_output: Tensor, plan: Plan, key: T
 
 
 def _product_of_quantized(x: Tensor, grad_output: Tensor, plan: Plan, key: Tensor | None) -> Tensor:
-    if "dW" in plan.rotated:
+    if rotation := rotation_of(plan, "dW", key, x.device):
         assert plan.activation is not None
         assert plan.grad_weight is not None
         sides = (
             (grad_output, plan.grad_weight, plan.stream + STREAM_GRAD_WEIGHT),
             (x, plan.activation, plan.stream + STREAM_ACTIVATION),
         )
-        a, b = (dequantize(quantize_rotated(t.t(), q, key, stream, plan.rotation_block)) for t, q, stream in sides)
+        a, b = (dequantize(quantize_rotated(t.t(), q, key, stream, rotation)) for t, q, stream in sides)
         return torch.mm(a, b.t())
     operand: Tensor | Quantized = x
     if plan.activation and not plan.original_operands:
-        operand = plan.activation(x, key, plan.stream + STREAM_ACTIVATION)
+        operand = _input(x, plan.activation, key, plan.stream + STREAM_ACTIVATION)
     g, folds = grad_output.float(), False
     if plan.grad_weight:
         folds = plan.grad_weight.fold and isinstance(operand, Quantized)
@@ -64,6 +64,12 @@ def _product_of_quantized(x: Tensor, grad_output: Tensor, plan: Plan, key: Tenso
     if isinstance(operand, Quantized):
         operand = integer_values(operand) if folds else dequantize(operand)
     return torch.mm(g.t(), operand.float())
+
+
+def _input(x: Tensor, quantizer: Quantizer, key: Tensor | None, stream: int) -> Tensor | Quantized:
+    if quantizer.outlier_share:
+        return outlier_channels.quantize(x, quantizer, key, stream).dense(torch.float32)
+    return quantizer(x, key, stream)
 
 
 def through_wire(grad: Tensor, config: GradientCommunicationConfig, key: tuple[int, int] | None = None) -> Tensor:

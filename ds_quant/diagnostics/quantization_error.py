@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from ds_quant.base.errors import fail
 from ds_quant.diagnostics.measurement import Measurement, Row
 from ds_quant.diagnostics.recorder import Recorder, weight_matrix, zeros
+from ds_quant.linear import outlier_channels
 from ds_quant.linear.modules import QuantizedModule
 from ds_quant.linear.recipe import Quantizer
 from ds_quant.linear.token_means import split
@@ -68,7 +69,8 @@ def error_figures(sums: Tensor, maximum: Tensor) -> dict[str, float]:
 class QuantizationErrorRecorder(Recorder):
     """Errors of the layers' own quantizers; layers that are not quantized are passed over.
 
-    A quantizer that rounds stochastically is measured rounding to nearest, which is the least that it loses.
+    A quantizer that rounds stochastically is measured rounding to nearest, which is the least that it loses; rotations
+    are those with fixed signs.
     """
 
     kind = "quantization_error"
@@ -110,9 +112,15 @@ class QuantizationErrorRecorder(Recorder):
         values, _ = split(values, quantizer)
         if key in self._rotation_block:  # as the forward quantizes it; what is lost is as long as after turning back
             values = rotate_rows(values.detach().float(), self._rotation_block[key])
-        sums, maximum = error_sums(values, quantizer(values, None, 0), quantizer.bits, full_range=quantizer.full_range)
-        self._sums[key] += sums
-        self._maxima[key].copy_(torch.maximum(self._maxima[key], maximum))
+        parts = [(values, quantizer)]
+        if quantizer.outlier_share:
+            channels = outlier_channels.channels_of(values, quantizer.outlier_share)
+            outliers = values.index_select(1, channels), outlier_channels.in_8_bits(quantizer)
+            parts = [(values.index_fill(1, channels, 0), quantizer), outliers]
+        for part, how in parts:
+            sums, maximum = error_sums(part, how(part, None, 0), how.bits, full_range=how.full_range)
+            self._sums[key] += sums
+            self._maxima[key].copy_(torch.maximum(self._maxima[key], maximum))
 
     def result(self, step: int | None) -> Measurement:
         if not self._quantizers:

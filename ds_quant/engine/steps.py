@@ -52,6 +52,7 @@ class Steps(Part):
                 self._micro_step, self._forwards = (step, micro_step), 0
             micro_step |= self._forwards << 32
         self._step_key.set(step, micro_step)
+        self._step_key.loss_share = 1 / self.engine.gradient_accumulation_steps()
         self._reach()
         self._step_key.begin_forward()
 

@@ -125,6 +125,9 @@ def _of_any_numbers(config: LinearConfig) -> _Broken:
     drawn = '"nearest": a server draws no random bits'
     if config.activation and config.activation.split_mean:
         broken.append(("activation.split_mean", True, "false: a server takes no mean of tokens"))
+    if config.activation and config.activation.outlier_share is not None:
+        allowed = "absent: a server has one number of bits for all features"
+        broken.append(("activation.outlier_share", config.activation.outlier_share, allowed))
     if "Y" in config.rotated_products():
         broken.append(("rotation.used_for", "output", "a forward without: a server rotates nothing"))
     if config.forward_full_precision_from is not None:

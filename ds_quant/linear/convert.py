@@ -181,9 +181,9 @@ def _check_patterns(
 
 
 def _draws_random_bits(config: LinearConfig) -> bool:
-    return any(
-        x is not None and x.rounding == "stochastic" for x in (config.weight, config.activation, config.gradient)
-    )
+    operands = (config.weight, config.activation, config.gradient)
+    drawn = config.rotation is not None and config.rotation.signs == "drawn"
+    return drawn or any(x is not None and x.rounding != "nearest" for x in operands)
 
 
 def _check_agreement(done: dict[str, QuantizedModule], config: LinearConfig) -> None:

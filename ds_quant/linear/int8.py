@@ -25,6 +25,7 @@ from ds_quant.kernels.int8 import ops
 from ds_quant.linear.operands import codes_of, pads, quantize_gradient, quantize_weight, weight_ways
 from ds_quant.linear.recipe import Codes, Plan, Quantizer
 from ds_quant.linear.weight_codes import WeightCodes
+from ds_quant.linear.weight_gradients import adjusted
 
 
 class Int8Linear(torch.autograd.Function):
@@ -51,6 +52,7 @@ class Int8Linear(torch.autograd.Function):
         plan: Plan,
         dtype: torch.dtype,
         key: Tensor | None,
+        loss_share: float,
     ) -> Tensor:
         out = weight.shape[1] if plan.transposed else weight.shape[0]
         qx = None if x_scale is None else Codes(x_codes, x_scale, x_turned)
@@ -64,7 +66,7 @@ class Int8Linear(torch.autograd.Function):
                     _dense_weight(weight, qw, plan, dtype),
                     None if bias is None else bias.to(dtype),
                 )
-        ctx.plan, ctx.dtype = plan, dtype
+        ctx.plan, ctx.dtype, ctx.loss_share = plan, dtype, loss_share
         ctx.x_shape, ctx.x_dtype = x.shape, x.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
         hold_x = x if qx is None or plan.original_operands else None
@@ -116,10 +118,10 @@ class Int8Linear(torch.autograd.Function):
                     dense = _dense_gradient(g, columns, plan.grad_weight, dtype)
                     inputs = _dense_input(x, qx, ctx.x_shape, dtype)
                     grad_weight = inputs.t() @ dense if plan.transposed else dense.t() @ inputs
-                grad_weight = grad_weight.to(weight.dtype)
+                grad_weight = adjusted(grad_weight.to(weight.dtype), weight, plan, ctx.loss_share)
             if wants_bias:
                 grad_bias = sums.to(ctx.bias_dtype)
-        return grad_x, grad_weight, grad_bias, *([None] * 11)
+        return grad_x, grad_weight, grad_bias, *([None] * 12)
 
 
 def _output(

@@ -96,7 +96,8 @@ class QuantizedModule(nn.Module):
         if self.quant_config.backend == "int8":
             return self._int8_forward(x, dtype, plan, local_key)
         bias = getattr(self, "bias", None)
-        return SimulatedLinear.apply(x.to(dtype), self.weight, bias, plan, dtype, local_key, replicated_key)
+        share = self._loss_share(plan)
+        return SimulatedLinear.apply(x.to(dtype), self.weight, bias, plan, dtype, local_key, replicated_key, share)
 
     def _int8_forward(self, x: Tensor, dtype: torch.dtype, plan: Plan, key: Tensor | None) -> Tensor:
         inputs: tuple[Tensor | None, ...] = (None, None, None)
@@ -118,7 +119,12 @@ class QuantizedModule(nn.Module):
         if not plan.activation or plan.original_operands:
             x = x.to(dtype)  # it is held for the backward: in the narrower dtype
         bias = getattr(self, "bias", None)
-        return Int8Linear.apply(x, self.weight, bias, *inputs, *weights, keeps, received, plan, dtype, key)
+        share = self._loss_share(plan)
+        return Int8Linear.apply(x, self.weight, bias, *inputs, *weights, keeps, received, plan, dtype, key, share)
+
+    def _loss_share(self, plan: Plan) -> float:
+        # Asked for where it counts only: compiled code is made for it.
+        return self.step_key.loss_share if plan.weight and plan.weight.dampening else 1.0
 
     def _input_codes(self, x: Tensor, dtype: torch.dtype, plan: Plan, key: Tensor | None) -> Codes:
         activation = plan.activation
@@ -179,6 +185,10 @@ def describe(config: LinearConfig, *, quantizes_forward: bool = True) -> str:
             text += f" of {operand.block_size}"
         if isinstance(operand, WeightConfig) and operand.block_rows > 1:
             text += f" x {operand.block_rows}"
+        if isinstance(operand, WeightConfig) and operand.trust_distance is not None:
+            text += f" trusted within {operand.trust_distance:.3g}"
+        if isinstance(operand, WeightConfig) and operand.dampening is not None:
+            text += f" dampened by {operand.dampening:.3g}"
         if operand.scale_rule == "up":
             text += " scales up"
         if operand.scale_rule == FOUR_SIX:
@@ -189,13 +199,16 @@ def describe(config: LinearConfig, *, quantizes_forward: bool = True) -> str:
             text += " full range"
         if not isinstance(operand, WeightConfig) and operand.split_mean:
             text += " less its mean"
+        if isinstance(operand, ActivationConfig) and operand.outlier_share is not None:
+            text += f" with {operand.outlier_share:.3g} of the channels in 8 bits"
         if operand.rounding != "nearest":
             text += f" {operand.rounding}"
         parts.append(text)
     if config.gradient:
         parts[-1] += " for " + "+".join({"input": "dX", "weight": "dW"}[name] for name in config.gradient.used_for)
     if config.rotation:
-        parts.append(f"Hadamard {config.rotation.block_size} for {'+'.join(config.rotated_products())}")
+        drawn = " with drawn signs" if config.rotation.signs == "drawn" else ""
+        parts.append(f"Hadamard {config.rotation.block_size}{drawn} for {'+'.join(config.rotated_products())}")
     if config.backward_operands == "original":
         parts.append("original operands in the backward")
     if config.forward_full_precision_from is not None:

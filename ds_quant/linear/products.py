@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ds_quant.kernels.fp8 import ops as fp8_ops
 from ds_quant.kernels.simulated import ops as kernels
+from ds_quant.linear.outlier_channels import WithOutliers
 from ds_quant.numerics.integer import Quantized, integer_values
 
 _NARROW = (torch.bfloat16, torch.float16)
@@ -20,16 +21,20 @@ class Operand(NamedTuple):
     was folded into the other one.
     """
 
-    value: Tensor | Quantized
+    value: Tensor | Quantized | WithOutliers
     contracted: int
     scaled: bool = True
 
     @property
     def value_device(self) -> torch.device:
+        if isinstance(self.value, WithOutliers):
+            return self.value.channels.device
         return self.value.codes.device if isinstance(self.value, Quantized) else self.value.device
 
     @property
     def scale_is_contracted(self) -> bool:
+        if isinstance(self.value, WithOutliers):  # two scales for each row
+            return True
         if not isinstance(self.value, Quantized) or not self.scaled:
             return False
         # Blocks run along the features, so their scale varies along both dimensions.
@@ -40,11 +45,14 @@ class Operand(NamedTuple):
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """[rows, contracted] in dtype, dequantized."""
+        if isinstance(self.value, WithOutliers):
+            return self._contracted_last(self.value.dense(dtype))
         value = kernels.dequantize(self.value, dtype) if isinstance(self.value, Quantized) else self.value.to(dtype)
         return self._contracted_last(value)
 
     def factors(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """[rows, contracted]: what is multiplied before any scale is applied. Other dtypes than fp32 must hold it."""
+        assert not isinstance(self.value, WithOutliers)
         if not isinstance(self.value, Quantized):
             value = self.value.to(dtype)
         elif dtype == torch.float32:
@@ -64,6 +72,7 @@ class Operand(NamedTuple):
         """Dtypes of 16 bits that hold the factors."""
         if isinstance(self.value, Quantized):
             return _NARROW if self.value.zero_point is None else ()
+        assert not isinstance(self.value, WithOutliers)
         return (self.value.dtype,) if self.value.dtype in _NARROW else ()
 
     def scale(self) -> Tensor | None:

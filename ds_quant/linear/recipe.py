@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from ds_quant.base.number_formats import MS_EDEN
 from ds_quant.config import LinearConfig
 from ds_quant.config.operands import OperandConfig
 from ds_quant.numerics.format import Format, Group, Integers, named_format, quantize_to
@@ -62,6 +63,11 @@ class Quantizer(NamedTuple):
     turned: bool = False
     split_mean: bool = False
     """Of X and G: the mean of the tokens is taken off first, see `token_means`."""
+    outlier_share: float = 0.0
+    """Of X: the features that take 8 bits, see `outlier_channels`."""
+    trust_distance: float = 0.0
+    """Of W, and so is the next: what its gradient loses and gains, see `weight_gradients`."""
+    dampening: float = 0.0
 
     @property
     def format(self) -> Format[Integers | Minifloat]:
@@ -72,7 +78,7 @@ class Quantizer(NamedTuple):
                 self.granularity,
                 self.block_size,
                 block_rows=self.block_rows,
-                scale_rule=self.scale_rule,
+                scale_rule=MS_EDEN if self.rounding == MS_EDEN else self.scale_rule,
             )
         elements = Integers(self.bits, self.symmetric, self.full_range)
         return Format(elements, Group(self.granularity, self.block_size))
@@ -121,16 +127,18 @@ class Plan(NamedTuple):
     rotated: tuple[str, ...] = ()
     """Those of ("Y", "dX", "dW") whose operands are rotated first, see `rotated`."""
     rotation_block: int = 0
+    signs_drawn: bool = False
+    """Each rotation has signs of its own."""
 
     @property
     def full_forward(self) -> "Plan":
         """What it becomes once the forward is in full precision: that of a layer which quantizes neither W nor X."""
-        return self._replace(weight=None, activation=None, rotated=(), rotation_block=0)
+        return self._replace(weight=None, activation=None, rotated=(), rotation_block=0, signs_drawn=False)
 
     @property
     def stochastic(self) -> bool:
         quantizers = (self.weight, self.activation, self.grad_input, self.grad_weight)
-        return any(q is not None and q.rounding == "stochastic" for q in quantizers)
+        return self.signs_drawn or any(q is not None and q.rounding != "nearest" for q in quantizers)
 
     @property
     def both_quantized(self) -> tuple[str, ...]:
@@ -165,6 +173,8 @@ def plan_of(config: LinearConfig, *, transposed: bool, stream: int) -> Plan:
             rounding=w.rounding,
             block_size=w.block_size,
             block_rows=w.block_rows,
+            trust_distance=w.trust_distance or 0.0,
+            dampening=w.dampening or 0.0,
             **_elements(w),
         )
     if a:
@@ -175,6 +185,7 @@ def plan_of(config: LinearConfig, *, transposed: bool, stream: int) -> Plan:
             block_size=a.block_size,
             full_range=a.range == "full",
             split_mean=a.split_mean,
+            outlier_share=a.outlier_share or 0.0,
             **_elements(a),
         )
     if g:
@@ -206,4 +217,8 @@ def plan_of(config: LinearConfig, *, transposed: bool, stream: int) -> Plan:
     plan = Plan(weight, activation, grad_input, grad_weight, original, transposed, stream, config.backend == "fp8")
     if not config.rotation:
         return plan
-    return plan._replace(rotated=config.rotated_products(), rotation_block=config.rotation.block_size)
+    return plan._replace(
+        rotated=config.rotated_products(),
+        rotation_block=config.rotation.block_size,
+        signs_drawn=config.rotation.signs == "drawn",
+    )

@@ -26,7 +26,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ds_quant.kernels.simulated import ops as kernels
-from ds_quant.linear import token_means
+from ds_quant.linear import outlier_channels, token_means
+from ds_quant.linear.outlier_channels import WithOutliers
 from ds_quant.linear.products import Operand, product
 from ds_quant.linear.recipe import (
     STREAM_ACTIVATION,
@@ -36,7 +37,8 @@ from ds_quant.linear.recipe import (
     Plan,
     Quantizer,
 )
-from ds_quant.linear.rotated import quantize_rotated
+from ds_quant.linear.rotated import quantize_rotated, rotation_of
+from ds_quant.linear.weight_gradients import adjusted
 from ds_quant.numerics.integer import Quantized
 
 
@@ -53,6 +55,7 @@ class SimulatedLinear(torch.autograd.Function):
         dtype: torch.dtype,
         local_key: Tensor | None,
         replicated_key: Tensor | None,
+        loss_share: float,
     ) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
             w = weight.t() if plan.transposed else weight  # [out, in]
@@ -62,7 +65,7 @@ class SimulatedLinear(torch.autograd.Function):
             a = Operand(x2 if qx is None else qx, 1)
             b = Operand(w if qw is None else qw, 1)
             has_bias, bias_dtype = bias is not None, None if bias is None else bias.dtype
-            bias = token_means.as_bias(x_mean, b, bias, plan.rotation_block if "Y" in plan.rotated else 0)
+            bias = token_means.as_bias(x_mean, b, bias, rotation_of(plan, "Y", local_key, x.device))
             cast_bias = None if bias is None else bias.to(dtype)
             if qx is None and qw is None:
                 y = F.linear(x, w.to(dtype), cast_bias)
@@ -73,7 +76,7 @@ class SimulatedLinear(torch.autograd.Function):
                 y = torch.ops.aten._unsafe_view(
                     product(a, b, dtype, bias, in_fp8=plan.in_fp8), (*x.shape[:-1], w.shape[0])
                 )
-        ctx.plan, ctx.dtype, ctx.x_shape = plan, dtype, x.shape
+        ctx.plan, ctx.dtype, ctx.x_shape, ctx.loss_share = plan, dtype, x.shape, loss_share
         ctx.has_bias, ctx.bias_dtype = has_bias, bias_dtype
         wants_weight = ctx.needs_input_grad[1]
         qx = _for_weight_gradient(centred, qx, plan, local_key) if wants_weight else None
@@ -82,8 +85,7 @@ class SimulatedLinear(torch.autograd.Function):
             x_saved: tuple[Tensor | None, ...] = (x2 if wants_weight else None, None, None)
         else:
             # One byte an element instead of the activation itself.
-            ctx.x_rebuild = (qx.granularity, qx.block_size, qx.elements)
-            x_saved = (qx.codes, qx.scale, qx.zero_point)
+            x_saved, ctx.x_rebuild = qx.apart() if isinstance(qx, WithOutliers) else (qx[:3], qx[3:])
         ctx.save_for_backward(weight, local_key, replicated_key, x_mean, *x_saved)
         return y
 
@@ -104,39 +106,41 @@ class SimulatedLinear(torch.autograd.Function):
                 w = weight.t() if plan.transposed else weight
                 a, b = _input_gradient_operands(centred if plan.grad_input else g, w, plan, local_key, replicated_key)
                 mean = g_mean if plan.grad_input else None
-                term = token_means.as_bias(mean, b, None, plan.rotation_block if "dX" in plan.rotated else 0)
+                term = token_means.as_bias(mean, b, None, rotation_of(plan, "dX", local_key, g.device))
                 grad_x = product(a, b, dtype, term, in_fp8=plan.in_fp8).reshape(ctx.x_shape)
             if ctx.needs_input_grad[1]:
-                x = x_saved[0] if ctx.x_rebuild is None else Quantized(*x_saved, *ctx.x_rebuild)
+                x = _rebuilt(x_saved, ctx.x_rebuild)
                 a, b = _weight_gradient_operands(centred if plan.grad_weight else g, x, plan, local_key)
                 if plan.transposed:
                     a, b = b, a
                 grad_weight = product(a, b, dtype, in_fp8=plan.in_fp8)
                 if x_mean is not None:
                     grad_weight = grad_weight.float() + token_means.outer(g, x_mean, plan.transposed)
-                grad_weight = grad_weight.to(weight.dtype)
+                grad_weight = adjusted(grad_weight.to(weight.dtype), weight, plan, ctx.loss_share)
             if ctx.has_bias and ctx.needs_input_grad[2]:
                 grad_bias = g.sum(0).to(ctx.bias_dtype)
-        return grad_x, grad_weight, grad_bias, None, None, None, None
+        return grad_x, grad_weight, grad_bias, *([None] * 5)
 
 
 def _forward_operands(
     x: Tensor, w: Tensor, plan: Plan, local_key: Tensor | None, replicated_key: Tensor | None
-) -> tuple[Quantized | None, Quantized | None]:
+) -> tuple[Quantized | WithOutliers | None, Quantized | None]:
     """X [tokens, in] and W [out, in] for Y; None where they are not quantized."""
     x_stream, w_stream = plan.stream + STREAM_ACTIVATION, plan.stream + STREAM_WEIGHT
-    if "Y" in plan.rotated:
+    if rotation := rotation_of(plan, "Y", local_key, x.device):
         assert plan.activation is not None
         assert plan.weight is not None
-        qx = quantize_rotated(x, plan.activation, local_key, x_stream, plan.rotation_block)
-        return qx, quantize_rotated(w, plan.weight, replicated_key, w_stream, plan.rotation_block)
+        qx = quantize_rotated(x, plan.activation, local_key, x_stream, rotation)
+        return qx, quantize_rotated(w, plan.weight, replicated_key, w_stream, rotation)
     return (
-        _quantized(x, plan.activation, local_key, x_stream) if plan.activation else None,
+        _quantized_input(x, plan.activation, local_key, x_stream) if plan.activation else None,
         _quantized(w, plan.weight, replicated_key, w_stream) if plan.weight else None,
     )
 
 
-def _for_weight_gradient(x: Tensor, qx: Quantized | None, plan: Plan, key: Tensor | None) -> Quantized | None:
+def _for_weight_gradient(
+    x: Tensor, qx: Quantized | WithOutliers | None, plan: Plan, key: Tensor | None
+) -> Quantized | WithOutliers | None:
     """X as dW contracts it: [in, tokens] where that is rotated, else [tokens, in]; None where it is not quantized.
 
     qx: X in the forward.
@@ -144,8 +148,8 @@ def _for_weight_gradient(x: Tensor, qx: Quantized | None, plan: Plan, key: Tenso
     if plan.activation is None or plan.original_operands:
         return None
     stream = plan.stream + STREAM_ACTIVATION
-    if "dW" in plan.rotated:
-        return quantize_rotated(x.t(), plan.activation, key, stream, plan.rotation_block)
+    if rotation := rotation_of(plan, "dW", key, x.device):
+        return quantize_rotated(x.t(), plan.activation, key, stream, rotation)
     return _quantized(x, plan.activation, key, stream) if "Y" in plan.rotated else qx
 
 
@@ -154,13 +158,11 @@ def _input_gradient_operands(
 ) -> tuple[Operand, Operand]:
     """G [tokens, out] and W [out, in] for dX."""
     g_stream, w_stream = plan.stream + STREAM_GRAD_INPUT, plan.stream + STREAM_WEIGHT
-    if "dX" in plan.rotated:
+    if rotation := rotation_of(plan, "dX", local_key, g.device):
         assert plan.grad_input is not None
         assert plan.weight is not None
-        gq = quantize_rotated(g, plan.grad_input, local_key, g_stream, plan.rotation_block)
-        return Operand(gq, 1), Operand(
-            quantize_rotated(w.t(), plan.weight, replicated_key, w_stream, plan.rotation_block), 1
-        )
+        gq = quantize_rotated(g, plan.grad_input, local_key, g_stream, rotation)
+        return Operand(gq, 1), Operand(quantize_rotated(w.t(), plan.weight, replicated_key, w_stream, rotation), 1)
     other: Tensor | Quantized = w
     if plan.weight and not plan.original_operands:
         other = _quantized(w, plan.weight, replicated_key, w_stream)
@@ -168,19 +170,24 @@ def _input_gradient_operands(
 
 
 def _weight_gradient_operands(
-    g: Tensor, x: Tensor | Quantized, plan: Plan, key: Tensor | None
+    g: Tensor, x: Tensor | Quantized | WithOutliers, plan: Plan, key: Tensor | None
 ) -> tuple[Operand, Operand]:
     """G [tokens, out] and X, as `_for_weight_gradient` left it, for dW."""
     stream = plan.stream + STREAM_GRAD_WEIGHT
-    if "dW" in plan.rotated:
+    if rotation := rotation_of(plan, "dW", key, g.device):
         assert plan.grad_weight is not None
-        gq = quantize_rotated(g.t(), plan.grad_weight, key, stream, plan.rotation_block)
+        gq = quantize_rotated(g.t(), plan.grad_weight, key, stream, rotation)
         return Operand(gq, 1), Operand(x, 1)
     return _gradient_product(g, x, plan.grad_weight, key, stream, 0)
 
 
 def _gradient_product(
-    g: Tensor, other: Tensor | Quantized, quantizer: Quantizer | None, key: Tensor | None, stream: int, contracted: int
+    g: Tensor,
+    other: Tensor | Quantized | WithOutliers,
+    quantizer: Quantizer | None,
+    key: Tensor | None,
+    stream: int,
+    contracted: int,
 ) -> tuple[Operand, Operand]:
     """The two operands of dX (G contracted over dimension 1) or dW (over dimension 0)."""
     if quantizer is None:
@@ -194,6 +201,22 @@ def _gradient_product(
     return Operand(
         _quantized(g, quantizer, key, stream, scale if contracted == 1 else scale.reshape(-1, 1)), contracted
     ), Operand(other, 0, scaled=False)
+
+
+def _rebuilt(saved: list[Tensor], how: Any) -> Tensor | Quantized | WithOutliers:
+    """What the forward left of X."""
+    if how is None:
+        return saved[0]
+    if len(saved) > 3:
+        return outlier_channels.together(saved, how)
+    codes, scale, zero_point = saved
+    return Quantized(codes, scale, zero_point, *how)
+
+
+def _quantized_input(x: Tensor, quantizer: Quantizer, key: Tensor | None, stream: int) -> Quantized | WithOutliers:
+    if quantizer.outlier_share:
+        return outlier_channels.quantize(x, quantizer, key, stream)
+    return _quantized(x, quantizer, key, stream)
 
 
 def _quantized(

@@ -53,6 +53,8 @@ class StepKey:
         """The step from which on the forward is in full precision; None: never."""
         self.quantizes_forward = True
         """Whether that step is still to come. Code is compiled for this, and not for each step's number."""
+        self.loss_share = 1.0
+        """Of a forward in an optimizer step: one over the number of micro steps."""
         self._device = torch.device("cpu")
         self._number = _enrol(self)
         self._calls: dict[int, int] | None = None
@@ -157,8 +159,8 @@ class StepKey:
                 self._make_keys()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        # What version 0.1 has pickled lacks the two.
-        self.__dict__.update({"full_forward_from": None, "quantizes_forward": True, **state})
+        # What version 0.1 has pickled lacks these.
+        self.__dict__.update({"full_forward_from": None, "quantizes_forward": True, "loss_share": 1.0, **state})
         self._calls, self._recomputes = None, False
         self._number = _enrol(self)
 

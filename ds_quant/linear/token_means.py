@@ -16,6 +16,7 @@ from torch import Tensor
 from ds_quant.kernels.simulated import ops as kernels
 from ds_quant.linear.products import Operand
 from ds_quant.linear.recipe import Quantizer
+from ds_quant.linear.rotated import Rotation
 
 
 def split(x: Tensor, quantizer: Quantizer | None) -> tuple[Tensor, Tensor | None]:
@@ -26,14 +27,14 @@ def split(x: Tensor, quantizer: Quantizer | None) -> tuple[Tensor, Tensor | None
     return x.detach().float() - mean, mean
 
 
-def as_bias(mean: Tensor | None, other: Operand, bias: Tensor | None, rotation_block: int) -> Tensor | None:
+def as_bias(mean: Tensor | None, other: Operand, bias: Tensor | None, rotation: Rotation | None) -> Tensor | None:
     """What a product with the mean [contracted] adds to each of its rows, fp32 [free]; and `bias`, where there is one.
 
-    rotation_block: of `other` [free, contracted], 0 where it is not rotated.
+    rotation: of `other` [free, contracted], None where it is not rotated.
     """
     if mean is None:
         return bias
-    turned = kernels.rotate_rows(mean[None], rotation_block)[0] if rotation_block else mean
+    turned = rotation.of_rows(mean[None])[0] if rotation else mean
     term = torch.mv(other.dense(torch.float32), turned)
     return term if bias is None else term + bias.detach().float()
 

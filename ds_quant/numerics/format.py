@@ -24,7 +24,7 @@ from typing import Generic, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from ds_quant.base.number_formats import FORMATS, FOUR_SIX
+from ds_quant.base.number_formats import FORMATS, FOUR_SIX, MS_EDEN
 from ds_quant.numerics.codes import CodeMap
 from ds_quant.numerics.four_six import four_six_scale
 from ds_quant.numerics.integer import (
@@ -41,7 +41,7 @@ from ds_quant.numerics.integer import (
 )
 from ds_quant.numerics.minifloat import MINIFLOATS, Minifloat, encode
 from ds_quant.numerics.random import uniform
-from ds_quant.numerics.scales import e4m3_scale, e8m0_scale
+from ds_quant.numerics.scales import LARGEST_WITH_ROOM, e4m3_scale, e8m0_scale
 
 
 class Integers(NamedTuple):
@@ -68,7 +68,8 @@ class ScaleCodec(NamedTuple):
 
     kind: str = "float"
     rule: str = "floor"
-    """Of e8m0: "floor" or "up". Of e4m3: "four_six" as `four_six` has it, any other as `scales` does."""
+    """Of e8m0: "floor" or "up". Of e4m3: "four_six" as `four_six` has it; "ms_eden" leaves the room that `eden`
+    needs; any other as `scales` does."""
 
 
 E_co = TypeVar("E_co", bound=Integers | Minifloat | CodeMap, covariant=True)
@@ -165,7 +166,7 @@ def _scale(absmax: Tensor, elements: Integers | Minifloat, codec: ScaleCodec) ->
     if codec.kind == "e8m0":
         return e8m0_scale(absmax, largest, codec.rule, implied=implied)
     if codec.kind == "e4m3":
-        return e4m3_scale(absmax, largest)
+        return e4m3_scale(absmax, largest, *([LARGEST_WITH_ROOM] if codec.rule == MS_EDEN else []))
     return symmetric_scale(absmax, largest)
 
 

@@ -20,14 +20,12 @@ from torch import Tensor
 
 from ds_quant.numerics.integer import divide, divide_to_fit, expand_groups, in_steps
 from ds_quant.numerics.minifloat import E2M1, decode, encode
-from ds_quant.numerics.scales import e4m3_blocks, largest_finite, times_tensor
-
-_LARGEST_BLOCK = 256.0
+from ds_quant.numerics.scales import LARGEST_WITH_ROOM, e4m3_blocks, largest_finite, times_tensor
 
 
 def four_six_scale(x: Tensor, absmax: Tensor, block_size: int, block_rows: int) -> Tensor:
     """fp32 of absmax's shape, [..., num_blocks], of x [..., features], fp32; equal in all rows of a tile."""
-    tensor = divide_to_fit(largest_finite(absmax), _LARGEST_BLOCK * E2M1.largest)
+    tensor = divide_to_fit(largest_finite(absmax), LARGEST_WITH_ROOM * E2M1.largest)
     blocks = [e4m3_blocks(absmax, largest, tensor) for largest in (E2M1.largest, 4.0)]
     scales = [times_tensor(block, tensor, absmax) for block in blocks]
     errors = [_errors(x, scale, block_size, block_rows) for scale in scales]
@@ -41,15 +39,15 @@ def _errors(x: Tensor, scale: Tensor, block_size: int, block_rows: int) -> Tenso
     off = decode(encode(steps, E2M1), E2M1) - steps
     flat = off.reshape(1) if off.dim() == 0 else off
     squares = F.pad(flat * flat, (0, -flat.shape[-1] % block_size)).unflatten(-1, (-1, block_size))
-    sums = _pairwise(squares, -1)
+    sums = pairwise(squares, -1)
     if block_rows == 1 or sums.dim() < 2 or not sums.numel():
         return sums
     rows = sums.reshape(-1, sums.shape[-1])
     tiles = F.pad(rows, (0, 0, 0, -rows.shape[0] % block_rows)).unflatten(0, (-1, block_rows))
-    return _pairwise(tiles, 1).repeat_interleave(block_rows, 0)[: rows.shape[0]].reshape(sums.shape)
+    return pairwise(tiles, 1).repeat_interleave(block_rows, 0)[: rows.shape[0]].reshape(sums.shape)
 
 
-def _pairwise(x: Tensor, dim: int) -> Tensor:
+def pairwise(x: Tensor, dim: int) -> Tensor:
     """The sum over a dimension whose size is a power of two."""
     while (size := x.shape[dim]) > 1:
         x = x.narrow(dim, 0, size // 2) + x.narrow(dim, size // 2, size // 2)

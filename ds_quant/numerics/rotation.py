@@ -10,6 +10,9 @@ of m elements, m a power of two:
     H          the Walsh-Hadamard butterflies for h = 1, 2, 4, ... m / 2, each of which takes all pairs a, b that are h
                apart in runs of 2 h elements to a + b, a - b; then the product with 1 / sqrt(m) rounded to fp32
 
+`rotate_rows` also takes the key of a rotation of its own, whose signs are drawn for each index i of a row, and not of a
+block: -1 where the top bit of bits(key, i) is 1.
+
 A last block whose length is no power of two is cut into its binary parts, the largest first: 13 elements are 8, 4 and
 1. Each part has an H of its own; signs go by the index in the block.
 
@@ -23,7 +26,7 @@ import math
 import torch
 from torch import Tensor
 
-from ds_quant.numerics.random import bits_at
+from ds_quant.numerics.random import bits_at, random_bits
 
 SIGN_KEY = (0x48616461, 0x6D617264)
 """"Hada", "mard"."""
@@ -34,9 +37,13 @@ def rotate(t: Tensor, block_size: int) -> Tensor:
     return rotate_rows(t[None], block_size)[0]
 
 
-def rotate_rows(x: Tensor, block_size: int) -> Tensor:
-    """The fp32 matrix `x`, [rows, features], each of its rows rotated."""
-    return _transform(x * signs_of(x.shape[-1], block_size, x.device), block_size)
+def rotate_rows(x: Tensor, block_size: int, key: Tensor | None = None) -> Tensor:
+    """The fp32 matrix `x`, [rows, features], each of its rows rotated, with the signs of `key` where there is one."""
+    if key is None:
+        signs = signs_of(x.shape[-1], block_size, x.device)
+    else:
+        signs = 1.0 - (random_bits(key, x.shape[-1], x.device) >> 31).float() * 2.0
+    return _transform(x * signs, block_size)
 
 
 def unrotate(y: Tensor, block_size: int) -> Tensor:

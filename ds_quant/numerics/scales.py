@@ -25,6 +25,8 @@ from ds_quant.numerics.integer import divide, divide_to_fit
 from ds_quant.numerics.minifloat import E4M3, decode, encode, power_of_two
 
 _SMALLEST_E4M3 = 2.0**-9
+LARGEST_WITH_ROOM = 256.0
+"""Of a block's part of the scale, where another rule may enlarge it by up to 448 / 256."""
 
 
 def e8m0_scale(absmax: Tensor, largest: float, rule: str, implied: int = 0) -> Tensor:
@@ -39,9 +41,9 @@ def e8m0_scale(absmax: Tensor, largest: float, rule: str, implied: int = 0) -> T
     return torch.where(absmax.isfinite(), scale, torch.nan)
 
 
-def e4m3_scale(absmax: Tensor, largest: float) -> Tensor:
-    """fp32 of absmax's shape."""
-    tensor = divide_to_fit(largest_finite(absmax), E4M3.largest * largest)
+def e4m3_scale(absmax: Tensor, largest: float, largest_block: float = E4M3.largest) -> Tensor:
+    """fp32 of absmax's shape. largest_block: what the tensor's scale makes of the largest block."""
+    tensor = divide_to_fit(largest_finite(absmax), largest_block * largest)
     return times_tensor(e4m3_blocks(absmax, largest, tensor), tensor, absmax)
 
 

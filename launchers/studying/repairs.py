@@ -64,6 +64,18 @@ WEIGHT = {
         "W", "w4_channel", "NVFP4, 4/6 scales", _linear(weight={"format": "nvfp4", "scale_rule": "four_six"})
     ),
     "w4_nvint4": Repair("W", "w4_channel", "NVINT4", _linear(weight={"format": "nvint4"})),
+    "w4_channel_trust": Repair(
+        "W",
+        "w4_channel",
+        "per channel, no gradient farther than 0.4 steps from the code",
+        _linear(weight={"bits": 4, "granularity": "channel", "trust_distance": 0.4}),
+    ),
+    "w4_channel_dampened": Repair(
+        "W",
+        "w4_channel",
+        "per channel, dampened by 0.01",
+        _linear(weight={"bits": 4, "granularity": "channel", "dampening": 0.01}),
+    ),
     "w4_mxfp4": Repair("W", "w4_channel", "MXFP4, scales rounded up", _linear(weight=dict(_MX))),
 }
 
@@ -84,6 +96,12 @@ ACTIVATION = {
         "a4_token",
         "blocks of 32, output layer and last block in full precision",
         _linear(activation=_block(4, 32), exclude=_LAST),
+    ),
+    "a4_token_outliers": Repair(
+        "A",
+        "a4_token",
+        "per token, a tenth of the channels in 8 bits",
+        _linear(activation={"bits": 4, "granularity": "token", "outlier_share": 0.1}),
     ),
     "a4_nvfp4": Repair("A", "a4_token", "NVFP4", _linear(activation={"format": "nvfp4"})),
     "a4_nvfp4_four_six": Repair(
@@ -180,8 +198,11 @@ _BLOCKS = (_block(4, 32), _block(4, 32))
 _BLOCK_GRADIENT = _block(4, 32, rounding="stochastic", used_for=list(_BOTH))
 
 
-def _rotated(section: Values, size: int, *used_for: str) -> Values:
-    rotation: Values = {"block_size": size, **({"used_for": list(used_for)} if used_for else {})}
+_EDEN = {**_BLOCK_GRADIENT, "rounding": "ms_eden"}
+
+
+def _rotated(section: Values, size: int, *used_for: str, **more: Any) -> Values:
+    rotation: Values = {"block_size": size, **({"used_for": list(used_for)} if used_for else {}), **more}
     return {"linear": {**section["linear"], "rotation": rotation}}
 
 
@@ -220,6 +241,18 @@ COMBINED = {
         "w4a4g4_naive",
         "the same, dW alone rotated",
         _rotated(_all4(*_BLOCKS, dict(_BLOCK_GRADIENT)), 32, "weight"),
+    ),
+    "w4a4g4_block32_hadamard_backward": Repair(
+        "combined",
+        "w4a4g4_naive",
+        "the same, dX and dW rotated by matrices of 128 with drawn signs",
+        _rotated(_all4(*_BLOCKS, dict(_BLOCK_GRADIENT)), 128, "input", "weight", signs="drawn"),
+    ),
+    "w4a4g4_block32_ms_eden": Repair(
+        "combined",
+        "w4a4g4_naive",
+        "the same, G by MS-EDEN in place of stochastic rounding",
+        _rotated(_all4(*_BLOCKS, dict(_EDEN)), 128, "input", "weight", signs="drawn"),
     ),
     "w4a4g4_nvint4": Repair(
         "combined",

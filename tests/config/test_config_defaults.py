@@ -46,12 +46,15 @@ def test_defaults():
     assert quant.enabled is True
     operand = {"symmetric": True, "rounding": "nearest", "format": None, "scale_rule": None}
     block = {"block_size": 128}
-    assert vars(quant.linear.weight) == {"bits": 8, "granularity": "channel", "block_rows": 1, **block, **operand}
+    pulls = {"trust_distance": None, "dampening": None}
+    weight = {"bits": 8, "granularity": "channel", "block_rows": 1, **pulls, **block, **operand}
+    assert vars(quant.linear.weight) == weight
     assert vars(quant.linear.activation) == {
         "bits": 7,
         "granularity": "token",
         "range": "narrow",
         "split_mean": False,
+        "outlier_share": None,
         **block,
         **operand,
     }
@@ -63,6 +66,10 @@ def test_defaults():
         **block,
         **operand,
     }
+    assert (
+        load({"linear": {"weight": {"bits": 8}, "activation": {"bits": 8}, "rotation": {}}}).linear.rotation.signs
+        == "fixed"
+    )
     linear = quant.linear
     assert (linear.backend, linear.backward_operands) == ("simulated", "quantized")
     assert (linear.include, linear.exclude) == (("*",), None)

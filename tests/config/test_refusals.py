@@ -23,6 +23,7 @@ OTHER_PARTS = (
     ("communication.weight.hierarchical",),
     ("optimizer.master",),
     ("optimizer.release_gradients",),
+    ("linear.weight.dampening",),
 )
 """Of rows that have tests of their own, since another part stands for the same path."""
 
@@ -75,6 +76,9 @@ RELEASE_CASES = [
 # path, a value that is refused with communication.weight, values that pass
 WEIGHT_CASES = [("zero_optimization.zero_hpz_partition_size", 2, [1, None])]
 
+# path, a value that is refused with linear.weight.dampening, values that pass
+DAMPENING_CASES = [("fp16", {"enabled": True}, [{"enabled": False}, {"enabled": "auto"}, None])]
+
 
 def config(path, value, section):
     node = value
@@ -89,7 +93,8 @@ def check(path, value, section):
 
 
 def test_every_row_has_a_case():
-    assert {row.path for row in REFUSALS} == {path for path, *_ in CASES + MASTER_CASES + RELEASE_CASES + WEIGHT_CASES}
+    cases = CASES + MASTER_CASES + RELEASE_CASES + WEIGHT_CASES + DAMPENING_CASES
+    assert {row.path for row in REFUSALS} == {path for path, *_ in cases}
     assert len({(row.path, row.parts) for row in REFUSALS}) == len(REFUSALS)
 
 
@@ -108,6 +113,16 @@ def test_rows(path, value, passing, refused_with, part):
     assert line.startswith(f"{path}: got ")
     named = part if part in row.parts else part.split(".")[0]
     assert f"; allowed: {row.allowed} with ds_quant.{named} ({row.reason}); fix: {row.fix}" in line
+
+
+@pytest.mark.parametrize(("path", "value", "passing"), DAMPENING_CASES)
+def test_rows_of_dampening(path, value, passing):
+    section = {"linear": {"weight": {"bits": 8, "dampening": 1.0}}}
+    for harmless in passing:
+        check(path, harmless, section)
+    check(path, value, PARTS["linear.weight"])
+    with pytest.raises(ConfigError, match=r"fp16: got .*with ds_quant.linear.weight.dampening .*; fix: train in bf16"):
+        check(path, value, section)
 
 
 CODES = PARTS["linear.weight"] | {"communication": {"weight": {"mode": "codes"}}}

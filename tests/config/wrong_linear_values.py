@@ -5,6 +5,8 @@ import json
 from config_files import LINEAR, W8
 
 W8A8G8 = {"weight": {"bits": 8}, "activation": {"bits": 8}, "gradient": {"bits": 8}}
+EDEN = {"bits": 4, "granularity": "block", "block_size": 16, "rounding": "ms_eden"}
+DRAWN = {"signs": "drawn"}
 WRONG_LINEAR_VALUES = [
     *(
         (
@@ -68,6 +70,126 @@ WRONG_LINEAR_VALUES = [
                 'backend "simulated"',
             ),
         )
+    ),
+    *(
+        (
+            {"linear": {**W8A8G8, "activation": {"bits": 4, "outlier_share": share}, **more}},
+            f"{LINEAR}.activation.outlier_share",
+            json.dumps(share),
+            allowed,
+            fix,
+        )
+        for share, more, allowed, fix in (
+            (1, {}, "a number above 0 and below 1", "write"),
+            (0.1, {"activation": {"bits": 8, "outlier_share": 0.1}}, "absent where all features have 8", "fewer bits"),
+            (0.1, {"activation": {"format": "mxint8", "outlier_share": 0.1}}, "have 8 bits", "fewer bits"),
+            (0.1, {}, '"outer" cannot fold two scales per token', "gradient.granularity"),
+            (0.1, {"backend": "int8"}, 'absent with backend "int8"', 'backend "simulated"'),
+            (0.1, {"rotation": {}}, "absent with a rotation for output, weight", 'used_for to ["input"]'),
+        )
+    ),
+    *(
+        ({"linear": {**W8A8G8, "weight": {"bits": 4, **weight}, **more}}, f"{LINEAR}.weight.{key}", got, allowed, fix)
+        for key, got, weight, more, allowed, fix in (
+            ("trust_distance", "0.5", {"trust_distance": 0.5}, {}, "above 0 and below 0.5", "write"),
+            ("dampening", "0", {"dampening": 0}, {}, "a number above 0", "write"),
+            (
+                "dampening",
+                "1.5",
+                {"dampening": 1.5, "rounding": "stochastic"},
+                {},
+                "no code of their own",
+                "one of the two",
+            ),
+            (
+                "trust_distance",
+                "0.3",
+                {"trust_distance": 0.3, "rounding": "stochastic"},
+                {},
+                'absent with rounding "stochastic"',
+                "one of the two",
+            ),
+            ("trust_distance", "0.3", {"trust_distance": 0.3}, {"rotation": {}}, "a rotated output", "leave"),
+            ("dampening", "2.5", {"dampening": 2.5}, {"rotation": {}}, "a rotated output", "leave"),
+        )
+    ),
+    (
+        {"linear": {"weight": {"format": "nvfp4", "trust_distance": 0.3}}},
+        f"{LINEAR}.weight.trust_distance",
+        "0.3",
+        'absent with format "nvfp4", whose values are not evenly spaced',
+        "mxint8 or nvint4",
+    ),
+    *(
+        (
+            {
+                "linear": {**W8A8G8, "weight": {"bits": 4, key: 0.25}},
+                "communication": {"weight": {"mode": "codes"}},
+            },
+            "ds_quant.communication.weight.mode",
+            '"codes"',
+            f"only with no linear.weight.{key}",
+            "change that",
+        )
+        for key in ("trust_distance", "dampening")
+    ),
+    *(
+        (
+            {"linear": {**W8A8G8, "rotation": DRAWN, **linear, "gradient": {**EDEN, **gradient}}},
+            f"{LINEAR}.gradient.{key}",
+            got,
+            allowed,
+            fix,
+        )
+        for linear, gradient, key, got, allowed, fix in (
+            ({"rotation": {}}, {}, "rounding", '"ms_eden"', 'with rotation.signs "drawn"', '"stochastic"'),
+            ({"rotation": None}, {}, "rounding", '"ms_eden"', "a rotation for weight, input", '"stochastic"'),
+            (
+                {"rotation": {**DRAWN, "used_for": ["weight"]}},
+                {},
+                "rounding",
+                '"ms_eden"',
+                "a rotation for weight, input",
+                '"stochastic"',
+            ),
+            ({}, {"block_size": 64}, "block_size", "64", "at most rotation.block_size, 16", "use that"),
+            ({}, {"symmetric": False}, "symmetric", "false", 'true with rounding "ms_eden"', "remove it"),
+            (
+                {"forward_full_precision_from": 9},
+                {},
+                "rounding",
+                '"ms_eden"',
+                "with forward_full_precision_from",
+                "one of them",
+            ),
+        )
+    ),
+    *(
+        ({"linear": {**W8A8G8, "rotation": DRAWN, "gradient": gradient}}, f"{LINEAR}.gradient.{key}", got, allowed, fix)
+        for gradient, key, got, allowed, fix in (
+            ({"bits": 4, "rounding": "ms_eden"}, "granularity", '"outer"', '"block" with rounding', "use that"),
+            (
+                {"format": "mxfp4", "rounding": "ms_eden"},
+                "format",
+                '"mxfp4"',
+                "powers of two are too coarse",
+                "of them",
+            ),
+            (
+                {"format": "nvfp4", "scale_rule": "four_six", "rounding": "ms_eden"},
+                "scale_rule",
+                '"four_six"',
+                "absent with rounding",
+                "one of the two",
+            ),
+        )
+    ),
+    (
+        {"linear": {"weight": {"bits": 4, "rounding": "ms_eden"}}},
+        f"{LINEAR}.weight.rounding",
+        '"ms_eden"',
+        '"nearest", "stochastic"',
+        "write",
     ),
     *(
         ({"linear": {**W8A8G8, "exclude_blocks": ends}}, f"{LINEAR}.exclude_blocks{key}", got, allowed, "")

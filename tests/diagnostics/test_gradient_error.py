@@ -67,6 +67,7 @@ def test_a_hand_computed_error():
     {"activation": {"bits": 8}, "gradient": {"format": "nvfp4"}},
     {"activation": {"bits": 4}, "gradient": {"bits": 4}, "rotation": {"block_size": 32}},
     {"activation": {"bits": 4, "split_mean": True}, "gradient": {"bits": 4, "split_mean": True}},
+    {"activation": {"bits": 4, "outlier_share": 0.1}, "gradient": {"bits": 8, "granularity": "token"}},
 ])  # fmt: skip
 @pytest.mark.parametrize("make", [llama, gpt2])
 def test_the_quantized_gradient_is_the_one_of_training(make, linear):
@@ -89,6 +90,20 @@ def test_the_quantized_gradient_is_the_one_of_training(make, linear):
             # Sums of 64 products of fp32, in another order.
             torch.testing.assert_close(found, grad, rtol=0, atol=64 * 2**-23 * float(grad.abs().max()))
     assert compared == (14 if make is llama else 8)
+
+
+def test_gradients_by_ms_eden():
+    """Along the exact one (no factor is left), and nearer to it than by stochastic rounding."""
+    x, grad = torch.randn(256, 64), torch.randn(256, 32)
+    found = {}
+    for rounding in ("ms_eden", "stochastic"):
+        gradient = {"bits": 4, "granularity": "block", "block_size": 16, "rounding": rounding}
+        rotation = {"block_size": 64, "signs": "drawn"}
+        linear = {"weight": {"bits": 8}, "activation": {"bits": 8}, "gradient": gradient, "rotation": rotation}
+        model = converted(nn.Sequential(nn.Linear(64, 32)), {**linear, "exclude": []})
+        found[rounding] = look(model, x, grad, GradientErrorRecorder()).scalars["relative_l2"]
+    # The root of a half, as of the squares.
+    assert 0 < found["ms_eden"] < 0.85 * found["stochastic"]
 
 
 def test_the_error_falls_with_bits_and_the_wire_adds_to_it():

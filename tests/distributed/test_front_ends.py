@@ -96,12 +96,18 @@ LINEARS = {
         "weight": {"format": "fp8_e4m3"},
         "activation": {"format": "mxint8"},
         "gradient": {"format": "mxfp8", "scale_rule": "up", "rounding": "stochastic"},
+        "rotation": {"used_for": ["output"]},
     },
     "repairs of 4 bits": {
         "weight": NVFP4,
         "activation": {**NVFP4, "split_mean": True},
-        "gradient": {**NVFP4, "split_mean": True, "rounding": "stochastic"},
-        "rotation": {"block_size": 32},
+        "gradient": {"format": "nvfp4", "split_mean": True, "rounding": "ms_eden"},
+        "rotation": {"block_size": 32, "signs": "drawn", "used_for": ["input", "weight"]},
+    },
+    "outliers, trust and dampening": {
+        "weight": {"bits": 4, "trust_distance": 0.4, "dampening": 0.01},
+        "activation": {"bits": 4, "outlier_share": 0.1},
+        "gradient": {"bits": 8, "granularity": "token", "rounding": "stochastic"},
     },
     "fp8": {
         "weight": {"format": "fp8_e4m3"},
@@ -131,7 +137,7 @@ def first_loss(section):
         return sum(model(input_ids=part, labels=part).loss.item() for part in (data[::2], data[1::2])) / 2
 
 
-@pytest.mark.parametrize("name", ["repairs of 4 bits", "int8, then none", *SLOW])
+@pytest.mark.parametrize("name", ["repairs of 4 bits", "outliers, trust and dampening", "int8, then none", *SLOW])
 def test_formats_at_every_stage(tmp_path, name):
     """The stages agree as they do for integers, and a resumed run is the one that went on."""
     linear = LINEARS[name]

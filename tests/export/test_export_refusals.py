@@ -67,6 +67,7 @@ def test_a_section_that_is_switched_off_or_broken(tmp_path):
         ({"weight": {"bits": 8, "rounding": "stochastic"}}, r'weight.rounding: got "stochastic"'),
         ({"weight": {"bits": 8, "granularity": "block"}}, r'weight.granularity: got "block"'),
         ({"activation": {"bits": 8, "split_mean": True}}, r"activation.split_mean: got true"),
+        ({"activation": {"bits": 4, "outlier_share": 0.5}}, r"activation.outlier_share: got 0.5; allowed: absent"),
         ({"forward_full_precision_from": 9}, r"forward_full_precision_from: got 9; allowed: absent"),
         ({"rotation": {}}, r'rotation.used_for: got "output"; allowed: a forward without'),
         ({"activation": {"bits": 4}}, r"activation.bits: got 4; allowed: 8"),

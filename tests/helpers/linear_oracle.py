@@ -1,5 +1,7 @@
 """The three products of a quantized linear by their definition in linear/recipe.py, in float64, with error bounds."""
 
+import math
+
 import numpy as np
 import torch
 from numerics import format_oracle, oracle
@@ -10,6 +12,11 @@ from ds_quant.linear.convert import step_key_of
 from ds_quant.numerics.rotation import rotate_rows
 
 TOKENS, IN, OUT = 11, 37, 19
+IN_8_BITS = {
+    **dict.fromkeys(("fp6_e2m3", "fp6_e3m2", "fp4_e2m1"), "fp8_e4m3"),
+    **dict.fromkeys(("mxfp6", "mxfp4", "nvfp4"), "mxfp8"),
+    "nvint4": "mxint8",
+}
 W8A8G8_INT8 = {
     "weight": {"bits": 8},
     "activation": {"bits": 8},
@@ -62,6 +69,24 @@ class Side:
         steps = torch.from_numpy(codes.astype(np.float32) - zeros).double()
         contracted = granularity == "block" or granularity == ("column" if not transposed else "row")
         return cls(steps.t(), scales.t(), contracted) if transposed else cls(steps, scales, contracted)
+
+    @classmethod
+    def with_outliers(cls, x, config, granularity, *, transposed=False):
+        """As `quantized`, with the features of the largest magnitudes apart, in 8 bits."""
+        config = dict(config)
+        kept = math.ceil(round(config.pop("outlier_share") * x.shape[1], 9))
+        largest = x.float().abs().amax(0).tolist()
+        channels = sorted(sorted(range(x.shape[1]), key=lambda j: (-largest[j], j))[:kept])
+        eight = {**config, "bits": 8}
+        if "format" in config:
+            eight = {**config, "format": IN_8_BITS[config["format"]]}
+            if config.get("scale_rule") == "four_six":
+                del eight["scale_rule"]
+        rest = x.clone()
+        rest[:, channels] = 0
+        values = cls.quantized(rest, config, granularity).values().expand(x.shape).clone()
+        values[:, channels] = cls.quantized(x[:, channels], eight, granularity).values()
+        return cls(values.t() if transposed else values, torch.ones((), dtype=torch.float64), True)
 
     def values(self):
         return self.steps * self.scale
@@ -126,7 +151,8 @@ def expected(x, w, bias, g, config, dtype):
     def of_activation(transposed):
         if not activation:
             return Side.plain(x.t() if transposed else x)
-        return Side.quantized(x, activation, names_x[activation.get("granularity", default_x)], transposed=transposed)
+        make = Side.with_outliers if "outlier_share" in activation else Side.quantized
+        return make(x, activation, names_x[activation.get("granularity", default_x)], transposed=transposed)
 
     rotated = rotated_products(config)
     y = product(of_activation(False), of_weight(False), dtype, bias, integer=integer)
@@ -208,9 +234,9 @@ def assert_within(got, want, what):
     assert excess <= 0, f"{what}: off by {(got.double() - exact).abs().max():.3e}, {excess:.3e} above the bound"
 
 
-def assert_compiles_to_the_same_bits(module, x):
+def assert_compiles_to_the_same_bits(module, x, backend="inductor"):
     """As one graph, in two steps whose stochastic rounding differs: outputs and gradients."""
-    compiled = torch.compile(module, fullgraph=True)
+    compiled = torch.compile(module, fullgraph=True, backend=backend)
     for step in (1, 2):
         results = []
         for call in (module, compiled):

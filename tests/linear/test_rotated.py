@@ -3,9 +3,14 @@
 import pytest
 import torch
 from helpers.linear_oracle import IN, OUT, assert_compiles_to_the_same_bits, check_products, random_case, run
+from numerics import eden_oracle
 
 import ds_quant
 from ds_quant.config import ConfigError, LinearConfig
+from ds_quant.linear.convert import step_key_of
+from ds_quant.linear.rotated import rotation_of
+from ds_quant.numerics.integer import dequantize
+from ds_quant.numerics.random import derive_key
 
 FP4 = {"format": "fp4_e2m1"}
 BLOCK = {"bits": 4, "granularity": "block", "block_size": 16}
@@ -45,6 +50,63 @@ def test_one_product_alone(used_for):
         assert torch.equal(got, want) == (product != used_for)
 
 
+def test_signs_that_are_drawn():
+    """Others for each product, call and step, the same for both operands and when asked again."""
+    eight = {"bits": 8}
+    config = {"weight": eight, "activation": eight, "gradient": eight, "rotation": {"signs": "drawn"}}
+    module = ds_quant.QuantLinear(IN, OUT, config=config)
+    key, fixed = step_key_of(module).local(torch.device("cpu")), module._quant_plan._replace(signs_drawn=False)
+    eye, found = torch.eye(64), []
+    for plan in (module._quant_plan, module._quant_plan._replace(stream=4)):
+        for product in ("Y", "dX", "dW"):
+            rotation = rotation_of(plan, product, key, eye.device)
+            found.append(rotation.of_rows(eye))
+            assert torch.equal(found[-1], rotation_of(plan, product, key, eye.device).of_rows(eye))
+            # 16 products of +-1/4: exact.
+            assert torch.equal(found[-1] @ found[-1].t(), eye)
+    found.append(rotation_of(fixed, "Y", key, eye.device).of_rows(eye))
+    assert all(not torch.equal(a, b) for n, a in enumerate(found) for b in found[:n])
+    x, g = torch.randn(11, IN), torch.randn(11, OUT)
+    results = []
+    for step in (1, 1, 2):
+        step_key_of(module).set(step)
+        module.weight.grad = None
+        leaf = x.clone().requires_grad_()
+        y = module(leaf)
+        y.backward(g)
+        results.append((y.detach(), leaf.grad, module.weight.grad))
+    exact = x @ module.weight.detach().t() + module.bias.detach(), g @ module.weight.detach(), g.t() @ x
+    for first, again, other, want in zip(*results, exact, strict=True):
+        assert torch.equal(first, again)
+        assert not torch.equal(first, other)
+        # Steps of 1/127 of a row's largest in both operands; of operands that are rotated apart nothing would be left.
+        assert (other - want).norm() < 0.05 * want.norm()
+
+
+def test_gradients_by_ms_eden():
+    """dX and dW are products with what tests/numerics/test_eden.py holds to its definition."""
+    eden = {"bits": 4, "granularity": "block", "block_size": 16, "rounding": "ms_eden"}
+    rotation = {"block_size": 32, "signs": "drawn", "used_for": ["input", "weight"]}
+    for how in (eden, {"format": "nvfp4", "rounding": "ms_eden"}):
+        config = {"weight": {"bits": 8}, "activation": {"bits": 8}, "gradient": how, "rotation": rotation}
+        module = ds_quant.QuantLinear(IN, OUT, bias=False, config=config)
+        x, g = torch.randn(11, IN, requires_grad=True), torch.randn(11, OUT)
+        module(x).backward(g)
+        key, plan = step_key_of(module).local(torch.device("cpu")), module._quant_plan
+        w = module.weight.detach()
+        cases = (
+            ("dX", g, w.t(), plan.grad_input, plan.weight, 2, x.grad),
+            ("dW", g.t(), x.detach().t(), plan.grad_weight, plan.activation, 3, module.weight.grad),
+        )
+        for product, left, right, quantizer, other, stream, got in cases:
+            turn = rotation_of(plan, product, key, g.device)
+            a = eden_oracle.quantize(turn.of_rows(left), how, derive_key(key, plan.stream + stream))
+            b = dequantize(other.of_rows()(turn.of_rows(right), None, 0)).double()
+            # Sums of at most 37 products in fp32, and the 26 roundings of a scale.
+            assert ((got.double() - a @ b.t()).abs() <= 64 * 2.0**-24 * (a.abs() @ b.abs().t())).all()
+            assert quantizer.rounding == "ms_eden"
+
+
 def test_outliers_lose_less():
     """One feature of X and one token of G of 30 times the others' size, in 4 bits with a scale for 37 or 64 elements.
 
@@ -82,7 +144,9 @@ def test_what_the_backward_holds():
 def test_compiled_as_one_graph():
     """With tails of tokens and of features, which are rotated in parts."""
     torch._dynamo.reset()
-    config = {**CONFIGS[2], "gradient": {"bits": 8, "rounding": "stochastic"}, "rotation": {"block_size": 16}}
+    eden = {"bits": 8, "granularity": "block", "block_size": 16, "rounding": "ms_eden"}
+    rotation = {"block_size": 16, "signs": "drawn"}
+    config = {**CONFIGS[2], "activation": {"bits": 8, "rounding": "stochastic"}, "gradient": eden, "rotation": rotation}
     assert_compiles_to_the_same_bits(ds_quant.QuantLinear(IN, 8, config=config), torch.randn(21, IN))
 
 
@@ -97,4 +161,7 @@ def test_values_that_are_not_finite_stay_visible():
 
 def test_how_layers_describe_themselves():
     config = {**CONFIGS[0], "rotation": {"block_size": 32, "used_for": ["weight", "output"]}}
+    drawn = {"block_size": 32, "signs": "drawn", "used_for": ["weight", "output"]}
+    text = ds_quant.QuantLinear(8, 8, config={**config, "rotation": drawn}).describe()
+    assert ", Hadamard 32 with drawn signs for Y+dW (simulated)" in text
     assert ", Hadamard 32 for Y+dW (simulated)" in ds_quant.QuantLinear(8, 8, config=config).describe()

@@ -146,7 +146,7 @@ def quantize(x, name, *, granularity="block", block_size=128, rows=1, rule="floo
                 blocks[first : first + rows] = blocks[first : first + rows].max(0)
             largest = list(blocks.reshape(-1))
         finite = [value for value in largest if np.isfinite(value)]
-        levels = np.float32((256 if rule == "four_six" else 448) * table(elements)[-1])
+        levels = np.float32((256 if rule in ("four_six", "ms_eden") else 448) * table(elements)[-1])
         tensor = oracle.step_size(np.float32(max(finite, default=0)), levels)
         chosen_scales = None
         if rule == "four_six":

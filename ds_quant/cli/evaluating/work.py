@@ -147,7 +147,9 @@ def _jobs(asked: Options, opened: list[OpenedModel], notes: list[str]) -> list[_
 
 def _note_activations(linear: Any, label: str, notes: list[str]) -> None:
     line = None
-    if linear.activation.granularity in ("tensor", "channel"):
+    if linear.activation.outlier_share is not None:
+        line = f"{label}: outlier channels are those of a batch, so that figures depend on --batch_size"
+    elif linear.activation.granularity in ("tensor", "channel"):
         line = f"{label}: activations share scales over a batch, so that figures depend on --batch_size"
     elif linear.activation.rounding == "stochastic":
         line = f"{label}: activations are rounded by a fixed key, so that figures depend on --batch_size"

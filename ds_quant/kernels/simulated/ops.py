@@ -33,6 +33,12 @@ def multiplies_narrow(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= _BF16_CAPABILITY
 
 
+def subkey_of(key: Tensor, stream: int, device: torch.device) -> Tensor:
+    """Subkey number `stream` of a key, on a device: made where the key is, and sent without waiting."""
+    subkey = derive_key(key, stream)
+    return subkey if subkey.device == device else subkey.to(device, non_blocking=True)
+
+
 @operation(FAMILY, reference=reference.quantize, backends_only=True)
 def quantize(
     x: Tensor, factor: Tensor | None, to: Format[Integers | Minifloat], rounding: str, key: Tensor | None, stream: int
@@ -42,11 +48,7 @@ def quantize(
     factor: fp32 that broadcasts against x, or None. key: counts with rounding "stochastic" only. Of one on the CPU the
     subkey is made there, and sent to the device without waiting.
     """
-    subkey = None
-    if key is not None and rounding == "stochastic":
-        subkey = derive_key(key, stream)
-        if subkey.device != x.device:
-            subkey = subkey.to(x.device, non_blocking=True)
+    subkey = subkey_of(key, stream, x.device) if key is not None and rounding == "stochastic" else None
     if torch.compiler.is_compiling():
         return reference.quantize(x, factor, to, rounding, subkey)
     return quantize.on(x.device)(x, factor, to, rounding, subkey)
@@ -74,16 +76,16 @@ def finish(
 
 
 @torch.library.custom_op("ds_quant::rotate_rows", mutates_args=())
-def rotate_rows(x: Tensor, block_size: int) -> Tensor:
+def rotate_rows(x: Tensor, block_size: int, key: Tensor | None = None) -> Tensor:
     """`numerics.rotation.rotate_rows` of x [rows, features], fp32, bf16 or fp16, in fp32.
 
     An operator of its own in graphs: fused, each element would be computed from all of its block again and again.
     """
-    return rotation.rotate_rows(x.detach().float(), block_size).contiguous()
+    return rotation.rotate_rows(x.detach().float(), block_size, key).contiguous()
 
 
 @rotate_rows.register_fake
-def _(x: Tensor, block_size: int) -> Tensor:
+def _(x: Tensor, block_size: int, key: Tensor | None = None) -> Tensor:
     return x.new_empty(x.shape, dtype=torch.float32)
 
 
