@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from pathlib import Path
 
@@ -91,12 +90,3 @@ def test_a_rate_is_tuned_when_half_and_double_are_worse() -> None:
     assert tuned({0.002: 5.0, 0.004: 5.1, 0.008: 5.2}) is None
     assert tuned({0.001: 5.05, 0.002: 5.0, 0.004: 5.1, 0.008: 5.2}) == 0.002
     assert tuned({0.001: 4.9, 0.002: 5.0, 0.004: 5.1, 0.008: 5.2}) is None
-
-
-def test_a_repeated_run_is_the_same_to_the_last_digit() -> None:
-    one = a_result("v8_tensor", 0, 0.1 + 0.2)
-    assert results.is_same(one, dataclasses.replace(one, date="2026-12-01", other_loss=1.0))
-    assert not results.is_same(one, dataclasses.replace(one, loss=0.3))
-    nan = dataclasses.replace(one, loss=math.nan, state="diverged")
-    assert results.is_same(nan, dataclasses.replace(nan))
-    assert not results.is_same(nan, one)
