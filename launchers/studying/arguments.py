@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from studying import plan, protocol, results
+from studying.rows import BASELINE
 
 PAGE = plan.ROOT / "docs" / "study.md"
 RUNS = Path("runs/study")
@@ -33,6 +34,12 @@ def parser(description: str, handlers: Mapping[str, Callable[[argparse.Namespace
     command = add("repeat", "train runs of the CSV again and compare")
     _add_choices(command, rows="one of each table", seeds="0")
     _add_choices(add("post-training", "the baseline's models with the quantizers of rows"), seeds="0 1 2")
+    command = add("isolate", "outliers or sharpness: the baseline's models, changed in one of them, quantized")
+    command.set_defaults(rows=[BASELINE], scales=[1.0], at_once=1)
+    _add_models(command, seeds="0 1 2")
+    command = add("memory", "peaks of a whole step with quantized gradients; in bf16, on CPUs")
+    _add_sizes(command, default="5m")
+    command.add_argument("--csv", type=Path, default=results.PATH, help="kept beside it (default: docs/...)")
     command = add("smoke", "short runs against measured limits")
     command.add_argument("--runs", type=Path, default=RUNS, help="default: runs/study")
     command.add_argument("--seeds", help="measure the limits anew with these seeds, at least 5, into its CSV")
@@ -49,11 +56,16 @@ def _add_choices(command: argparse.ArgumentParser, *, rows: str = "all", seeds: 
 
 
 def _add_models(command: argparse.ArgumentParser, *, seeds: str) -> None:
-    command.add_argument("--sizes", nargs="+", default=["0.7m"], help=f"default: 0.7m; of {', '.join(protocol.SIZES)}")
-    command.add_argument("--families", nargs="+", default=["llama"], help="default: llama; of llama, gpt2")
+    _add_sizes(command, default="0.7m")
     command.add_argument("--seeds", help=f"such as '0 1 2' or '0-7' (default: {seeds})")
     command.add_argument("--ratio", default="1", help="tokens a parameter (default: 1)")
     command.add_argument("--runs", type=Path, default=RUNS, help="default: runs/study")
     command.add_argument("--corpus", type=Path, help="tokens of one's own, by launchers/tokenize_corpus.py")
     command.add_argument("--csv", type=Path, default=results.PATH, help="where figures are kept (default: docs/...)")
     command.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+
+
+def _add_sizes(command: argparse.ArgumentParser, *, default: str) -> None:
+    sizes = ", ".join(protocol.SIZES)
+    command.add_argument("--sizes", nargs="+", default=[default], help=f"default: {default}; of {sizes}")
+    command.add_argument("--families", nargs="+", default=["llama"], help="default: llama; of llama, gpt2")

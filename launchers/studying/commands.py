@@ -14,6 +14,8 @@ from sweeping import matrix
 from ds_quant.cli.shared.errors import CommandError
 from studying import (
     arguments,
+    isolation,
+    memory,
     other_domain,
     pictures,
     plan,
@@ -42,6 +44,8 @@ def run(argv: list[str], *, description: str) -> int:
         "tables": _write_tables,
         "repeat": _repeat,
         "post-training": _quantize_after_training,
+        "isolate": _isolate,
+        "memory": _measure_memory,
         "smoke": _smoke,
     }
     options = arguments.parser(description, handlers).parse_args(argv)
@@ -123,6 +127,8 @@ def _write_tables(options: argparse.Namespace) -> int:
         found,
         rows,
         post_training.read(post_training.path(options.csv)),
+        isolation.read(isolation.path(options.csv)),
+        memory.read(memory.path(options.csv)),
     )
     for size, family, ratio in tables.groups(found):
         rate = results.tuned_rate(found, size, family, ratio)
@@ -148,6 +154,27 @@ def _quantize_after_training(options: argparse.Namespace) -> int:
             if rate is not None:
                 keys = _keys(options, size, family, rate)
                 _measure_other_domain(options, training, keys, post_training.measure)
+    return 0
+
+
+def _isolate(options: argparse.Namespace) -> int:
+    training, known = _training(options), list(results.read(options.csv).values())
+    count = 0
+    for size in plan.chosen(options.sizes, protocol.SIZES, "--sizes"):
+        for family in plan.chosen(options.families, protocol.FAMILIES, "--families"):
+            rate = results.tuned_rate(known, size, family, plan.ratio_of(options.ratio))
+            if rate is not None:
+                keys = _keys(options, size, family, rate)
+                count += isolation.measure(keys, training.rows, training.settings, training.csv)
+    if not count:
+        raise CommandError(f"isolate: got no tuned baseline in {options.csv}; allowed: sizes that it has; correct it")
+    return 0
+
+
+def _measure_memory(options: argparse.Namespace) -> int:
+    for size in plan.chosen(options.sizes, protocol.SIZES, "--sizes"):
+        for family in plan.chosen(options.families, protocol.FAMILIES, "--families"):
+            memory.measure(size, family, all_rows(), options.csv)
     return 0
 
 

@@ -9,7 +9,7 @@ from ds_quant.base.whole_folder import write_whole
 from ds_quant.cli.shared.errors import CommandError
 from ds_quant.cli.shared.spreads import Gap
 from ds_quant.cli.shared.tables import markdown_table
-from studying import post_training, processors, protocol, verdicts
+from studying import fits, isolation, memory, post_training, processors, protocol, verdicts
 from studying.plan import Key
 from studying.post_training import Evaluated
 from studying.results import Result, tuned_rate
@@ -42,10 +42,13 @@ def text(
     found: Sequence[Result],
     rows: Sequence[Row],
     evaluated: Mapping[Key, Evaluated],
+    isolated: Mapping[tuple[Key, str], isolation.Measured],
+    peaks: Sequence[memory.Measured],
 ) -> str:
     """All tables as Markdown.
 
-    evaluated: the baseline's models quantized after training.
+    evaluated: the baseline's models quantized after training. isolated: changed in one respect before.
+    peaks: memory of whole steps.
     """
     if not found:
         return "No run has ended yet.\n"
@@ -69,7 +72,8 @@ def text(
             if any(entry.seeds for entry in judged if entry.row.name != BASELINE):
                 lines += [*([f"At {scale:g} times that rate:", ""] if scale != 1 else []), *_judged(judged)]
             lines += post_training.table(rows, found, evaluated, (size, family, ratio, scale * rate))
-    return "\n".join(lines)
+        lines += isolation.table(isolated, (size, family, ratio, rate), one.text)
+    return "\n".join([*lines, *fits.text(found, rows), *memory.table(peaks)])
 
 
 def put(page: str, made: str) -> str:
