@@ -23,6 +23,8 @@ def test_jobs_differ_in_nothing_but_what_is_quantized(family: str) -> None:
         assert job.world_size == case.ranks
         assert job.model["hidden_size" if family == "llama" else "n_embd"] == 192
         assert job.model["tie_word_embeddings"] is True
+        bucket = config["zero_optimization"]["reduce_bucket_size"]
+        assert bucket == protocol.SIZES["2m"].parameters(family, protocol.VOCABULARY)
         config.pop("ds_quant", None)
         config["zero_optimization"].pop("ds_quant_required", None)
         assert config.pop("train_batch_size") == 32 * case.ranks
