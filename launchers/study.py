@@ -4,7 +4,10 @@
     python launchers/study.py run --rows w4_channel w4_block32 --sizes 0.7m 2m --families llama gpt2 --seeds 0-7
     python launchers/study.py plan                what `run` with the same options would train
     python launchers/study.py tables              docs/study.md and its pictures, from docs/results/study/runs.csv
-    python launchers/study.py repeat --rows w8a8 --seeds 0      train runs of the CSV again, and compare
+    python launchers/study.py repeat              one row of each table trained again and compared; or --rows, --seeds
+    python launchers/study.py post-training       the baseline's models with quantizers put in after training
+    python launchers/study.py isolate             the same, after their outliers or their sharpness were changed
+    python launchers/study.py memory              peaks of memory with quantized gradients
     python launchers/study.py smoke               some short runs, against limits that were measured
 
 Runs are those of launchers/pretrain.py, two at a time with one thread each. What is in the CSV is not trained again; a

@@ -3,18 +3,32 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import os
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from sweeping import matrix
 
 from ds_quant.cli.shared.errors import CommandError
-from studying import other_domain, pictures, plan, post_training, protocol, results, smoke, tables, texts, verdicts
+from studying import (
+    arguments,
+    isolation,
+    memory,
+    other_domain,
+    pictures,
+    plan,
+    post_training,
+    processors,
+    protocol,
+    repeating,
+    results,
+    smoke,
+    tables,
+    texts,
+    verdicts,
+)
 from studying.plan import Key, Settings
 from studying.rows import BASELINE, Row, all_rows
 from studying.training import Training
@@ -24,58 +38,19 @@ Measure = Callable[[Sequence[Key], Mapping[str, Row], Settings, Path, Path], Non
 
 def run(argv: list[str], *, description: str) -> int:
     """Do one command; returns the exit code. Raises CommandError."""
-    options = _parser(description).parse_args(argv)
+    handlers = {
+        "run": _train,
+        "plan": _print_plan,
+        "tables": _write_tables,
+        "repeat": _repeat,
+        "post-training": _quantize_after_training,
+        "isolate": _isolate,
+        "memory": _measure_memory,
+        "smoke": _smoke,
+    }
+    options = arguments.parser(description, handlers).parse_args(argv)
     code: int = options.do(options)
     return code
-
-
-def _parser(description: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="study.py", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for name, do, what in (("run", _train, "train what is missing"), ("plan", _print_plan, "print it, train nothing")):
-        command = commands.add_parser(name, help=what, allow_abbrev=False)
-        command.set_defaults(do=do)
-        _add_choices(command)
-    command = commands.add_parser("tables", help="docs/study.md and its pictures from the CSV", allow_abbrev=False)
-    command.set_defaults(do=_write_tables)
-    command.add_argument("--csv", type=Path, default=results.PATH, help="default: docs/results/study/runs.csv")
-    command.add_argument("--page", type=Path, default=_PAGE, help="default: docs/study.md")
-    command = commands.add_parser("repeat", help="train runs of the CSV again and compare", allow_abbrev=False)
-    command.set_defaults(do=_repeat)
-    _add_choices(command)
-    command = commands.add_parser(
-        "post-training",
-        help="the baseline's models with the quantizers of rows",
-        allow_abbrev=False,
-    )
-    command.set_defaults(do=_quantize_after_training)
-    _add_choices(command)
-    command = commands.add_parser("smoke", help="short runs against measured limits", allow_abbrev=False)
-    command.set_defaults(do=_smoke)
-    command.add_argument("--runs", type=Path, default=Path("runs/study"), help="default: runs/study")
-    command.add_argument("--seeds", help="measure the limits anew with these seeds, at least 5, into its CSV")
-    command.add_argument("--at-once", type=int, default=2, help="runs at a time (default: 2)")
-    return parser
-
-
-_PAGE = plan.ROOT / "docs" / "study.md"
-
-
-def _add_choices(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--rows", nargs="+", default=None, metavar="ROW", help="default: all")
-    command.add_argument("--sizes", nargs="+", default=["0.7m"], help=f"default: 0.7m; of {', '.join(protocol.SIZES)}")
-    command.add_argument("--families", nargs="+", default=["llama"], help="default: llama; of llama, gpt2")
-    command.add_argument("--seeds", help="such as '0 1 2' or '0-7' (default: 0 1 2, then 3-7 where effects are small)")
-    command.add_argument("--scales", nargs="+", type=float, default=[1.0], help="of the tuned learning rate")
-    command.add_argument("--ratio", default="1", help="tokens a parameter (default: 1)")
-    command.add_argument("--runs", type=Path, default=Path("runs/study"), help="default: runs/study")
-    command.add_argument("--corpus", type=Path, help="tokens of one's own, by launchers/tokenize_corpus.py")
-    command.add_argument("--other-domain", type=Path, help="with --corpus: text of the held-out domain (.txt, .jsonl)")
-    command.add_argument("--csv", type=Path, default=results.PATH, help="where figures are kept (default: docs/...)")
-    command.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    command.add_argument("--at-once", type=int, default=2, help="runs at a time (default: 2)")
 
 
 def _train(options: argparse.Namespace) -> int:
@@ -118,10 +93,15 @@ def _more_seeds(options: argparse.Namespace, training: Training, size: str, fami
 def _measure_other_domain(
     options: argparse.Namespace, training: Training, keys: Sequence[Key], measure: Measure = other_domain.measure
 ) -> None:
-    own = None if options.corpus else options.runs / "text" / texts.OTHER_DOMAIN
-    text = options.other_domain or own
+    text = _other_domain(options)
     if text is not None:
         measure(keys, training.rows, training.settings, training.csv, text)
+
+
+def _other_domain(options: argparse.Namespace) -> Path | None:
+    """Text of the held-out domain; None where there is none for tokens of one's own."""
+    own = None if options.corpus else options.runs / "text" / texts.OTHER_DOMAIN
+    return options.other_domain or own
 
 
 def _print_plan(options: argparse.Namespace) -> int:
@@ -143,7 +123,13 @@ def _write_tables(options: argparse.Namespace) -> int:
     found = list(results.read(options.csv).values())
     rows = list(all_rows().values())
     folder = options.csv.parent
-    made = tables.text(found, rows, post_training.read(post_training.path(options.csv)))
+    made = tables.text(
+        found,
+        rows,
+        post_training.read(post_training.path(options.csv)),
+        isolation.read(isolation.path(options.csv)),
+        memory.read(memory.path(options.csv)),
+    )
     for size, family, ratio in tables.groups(found):
         rate = results.tuned_rate(found, size, family, ratio)
         judged = [] if rate is None else verdicts.judge(rows, found, (size, family, ratio, rate))
@@ -171,36 +157,53 @@ def _quantize_after_training(options: argparse.Namespace) -> int:
     return 0
 
 
+def _isolate(options: argparse.Namespace) -> int:
+    training, known = _training(options), list(results.read(options.csv).values())
+    count = 0
+    for size in plan.chosen(options.sizes, protocol.SIZES, "--sizes"):
+        for family in plan.chosen(options.families, protocol.FAMILIES, "--families"):
+            rate = results.tuned_rate(known, size, family, plan.ratio_of(options.ratio))
+            if rate is not None:
+                keys = _keys(options, size, family, rate)
+                count += isolation.measure(keys, training.rows, training.settings, training.csv)
+    if not count:
+        raise CommandError(f"isolate: got no tuned baseline in {options.csv}; allowed: sizes that it has; correct it")
+    return 0
+
+
+def _measure_memory(options: argparse.Namespace) -> int:
+    for size in plan.chosen(options.sizes, protocol.SIZES, "--sizes"):
+        for family in plan.chosen(options.families, protocol.FAMILIES, "--families"):
+            memory.measure(size, family, all_rows(), options.csv)
+    return 0
+
+
 def _repeat(options: argparse.Namespace) -> int:
-    """Runs of the CSV in a folder of their own, `again`; 1 where a figure differs in its last digit."""
-    known = results.read(options.csv)
-    first = _training(options)
-    settings = dataclasses.replace(first.settings, runs=first.settings.runs / "again")
-    training = dataclasses.replace(first, settings=settings, csv=settings.runs / "runs.csv")
+    """By default one row of each table, seed 0; 1 where a figure is another one."""
+    known, training = results.read(options.csv), _training(options)
+    evaluated = post_training.read(post_training.path(options.csv)).values()
+    options.seeds = options.seeds or "0"
     again: list[Key] = []
     for size in plan.chosen(options.sizes, protocol.SIZES, "--sizes"):
         for family in plan.chosen(options.families, protocol.FAMILIES, "--families"):
-            rate = results.tuned_rate(list(known.values()), size, family, plan.ratio_of(options.ratio))
+            ratio = plan.ratio_of(options.ratio)
+            rate = results.tuned_rate(list(known.values()), size, family, ratio)
             if rate is not None:
-                again += [key for key in _keys(options, size, family, rate) if key in known]
-    if not again:
-        raise CommandError(
-            f"repeat: got no such runs in {options.csv}; allowed: rows and seeds that it has; correct it"
-        )
-    failed = training.run(again)
-    found = results.read(training.csv)
-    other = [key for key in again if key in found and not results.is_same(known[key], found[key])]
-    for key in again:
-        if key in found:
-            word = "OTHER" if key in other else "same"
-            print(f"{word}: {plan.shown(key)}: {known[key].loss!r}, again {found[key].loss!r}")
-    return 1 if failed or other else 0
+                seeds, group = matrix.seeds(options.seeds), (size, family, ratio, rate)
+                drawn = repeating.drawn(training.rows, known.values(), evaluated, group, seeds)
+                names = argparse.Namespace(**{**vars(options), "rows": options.rows or drawn or [BASELINE]})
+                again += [key for key in _keys(names, size, family, rate) if key in known or options.rows]
+    missing = [key for key in again if key not in known]
+    if missing or not again:
+        got = plan.shown(missing[0]) if missing else "no tuned baseline"
+        raise CommandError(f"repeat: got {got}; allowed: sizes, rows and seeds that {options.csv} has; correct it")
+    return repeating.repeat(again, training, _other_domain(options))
 
 
 def _smoke(options: argparse.Namespace) -> int:
     settings = Settings(runs=(options.runs / "smoke").resolve(), corpus=_own_corpus(options.runs).resolve())
     seeds = None if options.seeds is None else matrix.seeds(options.seeds)
-    return smoke.run(settings, all_rows(), _where("cpu"), seeds, at_once=options.at_once)
+    return smoke.run(settings, all_rows(), processors.where("cpu"), seeds, at_once=options.at_once)
 
 
 def _keys(options: argparse.Namespace, size: str, family: str, rate: float) -> list[Key]:
@@ -243,7 +246,7 @@ def _training(options: argparse.Namespace) -> Training:
         raise CommandError(f"--at-once: got {options.at_once}; allowed: 1 or more; correct it")
     corpus = options.corpus or _own_corpus(options.runs)
     settings = Settings(runs=options.runs.resolve(), corpus=corpus.resolve(), device=options.device)
-    return Training(settings, all_rows(), options.csv, _where(options.device), at_once=options.at_once)
+    return Training(settings, all_rows(), options.csv, processors.where(options.device), at_once=options.at_once)
 
 
 def _own_corpus(runs: Path) -> Path:
@@ -259,11 +262,3 @@ def _own_corpus(runs: Path) -> Path:
         if subprocess.run(command, env={**os.environ, "PYTHONPATH": plan.import_path()}).returncode:
             raise CommandError(f"corpus: got no tokens of {text}; allowed: what tokenize_corpus.py says above")
     return tokens
-
-
-def _where(device: str) -> dict[str, Any]:
-    import torch
-
-    from ds_quant.cli.shared.tables import environment
-
-    return environment(torch.device(device))

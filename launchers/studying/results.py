@@ -46,6 +46,7 @@ class Result:
     """Of the held-out domain."""
     dtype: str
     processor: str
+    """As `processors.named` has it; `processors.kind` reads it."""
     torch: str
     deepspeed: str
     commit: str
@@ -158,12 +159,6 @@ def _parameters(folder: Path) -> int | None:
     """As the run counted them; None where it ended itself before it wrote its summary."""
     summary, _ = files.read_summary(folder / "summary.json")
     return None if summary is None else int(summary["model"]["num_parameters"])
-
-
-def is_same(one: Result, other: Result) -> bool:
-    """Whether two runs ended alike, to the last digit of both losses."""
-    told = [(r.fingerprint, r.text, r.dtype, r.steps, r.state, repr(r.loss), repr(r.lowest)) for r in (one, other)]
-    return told[0] == told[1]
 
 
 def best_rate(found: Iterable[Result], size: str, family: str, ratio: float) -> float | None:

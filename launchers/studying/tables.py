@@ -9,7 +9,7 @@ from ds_quant.base.whole_folder import write_whole
 from ds_quant.cli.shared.errors import CommandError
 from ds_quant.cli.shared.spreads import Gap
 from ds_quant.cli.shared.tables import markdown_table
-from studying import post_training, protocol, verdicts
+from studying import fits, isolation, memory, post_training, processors, protocol, verdicts
 from studying.plan import Key
 from studying.post_training import Evaluated
 from studying.results import Result, tuned_rate
@@ -38,8 +38,18 @@ def groups(found: Iterable[Result]) -> list[tuple[str, str, float]]:
     return sorted(known, key=lambda group: (group[2], sizes.index(group[0]), protocol.FAMILIES.index(group[1])))
 
 
-def text(found: Sequence[Result], rows: Sequence[Row], evaluated: Mapping[Key, Evaluated]) -> str:
-    """All tables as Markdown. `evaluated`: the baseline's models quantized after training."""
+def text(
+    found: Sequence[Result],
+    rows: Sequence[Row],
+    evaluated: Mapping[Key, Evaluated],
+    isolated: Mapping[tuple[Key, str], isolation.Measured],
+    peaks: Sequence[memory.Measured],
+) -> str:
+    """All tables as Markdown.
+
+    evaluated: the baseline's models quantized after training. isolated: changed in one respect before.
+    peaks: memory of whole steps.
+    """
     if not found:
         return "No run has ended yet.\n"
     lines = [_about(found), ""]
@@ -62,7 +72,8 @@ def text(found: Sequence[Result], rows: Sequence[Row], evaluated: Mapping[Key, E
             if any(entry.seeds for entry in judged if entry.row.name != BASELINE):
                 lines += [*([f"At {scale:g} times that rate:", ""] if scale != 1 else []), *_judged(judged)]
             lines += post_training.table(rows, found, evaluated, (size, family, ratio, scale * rate))
-    return "\n".join(lines)
+        lines += isolation.table(isolated, (size, family, ratio, rate), one.text)
+    return "\n".join([*lines, *fits.text(found, rows), *memory.table(peaks)])
 
 
 def put(page: str, made: str) -> str:
@@ -84,12 +95,12 @@ def write(path: Path, made: str) -> bool:
 
 
 def _about(found: Sequence[Result]) -> str:
-    processors = sorted({r.processor for r in found})
+    kinds = sorted({processors.kind(r.processor) for r in found})
     versions = sorted({f"torch {r.torch}, DeepSpeed {r.deepspeed}" for r in found})
     dates = sorted({r.date for r in found})
     seconds = f"{dates[0]} to {dates[-1]}" if len(dates) > 1 else dates[0]
     return (
-        f"{len(found)} runs, {seconds}; {'; '.join(processors)}; {'; '.join(versions)}. Gaps in nats a token, with 95% "
+        f"{len(found)} runs, {seconds}; {'; '.join(kinds)}; {'; '.join(versions)}. Gaps in nats a token, with 95% "
         "intervals from 2 seeds on."
     )
 

@@ -27,6 +27,8 @@ class Judged:
     """Of the held-out domain."""
     num_diverged: int
     """Seeds whose run diverged."""
+    gaps: tuple[float, ...] = ()
+    """What `gap` is the mean of."""
 
     @property
     def verdict(self) -> str:
@@ -73,12 +75,14 @@ def judge(rows: Iterable[Row], found: Sequence[Result], group: tuple[str, str, f
             if result.key.seed in base and _alike(result, base[result.key.seed])
         ]
         done = [(one, other) for one, other in pairs if one.state == DONE]
+        gaps = [one.loss - other.loss for one, other in done]
         judged.append(
             Judged(
                 row,
-                Gap.of([one.loss - other.loss for one, other in done]),
+                Gap.of(gaps),
                 Gap.of([d for one, other in done if (d := one.other_loss - other.other_loss) == d]),
                 sum(one.state == RUN_DIVERGED for one, _ in pairs),
+                tuple(gaps),
             )
         )
     return judged

@@ -10,6 +10,7 @@ from helpers.launching import PROGRAMS, run_ranks
 from ds_quant.base.errors import ConfigError
 from ds_quant.cli.diagnosing import memory
 from ds_quant.cli.shared.errors import CommandError
+from ds_quant.planning.ledger import ROLES
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(300)]
 
@@ -48,6 +49,9 @@ def test_predictions_against_real_ranks(ranks, configs, stages, tmp_path, capsys
         assert row["weights"] > 0
         assert row["masters"] > 0
         assert row["activations"] > 0
+        # At its own peak a role has no less than at the peak of all.
+        assert all(row["role_peaks"][role] >= row[role] for role in ROLES)
+        assert row["role_peaks"]["gradients"] >= 2 * row["parameters"] / ranks
         if ranks == 1:
             # Nothing is freed by another thread: the ledger of operators has what torch's allocator has.
             assert row["unseen_bytes"] == 0

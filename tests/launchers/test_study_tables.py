@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from pathlib import Path
 
 import pytest
 from conftest import ROOT
 from study_results import a_result
-from studying import commands, post_training, results, tables
+from studying import commands, isolation, memory, post_training, results, tables
 from studying.results import Result
 
 from ds_quant.cli.shared.errors import CommandError
@@ -61,8 +60,8 @@ def test_the_committed_page_is_that_of_the_committed_csv(tmp_path: Path) -> None
     copy = page.parent / "results" / "study" / "runs.csv"
     results.write(copy, results.read(results.PATH).values())
     assert copy.read_text() == results.PATH.read_text(), "sorted and in full, as the script writes it"
-    after = post_training.path(results.PATH)
-    post_training.path(copy).write_text(after.read_text())
+    for path in (post_training.path, isolation.path, memory.path):
+        path(copy).write_text(path(results.PATH).read_text())
     commands.run(["tables", "--csv", str(copy), "--page", str(page)], description="")
     assert page.read_text() == committed, "run `python launchers/study.py tables`"
 
@@ -91,12 +90,3 @@ def test_a_rate_is_tuned_when_half_and_double_are_worse() -> None:
     assert tuned({0.002: 5.0, 0.004: 5.1, 0.008: 5.2}) is None
     assert tuned({0.001: 5.05, 0.002: 5.0, 0.004: 5.1, 0.008: 5.2}) == 0.002
     assert tuned({0.001: 4.9, 0.002: 5.0, 0.004: 5.1, 0.008: 5.2}) is None
-
-
-def test_a_repeated_run_is_the_same_to_the_last_digit() -> None:
-    one = a_result("v8_tensor", 0, 0.1 + 0.2)
-    assert results.is_same(one, dataclasses.replace(one, date="2026-12-01", other_loss=1.0))
-    assert not results.is_same(one, dataclasses.replace(one, loss=0.3))
-    nan = dataclasses.replace(one, loss=math.nan, state="diverged")
-    assert results.is_same(nan, dataclasses.replace(nan))
-    assert not results.is_same(nan, one)

@@ -147,6 +147,7 @@ def measure(cases: list[Case], timeout: float) -> list[dict[str, Any]]:
                 "peak_bytes": found[largest]["allocator_bytes"],
                 "phase": outcome.phase,
                 **outcome.parts,
+                "role_peaks": found[largest]["role_peaks"],
                 "in_kernels": found[largest]["allocator_bytes"] - outcome.peak_bytes,
                 "rss_bytes": found[largest]["rss_bytes"],
                 "wire_bytes": [sent_bytes(one) for one in outcomes],
@@ -228,5 +229,6 @@ def _write(folder: Path, rows: list[dict[str, Any]]) -> None:
     where = environment(torch.device("cpu"))
     rows = [{name: value for name, value in row.items() if name != "traffic"} for row in rows]
     write_json(folder / "memory.json", {"environment": where, "rows": rows})
-    write_csv(folder / "memory.csv", rows, where)
+    flat = [{name: value for name, value in row.items() if name != "role_peaks"} for row in rows]
+    write_csv(folder / "memory.csv", flat, where)
     draw(folder / "memory.png", rows)

@@ -21,7 +21,7 @@ from deepspeed import comm as dist
 
 from ds_quant.cli.shared.process_memory import peak_bytes
 from ds_quant.planning.job import Job, Outcome, run_job
-from ds_quant.planning.ledger import Ledger
+from ds_quant.planning.ledger import ROLES, Ledger
 
 
 class TimedLedger(Ledger):
@@ -38,13 +38,14 @@ class TimedLedger(Ledger):
 
 
 def measure(job: Job) -> dict[str, Any]:
-    """Train a job; its `Outcome` as "outcome", and as "allocator_bytes" the allocator's own peak of the last step."""
+    """Train a job; its `Outcome` as "outcome", and of its last step as "allocator_bytes" the allocator's own peak, and
+    as "role_peaks" the most that each role had at any time."""
     ledger = TimedLedger()
     if torch.cuda.is_available() and deepspeed.get_accelerator().device_name().startswith("cuda"):
         with ledger:
             outcome = run_job(job, ledger)
         # No GPU has run this yet.
-        return _row(outcome, torch.cuda.max_memory_allocated(), 0)
+        return _row(outcome, ledger, torch.cuda.max_memory_allocated(), 0)
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True) as profiler, ledger:
         outcome = run_job(job, ledger)
@@ -55,12 +56,13 @@ def measure(job: Job) -> dict[str, Any]:
     changes = [event.nbytes() for event in events if begin <= event.start_ns() <= end]
     # Between steps nothing is on its way, and the two should agree. What gloo's threads free the profiler does not see.
     unseen = before - outcome.rest_bytes
-    return _row(outcome, before - unseen + max(itertools.accumulate(changes)), unseen)
+    return _row(outcome, ledger, before - unseen + max(itertools.accumulate(changes)), unseen)
 
 
-def _row(outcome: Outcome, allocator_bytes: int, unseen_bytes: int) -> dict[str, Any]:
+def _row(outcome: Outcome, ledger: Ledger, allocator_bytes: int, unseen_bytes: int) -> dict[str, Any]:
     return {
         "outcome": dataclasses.asdict(outcome),
+        "role_peaks": {role: ledger.peak("begin", "end", [role]).bytes for role in ROLES},
         "allocator_bytes": allocator_bytes,
         "unseen_bytes": unseen_bytes,
     }

@@ -1,0 +1,113 @@
+"""Whether gaps grow with the size of the model and with tokens per parameter: straight lines through paired gaps.
+
+gap = a + slope * log2(x), by least squares over every pair of runs; x is the parameters of the baseline, or its tokens
+a parameter: the slope is what a doubling adds, in nats a token. Its 95% interval is Student's t with the deviation of
+the pairs from the line, as if they were normal and spread alike everywhere. A row with a run that diverged somewhere
+has no line: what it would have lost there is not known.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from ds_quant.cli.shared.spreads import t_quantile
+from ds_quant.cli.shared.tables import markdown_table
+from studying import protocol, verdicts
+from studying.results import Result, tuned_rate
+from studying.rows import BASELINE, Row
+from studying.verdicts import Judged
+
+GROWS, SHRINKS, NOT_TOLD = "grows", "shrinks", "not told"
+
+
+@dataclass(frozen=True)
+class Slope:
+    """Of a line through `num_points` points."""
+
+    num_points: int
+    mean: float
+    half_width: float
+    """The 95% interval is mean - half_width to mean + half_width."""
+
+    @property
+    def verdict(self) -> str:
+        """By whether the interval excludes zero."""
+        if self.mean > self.half_width:
+            return GROWS
+        return SHRINKS if self.mean < -self.half_width else NOT_TOLD
+
+
+def slope(points: Sequence[tuple[float, float]]) -> Slope | None:
+    """Of the line through (x, y) by least squares; None with fewer than 3 points, or all at one x."""
+    count = len(points)
+    if count < 3 or len({x for x, _ in points}) < 2:
+        return None
+    center = math.fsum(x for x, _ in points) / count
+    height = math.fsum(y for _, y in points) / count
+    square = math.fsum((x - center) ** 2 for x, _ in points)
+    mean = math.fsum((x - center) * (y - height) for x, y in points) / square
+    left = math.fsum((y - height - mean * (x - center)) ** 2 for x, y in points)
+    return Slope(count, mean, t_quantile(count - 2) * math.sqrt(left / (count - 2) / square))
+
+
+def text(found: Sequence[Result], rows: Sequence[Row]) -> list[str]:
+    """A table for each family and budget with two sizes or more, and for each size with two budgets or more."""
+    tuned = {}
+    for size, family, ratio in sorted({(r.key.size, r.key.family, r.key.ratio) for r in found}):
+        rate = tuned_rate(found, size, family, ratio)
+        if rate is not None:
+            tuned[size, family, ratio] = rate
+    lines: list[str] = []
+    for family in protocol.FAMILIES:
+        for ratio in sorted({group[2] for group in tuned if group[1] == family}):
+            sizes = [size for size in protocol.SIZES if (size, family, ratio) in tuned]
+            groups = [(size, family, ratio, tuned[size, family, ratio]) for size in sizes]
+            title = f"**Does the gap grow with size?** {family}, D/N {ratio:g}"
+            lines += _table(title, "parameters", groups, sizes, found, rows, lambda one: one.parameters)
+        for size in protocol.SIZES:
+            ratios = sorted(group[2] for group in tuned if group[:2] == (size, family))
+            groups = [(size, family, ratio, tuned[size, family, ratio]) for ratio in ratios]
+            title = f"**Does the gap grow with tokens per parameter?** {family}, {size}"
+            names = [f"D/N {ratio:g}" for ratio in ratios]
+            lines += _table(title, "D/N", groups, names, found, rows, lambda one: one.tokens / one.parameters)
+    return ["### Growth", "", *lines] if lines else []
+
+
+def _table(
+    title: str,
+    unit: str,
+    groups: Sequence[tuple[str, str, float, float]],
+    names: Sequence[str],
+    found: Sequence[Result],
+    rows: Sequence[Row],
+    x_of: Callable[[Result], float],
+) -> list[str]:
+    judged: list[dict[str, Judged]] = []
+    places: list[float] = []
+    for group in groups:
+        base = next(r for r in found if verdicts.group_of(r) == group and r.key.row == BASELINE)
+        places.append(math.log2(x_of(base)))
+        judged.append({entry.row.name: entry for entry in verdicts.judge(rows, found, group)})
+    lines = []
+    for row in rows:
+        entries = [by_name[row.name] for by_name in judged]
+        if row.name == BASELINE or any(entry.num_diverged for entry in entries):
+            continue
+        points = [(x, gap) for x, entry in zip(places, entries, strict=True) for gap in entry.gaps]
+        line = slope(points)
+        if line is not None:
+            gaps = ["" if entry.gap is None else f"{entry.gap.mean:+.4f}" for entry in entries]
+            interval = f"{line.mean - line.half_width:+.4f} to {line.mean + line.half_width:+.4f}"
+            lines.append([row.name, *gaps, str(line.num_points), f"{line.mean:+.4f}", interval, line.verdict])
+    if not lines:
+        return []
+    header = ["row", *(f"gap, {name}" for name in names), "runs", f"a doubling of {unit}", "95% interval", ""]
+    return [title, "", *markdown_table(header, lines), "", *_counted(unit, lines)]
+
+
+def _counted(unit: str, lines: Iterable[Sequence[str]]) -> list[str]:
+    told = [line[-1] for line in lines]
+    words = ", ".join(f"{told.count(word)} {word}" for word in (GROWS, SHRINKS, NOT_TOLD))
+    return [f"Of {len(told)} rows with a doubling of {unit}: {words}.", ""]

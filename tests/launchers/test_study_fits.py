@@ -1,0 +1,74 @@
+"""Does the gap grow: lines through gaps whose answer is known."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+
+import numpy as np
+import pytest
+from scipy import stats
+from study_results import ROWS, a_result
+from studying import fits, protocol
+from studying.results import Result
+
+
+def test_a_slope_is_that_of_least_squares() -> None:
+    for count in (3, 7):
+        points = [(random.choice([1.0, 2.5, 4.0]), random.gauss(0, 1)) for _ in range(count - 2)]
+        points += [(1.0, random.gauss(0, 1)), (4.0, random.gauss(0, 1))]
+        x, y = np.array(points).T
+        expected = stats.linregress(x, y)
+        found = fits.slope(points)
+        assert found is not None
+        assert found.mean == pytest.approx(expected.slope)
+        assert found.half_width == pytest.approx(stats.t.ppf(0.975, count - 2) * expected.stderr, rel=1e-3)
+    assert fits.slope([(1.0, 1.0), (2.0, 2.0)]) is None
+    assert fits.slope([(1.0, 1.0), (1.0, 2.0), (1.0, 3.0)]) is None
+
+
+@pytest.mark.parametrize(
+    ("mean", "half", "expected"), [(0.2, 0.1, "grows"), (-0.2, 0.1, "shrinks"), (0.1, 0.2, "not told")]
+)
+def test_only_an_interval_without_zero_tells(mean: float, half: float, expected: str) -> None:
+    assert fits.Slope(6, mean, half).verdict == expected
+
+
+def runs_of(size: str, ratio: float, gaps: dict[str, float], seeds: int = 3) -> list[Result]:
+    parameters = protocol.SIZES[size].parameters("llama", 2048)
+    values = {"parameters": parameters, "tokens": round(ratio * parameters)}
+    found = [a_result("baseline", 0, 9.0, rate=rate, **values) for rate in (0.001, 0.004)]
+    for seed in range(seeds):
+        base = 5 + random.random()
+        found.append(a_result("baseline", seed, base, **values))
+        for row, gap in gaps.items():
+            found.append(a_result(row, seed, base + gap, **values))
+    return [dataclasses.replace(r, key=dataclasses.replace(r.key, size=size, ratio=ratio)) for r in found]
+
+
+def test_known_answers_come_back() -> None:
+    rows = list(ROWS.values())
+    small = runs_of("0.7m", 1.0, {"w4_channel": 0.1, "a4_token": 0.3, "w8a8": 0.0, "v8_tensor": 0.1})
+    assert fits.text(small, rows) == [], "nothing to fit with one size and one budget"
+    four = runs_of("0.7m", 4.0, {"w4_channel": 0.14, "w8a8": 0.0})
+    doublings = np.log2(protocol.SIZES["2m"].parameters("llama", 2048) / small[0].parameters)
+    gaps = {"w4_channel": 0.1 + 0.05 * doublings, "a4_token": 0.3 - 0.1 * doublings, "v8_tensor": 0.2}
+    large = runs_of("2m", 1.0, gaps)
+    broken = next(number for number, one in enumerate(large) if one.key.row == "v8_tensor")
+    large[broken] = dataclasses.replace(large[broken], state="diverged")
+    lines = fits.text([*small, *large, *four], rows)
+    at = next(number for number, line in enumerate(lines) if "tokens per parameter" in line)
+    cells = [
+        {c[0]: c[1:] for line in part if line.startswith("| ") for c in [[x.strip() for x in line.split("|")[1:-1]]]}
+        for part in (lines[:at], lines[at:])
+    ]
+    assert cells[0]["w4_channel"][2:] == ["6", "+0.0500", "+0.0500 to +0.0500", "grows"]
+    assert cells[0]["a4_token"][2:] == ["6", "-0.1000", "-0.1000 to -0.1000", "shrinks"]
+    assert "v8_tensor" not in cells[0], "diverged at one size"
+    assert "w8a8" not in cells[0], "of one size"
+    # Two doublings from 1 to 4.
+    assert cells[1]["w4_channel"] == ["+0.1000", "+0.1400", "6", "+0.0200", "+0.0200 to +0.0200", "grows"]
+    assert "Of 2 rows with a doubling of parameters: 1 grows, 1 shrinks, 0 not told." in lines
+    # A size whose rate is not tuned yet does not count.
+    untuned = [r for r in large if r.key.rate != 0.001]
+    assert not any("with size" in line for line in fits.text([*small, *untuned], rows))

@@ -1,0 +1,104 @@
+"""The study: runs that were done again, held against the CSV."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import random
+import statistics
+from pathlib import Path
+
+import pytest
+import tokenize_corpus
+from helpers.samples import write_corpus
+from scipy import stats
+from study_results import ROWS, a_result
+from studying import commands, processors, repeating, results
+from studying.plan import Key, Settings
+from studying.post_training import Evaluated
+from studying.results import Result
+
+from ds_quant.cli.shared.errors import CommandError
+
+GROUP = ("0.7m", "llama", 1.0, 0.002)
+
+
+def test_one_row_of_each_table_is_drawn() -> None:
+    found = [a_result(name, 0, 5.0) for name in ROWS if name != "baseline_untied"]
+    evaluated = [Evaluated(Key(*GROUP[:3], GROUP[3], name, 0), "", "", 5.0) for name in ("w8_channel", "a8_token")]
+    names = repeating.drawn(ROWS, found, evaluated, GROUP, [0])
+    assert [ROWS[name].kind for name in names[:3]] == ["control", "paper", "repair"]
+    assert names[0] == "baseline_stage0", "not the baseline, and not what was never run"
+    assert set(names[3:]) <= {"w8_channel", "a8_token"}
+    random.shuffle(found)
+    assert repeating.drawn(ROWS, found, evaluated[::-1], GROUP, [0]) == names
+    # Only what the CSV has, as the rows are now.
+    left = [dataclasses.replace(r, fingerprint="old") for r in found if r.key.row in names]
+    assert not set(names) & set(repeating.drawn(ROWS, [*left, a_result("w8a8", 1, 5.0)], [], GROUP, [0]))
+    assert repeating.drawn(ROWS, [a_result("w8a8", 1, 5.0)], [], GROUP, [1]) == ["w8a8"]
+
+
+def test_a_limit_is_the_interval_of_one_more_seed() -> None:
+    losses = [random.gauss(5, 0.1) for _ in range(5)]
+    expected = stats.t.ppf(0.975, 4) * statistics.stdev(losses) * math.sqrt(1 + 1 / 5)
+    assert repeating.limit([*losses, math.nan]) == pytest.approx(expected, rel=1e-3)
+    assert repeating.judged(0.99 * expected, losses) == repeating.WITHIN
+    assert repeating.judged(-1.01 * expected, losses) == repeating.OUTSIDE
+    assert repeating.judged(math.nan, losses) == repeating.OUTSIDE
+    assert repeating.judged(0.1, [5.0]) == repeating.UNKNOWN
+    assert repeating.judged(math.nan, [5.0]) == repeating.OUTSIDE
+
+
+def test_kinds_of_processors() -> None:
+    name = processors.named("cpu", "A processor")
+    assert processors.kind(name) == name
+    assert name.startswith("A processor with ")
+    assert processors.kind("AMD EPYC") == "AMD EPYC with AVX512 VNNI", "lines from before the kind was told"
+    assert processors.where("cpu")["processor"].endswith(name.removeprefix("A processor"))
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("repeat")
+    text = write_corpus(folder / "documents.jsonl")
+    flags = ["--train_file", str(text), "--vocab_size", "320", "--validation_fraction", "0.2"]
+    assert tokenize_corpus.main([*flags, "--output_dir", str(folder / "tokens")]) == 0
+    return folder / "tokens"
+
+
+def test_another_digit_is_another_run(tmp_path: Path, corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = Settings(tmp_path, corpus).text
+    path, again = tmp_path / "runs.csv", tmp_path / repeating.FOLDER / "runs.csv"
+    base = [a_result("baseline", 0, 5.0 + rate, rate=rate, text=text) for rate in (0.001, 0.002, 0.004)]
+    base[1] = dataclasses.replace(base[1], loss=4.9)
+    rows = [a_result("w8a8", seed, 5.01 + 0.1 * seed + 0.2, text=text) for seed in range(3)]
+    broken = a_result("v8_tensor", 0, math.nan, state="diverged", text=text)
+    results.write(path, [*base, *rows, broken])
+    flags = ["repeat", "--runs", str(tmp_path), "--corpus", str(corpus), "--csv", str(path)]
+
+    def repeat(*changed: Result) -> tuple[int, list[str]]:
+        results.write(again, {**results.read(path), **{one.key: one for one in changed}}.values())
+        code = commands.run([*flags, "--rows", "w8a8", "v8_tensor"], description="")
+        return code, [line for line in capsys.readouterr().out.splitlines() if "loss" in line]
+
+    later = [dataclasses.replace(one, date="2026-12-01", commit="b", other_loss=1.0) for one in (rows[0], broken)]
+    code, lines = repeat(*later)
+    assert code == 0
+    assert [line.partition(":")[0] for line in lines] == ["same"] * 3
+    last = dataclasses.replace(rows[0], loss=math.nextafter(rows[0].loss, 9))
+    code, lines = repeat(last)
+    assert code == 1
+    assert lines[1].startswith("OTHER: ")
+    # Elsewhere the last digit is another one, and no more than that of another seed.
+    code, lines = repeat(dataclasses.replace(last, processor="p with AVX2"))
+    assert code == 0
+    assert lines[1].startswith("within limits: ")
+    code, lines = repeat(dataclasses.replace(rows[0], loss=rows[0].loss + 1, processor="p with AVX2"))
+    assert code == 1
+    assert lines[1].startswith("OUTSIDE: ")
+    code, lines = repeat(dataclasses.replace(broken, state="done", loss=5.0, torch="3.0"))
+    assert code == 1
+    assert lines[2].startswith("OUTSIDE: ")
+    for wrong, message in ((["--rows", "w8a8", "w8_tensor"], "w8_tensor"), (["--ratio", "4"], "no tuned baseline")):
+        with pytest.raises(CommandError, match=f"repeat: got .*{message}"):
+            commands.run([*flags, *wrong], description="")
