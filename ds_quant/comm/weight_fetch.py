@@ -79,7 +79,7 @@ class PartitionedWeight:
         slots: uint8 [world_size, slot_bytes], rows may lie apart.
         """
         begin, end = self.rank * self.size, (self.rank + 1) * self.size
-        if self._are_alike and (with_codes or len(slots) > 2):
+        if self._are_alike and len(slots) > (1 if with_codes else 2):
             flat, codes, absmax = self._decode_together(slots)
             flat[begin:end].copy_(partition)
             return flat, (codes.view(self.shape), scale_of(absmax, self.coding.bits)) if with_codes else None
@@ -102,11 +102,12 @@ class PartitionedWeight:
                 write_values(codes, absmax, run, flat)
 
     def _decode_together(self, slots: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What all ranks have sent, as one run of rows: few kernels for any number of ranks.
+        """What all ranks have sent, two or more, as one run of rows: few kernels for any number of ranks.
 
         Returns the weight, its codes and absmax. Of the own part, too: to leave it out takes one more pass of the rest.
         """
         (run,), count = self.messages[0].runs, len(slots)
+        # Copies, as the absmax lie in between: the slots are used again.
         absmax = slots[:, : run.at].flatten().view(self.dtype).float()
         joined = run._replace(start=0, numel=count * self.size, at=0)
         codes = unpacked(slots[:, run.at : run.at + run.num_bytes].flatten(), joined)

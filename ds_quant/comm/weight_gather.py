@@ -83,13 +83,13 @@ class WeightGather:
         for rank, message in enumerate(of_round.messages):
             for run in message.runs:
                 into = find.of(run)
-                if rank != self.rank and (into is None):
-                    decode(of_round.slots[rank], run, shared, flat)
-                elif into is not None:
+                if into is not None:
                     codes, absmax = sent_codes(of_round.slots[rank], run, shared, flat.dtype)
                     into.put(run, codes, absmax)
                     if rank != self.rank:
                         write_values(codes, absmax, run, flat)
+                elif rank != self.rank:
+                    decode(of_round.slots[rank], run, shared, flat)
         self._buffers.give_back(of_round.taken)
 
 

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from ds_quant.comm.received_codes import ReceivedCodes
 from ds_quant.comm.weight_layout import Weight
 from ds_quant.linear.modules import QuantizedModule
-from ds_quant.linear.operands import arrange_weight
+from ds_quant.linear.operands import arrange_weight, weight_ways
+from ds_quant.linear.recipe import Codes
 
 _Parameter = Any
 """A torch.nn.Parameter."""
@@ -24,16 +25,18 @@ class MultipliedWeights:
                 self._layers.setdefault(id(module.weight), []).append(module)
 
     def is_wanted(self, parameter: _Parameter) -> bool:
-        """Whether a layer multiplies its codes: not in evaluation, nor compiled, nor in full precision."""
+        """Whether a layer has looked for codes in a training forward, as compiled ones never do."""
         return any(layer._weight_codes.wanted for layer in self._of(parameter))
 
     def hand_over(self, parameter: _Parameter, codes: Tensor, scale: Tensor) -> None:
         """Have its layers multiply these codes, which are those of the Parameter as it is now."""
-        layers = [layer for layer in self._of(parameter) if layer._weight_codes.wanted]
-        if layers:  # which quantize a weight that they share alike
-            arranged = arrange_weight(codes, scale, layers[0]._quant_plan)
-            for layer in layers:
-                layer._weight_codes.receive(parameter, arranged)
+        arranged: dict[str, Codes] = {}
+        for layer in self._of(parameter):
+            if layer._weight_codes.wanted:
+                ways = weight_ways(layer._quant_plan, forward=True, backward=True)
+                if ways not in arranged:
+                    arranged[ways] = arrange_weight(codes, scale, ways)
+                layer._weight_codes.receive(parameter, arranged[ways])
 
     def drop(self, parameter: _Parameter) -> None:
         """Its layers have no codes of it."""

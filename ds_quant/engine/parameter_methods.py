@@ -74,7 +74,8 @@ def replace_methods(parameter: _Parameter, part: Fetches) -> None:
     ) -> Any:
         live = owner()
         if live is not None:
-            live.were_released([itself()] if param_list is None else param_list)
+            param_list = [itself()] if param_list is None else list(param_list)
+            live.were_released(param_list)
             if has_been_updated:
                 live.were_written()
         return cut(param_list, hierarchy, has_been_updated, *args, **kwargs)

@@ -54,7 +54,7 @@ class WeightFetches(WeightPart):
         self._is_stale = True
         self._counts = False
         self._came_in_step: list[_Parameter] = []
-        """In codes; or in a load. It is not over yet."""
+        """Parameters that came in codes in a step or a load that is not over yet."""
         self._make_fetchers(engine)
         guard = Guard(_Weights(self))
         for module in engine.module.modules():

@@ -75,11 +75,10 @@ def quantize_weight(weight: Tensor, plan: Plan, ways: str = "codes") -> Codes:
     return Codes(*(ops.quantize_columns if granularity == "column" else ops.quantize_rows)(weight, bits))
 
 
-def arrange_weight(codes: Tensor, scale: Tensor, plan: Plan) -> Codes:
-    """Codes in the layout of a weight, laid out as `quantize_weight` would have them for a forward and a backward."""
+def arrange_weight(codes: Tensor, scale: Tensor, ways: str) -> Codes:
+    """Codes in the layout of a weight, laid out as `quantize_weight` would have them."""
     if not pads(codes.device):
         return Codes(codes, scale)
-    ways = weight_ways(plan, forward=True, backward=True)
     return Codes(None if ways == "turned" else padded(codes), scale, None if ways == "codes" else padded(codes.t()))
 
 

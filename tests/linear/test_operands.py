@@ -62,12 +62,13 @@ def test_codes_that_came_are_laid_out_as_those_that_are_made(monkeypatch, calls,
     for others in (("activation",), ("gradient",), ("activation", "gradient")):
         config = LinearConfig.parse({"backend": "int8", **{name: {"bits": 8} for name in ("weight", *others)}})
         plan = plan_of(config, transposed=transposed, stream=0)
+        ways = weight_ways(plan, forward=True, backward=True)
         monkeypatch.delenv("DS_QUANT_KERNELS", raising=False)
         usual = quantize_weight(weight, plan)
-        assert arrange_weight(usual.codes, usual.scale, plan) == usual
+        assert arrange_weight(usual.codes, usual.scale, ways) == usual
         monkeypatch.setenv("DS_QUANT_KERNELS", "padded")
-        want = quantize_weight(weight, plan, weight_ways(plan, forward=True, backward=True))
-        found = arrange_weight(usual.codes, usual.scale, plan)
+        want = quantize_weight(weight, plan, ways)
+        found = arrange_weight(usual.codes, usual.scale, ways)
         for one, other in zip(found, want, strict=True):
             assert one is other is None or torch.equal(one, other)
 
