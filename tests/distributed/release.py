@@ -16,12 +16,14 @@ from ds_quant.optim import master
 from ds_quant.planning.job import Job, run_job
 from ds_quant.planning.ledger import ROLES, Ledger, plain
 
+W8A8 = {"weight": {"bits": 8, "granularity": "channel"}, "activation": {"bits": 8, "granularity": "token"}}
 CASES = {
     "AdamW": {
         "type": "AdamW",
         "section": {"exp_avg": {"bits": 4}, "exp_avg_sq": {"bits": 8}},
         "bits": 24,
         "zero": {"overlap_comm": True},
+        "linear": {**W8A8, "backend": "simulated", "forward_full_precision_from": 3},
     },
     "Lion": {
         "type": "Lion",
@@ -30,7 +32,13 @@ CASES = {
         "checkpointing": True,
         "zero": {"reduce_scatter": False},
     },
-    "wire": {"type": "AdamW", "section": {"exp_avg": {"bits": 8}, "exp_avg_sq": {"bits": 8}}, "bits": 24, "wire": True},
+    "wire": {
+        "type": "AdamW",
+        "section": {"exp_avg": {"bits": 8}, "exp_avg_sq": {"bits": 8}},
+        "bits": 24,
+        "linear": {**W8A8, "backend": "int8"},
+        "wire": {"gradient": {"bits": 8, "error_feedback": True}, "weight": {"mode": "codes"}},
+    },
 }
 STEPS = 2
 PART = 1024
@@ -71,8 +79,9 @@ def start(case, released, folder=None):
         },
         "ds_quant": {"optimizer": optimizer},
     }
-    if case.get("wire"):
-        config["ds_quant"]["communication"] = {"gradient": {"bits": 8, "error_feedback": True}}
+    for key, part in (("linear", "linear"), ("wire", "communication")):
+        if key in case:
+            config["ds_quant"][part] = case[key]
     engine = ds_quant.initialize(model=model, model_parameters=groups, config=config)[0]
     if folder:
         engine.load_checkpoint(folder)
