@@ -193,10 +193,11 @@ def _repeat(options: argparse.Namespace) -> int:
                 drawn = repeating.drawn(training.rows, known.values(), evaluated, group, seeds)
                 names = argparse.Namespace(**{**vars(options), "rows": options.rows or drawn or [BASELINE]})
                 again += [key for key in _keys(names, size, family, rate) if key in known or options.rows]
-    missing = [key for key in again if key not in known]
+    missing = training.missing(again)
     if missing or not again:
         got = plan.shown(missing[0]) if missing else "no tuned baseline"
-        raise CommandError(f"repeat: got {got}; allowed: sizes, rows and seeds that {options.csv} has; correct it")
+        allowed = f"sizes, rows and seeds that {options.csv} has, of the same settings and text"
+        raise CommandError(f"repeat: got {got}; allowed: {allowed}; correct it")
     return repeating.repeat(again, training, _other_domain(options))
 
 

@@ -81,24 +81,37 @@ def repeat(keys: Sequence[Key], first: Training, text: Path | None) -> int:
     again, put_in = results.read(training.csv), post_training.read(post_training.path(training.csv))
     code = 0
     for key in keys:
-        there = place(known[key]) == place(again[key])
-        if not there:
-            print(f"{plan.shown(key)}: in the CSV of {place(known[key])}; here {place(again[key])}")
-        of_row = [r for r in known.values() if dataclasses.replace(r.key, seed=key.seed) == key and r.state == DONE]
-        pairs = [("loss", known[key].loss, again[key].loss, [r.loss for r in of_row])]
+        before, now = known[key], again[key]
+        of_row = [r for r in known.values() if _is_of(r.key, key) and r.state == DONE]
+        compared = [("loss", before.loss, now.loss, [r.loss for r in of_row])]
         # What the CSV does not have yet cannot be compared.
-        if text is not None and not math.isnan(known[key].other_loss):
-            others = [r.other_loss for r in of_row]
-            pairs.append(("held-out domain", known[key].other_loss, again[key].other_loss, others))
+        if text is not None and not math.isnan(before.other_loss):
+            compared.append(("held-out domain", before.other_loss, now.other_loss, [r.other_loss for r in of_row]))
         if key in evaluated and key in put_in:
-            of_row_after = [e.loss for e in evaluated.values() if dataclasses.replace(e.key, seed=key.seed) == key]
-            pairs.append(("quantized after training", evaluated[key].loss, put_in[key].loss, of_row_after))
-        for what, before, now, of_seeds in pairs:
-            same = _is_same(known[key], again[key]) and repr(before) == repr(now)
-            word = SAME if same else OTHER if there else judged(now - before, of_seeds)
+            of_seeds = [one.loss for one in evaluated.values() if _is_of(one.key, key)]
+            compared.append(("quantized after training", evaluated[key].loss, put_in[key].loss, of_seeds))
+        if place(before) != place(now):
+            print(f"{plan.shown(key)}: in the CSV of {place(before)}; here {place(now)}")
+        for what, one, other, of_seeds in compared:
+            word = _word(before, now, one, other, of_seeds)
             code = 1 if word in (OTHER, OUTSIDE) else code
-            print(f"{word}: {plan.shown(key)}: {what} {before!r}, again {now!r}{_difference(before, now, of_seeds)}")
+            print(f"{word}: {plan.shown(key)}: {what} {one!r}, again {other!r}{_difference(one, other, of_seeds)}")
     return code
+
+
+def _word(before: Result, now: Result, one: float, other: float, of_seeds: Sequence[float]) -> str:
+    """What is to be said of the figures `one` and `other` of two runs."""
+    alike = (before.steps, before.state) == (now.steps, now.state)
+    if alike and repr(one) == repr(other):
+        return SAME
+    if place(before) == place(now):
+        return OTHER
+    return judged(other - one, of_seeds) if before.state == now.state else OUTSIDE
+
+
+def _is_of(key: Key, of: Key) -> bool:
+    """Whether two keys are of one row, and differ in no more than the seed."""
+    return dataclasses.replace(key, seed=of.seed) == of
 
 
 def place(result: Result) -> str:
@@ -121,12 +134,6 @@ def judged(difference: float, of_seeds: Sequence[float]) -> str:
     if allowed is None and math.isfinite(difference):
         return UNKNOWN
     return WITHIN if allowed is not None and abs(difference) <= allowed else OUTSIDE
-
-
-def _is_same(one: Result, other: Result) -> bool:
-    """Whether they are the same experiment, and ended in the same way."""
-    told = [(r.fingerprint, r.text, r.dtype, r.steps, r.state) for r in (one, other)]
-    return told[0] == told[1]
 
 
 def _difference(before: float, now: float, of_seeds: Sequence[float]) -> str:

@@ -70,7 +70,9 @@ def text(
         for scale in sorted(protocol.SCALES, key=lambda scale: (scale != 1, scale)):
             judged = verdicts.judge(rows, found, (size, family, ratio, scale * rate))
             if any(entry.seeds for entry in judged if entry.row.name != BASELINE):
-                lines += [*([f"At {scale:g} times that rate:", ""] if scale != 1 else []), *_judged(judged)]
+                # At other rates there are only the rows that were asked for.
+                title = [] if scale == 1 else [f"At {scale:g} times that rate:", ""]
+                lines += [*title, *_judged(judged, tell_missing=scale == 1)]
             lines += post_training.table(rows, found, evaluated, (size, family, ratio, scale * rate))
         lines += isolation.table(isolated, (size, family, ratio, rate), one.text)
     return "\n".join([*lines, *fits.text(found, rows), *memory.table(peaks)])
@@ -111,7 +113,7 @@ def _rates(baseline: Sequence[Result]) -> list[str]:
     return markdown_table(header, [["validation loss", *(f"{r.loss:.4f}" for r in tuned)]])
 
 
-def _judged(judged: Sequence[Judged]) -> list[str]:
+def _judged(judged: Sequence[Judged], *, tell_missing: bool) -> list[str]:
     by_kind = {kind: [entry for entry in judged if entry.row.kind == kind] for kind in (CONTROL, MATRIX, REPAIR)}
     ran = {entry.row.name: entry for entry in judged if entry.seeds}
     lines = ["**Controls**", ""]
@@ -122,14 +124,14 @@ def _judged(judged: Sequence[Judged]) -> list[str]:
     matrix = [entry for entry in by_kind[MATRIX] if entry.seeds]
     lines += [*markdown_table(header, [[*_cells(e), e.row.outcome or "not known", _agreed(e)] for e in matrix]), ""]
     missing = [entry.row.name for entry in by_kind[MATRIX] if not entry.seeds]
-    if missing:
+    if missing and tell_missing:
         lines += [f"Not run yet: {', '.join(missing)}.", ""]
     repairs = [entry for entry in by_kind[REPAIR] if entry.seeds]
     if repairs:
         header = ["repair", "of", "", *_FIGURES, "gap of what it repairs", "repaired"]
         lines += ["**Repairs**", "", *markdown_table(header, [_repair_cells(entry, ran) for entry in repairs]), ""]
     missing = [entry.row.name for entry in by_kind[REPAIR] if not entry.seeds]
-    if missing:
+    if missing and tell_missing:
         lines += [f"Repairs not run yet: {', '.join(missing)}.", ""]
     return lines
 

@@ -99,6 +99,10 @@ def test_another_digit_is_another_run(tmp_path: Path, corpus: Path, capsys: pyte
     code, lines = repeat(dataclasses.replace(broken, state="done", loss=5.0, torch="3.0"))
     assert code == 1
     assert lines[2].startswith("OUTSIDE: ")
+    results.write(path, [*base, dataclasses.replace(rows[0], fingerprint="of other settings")])
+    with pytest.raises(CommandError, match=r"repeat: got .*w8a8"):
+        commands.run([*flags, "--rows", "w8a8"], description="")
+    results.write(path, [*base, *rows])
     for wrong, message in ((["--rows", "w8a8", "w8_tensor"], "w8_tensor"), (["--ratio", "4"], "no tuned baseline")):
         with pytest.raises(CommandError, match=f"repeat: got .*{message}"):
             commands.run([*flags, *wrong], description="")

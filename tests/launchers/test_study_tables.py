@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 from study_results import a_result
-from studying import commands, isolation, memory, post_training, results, tables
+from studying import commands, isolation, memory, post_training, results, rows, tables
 from studying.results import Result
 
 from ds_quant.cli.shared.errors import CommandError
@@ -50,6 +50,17 @@ def test_tables_say_what_the_csv_has(tmp_path: Path) -> None:
     path.write_text(text)
     assert commands.run(arguments, description="") == 0
     assert page.read_text() != made
+
+
+def test_rows_at_other_rates_are_held_against_the_baseline_there(tmp_path: Path) -> None:
+    found = some_results()
+    found += [a_result("w8a8", 0, 5.25, rate=0.001), a_result("w8a8", 0, 5.4, rate=0.004)]
+    lines = tables.text(found, list(rows.all_rows().values()), {}, {}, []).splitlines()
+    half, double = lines.index("At 0.5 times that rate:"), lines.index("At 2 times that rate:")
+    for part, gap in ((lines[:half], "+0.0020"), (lines[half:double], "+0.0500"), (lines[double:], "+0.1000")):
+        (line,) = [one for one in part if one.startswith("| w8a8 |")]
+        assert f" {gap} |" in line
+    assert sum(line.startswith("Not run yet") for line in lines) == 1
 
 
 def test_the_committed_page_is_that_of_the_committed_csv(tmp_path: Path) -> None:
