@@ -70,7 +70,7 @@ class Moments(Part):
         for group, options in zip(engine.basic_optimizer.param_groups, self._own_options, strict=True):
             group.update({name: options[name] for name in kept})
         if loading.with_moments and path is not None:
-            raise_together(lambda: _mend(engine, self._files), engine.device)
+            raise_together(lambda: _convert_states(engine, self._files), engine.device)
             self._are_linked = _link_moments(engine)
 
     def before_offload(self, states: Sequence[OffloadStateTypeEnum]) -> None:
@@ -136,7 +136,7 @@ def _partner(options: dict[str, Any], saved: list[dict[str, Any]]) -> dict[str, 
     return {**found, **options, "lr": found["lr"]}
 
 
-def _mend(engine: Any, files: list[str]) -> None:
+def _convert_states(engine: Any, files: list[str]) -> None:
     """Quantize what was loaded, and free what it was loaded as.
 
     Raises:
@@ -149,7 +149,7 @@ def _mend(engine: Any, files: list[str]) -> None:
             # Stage 3 loads one tensor for all sub-groups from universal checkpoints, and each would count on it.
             state["step"] = state["step"].clone()
     try:
-        optimizer.mend(tensors)
+        optimizer.convert_states(tensors)
     except ConfigError as error:
         raise ConfigError(f"{files[0] if files else 'checkpoint'}: {error}") from None
 

@@ -189,13 +189,13 @@ class QuantizedOptimizer(torch.optim.Optimizer):
             # The quantized states first: they say which streams are taken.
             for loaded in self.state.values():
                 _release(loaded, lambda value: isinstance(value, QuantizedState))
-            self.mend([(group, param) for group in self.param_groups for param in group["params"]])
+            self.convert_states([(group, param) for group in self.param_groups for param in group["params"]])
         except ConfigError:
             self.state, self.param_groups = state, groups
             raise
 
     @torch.no_grad()
-    def mend(self, params: Iterable[tuple[dict[str, Any], Tensor]]) -> None:
+    def convert_states(self, params: Iterable[tuple[dict[str, Any], Tensor]]) -> None:
         """Bring the state of each (group, parameter) that has one into the format that this optimizer keeps.
 
         A step does it too; doing it after loading frees the full-size states at once.

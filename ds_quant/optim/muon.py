@@ -172,10 +172,10 @@ class QuantMuon(QuantizedOptimizer):
         return self.momentum_numel.get(param, param.numel()) if name == MOMENTUM else param.numel()
 
     @torch.no_grad()
-    def mend(self, params: Iterable[tuple[dict[str, Any], Tensor]]) -> None:
+    def convert_states(self, params: Iterable[tuple[dict[str, Any], Tensor]]) -> None:
         """As in `QuantizedOptimizer`, with the momentums."""
         params = list(params)
-        super().mend(params)
+        super().convert_states(params)
         for group, param in params:
             stored = self.state[param].get(MOMENTUM) if param in self.state else None
             if stored is None:
