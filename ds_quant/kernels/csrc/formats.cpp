@@ -1,7 +1,5 @@
 // Operands in floating point of few bits, and in integers whose scales take 8 bits, bit for bit as numerics/format.py
 // has them. Called by simulated/cpu_formats.py through ctypes.
-#include <algorithm>
-
 #include "formats.h"
 #include "threads.h"
 
@@ -18,10 +16,8 @@ const FormatsStages& stages_of(int isa) {
 // Calls stage(call, begin, end) for rows of about CHUNK elements.
 template <class Call>
 void by_rows(void (*stage)(const Call&, int64_t, int64_t), const Call& call, Parallel parallel, int num_threads) {
-    int64_t size = std::max<int64_t>(1, CHUNK / std::max<int64_t>(1, call.num_columns));
-    Threads{parallel, num_threads}.for_each((call.num_rows + size - 1) / size, [&](int64_t chunk) {
-        stage(call, chunk * size, std::min(call.num_rows, (chunk + 1) * size));
-    });
+    RowChunks(call.num_rows, call.num_columns, CHUNK)
+        .for_each(Threads{parallel, num_threads}, [&](int64_t begin, int64_t end) { stage(call, begin, end); });
 }
 
 }  // namespace

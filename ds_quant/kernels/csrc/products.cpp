@@ -4,7 +4,6 @@
 // A thread takes some rows at a time, which stay in its cache for all that is done with them. Rows need one pass over
 // memory; columns need their maxima first and are read a second time.
 #include <algorithm>
-#include <atomic>
 #include <new>
 #include <vector>
 
@@ -20,30 +19,6 @@ const ProductsStages& stages_of(int isa) {
 #endif
     return *ds_quant_products_stages_plain();
 }
-
-// Rows in chunks of about `elements`.
-struct RowChunks {
-    int64_t num_rows, size, count;
-
-    RowChunks(int64_t rows, int64_t columns, int64_t elements)
-        : num_rows(rows), size(std::max<int64_t>(1, elements / std::max<int64_t>(1, columns))),
-          count((rows + size - 1) / size) {}
-
-    template <class Body>
-    void for_each(const Threads& threads, const Body& body) const {
-        threads.for_each(count, [&](int64_t chunk) { body(chunk * size, std::min(num_rows, (chunk + 1) * size)); });
-    }
-
-    // Calls body(slot, begin, end), at no time twice at once with one of the slots from 0 to num_slots - 1.
-    template <class Body>
-    void for_each_in_slots(const Threads& threads, int64_t num_slots, const Body& body) const {
-        std::atomic<int64_t> next{0};
-        threads.for_each(num_slots, [&](int64_t slot) {
-            for (int64_t chunk; (chunk = next.fetch_add(1, std::memory_order_relaxed)) < count;)
-                body(slot, chunk * size, std::min(num_rows, (chunk + 1) * size));
-        });
-    }
-};
 
 void quantize(const QuantizeCall& call, const ProductsStages& stages, const Threads& threads) {
     RowChunks chunks(call.num_rows, call.num_columns, CHUNK);
