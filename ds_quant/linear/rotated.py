@@ -20,12 +20,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ds_quant.base.number_formats import FORMATS, MS_EDEN
+from ds_quant.base.number_formats import MS_EDEN
 from ds_quant.kernels.simulated import ops as kernels
 from ds_quant.linear.recipe import Plan, Quantizer
 from ds_quant.numerics import eden
-from ds_quant.numerics.integer import Quantized, symmetric_levels
-from ds_quant.numerics.minifloat import MINIFLOATS
+from ds_quant.numerics.format import largest_value
+from ds_quant.numerics.integer import Quantized
 
 _SIGNS = 0x7369676E << 32
 """Sets the streams of signs apart from those of quantizers."""
@@ -60,10 +60,6 @@ def quantize_rotated(x: Tensor, quantizer: Quantizer, key: Tensor | None, stream
     if quantizer.rounding != MS_EDEN:
         return kernels.quantize(rotated, None, to, quantizer.rounding, key, stream)
     assert key is not None
-    largest = None
-    if to.scale.kind == "e4m3":
-        elements = FORMATS[quantizer.format_name].elements
-        of_integers = symmetric_levels(quantizer.bits, full_range=False)
-        largest = float(of_integers) if elements == "integer" else MINIFLOATS[elements].largest
+    largest = largest_value(to.elements) if to.scale.kind == "e4m3" else None
     nearest = kernels.quantize(rotated, None, to, "nearest", None, stream)
     return eden.corrected(nearest, rotated, largest, kernels.subkey_of(key, stream, x.device))

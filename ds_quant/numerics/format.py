@@ -139,7 +139,8 @@ def quantized_as(fmt: Format[Integers | Minifloat], codes: Tensor, scale: Tensor
 
 
 def scale_of(x: Tensor, absmax: Tensor, fmt: Format[Integers | Minifloat]) -> Tensor:
-    """fp32 of absmax's shape: the scales of groups of x, fp32, by their largest magnitudes, NaN where there is one.
+    """fp32 of absmax's shape: the scales of groups of x, fp32, bf16 or fp16, by their largest magnitudes, NaN where
+    there is one.
 
     Not of asymmetric codes nor of the full range, which `integer` has.
     """
@@ -147,7 +148,7 @@ def scale_of(x: Tensor, absmax: Tensor, fmt: Format[Integers | Minifloat]) -> Te
     if group.block_rows > 1:
         absmax = _over_rows(absmax, group.block_rows)
     if codec.kind == "e4m3" and codec.rule == FOUR_SIX:
-        return four_six_scale(x, absmax, group.block_size, group.block_rows)
+        return four_six_scale(x.float(), absmax, group.block_size, group.block_rows)
     return _scale(absmax, elements, codec)
 
 
@@ -158,12 +159,17 @@ def fake_quantize_to(
     return dequantize(quantize_to(x, fmt, rounding=rounding, key=key), x.dtype)
 
 
-def _scale(absmax: Tensor, elements: Integers | Minifloat, codec: ScaleCodec) -> Tensor:
+def largest_value(elements: Integers | Minifloat) -> float:
+    """In units of the scale."""
     if isinstance(elements, Integers):
-        largest, implied = float(symmetric_levels(elements.bits, full_range=False)), elements.bits - 2
-    else:
-        largest, implied = elements.largest, 0
+        return float(symmetric_levels(elements.bits, full_range=False))
+    return elements.largest
+
+
+def _scale(absmax: Tensor, elements: Integers | Minifloat, codec: ScaleCodec) -> Tensor:
+    largest = largest_value(elements)
     if codec.kind == "e8m0":
+        implied = elements.bits - 2 if isinstance(elements, Integers) else 0
         return e8m0_scale(absmax, largest, codec.rule, implied=implied)
     if codec.kind == "e4m3":
         return e4m3_scale(absmax, largest, *([LARGEST_WITH_ROOM] if codec.rule == MS_EDEN else []))

@@ -67,7 +67,7 @@ def quantize(x: Tensor, to: Format[Integers | Minifloat], key: Tensor | None, is
     """`numerics.format.quantize_to` of x, a matrix with elements; not of asymmetric codes or the full range."""
     x = x.detach()
     x = x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
-    scale = scale_of(x.float(), _absmax(x, to.group, isa), to)
+    scale = scale_of(x, _absmax(x, to.group, isa), to)
     return quantized_as(to, _codes(x, scale, to, key, isa), scale)
 
 
