@@ -16,6 +16,7 @@ WEIGHTS = [
     {"format": "mxint8"},
 ]
 FLOATING = [{"format": "nvfp4"}, {"format": "fp8_e4m3"}]
+FP8 = {"activation": {"format": "fp8_e4m3"}, "gradient": {"format": "fp8_e5m2"}, "backend": "fp8"}
 INT8 = {"activation": {"bits": 8}, "gradient": {"bits": 8}, "backend": "int8"}
 NAMES = {"tensor": "tensor", "channel": "row", "block": "block"}
 
@@ -70,7 +71,7 @@ def test_how_many_are_masked():
 def test_dampening_is_the_gradient_of_its_loss(dtype, layout):
     """lambda * sum (w - Q(w))^2, Q(w) held constant: 2 lambda (w - Q(w)), in fp32 and rounded once."""
     strength = 3.0
-    for weight, more in [*cases(), *((each, {}) for each in FLOATING)]:
+    for weight, more in [*cases(), *((each, {}) for each in FLOATING), (FLOATING[1], FP8)]:
         x, w, bias, g = random_case(dtype, int(torch.randint(2**31, ()).item()))
         plain = run({"weight": weight, **more}, x, w, bias, g, layout)
         got = run({"weight": {**weight, "dampening": strength}, **more}, x, w, bias, g, layout)
