@@ -3,7 +3,8 @@
 import ctypes
 import functools
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
@@ -45,7 +46,6 @@ def _run(
     where: str, works: Sequence[AdamWWork], isa: str | None, masters: Sequence[MastersWork] | None = None
 ) -> list[int]:
     """Do the works, of which `masters` are more if given. Returns the numbers of those that are left to others."""
-    handle = _library()
     formats: dict[tuple, int] = {}
     pack = _ENTRY.pack
     rows, others = [], []
@@ -82,8 +82,7 @@ def _run(
         ) from None
     chosen = native.isa_number(where, isa)
     packed = b"".join(_format(*kind) for kind in formats)
-    parallel, threads = native.library().parallel, torch.get_num_threads()
-    if handle.ds_quant_adamw(b"".join(rows), len(rows), packed, chosen, parallel, threads):
+    if _function()(b"".join(rows), len(rows), packed, isa=chosen):
         raise MemoryError(f"{where}: no memory for the maxima of the blocks")
     return others
 
@@ -97,15 +96,7 @@ def _format(param: torch.dtype, grad: torch.dtype, exp_avg: CodeMap | None, exp_
 
 
 @functools.cache
-def _library() -> ctypes.CDLL:
-    handle = native.library().handle
-    handle.ds_quant_adamw.argtypes = [
-        *(ctypes.c_char_p, ctypes.c_int64, ctypes.c_char_p),
-        *(ctypes.c_int, ctypes.c_void_p, ctypes.c_int),
-    ]
-    sizes = []
-    for function in (handle.ds_quant_entry_size, handle.ds_quant_format_size):
-        function.restype = ctypes.c_int64
-        sizes.append(function())
-    assert sizes == [_ENTRY.size, 8 + 2 * FORMAT_SIZE]
-    return handle
+def _function() -> Callable[..., Any]:
+    sizes = {"ds_quant_entry_size": _ENTRY.size, "ds_quant_format_size": 8 + 2 * FORMAT_SIZE}
+    own = ctypes.c_char_p, ctypes.c_int64, ctypes.c_char_p
+    return native.function("ds_quant_adamw", *own, sizes=sizes, result=ctypes.c_int)

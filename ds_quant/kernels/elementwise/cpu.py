@@ -7,7 +7,6 @@ import struct
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ds_quant.kernels import native
@@ -59,7 +58,6 @@ def elementwise_(works: Sequence[ElementwiseWork], *, isa: str | None = None) ->
     asks for a narrower instruction set. Raises ValueError, before anything is changed, for keys and maps that there are
     not.
     """
-    handle = _library()
     formats: dict[CodeMap | None, int] = {}
     rows, others = [], []
     for work in works:
@@ -69,8 +67,7 @@ def elementwise_(works: Sequence[ElementwiseWork], *, isa: str | None = None) ->
             rows.append(_entry(work, formats))
     chosen = native.isa_number("elementwise_", isa)
     packed = b"".join(pack_format(code_map, "elementwise_(states)") for code_map in formats)
-    parallel, threads = native.library().parallel, torch.get_num_threads()
-    handle.ds_quant_elementwise(b"".join(rows), len(rows), packed, chosen, parallel, threads)
+    _function()(b"".join(rows), len(rows), packed, isa=chosen)
     if others:
         ops.elementwise_.after("cpu", others[0].param.device)(others)
 
@@ -113,14 +110,7 @@ def _entry(work: ElementwiseWork, formats: dict[CodeMap | None, int]) -> bytes:
 
 
 @functools.cache
-def _library() -> ctypes.CDLL:
-    handle = native.library().handle
-    handle.ds_quant_elementwise.argtypes = [
-        *(ctypes.c_char_p, ctypes.c_int64, ctypes.c_char_p),
-        *(ctypes.c_int, ctypes.c_void_p, ctypes.c_int),
-    ]
-    handle.ds_quant_elementwise.restype = None
-    handle.ds_quant_elementwise_entry_size.restype = ctypes.c_int64
-    assert handle.ds_quant_elementwise_entry_size() == _ENTRY.size
-    assert handle.ds_quant_format_size() == 8 + 2 * FORMAT_SIZE
-    return handle
+def _function() -> Callable[..., Any]:
+    sizes = {"ds_quant_elementwise_entry_size": _ENTRY.size, "ds_quant_format_size": 8 + 2 * FORMAT_SIZE}
+    own = ctypes.c_char_p, ctypes.c_int64, ctypes.c_char_p
+    return native.function("ds_quant_elementwise", *own, sizes=sizes)
