@@ -20,14 +20,10 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from ds_quant.kernels import registry
+from benchmarks import gpus_way
 from ds_quant.kernels.adamw.compiled import adamw_ as compiled_adamw_
-from ds_quant.kernels.adamw.ops import adamw_
-from ds_quant.kernels.int8 import ops
 from ds_quant.kernels.launching import Launch
 
-OPERATIONS = (ops.quantize_operand, ops.quantize_gradient, ops.padded_matmul)
-"""What an int8 layer calls on a GPU."""
 _DEVICE = torch.device("cuda", 0)
 _CARDS = {
     90: types.SimpleNamespace(
@@ -105,30 +101,12 @@ def recording(capability: int = 90, **options: Any) -> Iterator[tuple[list[Graph
     torch.compiler.reset()
     with (
         suppress(_Generated),
-        _as_on_a_gpu(),
+        gpus_way.on_cpu(compiled_adamw_),
         functorch_config.patch(force_non_lazy_backward_lowering=True, enable_autograd_cache=False),
         config.patch(fx_graph_cache=False, fx_graph_remote_cache=False, compile_threads=1, **options),
     ):
         yield found, backend
     torch.compiler.reset()
-
-
-@contextmanager
-def _as_on_a_gpu() -> Iterator[None]:
-    """Int8 layers on the CPU call what they call on a GPU, and optimizers the compiled step."""
-    import ds_quant.kernels.int8.triton  # noqa: F401  registers its kernels
-
-    name = "as on a GPU"
-    with ExitStack() as stack:
-        stack.callback(registry._serving.cache_clear)
-        backends = [registry.Backend(name, ("cpu",)), *registry.BACKENDS]
-        stack.enter_context(mock.patch.object(registry, "BACKENDS", backends))
-        for operation in OPERATIONS:
-            ours = {name: operation.implementations["triton"]}
-            stack.enter_context(mock.patch.dict(operation.implementations, ours))
-        stack.enter_context(mock.patch.dict(adamw_.implementations, {name: compiled_adamw_}))
-        registry._serving.cache_clear()
-        yield
 
 
 def _move(graph: torch.fx.GraphModule, inputs: list[Any]) -> list[Any]:
@@ -151,20 +129,14 @@ def _move(graph: torch.fx.GraphModule, inputs: list[Any]) -> list[Any]:
 
 
 def _launches(node: torch.fx.Node) -> list[str]:
-    """The kernels that a node launches if it is one of OPERATIONS."""
-    from ds_quant.kernels.int8 import triton, triton_quantize
-
-    called = [each for each in OPERATIONS if node.target is getattr(torch.ops.ds_quant, each.name).default]
+    """The kernels that a node launches if it is an operation of int8 layers."""
+    called = [each for each in gpus_way.INT8 if node.target is getattr(torch.ops.ds_quant, each.name).default]
     found: list[str] = []
 
     def run(launch: Launch, device: torch.device) -> None:
         found.append(launch.kernel.fn.__name__)
 
-    with (
-        _disable_current_modes(),  # those of tracing
-        mock.patch.object(triton, "run", run),
-        mock.patch.object(triton_quantize, "run", run),
-    ):
+    with _disable_current_modes(), gpus_way.launching(run):  # the modes are those of tracing
         for operation in called:
             args, kwargs = torch.fx.map_arg((node.args, node.kwargs), _empty)
             operation.implementations["triton"](**inspect.signature(operation).bind(*args, **kwargs).arguments)
@@ -188,13 +160,11 @@ def _read(lowered: Any, code: str, launches: list[str]) -> Graph:
 @contextmanager
 def _card(capability: int, take: Callable[[Any, str], object]) -> Iterator[None]:
     """Within it torch sees a card; `take` gets each lowered graph and its code, in place of a module that is loaded."""
-    import triton
     from torch._dynamo.device_interface import CudaInterface
     from torch._inductor.fx_passes import joint_graph, post_grad
     from torch._inductor.graph import GraphLowering
     from torch._subclasses import fake_tensor
     from torch.utils import _triton
-    from triton.backends.compiler import GPUTarget
 
     properties = _CARDS[capability]
 
@@ -202,11 +172,6 @@ def _card(capability: int, take: Callable[[Any, str], object]) -> Iterator[None]
         take(lowered, code.value)
         return types.SimpleNamespace(call=_throw, __file__="", __name__="")
 
-    driver = types.SimpleNamespace(
-        get_current_target=lambda: GPUTarget("cuda", capability, 32),
-        get_current_device=lambda: 0,
-        get_current_stream=lambda device: 0,
-    )
     asked: dict[str, Any] = {
         "is_available": lambda: True,
         "device_count": lambda: 1,
@@ -234,7 +199,7 @@ def _card(capability: int, take: Callable[[Any, str], object]) -> Iterator[None]
         for patterns in (joint_graph, post_grad):
             stack.enter_context(mock.patch.object(patterns, "lazy_init"))
         stack.enter_context(mock.patch.object(GraphLowering, "_compile_to_module_lines", load))
-        stack.enter_context(mock.patch.object(triton.runtime.driver, "_active", driver))
+        stack.enter_context(gpus_way.driver(capability))
         _triton.has_triton.cache_clear()
         yield
 
