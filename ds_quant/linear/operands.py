@@ -57,22 +57,22 @@ def quantize_input(x: Tensor, plan: Plan, dtype: torch.dtype, key: Tensor | None
         return _padded(x2, quantizer, quantizer.granularity, None, key, plan.stream + STREAM_ACTIVATION, ways)
     subkey = _subkey(quantizer, key, plan.stream + STREAM_ACTIVATION)
     if quantizer.granularity == "tensor":
-        return Codes(*ops.quantize_tensor(x2, quantizer.bits, subkey, quantizer.full_range))
-    return Codes(*ops.quantize_rows(x2, quantizer.bits, None, subkey, quantizer.full_range))
+        return Codes(*ops.quantize_tensor(x2, quantizer.levels, subkey))
+    return Codes(*ops.quantize_rows(x2, quantizer.levels, None, subkey))
 
 
 def quantize_weight(weight: Tensor, plan: Plan, ways: str = "codes") -> Codes:
     """Codes in the layout of `weight`, scale [out] or [1]."""
     assert plan.weight is not None
-    bits, weight = plan.weight.bits, weight.detach()
+    levels, weight = plan.weight.levels, weight.detach()
     granularity = plan.weight.granularity
     if granularity != "tensor":
         granularity = "column" if plan.transposed else "row"
     if pads(weight.device):
         return _padded(weight, plan.weight, granularity, None, None, 0, ways)
     if granularity == "tensor":
-        return Codes(*ops.quantize_tensor(weight, bits))
-    return Codes(*(ops.quantize_columns if granularity == "column" else ops.quantize_rows)(weight, bits))
+        return Codes(*ops.quantize_tensor(weight, levels))
+    return Codes(*(ops.quantize_columns if granularity == "column" else ops.quantize_rows)(weight, levels))
 
 
 def arrange_weight(codes: Tensor, scale: Tensor, ways: str) -> Codes:
@@ -103,11 +103,11 @@ def quantize_gradient(
             if for_input.rounding != "stochastic":
                 key = None
             codes, scale, turned, more_scale, sums = ops.quantize_gradient(
-                g, for_input.bits, w_scale, x_scale, key, row_stream, column_stream, wants_sums
+                g, for_input.levels, w_scale, x_scale, key, row_stream, column_stream, wants_sums
             )
             return Codes(codes, scale), Codes(None, more_scale, turned), sums
         keys = _subkey(for_input, key, row_stream), _subkey(for_weight, key, column_stream)
-        codes, scale, more_codes, more_scale = ops.quantize_both(g, for_input.bits, w_scale, x_scale, *keys)
+        codes, scale, more_codes, more_scale = ops.quantize_both(g, for_input.levels, w_scale, x_scale, *keys)
         rows, columns = Codes(codes, scale), Codes(more_codes, more_scale)
         return rows, columns, g.sum(0) if wants_sums else g
     quantize = _padded_side if is_padded else _side
@@ -128,8 +128,8 @@ def _side(
     """G for one of its products; `both`: for the other one as well."""
     subkey = _subkey(quantizer, key, stream)
     if not quantizer.fold:
-        return Codes(*ops.quantize_tensor(g, quantizer.bits, subkey))
-    return Codes(*(ops.quantize_rows if side == "row" else ops.quantize_columns)(g, quantizer.bits, scale, subkey))
+        return Codes(*ops.quantize_tensor(g, quantizer.levels, subkey))
+    return Codes(*(ops.quantize_rows if side == "row" else ops.quantize_columns)(g, quantizer.levels, scale, subkey))
 
 
 def _padded_side(
@@ -151,9 +151,7 @@ def _padded(
 ) -> Codes:
     if quantizer.rounding != "stochastic":
         key = None
-    codes, turned, scale = ops.quantize_operand(
-        x, quantizer.bits, granularity, factor, key, stream, quantizer.full_range, ways
-    )
+    codes, turned, scale = ops.quantize_operand(x, quantizer.levels, granularity, factor, key, stream, ways)
     return Codes(None if ways == "turned" else codes, scale, None if ways == "codes" else turned)
 
 
