@@ -18,7 +18,7 @@ from ds_quant import QuantLinear
 from ds_quant.cli.shared.errors import CommandError
 from ds_quant.cli.shared.tables import print_table
 from ds_quant.kernels.adamw import compiled
-from ds_quant.numerics import products
+from ds_quant.linear import operands
 from ds_quant.numerics.integer import symmetric_levels
 from ds_quant.optim import QuantAdamW
 
@@ -92,14 +92,14 @@ def layer(make: Callable[[str, int, int], nn.Module], kind: str, hidden: int, to
 
 
 def opaque(x: Tensor) -> tuple[Tensor, ...]:
-    """The operator that layers call."""
+    """The operator, which layers call in eager mode."""
     found: tuple[Tensor, ...] = torch.ops.ds_quant.quantize_operand(x, LEVELS, "row")
     return found
 
 
 QUANTIZERS: dict[str, Callable[[Tensor], tuple[Tensor, ...]]] = {
     "as an operator": opaque,
-    "its definition, fused": functools.partial(products.quantize_operand, levels=LEVELS, granularity="row"),
+    "fused, as layers do": functools.partial(operands.fusible_codes, levels=LEVELS),
 }
 
 

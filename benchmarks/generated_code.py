@@ -186,8 +186,10 @@ def _card(capability: int, take: Callable[[Any, str], object]) -> Iterator[None]
         "_exchange_device": lambda _: 0,
         "_maybe_exchange_device": lambda _: 0,
     }
-    for patterns in (joint_graph, post_grad):
-        patterns.lazy_init(torch.device("cpu"))  # they are traced by example: on a CUDA device that would need one
+    # Patterns are traced by example: on a CUDA device that would need one. Called as Inductor does for a graph on the
+    # CPU, since what is called otherwise is registered again, which it refuses.
+    joint_graph.lazy_init(torch.device("cpu"))
+    post_grad.lazy_init()
     with ExitStack() as stack:
         stack.callback(_triton.has_triton.cache_clear)
         stack.enter_context(mock.patch.multiple(torch.cuda, **asked, **more))
