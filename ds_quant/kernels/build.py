@@ -26,12 +26,15 @@ from ds_quant.base.log import warn
 from ds_quant.base.whole_folder import whole_file
 
 FOLDER = Path(__file__).parent / "csrc"
-DRIVERS = ("adamw.cpp", "wire.cpp", "products.cpp", "masters.cpp", "formats.cpp")
-STAGES = ("stages.cpp", "wire_stages.cpp", "products_stages.cpp", "masters_stages.cpp", "formats_stages.cpp")
+DRIVERS = ("adamw.cpp", "elementwise.cpp", "wire.cpp", "products.cpp", "masters.cpp", "formats.cpp")
+STAGES = (
+    *("stages.cpp", "elementwise_stages.cpp", "wire_stages.cpp", "products_stages.cpp", "masters_stages.cpp"),
+    "formats_stages.cpp",
+)
 """Compiled once for each instruction set."""
 HEADERS = (
     *("common.h", "threads.h", "simd.h", "random.h", "convert.h", "absmax.h"),
-    *("adamw.h", "decode.h", "encode.h", "back.h", "wire.h", "hadamard.h", "products.h"),
+    *("adamw.h", "moment.h", "elementwise.h", "decode.h", "encode.h", "back.h", "wire.h", "hadamard.h", "products.h"),
     *("masters.h", "masters_loops.h", "formats.h"),
 )
 SOURCES = (*DRIVERS, *STAGES, *HEADERS)

@@ -24,7 +24,7 @@ from typing import Any, Generic, NamedTuple, ParamSpec, TypeVar
 import torch
 
 from ds_quant.base.log import warn
-from ds_quant.kernels import build, native
+from ds_quant.kernels import native
 from ds_quant.kernels.choice import CHOICES, REFERENCE, VARIABLE, check_choice
 from ds_quant.kernels.spans import span
 
@@ -79,7 +79,7 @@ BACKENDS = [
     Backend(
         "cpu",
         ("cpu",),
-        is_usable=lambda family: build.is_usable(family.without_cpp),
+        is_usable=lambda family: native.is_usable(family.without_cpp),
         describe=lambda: f"C++ {native.isa()}",
     ),
     Backend("cuda", ("cuda",), is_usable=_runs_triton),

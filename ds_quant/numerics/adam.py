@@ -66,7 +66,7 @@ def adamw_step(
     grad = _limited(grad.float())
     first = load(exp_avg) * scalars.beta1 + grad * (1 - scalars.beta1)
     second = load(exp_avg_sq) * scalars.beta2 + grad.square() * (1 - scalars.beta2)
-    denominator = _sqrt(second) * scalars.correction + scalars.eps
+    denominator = nearest_sqrt(second) * scalars.correction + scalars.eps
     updated = param.float() * scalars.decay - (first / denominator) * scalars.step_size
     return (
         updated.to(param.dtype),
@@ -80,6 +80,6 @@ def _limited(grad: Tensor) -> Tensor:
     return grad.clamp(-LARGEST_GRADIENT, LARGEST_GRADIENT) + grad * 0.0
 
 
-def _sqrt(x: Tensor) -> Tensor:
+def nearest_sqrt(x: Tensor) -> Tensor:
     # torch's fp32 root on a CPU is an ulp off now and then; the fp64 root, rounded, is the nearest fp32 number.
     return x.double().sqrt().float() if x.device.type == "cpu" else x.sqrt()

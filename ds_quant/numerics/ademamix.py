@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from ds_quant.numerics.adam import LARGEST_GRADIENT
+from ds_quant.numerics.adam import LARGEST_GRADIENT, nearest_sqrt
 
 
 class AdEMAMixScalars(NamedTuple):
@@ -76,5 +76,5 @@ def ademamix_rule(
     fast = fast * scalars.beta1 + grad * (1 - scalars.beta1)
     slow = slow * scalars.beta3 + grad * (1 - scalars.beta3)
     square = square * scalars.beta2 + grad.square() * (1 - scalars.beta2)
-    update = (fast * scalars.fast + slow * scalars.alpha) / (square.sqrt() * scalars.correction + scalars.eps)
+    update = (fast * scalars.fast + slow * scalars.alpha) / (nearest_sqrt(square) * scalars.correction + scalars.eps)
     return param * scalars.decay - update * scalars.lr, [fast, slow, square]

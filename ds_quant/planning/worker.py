@@ -19,36 +19,12 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from ds_quant.config import ConfigError
 from ds_quant.engine import dry_start
-from ds_quant.kernels import build, native
-from ds_quant.kernels.adamw import cpu as adamw_cpu
-from ds_quant.kernels.elementwise import ops as elementwise_ops
-from ds_quant.kernels.int8 import cpu as int8_cpu
+from ds_quant.kernels import native
 from ds_quant.kernels.integer_units import integer_units
-from ds_quant.kernels.masters import cpu as masters_cpu
-from ds_quant.kernels.wire import cpu as wire_cpu
 from ds_quant.planning import models
 from ds_quant.planning.dry_run import DryRun
 from ds_quant.planning.job import Job, Outcome, run_job
 from ds_quant.planning.ledger import Ledger
-
-
-class _NoArithmetic:
-    """Stands for a library of C++ kernels: they write into memory that their callers have allocated."""
-
-    def __getattr__(self, name: str) -> Any:
-        return lambda *arguments: None
-
-
-def _silence_kernels() -> None:
-    nothing: Any = _NoArithmetic()
-    library = native.Library(nothing, 0, None)
-    build.is_usable = lambda *arguments: True
-    native.library = lambda: library  # type: ignore[assignment]
-    adamw_cpu._library = lambda: nothing  # type: ignore[assignment]
-    int8_cpu._library = lambda: nothing  # type: ignore[assignment]
-    wire_cpu._function = lambda: nothing.call  # type: ignore[assignment]
-    masters_cpu._function = lambda: nothing.call  # type: ignore[assignment]
-    elementwise_ops.elementwise_ = lambda works: None  # type: ignore[assignment]
 
 
 def dry_run(job: Job, node_size: int, offloaded: tuple[str, ...] = ()) -> Outcome:
@@ -82,7 +58,7 @@ def _child(request: dict[str, Any], answer: int) -> None:
 
 def serve(requests: TextIO, answers: TextIO) -> None:
     """Answer each line until there are no more."""
-    _silence_kernels()
+    native.skip_arithmetic()
     integer_units(torch.device("cpu"))  # it computes
     models.preload()
     dry_start.preload()

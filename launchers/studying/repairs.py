@@ -5,8 +5,11 @@ A row stays here when it does not help: its figures are part of the answer.
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from typing import Any
+
+from sweeping.paper import FOLDER
 
 Values = dict[str, Any]
 
@@ -207,6 +210,16 @@ def _rotated(section: Values, size: int, *used_for: str, **more: Any) -> Values:
 
 
 COMBINED = {
+    "w8a8g8_stochastic": Repair(
+        "combined",
+        "w8a8g8",
+        "G per token, stochastic",
+        _linear(
+            weight={"bits": 8, "granularity": "channel"},
+            activation={"bits": 8, "granularity": "token"},
+            gradient=_gradient(8, "token", "weight"),
+        ),
+    ),
     "w4a4g4_naive": Repair(
         "combined",
         "",
@@ -282,4 +295,21 @@ COMBINED = {
     ),
 }
 
-ALL: dict[str, Repair] = {**WEIGHT, **ACTIVATION, **GRADIENT, **MOMENTS, **COMBINED}
+
+def _shipped(name: str) -> Values:
+    section = json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))["ds_quant"]
+    return {part: section[part] for part in ("linear", "optimizer")}
+
+
+_AS_SHIPPED = "as it is shipped, without communication"
+RECIPES = {
+    name: Repair("recipe", of, _AS_SHIPPED, _shipped(name))
+    for name, of in (
+        ("recommended_8bit", "w8a8g8"),
+        ("recommended_4bit_states", "w8a8g8"),
+        ("recommended_4bit", "w4a4g4_naive"),
+    )
+}
+"""The configs that docs/recipes.md recommends, as a whole."""
+
+ALL: dict[str, Repair] = {**WEIGHT, **ACTIVATION, **GRADIENT, **MOMENTS, **COMBINED, **RECIPES}

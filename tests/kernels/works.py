@@ -70,15 +70,20 @@ def tensors(work):
 def assert_same(got, expected, context=""):
     """Bit for bit, but that any NaN equals any other."""
     for (name, left), (_, right) in zip(tensors(got), tensors(expected), strict=True):
-        if left.dtype.is_floating_point:
-            integer = torch.int32 if left.dtype == torch.float32 else torch.int16
-            differ = (left.view(integer) != right.view(integer)) & ~(left.isnan() & right.isnan())
-        else:
-            differ = left != right
-        if differ.any():
-            where = differ.reshape(-1).nonzero().reshape(-1)
-            first = where[0].item()
-            raise AssertionError(
-                f"{context} {name}: {len(where)} of {left.numel()} differ, first at {first}: "
-                f"{left.reshape(-1)[first].item()!r}, expected {right.reshape(-1)[first].item()!r}"
-            )
+        assert_same_bits(name, left, right, context)
+
+
+def assert_same_bits(name, left, right, context=""):
+    """The same of two tensors."""
+    if left.dtype.is_floating_point:
+        integer = torch.int32 if left.dtype == torch.float32 else torch.int16
+        differ = (left.view(integer) != right.view(integer)) & ~(left.isnan() & right.isnan())
+    else:
+        differ = left != right
+    if differ.any():
+        where = differ.reshape(-1).nonzero().reshape(-1)
+        first = where[0].item()
+        raise AssertionError(
+            f"{context} {name}: {len(where)} of {left.numel()} differ, first at {first}: "
+            f"{left.reshape(-1)[first].item()!r}, expected {right.reshape(-1)[first].item()!r}"
+        )

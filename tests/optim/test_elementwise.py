@@ -9,7 +9,7 @@ from torch import nn
 
 from ds_quant import QuantAdEMAMix, QuantLion, QuantSGD
 from ds_quant.config import ConfigError
-from ds_quant.kernels.elementwise import cpu, reference
+from ds_quant.kernels.elementwise import reference
 from ds_quant.numerics.elementwise import elementwise_step
 from ds_quant.numerics.random import derive_key, fold_key
 from ds_quant.optim.state import QuantizedState
@@ -320,27 +320,3 @@ def mix(params, **options):
 def test_arguments_out_of_range(make, message, rng):
     with pytest.raises(ConfigError, match=message):
         make(parameters(rng))
-
-
-@pytest.mark.parametrize("name", ["lion", pytest.param("ademamix", marks=pytest.mark.slow)])
-@pytest.mark.thorough
-def test_compiled_steps_have_the_bits_of_the_definition(name, rng, monkeypatch):
-    """With offsets, several pieces, a last one that is shorter, and scalars that change from step to step."""
-    monkeypatch.setattr(cpu, "PIECE", 512)
-    cpu._compiled.cache_clear()
-    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    shape, stored = (3, 700), {"lion": FORMATS["8"], "ademamix": FORMATS["4"]}[name]
-    params = [nn.Parameter(torch.from_numpy(rng.normal(size=shape)).float())]
-    others = twins(params)
-    optimizers = MAKE[name](params, copy.deepcopy(stored)), MAKE[name](others, copy.deepcopy(stored))
-    for step in range(4):
-        set_grads(rng, params, others)
-        if step == 3:
-            for param in (*params, *others):
-                param.grad[1, 5], param.grad[2, 600] = math.inf, math.nan
-        for optimizer, least in zip(optimizers, (0, 2**22), strict=True):
-            monkeypatch.setattr(cpu, "LEAST", least)
-            optimizer.param_groups[0]["lr"] = 0.01 / (step + 1)
-            optimizer.step()
-        assert_same_bits(bits(optimizers[0]), bits(optimizers[1]))
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs + 1, "compiled anew, or not at all"

@@ -16,16 +16,12 @@ from torch import Tensor
 
 from ds_quant.kernels.adamw import ops
 from ds_quant.kernels.adamw.work import AdamWWork
+from ds_quant.kernels.compiled_states import Layout, assembled, flat, layout, storage, unbind
 from ds_quant.kernels.compiling import compile_whole
 from ds_quant.kernels.transfers import sent
-from ds_quant.numerics.adam import AdamWScalars, Moment, adamw_step
-from ds_quant.numerics.blockwise import QuantizedBlocks
-from ds_quant.numerics.codes import CodeMap
+from ds_quant.numerics.adam import AdamWScalars, adamw_step
 from ds_quant.numerics.random import derive_words
 from ds_quant.numerics.stored_states import overwrite
-
-Layout = tuple[CodeMap, int] | None
-"""Code map and block size of a moment; None for 32 bits."""
 
 
 @ops.adamw_.by("compiled")
@@ -44,34 +40,22 @@ def adamw_(works: Sequence[AdamWWork]) -> None:
 
 
 def _compiled_steps(works: Sequence[AdamWWork], device: torch.device) -> None:
-    """Scalars and subkeys of all works go to the device together, and to the compiled function as tensors [].
-
-    As vectors they would have lengths, which torch.compile takes to be those of other tensors that happen to have them.
-    """
+    """Scalars and subkeys of all works go to the device together, and to the compiled function as tensors []."""
     scalars = sent(np.array([work.scalars for work in works], np.float64), device)
     first_keys = sent(np.array([_subkey(work.exp_avg_key, 2 * work.stream) for work in works], np.int64), device)
     second_keys = sent(
         np.array([_subkey(work.exp_avg_sq_key, 2 * work.stream + 1) for work in works], np.int64), device
     )
     for number, work in enumerate(works):
-        _compiled(_layout(work.exp_avg), _layout(work.exp_avg_sq))(
-            _flat(work.param),
-            _flat(work.grad),
-            *_storage(work.exp_avg),
-            *_storage(work.exp_avg_sq),
-            _unbind(scalars[number]),
-            None if work.exp_avg_key is None else _unbind(first_keys[number]),
-            None if work.exp_avg_sq_key is None else _unbind(second_keys[number]),
+        _compiled(layout(work.exp_avg), layout(work.exp_avg_sq))(
+            flat(work.param),
+            flat(work.grad),
+            *storage(work.exp_avg),
+            *storage(work.exp_avg_sq),
+            unbind(scalars[number]),
+            None if work.exp_avg_key is None else unbind(first_keys[number]),
+            None if work.exp_avg_sq_key is None else unbind(second_keys[number]),
         )
-
-
-def _flat(tensor: Tensor) -> Tensor:
-    """Not a view, for torch.compile would guard the sizes of what a view is of. Versions are the caller's business."""
-    return tensor.view(-1).data
-
-
-def _unbind(row: Tensor) -> tuple[Tensor, ...]:
-    return tuple(element.data for element in row.unbind())
 
 
 def _subkey(key: tuple[int, int] | None, stream: int) -> tuple[int, int]:
@@ -99,8 +83,8 @@ def _compiled(exp_avg: Layout, exp_avg_sq: Layout, backend: str | Callable = "in
         exp_avg_sq_key: tuple[Tensor, ...] | None,
     ) -> None:
         first_layout, second_layout = layouts()
-        first = _moment(exp_avg_codes, exp_avg_scale, first_layout, param.numel())
-        second = _moment(exp_avg_sq_codes, exp_avg_sq_scale, second_layout, param.numel())
+        first = assembled(exp_avg_codes, exp_avg_scale, first_layout, param.numel())
+        second = assembled(exp_avg_sq_codes, exp_avg_sq_scale, second_layout, param.numel())
         new_param, new_first, new_second = adamw_step(
             param,
             grad,
@@ -115,18 +99,3 @@ def _compiled(exp_avg: Layout, exp_avg_sq: Layout, backend: str | Callable = "in
         overwrite(second, new_second)
 
     return compile_whole(step, 64, backend)
-
-
-def _moment(codes: Tensor, scale: Tensor | None, layout: Layout, numel: int) -> Moment:
-    if layout is None:
-        return codes
-    assert scale is not None
-    return QuantizedBlocks(codes, scale, numel, layout[1], layout[0])
-
-
-def _layout(moment: Moment) -> Layout:
-    return None if isinstance(moment, Tensor) else (moment.code_map, moment.block_size)
-
-
-def _storage(moment: Moment) -> tuple[Tensor, Tensor | None]:
-    return (_flat(moment), None) if isinstance(moment, Tensor) else (_flat(moment.codes), _flat(moment.scale))

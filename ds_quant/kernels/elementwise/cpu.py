@@ -1,92 +1,116 @@
-"""Steps on the CPU: the definition as C++ that Inductor writes, with its result bit for bit, where that pays.
+"""Steps on the CPU in C++, with the reference's result bit for bit."""
 
-Compiling takes half a minute to a minute for each rule, format of the states and dtype, once on a machine (Inductor
-keeps it on the disk). So steps of fewer than LEAST elements take the definition as it stands. The last piece of each
-parameter does too: what is compiled has one length.
-"""
-
+import ctypes
 import functools
+import math
+import struct
 from collections.abc import Callable, Sequence
+from typing import Any
 
-import torch
 from torch import Tensor
 
-from ds_quant.kernels.compiling import compile_whole
-from ds_quant.kernels.elementwise import ops, reference
+from ds_quant.kernels import native
+from ds_quant.kernels.elementwise import ops
 from ds_quant.kernels.elementwise.work import ElementwiseWork
-from ds_quant.numerics.blockwise import QuantizedBlocks
+from ds_quant.kernels.moment_formats import FORMAT_SIZE, has_map, in_memory, pack_format
+from ds_quant.numerics.ademamix import AdEMAMixScalars, ademamix_rule
 from ds_quant.numerics.codes import CodeMap
-from ds_quant.numerics.elementwise import Rule, elementwise_step
-from ds_quant.numerics.stored_states import State, overwrite
+from ds_quant.numerics.elementwise import Rule
+from ds_quant.numerics.lion import LionScalars, lion_rule
+from ds_quant.numerics.sgd import SGDScalars, sgd_rule
 
-LEAST = 2**22
-"""Elements of a step's works together: 150 ns an element are saved, so a minute is won back in some hundred steps."""
+TILE = 4096
+"""Elements that the blocks of all states must fit into together: their least common multiple. Longer ones, those of the
+granularities "tensor" and "channel", are left to the next backend."""
 
-PIECE = 2**16
-"""Elements at a time for each thread."""
+_MAX_STATES, _MAX_SCALARS = 3, 12
+_ENTRY = struct.Struct(f"@8Q4qQ{_MAX_SCALARS}f{2 * _MAX_STATES}I3i4i0Q")
+"""The structure ElementwiseEntry of elementwise.h."""
+_NO_KEY = (0, 0)
 
-LARGEST_BLOCK = 4096
-"""Longer blocks, those of the granularities "tensor" and "channel", are left to the definition."""
 
-Layout = tuple[CodeMap, int] | None
-"""Code map and block size of a state; None for 32 bits."""
+def _lion(s: LionScalars) -> tuple[float, ...]:
+    return s.beta1, 1 - s.beta1, s.beta2, 1 - s.beta2, s.decay, s.lr
+
+
+def _sgd(s: SGDScalars) -> tuple[float, ...]:
+    return s.momentum, s.kept, s.weight_decay, s.lr, s.from_grad, s.from_buffer
+
+
+def _ademamix(s: AdEMAMixScalars) -> tuple[float, ...]:
+    shares = (share for beta in (s.beta1, s.beta2, s.beta3) for share in (beta, 1 - beta))
+    return *shares, s.alpha, s.eps, s.decay, s.lr, s.fast, s.correction
+
+
+RULES: dict[Rule, tuple[int, Callable[[Any], tuple[float, ...]]]] = {
+    lion_rule: (0, _lion),
+    sgd_rule: (1, _sgd),
+    ademamix_rule: (2, _ademamix),
+}
+"""The rules that C++ has: their numbers in elementwise_stages.cpp, and its scalars in order."""
 
 
 @ops.elementwise_.by("cpu")
-@torch.no_grad()
-def elementwise_(works: Sequence[ElementwiseWork]) -> None:
-    """Do the works in place, with torch.get_num_threads() threads; the result does not depend on their number."""
-    if sum(work.param.numel() for work in works) < LEAST:
-        reference.elementwise_(works)
-        return
-    size = PIECE * torch.get_num_threads()
+def elementwise_(works: Sequence[ElementwiseWork], *, isa: str | None = None) -> None:
+    """Do the works in place, with torch.get_num_threads() threads; the result does not depend on their number.
+
+    Works with a rule, a map (`register_map`) or blocks that the kernel does not have go on to the next backend. `isa`
+    asks for a narrower instruction set. Raises ValueError, before anything is changed, for keys and maps that there are
+    not.
+    """
+    formats: dict[CodeMap | None, int] = {}
+    rows, others = [], []
     for work in works:
-        layouts = tuple(map(_layout, work.states))
-        if any(layout and layout[1] > LARGEST_BLOCK for layout in layouts):
-            reference.elementwise_([work])
-            continue
-        keys = reference.subkeys(work)
-        step = _compiled(work.rule, layouts, work.scalars.__class__)
-        scalars = tuple(torch.tensor(value, dtype=torch.float64) for value in work.scalars)
-        for offset, param, grad, states in reference.pieces(work, size):
-            if param.numel() == size:
-                tensors = tuple(part.data for state in states for part in _tensors(state))
-                step(param.data, grad.data, tensors, scalars, keys, torch.tensor(offset))
-            else:
-                reference.step_piece(work, offset, param, grad, states, keys)
+        if not _is_served(work):
+            others.append(work)
+        elif work.param.numel():
+            rows.append(_entry(work, formats))
+    chosen = native.isa_number("elementwise_", isa)
+    packed = b"".join(pack_format(code_map, "elementwise_(states)") for code_map in formats)
+    _function()(b"".join(rows), len(rows), packed, isa=chosen)
+    if others:
+        ops.elementwise_.after("cpu", others[0].param.device)(others)
 
 
-def _layout(state: State) -> Layout:
-    return None if isinstance(state, Tensor) else (state.code_map, state.block_size)
+def _is_served(work: ElementwiseWork) -> bool:
+    if work.rule not in RULES:
+        return False
+    quantized = [state for state in work.states if not isinstance(state, Tensor)]
+    has_maps = all(has_map("Lion, SGD and AdEMAMix", state.code_map) for state in quantized)
+    return has_maps and math.lcm(*(state.block_size for state in quantized)) <= TILE
 
 
-def _tensors(state: State) -> tuple[Tensor, ...]:
-    return (state,) if isinstance(state, Tensor) else (state.codes, state.scale)
+def _entry(work: ElementwiseWork, formats: dict[CodeMap | None, int]) -> bytes:
+    """The structure of a work; `formats` gets the number of each new one."""
+    number, scalars_of = RULES[work.rule]
+    states = [in_memory(state) for state in work.states]
+    count = len(states)
+    empty = [0] * (_MAX_STATES - count)
+    scalars = scalars_of(work.scalars)
+    words = [word for key in work.keys for word in key or _NO_KEY]
+    try:
+        return _ENTRY.pack(
+            *(work.param.data_ptr(), work.grad.data_ptr()),
+            *(*(codes for _, codes, _, _ in states), *empty),
+            *(*(scale for _, _, scale, _ in states), *empty),
+            work.param.numel(),
+            *(*(block_size for *_, block_size in states), *empty),
+            count * work.stream,
+            *(*scalars, *[0.0] * (_MAX_SCALARS - len(scalars))),
+            *(*words, *[0] * (2 * len(empty))),
+            *(*(formats.setdefault(code_map, len(formats)) for code_map, *_ in states), *empty),
+            *(number, native.DTYPES[work.param.dtype], native.DTYPES[work.grad.dtype]),
+            sum((key is not None) << i for i, key in enumerate(work.keys)),
+        )
+    except struct.error as error:
+        raise ValueError(
+            f"elementwise_(works): got keys {work.keys} and stream {work.stream} ({error}); allowed: keys of two words "
+            "below 2^32, a stream below 2^62; make them with fold_key()"
+        ) from None
 
 
 @functools.cache
-def _compiled(rule: Rule, layouts: tuple[Layout, ...], scalars_type: type) -> Callable[..., None]:
-    """A step of one piece in place, for states of these layouts."""
-
-    def step(
-        param: Tensor,
-        grad: Tensor,
-        tensors: tuple[Tensor, ...],
-        scalars: tuple[Tensor, ...],
-        keys: tuple[Tensor | None, ...],
-        offset: Tensor,
-    ) -> None:
-        rest = iter(tensors)
-        states: list[State] = []
-        for layout in layouts:
-            if layout is None:
-                states.append(next(rest))
-            else:
-                states.append(QuantizedBlocks(next(rest), next(rest), param.numel(), layout[1], layout[0]))
-        updated, fresh = elementwise_step(rule, param, grad, states, scalars_type(*scalars), keys, offset)
-        param.copy_(updated)
-        for old, new in zip(states, fresh, strict=True):
-            overwrite(old, new)
-
-    # A length for each number of threads, in each of the dtypes of parameters and gradients.
-    return compile_whole(step, recompile_limit=64, dynamic=False)
+def _function() -> Callable[..., Any]:
+    sizes = {"ds_quant_elementwise_entry_size": _ENTRY.size, "ds_quant_format_size": 8 + 2 * FORMAT_SIZE}
+    own = ctypes.c_char_p, ctypes.c_int64, ctypes.c_char_p
+    return native.function("ds_quant_elementwise", *own, sizes=sizes)

@@ -7,6 +7,8 @@ maxima of the columns for each thread where columns are quantized.
 
 import ctypes
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -143,7 +145,7 @@ def epilogue(
     if bias is not None:
         bias = bias.detach().contiguous()
         call.bias, call.bias_dtype = bias.data_ptr(), native.DTYPES[bias.dtype]
-    _library().ds_quant_products_epilogue(call, chosen, native.library().parallel, torch.get_num_threads())
+    _function("epilogue", call.__class__)(call, isa=chosen)
     return result
 
 
@@ -171,7 +173,7 @@ def dequantize(
     else:
         call.column_scale = scale.data_ptr()
     call.result, call.one_scale, call.dtype = result.data_ptr(), scale.numel() == 1, native.DTYPES[dtype]
-    _library().ds_quant_products_dequantize(call, chosen, native.library().parallel, torch.get_num_threads())
+    _function("dequantize", call.__class__)(call, isa=chosen)
     return result
 
 
@@ -231,7 +233,7 @@ def _quantize(
         *(_NONE if half is None else half.side for half in (rows, columns)),
         *(native.DTYPES[x.dtype], levels),
     )
-    if _library().ds_quant_products_quantize(call, chosen, native.library().parallel, torch.get_num_threads()):
+    if _function("quantize", call.__class__)(call, isa=chosen):
         raise MemoryError("quantize: no memory for the maxima of the columns")
 
 
@@ -240,18 +242,8 @@ def _readable(x: Tensor) -> Tensor:
 
 
 @functools.cache
-def _library() -> ctypes.CDLL:
-    handle = native.library().handle
-    for size, structure in (
-        (handle.ds_quant_products_quantize_call_size, _QuantizeCall),
-        (handle.ds_quant_products_epilogue_call_size, _EpilogueCall),
-        (handle.ds_quant_products_dequantize_call_size, _DequantizeCall),
-    ):
-        size.restype = ctypes.c_int64
-        assert size() == ctypes.sizeof(structure)
-    options = (ctypes.c_int, ctypes.c_void_p, ctypes.c_int)
-    handle.ds_quant_products_quantize.argtypes = [ctypes.POINTER(_QuantizeCall), *options]
-    handle.ds_quant_products_epilogue.argtypes = [ctypes.POINTER(_EpilogueCall), *options]
-    handle.ds_quant_products_dequantize.argtypes = [ctypes.POINTER(_DequantizeCall), *options]
-    handle.ds_quant_products_epilogue.restype = handle.ds_quant_products_dequantize.restype = None
-    return handle
+def _function(name: str, structure: type[ctypes.Structure]) -> Callable[..., Any]:
+    name = f"ds_quant_products_{name}"
+    result = ctypes.c_int if structure is _QuantizeCall else None
+    sizes = {f"{name}_call_size": ctypes.sizeof(structure)}
+    return native.function(name, ctypes.POINTER(structure), sizes=sizes, result=result)

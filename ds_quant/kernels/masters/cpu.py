@@ -6,9 +6,9 @@ allocated; the result does not depend on the number of threads.
 
 import ctypes
 import functools
+from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ds_quant.kernels import native
@@ -62,16 +62,10 @@ def _run(
         call.low_bits = low_bits.data_ptr()
     if key is not None:
         call.stochastic, call.key = 1, key
-    _function()(call, operation, chosen, native.library().parallel, torch.get_num_threads())
+    _function()(call, operation, isa=chosen)
 
 
 @functools.cache
-def _function() -> Any:
-    handle = native.library().handle
-    handle.ds_quant_masters_call_size.restype = ctypes.c_int64
-    if handle.ds_quant_masters_call_size() != ctypes.sizeof(_Call):
-        raise RuntimeError("ds_quant.kernels.masters: the C++ library and cpu.py disagree on MastersCall")
-    function = handle.ds_quant_masters
-    function.argtypes = (ctypes.POINTER(_Call), ctypes.c_int, ctypes.c_int, ctypes.c_void_p, ctypes.c_int)
-    function.restype = None
-    return function
+def _function() -> Callable[..., Any]:
+    sizes = {"ds_quant_masters_call_size": ctypes.sizeof(_Call)}
+    return native.function("ds_quant_masters", ctypes.POINTER(_Call), ctypes.c_int, sizes=sizes)

@@ -7,6 +7,7 @@ take torch.get_num_threads() threads; `isa` asks for a narrower instruction set.
 import ctypes
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -135,19 +136,10 @@ def _values(elements: str) -> Tensor:
 
 def _run(name: str, call: ctypes.Structure, isa: str | None) -> None:
     chosen = native.isa_number(name, isa)
-    _functions()[name](ctypes.byref(call), chosen, native.library().parallel, torch.get_num_threads())
+    _function(name, call.__class__)(ctypes.byref(call), isa=chosen)
 
 
 @functools.cache
-def _functions() -> dict[str, Callable[..., None]]:
-    handle = native.library().handle
-    functions: dict[str, Callable[..., None]] = {}
-    for name, structure in (("block_maxima", _BlockMaximaCall), ("encode", _EncodeCall), ("decode", _DecodeCall)):
-        size = handle[f"ds_quant_formats_{name}_call_size"]
-        size.restype = ctypes.c_int64
-        assert size() == ctypes.sizeof(structure)
-        function = handle[f"ds_quant_formats_{name}"]
-        function.argtypes = [ctypes.POINTER(structure), ctypes.c_int, ctypes.c_void_p, ctypes.c_int]
-        function.restype = None
-        functions[name] = function
-    return functions
+def _function(name: str, structure: type[ctypes.Structure]) -> Callable[..., Any]:
+    name = f"ds_quant_formats_{name}"
+    return native.function(name, ctypes.POINTER(structure), sizes={f"{name}_call_size": ctypes.sizeof(structure)})

@@ -7,10 +7,10 @@ not depend on the number of threads.
 
 import ctypes
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from ds_quant.kernels import native
@@ -90,14 +90,9 @@ def dequantize(
 
 
 @functools.cache
-def _function() -> "ctypes._NamedFuncPointer":
-    handle = native.library().handle
-    handle.ds_quant_wire_call_size.restype = ctypes.c_int64
-    assert handle.ds_quant_wire_call_size() == ctypes.sizeof(_Call)
-    handle.ds_quant_wire.argtypes = [
-        *(ctypes.POINTER(_Call), ctypes.c_int, ctypes.c_int, ctypes.c_void_p, ctypes.c_int),
-    ]
-    return handle.ds_quant_wire
+def _function() -> Callable[..., Any]:
+    sizes = {"ds_quant_wire_call_size": ctypes.sizeof(_Call)}
+    return native.function("ds_quant_wire", ctypes.POINTER(_Call), ctypes.c_int, sizes=sizes, result=ctypes.c_int)
 
 
 def _run(
@@ -156,7 +151,7 @@ def _run(
     if output is not None:
         result = output.data_ptr() + (np.cumsum(numel) - numel) * output.dtype.itemsize
         call.result, call.result_dtype = result.ctypes.data, native.DTYPES[output.dtype]
-    if _function()(call, operation, chosen, native.library().parallel, torch.get_num_threads()):
+    if _function()(call, operation, isa=chosen):
         raise MemoryError("wire: no memory for the list of chunks")
     if errors is not None:
         errors += sums
