@@ -13,7 +13,6 @@ import pytest
 import torch
 from conftest import ROOT, free_port
 from helpers.launching import WITHOUT_COMPILER, Ranks, deepspeed, launch, run_ranks
-from helpers.samples import write_corpus
 from PIL import Image
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -30,11 +29,6 @@ SMALL = [
     *("--vocab_size", "320", "--context_length", "32", "--global_batch_size", "4", "--max_eval_sequences", "8"),
     *("--logging_steps", "1", "--disable_tqdm", "true", "--overwrite_output_dir", "false"),
 ]
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_corpus(tmp_path_factory.mktemp("corpus") / "documents.jsonl")
 
 
 def arguments(config: Path, corpus: Path, output_dir: Path, *, steps: int, every: int) -> list[Any]:

@@ -17,7 +17,6 @@ import tokenize_corpus
 import torch
 from conftest import ROOT
 from helpers.launching import Ranks, run_ranks
-from helpers.samples import write_corpus
 from survival import status
 from transformers import AutoModelForCausalLM
 
@@ -38,11 +37,6 @@ TEXT = ["--vocab_size", "320", "--validation_fraction", "0.2"]
 STEPS = 150
 """More than one epoch of 135: its end must be the same for any number of ranks."""
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(280)]
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_corpus(tmp_path_factory.mktemp("corpus") / "documents.jsonl")
 
 
 def arguments(
