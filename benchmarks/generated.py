@@ -19,10 +19,12 @@ from ds_quant.cli.shared.errors import CommandError
 from ds_quant.cli.shared.tables import print_table
 from ds_quant.kernels.adamw import compiled
 from ds_quant.linear import operands
+from ds_quant.numerics.integer import symmetric_levels
 from ds_quant.optim import QuantAdamW
 
 HELP = "launches and bytes of compiled layers on a GPU, by generated code, without a GPU"
 BF16 = torch.bfloat16
+LEVELS = symmetric_levels(8)
 ROUNDINGS = ("nearest", "stochastic")
 COLUMNS = ["", "Inductor", "libraries", "ours", "together", "MB"]
 
@@ -91,13 +93,13 @@ def layer(make: Callable[[str, int, int], nn.Module], kind: str, hidden: int, to
 
 def opaque(x: Tensor) -> tuple[Tensor, ...]:
     """The operator, which layers call in eager mode."""
-    found: tuple[Tensor, ...] = torch.ops.ds_quant.quantize_operand(x, 8, "row")
+    found: tuple[Tensor, ...] = torch.ops.ds_quant.quantize_operand(x, LEVELS, "row")
     return found
 
 
 QUANTIZERS: dict[str, Callable[[Tensor], tuple[Tensor, ...]]] = {
     "as an operator": opaque,
-    "fused, as layers do": functools.partial(operands.fusible_codes, bits=8),
+    "fused, as layers do": functools.partial(operands.fusible_codes, levels=LEVELS),
 }
 
 

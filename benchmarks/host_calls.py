@@ -20,9 +20,11 @@ from ds_quant import QuantAdamW, QuantLinear, weights_changed
 from ds_quant.kernels.compiling import compiled_with
 from ds_quant.kernels.int8 import ops, triton_quantize
 from ds_quant.numerics import products
+from ds_quant.numerics.integer import symmetric_levels
 
 SIZE = 16
 """Rows and columns: the fewest that Triton reads in place."""
+LEVELS = symmetric_levels(8)
 NUM_PARAMETERS = 148
 """Of GPT-2 small."""
 Call = Callable[[], object]
@@ -44,9 +46,9 @@ def calls(ranks: int) -> Iterator[Part]:
     """One call of an operation on a matrix, however it is made."""
     x, y = torch.randn(SIZE, SIZE), torch.randn(SIZE, SIZE)
     add = torch.compile(lambda a, b: a + b, dynamic=False)
-    quantize = compiled_with(products.quantize_rows, 8)
+    quantize = compiled_with(products.quantize_rows, LEVELS)
     codes, turned = (torch.empty(SIZE, SIZE, dtype=torch.int8) for _ in range(2))
-    rounding = triton_quantize.Rounding(127.0, None)
+    rounding = triton_quantize.Rounding(LEVELS, None)
     launch = triton_quantize.groups(x, rounding, "row", None, codes, turned, torch.empty(SIZE), 0)
     with _as_on_a_gpu():
         yield Part(
@@ -55,10 +57,10 @@ def calls(ranks: int) -> Iterator[Part]:
             {
                 "torch: x + y": lambda: x + y,
                 "torch: x + y, compiled": lambda: add(x, y),
-                "C++ kernel, by the registry": lambda: ops.quantize_rows(x, 8),
-                "the same as an operator of a graph": lambda: torch.ops.ds_quant.quantize_rows(x, 8),
+                "C++ kernel, by the registry": lambda: ops.quantize_rows(x, LEVELS),
+                "the same as an operator of a graph": lambda: torch.ops.ds_quant.quantize_rows(x, LEVELS),
                 "its definition, compiled": lambda: quantize(x),
-                "Triton's kernel, by the registry": lambda: ops.quantize_operand(x, 8, "row"),
+                "Triton's kernel, by the registry": lambda: ops.quantize_operand(x, LEVELS, "row"),
                 "a launch of Triton's alone": lambda: gpus_way.bind(launch, x.device),
             },
         )

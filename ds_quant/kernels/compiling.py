@@ -58,7 +58,7 @@ def compiled_with(function: Callable[..., Any], value: Any, backend: str | Calla
     def call(matrix: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         return function(matrix, constant(), *args, **kwargs)
 
-    # There are 108 kinds of calls of `int8.quantize_both` with the same bits; fewer of others.
+    # There are 108 kinds of calls of `int8.quantize_both` with the same levels; fewer of others.
     options = {"emulate_precision_casts": True} if backend == "inductor" else None
     return compile_whole(call, 256, backend, options)
 

@@ -174,9 +174,9 @@ def quantizer_launches(monkeypatch, kind, dtype, is_stochastic):
     x = torch.empty(8192, 3072, dtype=dtype)
     if kind == "gradient":
         scales = {"column_scale": torch.empty(3072), "row_scale": torch.empty(8192)}
-        triton_quantize.quantize_gradient(x, 8, **scales, key=key, row_stream=1, column_stream=2, sums=True)
+        triton_quantize.quantize_gradient(x, 127.0, **scales, key=key, row_stream=1, column_stream=2, sums=True)
     else:
-        triton_quantize.quantize_operand(x, 8, granularity=kind, key=key, stream=1)
+        triton_quantize.quantize_operand(x, 127.0, granularity=kind, key=key, stream=1)
     return found
 
 
@@ -239,6 +239,6 @@ def test_new_keys_and_streams_do_not_compile_again(monkeypatch, tmp_path):
     group_kernel.device_caches.clear()
     for stream in (0, 1, 2, 16, 2**31 + 5, (3 << 32) + 16):
         x, key = torch.empty(8192, 768, dtype=torch.bfloat16), torch.tensor([stream, 7])
-        triton_quantize.quantize_operand(x, 8, granularity="row", key=key, stream=stream)
+        triton_quantize.quantize_operand(x, 127.0, granularity="row", key=key, stream=stream)
         compile_launch(launches[-1], 90)
     assert len(group_kernel.device_caches[90][0]) == 1
