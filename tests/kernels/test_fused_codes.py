@@ -10,7 +10,7 @@ from benchmarks import generated
 
 @pytest.mark.slow
 def test_every_tile_compiles_without_spills(monkeypatch, tmp_path):
-    """With divisions that are rounded to nearest, as codes are defined; one at least loads 16 bytes at a time."""
+    """With divisions that are rounded to nearest, as codes are defined; one tile at least loads 16 bytes at a time."""
     require_triton()
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
     (graph,) = generated.norm_to_codes("fused, as layers do", 8192, 2048)

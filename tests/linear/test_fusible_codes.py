@@ -81,3 +81,24 @@ def test_torch_that_divides_otherwise_keeps_the_operator(padded, monkeypatch):
     compiled = torch.compile(functools.partial(scaled_codes, plan=plan_with()), fullgraph=True, backend="eager")
     compiled(*inputs(torch.bfloat16))
     assert [name for name, *_ in padded] == ["quantize_operand"]
+
+
+def test_new_numbers_of_tokens_compile_nothing(padded):
+    """One graph where 16 divides them, and one with the operator where it does not."""
+    torch.compiler.reset()
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    function = functools.partial(scaled_codes, plan=plan_with())
+    compiled = torch.compile(function, fullgraph=True, dynamic=True, backend=backend)
+    for tokens in (48, 64, 49, 50, 96, 33):
+        x, s = torch.randn(tokens, FEATURES).bfloat16(), torch.randn(FEATURES).bfloat16()
+        padded.clear()
+        got = compiled(x, s)
+        assert len(padded) == (tokens % 16 > 0)
+        for mine, theirs in zip(got, function(x, s), strict=True):
+            assert torch.equal(mine, theirs)
+    assert len(graphs) == 2
