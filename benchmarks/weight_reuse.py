@@ -16,6 +16,7 @@ from ds_quant.cli.shared.tables import environment
 from ds_quant.comm.weight_fetch import PartitionedWeight
 from ds_quant.comm.weight_layout import Coding
 from ds_quant.kernels.int8 import ops
+from ds_quant.numerics.integer import symmetric_levels
 
 SHAPES = ((512, 512), (1536, 512), (4096, 1024))
 RANKS = (2, 8)
@@ -43,7 +44,7 @@ def _measure(shape: tuple[int, int], ranks: int) -> None:
     def quantizing(times: int) -> None:
         flat, _ = weights[0].decode(slots, parts[0], shared)
         for _ in range(times):
-            ops.quantize_rows(flat.view(shape), 8)
+            ops.quantize_rows(flat.view(shape), symmetric_levels(8))
 
     contenders = {
         "codes": lambda: weights[0].decode(slots, parts[0], shared, with_codes=True),

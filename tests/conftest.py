@@ -81,6 +81,25 @@ def root() -> Path:
     return ROOT
 
 
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory) -> Path:
+    """Forty documents in a .jsonl, to read only."""
+    from helpers.samples import write_corpus
+
+    return write_corpus(tmp_path_factory.mktemp("corpus") / "documents.jsonl")
+
+
+@pytest.fixture(scope="session")
+def token_shards(corpus, tmp_path_factory) -> Path:
+    """The same as `tokenize_corpus.py` leaves it, a fifth for validation; to read only."""
+    import tokenize_corpus
+
+    folder = tmp_path_factory.mktemp("tokens") / "tokens"
+    flags = ["--train_file", corpus, "--vocab_size", "320", "--validation_fraction", "0.2", "--output_dir", folder]
+    assert tokenize_corpus.main([str(word) for word in flags]) == 0
+    return folder
+
+
 @pytest.fixture(autouse=True)
 def _signals_as_before():
     """launchers/pretrain.py ignores signals at its end, and children of a process that does ignore them, too."""

@@ -22,8 +22,10 @@ from ds_quant.kernels import wire
 from ds_quant.kernels.choice import REFERENCE, VARIABLE
 from ds_quant.kernels.int8 import ops
 from ds_quant.kernels.wire import WireFormat
+from ds_quant.numerics.integer import symmetric_levels
 from ds_quant.numerics.random import derive_key, derive_words, fold_key, fold_words
 
+_LEVELS, _FULL = symmetric_levels(8), symmetric_levels(8, full_range=True)
 _SHAPES = ((2048, 3072), (1021, 768), (333, 1001))
 _SMALL_SHAPES = ((33, 40),)
 _FORMATS = (WireFormat(8, 256), WireFormat(4, 128), WireFormat(4, 128, "hadamard"), WireFormat(4, 16, format="nvfp4"))
@@ -81,11 +83,11 @@ def _quantizers(record: Record) -> None:
             column_scale, row_scale = (torch.rand(n, device=device) + 0.1 for n in reversed(shape))
             for rounding, (first, second) in {"nearest": (None, None), "stochastic": keys}.items():
                 calls: dict[str, Callable[[], Any]] = {
-                    "rows": partial(ops.quantize_rows, x, 8, None, first),
-                    "full rows": partial(ops.quantize_rows, x, 8, None, first, True),
-                    "columns": partial(ops.quantize_columns, x, 8, None, second),
-                    "both": partial(ops.quantize_both, x, 8, column_scale, row_scale, first, second),
-                    "tensor": partial(ops.quantize_tensor, x, 8, first),
+                    "rows": partial(ops.quantize_rows, x, _LEVELS, None, first),
+                    "full rows": partial(ops.quantize_rows, x, _FULL, None, first),
+                    "columns": partial(ops.quantize_columns, x, _LEVELS, None, second),
+                    "both": partial(ops.quantize_both, x, _LEVELS, column_scale, row_scale, first, second),
+                    "tensor": partial(ops.quantize_tensor, x, _LEVELS, first),
                     **_padded_calls(x, column_scale, row_scale, first),
                 }
                 for name, call in calls.items():
@@ -110,12 +112,12 @@ def _quantizers(record: Record) -> None:
 
 def _padded_calls(x: Tensor, column_scale: Tensor, row_scale: Tensor, key: Tensor | None) -> dict[str, Callable]:
     """What layers call on GPUs: codes in both ways, padded."""
-    gradient = (x, 8, column_scale, row_scale, key, 3, 2**33 + 1)
+    gradient = (x, _LEVELS, column_scale, row_scale, key, 3, 2**33 + 1)
     return {
-        "operand, rows": partial(ops.quantize_operand, x, 8, "row", column_scale, key, 2**33 + 1),
-        "operand, full rows": partial(ops.quantize_operand, x, 8, "row", None, key, 1, True),
-        "operand, columns": partial(ops.quantize_operand, x, 8, "column", row_scale, key, 1, False, "turned"),
-        "operand, tensor": partial(ops.quantize_operand, x, 8, "tensor", None, key, 1),
+        "operand, rows": partial(ops.quantize_operand, x, _LEVELS, "row", column_scale, key, 2**33 + 1),
+        "operand, full rows": partial(ops.quantize_operand, x, _FULL, "row", None, key, 1),
+        "operand, columns": partial(ops.quantize_operand, x, _LEVELS, "column", row_scale, key, 1, "turned"),
+        "operand, tensor": partial(ops.quantize_operand, x, _LEVELS, "tensor", None, key, 1),
         "gradient": partial(ops.quantize_gradient, *gradient, False),
         # The sums of the bias are added in another order, and compared in the layers.
         "gradient with sums": lambda: ops.quantize_gradient(*gradient, True)[:4],

@@ -56,11 +56,11 @@ def encode(flat: Tensor, run: Run, shared: Tensor | None, message: Tensor) -> No
     else:
         matrix = values.view(-1, run.width)
         quantize = ops.quantize_rows if run.kind == "rows" else ops.quantize_columns
-        codes, scale = quantize(matrix, run.bits)
+        codes, scale = quantize(matrix, symmetric_levels(run.bits))
         if flat.dtype == torch.float32:
             absmax = matrix.abs().amax(1 if run.kind == "rows" else 0)
         else:  # n scales differ from it by a rounding in fp32
-            absmax = (scale * symmetric_levels(run.bits, full_range=False)).to(flat.dtype)
+            absmax = (scale * symmetric_levels(run.bits)).to(flat.dtype)
         _view(message, run.absmax_at, run.num_channels, flat.dtype).copy_(absmax)
     codes = codes.view(-1)
     target = message[run.at : run.at + run.num_bytes]
@@ -120,7 +120,7 @@ def _values(codes: Tensor, absmax: Tensor, scale: Tensor) -> Tensor:
 
 def scale_of(absmax: Tensor, bits: int) -> Tensor:
     """fp32, of channels with this absmax: the layers' own."""
-    return symmetric_scale(absmax, symmetric_levels(bits, full_range=False))
+    return symmetric_scale(absmax, symmetric_levels(bits))
 
 
 def _shared(run: Run, shared: Tensor | None) -> Tensor:

@@ -13,16 +13,18 @@ from ds_quant.linear import outlier_channels
 from ds_quant.linear.modules import QuantizedModule
 from ds_quant.linear.recipe import Quantizer
 from ds_quant.linear.token_means import split
-from ds_quant.numerics.integer import Quantized, dequantize, integer_values, symmetric_levels
-from ds_quant.numerics.minifloat import MINIFLOATS
+from ds_quant.numerics.format import Integers
+from ds_quant.numerics.integer import Quantized, dequantize, integer_values
+from ds_quant.numerics.minifloat import Minifloat
 from ds_quant.numerics.rotation import rotate_rows
 
 _SUMS = ("error", "square", "zeroed", "nonzero", "ends", "numel")
 _OPERANDS = ("weight", "activation")
 
 
-def error_sums(x: Tensor, q: Quantized, bits: int, *, full_range: bool = False) -> tuple[Tensor, Tensor]:
-    """What quantizing `x` to `q` costs, as figures that add up over tensors: fp64 of shape (6,), and a maximum (1,).
+def error_sums(x: Tensor, q: Quantized, elements: Integers | Minifloat) -> tuple[Tensor, Tensor]:
+    """What quantizing `x` to `q`, codes of these elements, costs, as figures that add up over tensors: fp64 of shape
+    (6,), and a maximum (1,).
 
     sum (x - xq)^2, sum x^2, elements that became 0, elements that were not 0, elements at the ends of the code range,
     elements; max |x - xq|.
@@ -30,12 +32,11 @@ def error_sums(x: Tensor, q: Quantized, bits: int, *, full_range: bool = False) 
     values = x.detach().float()
     kept = dequantize(q)
     error = (values - kept).double()
-    if q.elements != "integer":
-        at_ends = integer_values(q).abs() >= MINIFLOATS[q.elements].largest
+    if isinstance(elements, Minifloat):
+        at_ends = integer_values(q).abs() >= elements.largest
     else:
-        levels = symmetric_levels(bits, full_range=full_range)
-        ends = (math.floor(-levels), math.floor(levels)) if q.zero_point is None else (0, (1 << bits) - 1)
-        at_ends = (q.codes <= ends[0]) | (q.codes >= ends[1])
+        lowest, highest = elements.code_range
+        at_ends = (q.codes <= lowest) | (q.codes >= highest)
     present = values != 0
     sums = torch.stack(
         [
@@ -118,7 +119,7 @@ class QuantizationErrorRecorder(Recorder):
             outliers = values.index_select(1, channels), outlier_channels.in_8_bits(quantizer)
             parts = [(values.index_fill(1, channels, 0), quantizer), outliers]
         for part, how in parts:
-            sums, maximum = error_sums(part, how(part, None, 0), how.bits, full_range=how.full_range)
+            sums, maximum = error_sums(part, how(part, None, 0), how.format.elements)
             self._sums[key] += sums
             self._maxima[key].copy_(torch.maximum(self._maxima[key], maximum))
 

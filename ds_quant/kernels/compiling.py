@@ -58,15 +58,20 @@ def compiled_with(function: Callable[..., Any], value: Any, backend: str | Calla
     def call(matrix: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         return function(matrix, constant(), *args, **kwargs)
 
-    # There are 108 kinds of calls of `int8.quantize_both` with the same bits; fewer of others.
+    # There are 108 kinds of calls of `int8.quantize_both` with the same levels; fewer of others.
     options = {"emulate_precision_casts": True} if backend == "inductor" else None
     return compile_whole(call, 256, backend, options)
 
 
-def _rounded_divisions() -> dict[str, bool]:
-    """What `numerics.integer.divide` needs where Inductor writes addcdiv as an ordinary division: torch before 2.13."""
+def divides_exactly() -> bool:
+    """Whether Inductor rounds the divisions of `numerics.integer.divide` to nearest without being told to.
+
+    Torch before 2.13 writes addcdiv as an ordinary division.
+    """
     from torch._inductor.lowering import lowerings
 
-    if torch.ops.aten.addcdiv.default in lowerings:
-        return {}
-    return {"eager_numerics.division_rounding": True}
+    return torch.ops.aten.addcdiv.default in lowerings
+
+
+def _rounded_divisions() -> dict[str, bool]:
+    return {} if divides_exactly() else {"eager_numerics.division_rounding": True}

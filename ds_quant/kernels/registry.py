@@ -5,7 +5,7 @@ beside it stand its definition (`reference`) and, where torch.compile keeps it w
 backend's implementations stand in `<family>/<backend>.py`, which is imported when a device first asks for one:
 
     @ops.quantize_rows.by("cpu")
-    def quantize_rows(x, bits, *, column_scale=None, key=None, full_range=False): ...
+    def quantize_rows(x, levels, *, column_scale=None, key=None): ...
 
 It takes the operation's arguments by their names, and they have been checked. That file is all that a backend needs to
 take over an operation; those that it leaves out stay with the next backend, and in the end with the reference.

@@ -29,7 +29,7 @@ from ds_quant.base.number_formats import MS_EDEN
 from ds_quant.config import LinearConfig
 from ds_quant.config.operands import OperandConfig
 from ds_quant.numerics.format import Format, Group, Integers, named_format, quantize_to
-from ds_quant.numerics.integer import Quantized
+from ds_quant.numerics.integer import Quantized, symmetric_levels
 from ds_quant.numerics.minifloat import Minifloat
 from ds_quant.numerics.random import derive_key
 
@@ -68,6 +68,11 @@ class Quantizer(NamedTuple):
     trust_distance: float = 0.0
     """Of W, and so is the next: what its gradient loses and gains, see `weight_gradients`."""
     dampening: float = 0.0
+
+    @property
+    def levels(self) -> float:
+        """`symmetric_levels`, which the int8 kernels take."""
+        return symmetric_levels(self.bits, full_range=self.full_range)
 
     @property
     def format(self) -> Format[Integers | Minifloat]:

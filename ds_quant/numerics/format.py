@@ -30,6 +30,7 @@ from ds_quant.numerics.four_six import four_six_parts
 from ds_quant.numerics.integer import (
     Quantized,
     check_arguments,
+    code_range,
     dequantize,
     expand_groups,
     in_steps,
@@ -51,6 +52,16 @@ class Integers(NamedTuple):
     symmetric: bool = True
     full_range: bool = False
     """All 2^bits codes of a symmetric range."""
+
+    @property
+    def levels(self) -> float:
+        """`symmetric_levels`, of symmetric ones."""
+        return symmetric_levels(self.bits, full_range=self.full_range)
+
+    @property
+    def code_range(self) -> tuple[int, int]:
+        """The lowest and the highest code."""
+        return code_range(self.levels) if self.symmetric else (0, (1 << self.bits) - 1)
 
 
 class Group(NamedTuple):
@@ -135,9 +146,7 @@ def codes_by(x: Tensor, scale: Tensor, fmt: Format[Integers | Minifloat], key: T
     x = x.float()
     steps = in_steps(x, expand_groups(scale, x, group.granularity, group.block_size))
     if isinstance(elements, Integers):
-        levels = symmetric_levels(elements.bits, full_range=False)
-        rounding = "nearest" if key is None else "stochastic"
-        return round_steps(steps, rounding, key).clamp(-levels, levels).to(torch.int8)
+        return round_steps(steps, key).clamp(*elements.code_range).to(torch.int8)
     return encode(steps, elements, None if key is None else uniform(key, steps.shape, steps.device))
 
 
@@ -184,7 +193,7 @@ def fake_quantize_to(
 def largest_value(elements: Integers | Minifloat) -> float:
     """In units of the scale."""
     if isinstance(elements, Integers):
-        return float(symmetric_levels(elements.bits, full_range=False))
+        return float(elements.levels)
     return elements.largest
 
 

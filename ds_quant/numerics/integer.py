@@ -106,27 +106,43 @@ def quantize(
             "quantize(full_range): got True; allowed: with symmetric codes, as asymmetric ones use all levels anyway; "
             "leave it out"
         )
-    x = x.detach().float()
     if symmetric:
         levels = symmetric_levels(bits, full_range=full_range)
-        scale = symmetric_scale(reduce_groups(x.abs(), torch.amax, granularity, block_size), levels)
-        steps = round_steps(in_steps(x, expand_groups(scale, x, granularity, block_size)), rounding, key)
-        codes = steps.clamp(math.floor(-levels), math.floor(levels)).to(torch.int8)
-        return Quantized(codes, scale, None, granularity, block_size)
+        return quantize_symmetric(x, levels, granularity=granularity, block_size=block_size, key=key)
+    x = x.detach().float()
     levels = (1 << bits) - 1
     low = reduce_groups(x, torch.amin, granularity, block_size)
     high = reduce_groups(x, torch.amax, granularity, block_size)
     scale = _asymmetric_scale(low, high, levels)
     # Subtracted from zero rather than negated: no -0.0.
     zero_point = 0.0 - torch.round(in_steps(low, scale))
-    steps = round_steps(in_steps(x, expand_groups(scale, x, granularity, block_size)), rounding, key)
+    steps = round_steps(in_steps(x, expand_groups(scale, x, granularity, block_size)), key)
     codes = (steps + expand_groups(zero_point, x, granularity, block_size)).clamp(0, levels)
     return Quantized(codes.to(torch.uint8), scale, zero_point, granularity, block_size)
 
 
-def symmetric_levels(bits: int, *, full_range: bool) -> float:
-    """The scales that the largest magnitude of a group takes: codes lie from floor(-levels) to floor(levels)."""
+def quantize_symmetric(
+    x: Tensor, levels: float, *, granularity: str = "tensor", block_size: int = 128, key: Tensor | None = None
+) -> Quantized:
+    """The symmetric case of `quantize`, by its `symmetric_levels`; what is passed is not checked."""
+    x = x.detach().float()
+    scale = symmetric_scale(reduce_groups(x.abs(), torch.amax, granularity, block_size), levels)
+    steps = round_steps(in_steps(x, expand_groups(scale, x, granularity, block_size)), key)
+    lowest, highest = code_range(levels)
+    return Quantized(steps.clamp(lowest, highest).to(torch.int8), scale, None, granularity, block_size)
+
+
+def symmetric_levels(bits: int, *, full_range: bool = False) -> float:
+    """n of the module docstring, the scales that the largest magnitude of a group takes: 127 or 127.5 at 8 bits.
+
+    No two grids have the same one, so that the kernels take it in place of bits and range.
+    """
     return ((1 << bits) - 1) / 2 if full_range else (1 << (bits - 1)) - 1
+
+
+def code_range(levels: float) -> tuple[int, int]:
+    """The lowest and the highest code of symmetric levels."""
+    return math.floor(-levels), math.floor(levels)
 
 
 def symmetric_codes(x: Tensor, scale: Tensor, bits: int) -> Tensor:
@@ -134,7 +150,7 @@ def symmetric_codes(x: Tensor, scale: Tensor, bits: int) -> Tensor:
 
     For a part of a group, whose scale is that of the whole group.
     """
-    levels = symmetric_levels(bits, full_range=False)
+    levels = symmetric_levels(bits)
     return torch.round(in_steps(x.detach().float(), scale)).clamp(-levels, levels).to(torch.int8)
 
 
@@ -230,7 +246,8 @@ def in_steps(x: Tensor, scale: Tensor) -> Tensor:
     return torch.where(scale > 0, divide(x, scale), 0.0)
 
 
-def round_steps(steps: Tensor, rounding: str, key: Tensor | None) -> Tensor:
+def round_steps(steps: Tensor, key: Tensor | None) -> Tensor:
+    """To nearest without a key."""
     if key is None:
         return torch.round(steps)
     floor = torch.floor(steps)

@@ -1,6 +1,6 @@
 """Operands and results of int8 matrix products: the definition that the fused kernels repeat bit for bit.
 
-As `numerics.integer` does it (symmetric, n = 2^(bits-1) - 1, or with `full_range` (2^bits - 1) / 2), in fp32:
+As `numerics.integer` does it (symmetric, n = `symmetric_levels` of bits and range), in fp32:
 
     quantize_rows      y[m, k] = x[m, k] * column_scale[k]    scale[m] = max_k |y[m, k]| / n    codes = round(y / scale)
     quantize_columns   y[m, n] = x[m, n] * row_scale[m]       scale[n] = max_m |y[m, n]| / n    codes = round(y / scale)
@@ -30,7 +30,7 @@ codes of an operand [M, K] are made *padded*, in the ways that its products need
 import torch
 from torch import Tensor
 
-from ds_quant.numerics.integer import Quantized, quantize
+from ds_quant.numerics.integer import Quantized, quantize_symmetric
 from ds_quant.numerics.integer import dequantize as dequantize_any
 from ds_quant.numerics.random import derive_key
 
@@ -40,22 +40,22 @@ WAYS = ("codes", "turned", "both")
 
 
 def quantize_rows(
-    x: Tensor, bits: int, *, column_scale: Tensor | None = None, key: Tensor | None = None, full_range: bool = False
+    x: Tensor, levels: float, *, column_scale: Tensor | None = None, key: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Codes int8 [M, K] and scale fp32 [M] of x [M, K], fp32, bf16 or fp16."""
-    return _quantize(x, bits, "row", column_scale, key, full_range)
+    return _quantize(x, levels, "row", column_scale, key)
 
 
 def quantize_columns(
-    x: Tensor, bits: int, *, row_scale: Tensor | None = None, key: Tensor | None = None
+    x: Tensor, levels: float, *, row_scale: Tensor | None = None, key: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Codes int8 [M, N] and scale fp32 [N] of x [M, N], fp32, bf16 or fp16."""
-    return _quantize(x, bits, "column", None if row_scale is None else row_scale.reshape(-1, 1), key)
+    return _quantize(x, levels, "column", None if row_scale is None else row_scale.reshape(-1, 1), key)
 
 
 def quantize_both(
     g: Tensor,
-    bits: int,
+    levels: float,
     *,
     column_scale: Tensor | None = None,
     row_scale: Tensor | None = None,
@@ -63,26 +63,23 @@ def quantize_both(
     column_key: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`quantize_rows` with `row_key`, then `quantize_columns` with `column_key`, of one gradient [M, N]."""
-    rows = quantize_rows(g, bits, column_scale=column_scale, key=row_key)
-    return *rows, *quantize_columns(g, bits, row_scale=row_scale, key=column_key)
+    rows = quantize_rows(g, levels, column_scale=column_scale, key=row_key)
+    return *rows, *quantize_columns(g, levels, row_scale=row_scale, key=column_key)
 
 
-def quantize_tensor(
-    x: Tensor, bits: int, *, key: Tensor | None = None, full_range: bool = False
-) -> tuple[Tensor, Tensor]:
+def quantize_tensor(x: Tensor, levels: float, *, key: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Codes int8 [M, K] and scale fp32 [1] of x [M, K], fp32, bf16 or fp16."""
-    return _quantize(x, bits, "tensor", None, key, full_range)
+    return _quantize(x, levels, "tensor", None, key)
 
 
 def quantize_operand(
     x: Tensor,
-    bits: int,
+    levels: float,
     *,
     granularity: str,
     factor: Tensor | None = None,
     key: Tensor | None = None,
     stream: int = 0,
-    full_range: bool = False,
     ways: str = "both",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Padded codes, turned codes and scale of x [M, K] by "row", "column" or "tensor"; [0] for a way not asked for.
@@ -92,7 +89,7 @@ def quantize_operand(
     if granularity == "column" and factor is not None:
         factor = factor.reshape(-1, 1)
     subkey = None if key is None else derive_key(key, stream)
-    codes, scale = _quantize(x, bits, granularity, factor, subkey, full_range)
+    codes, scale = _quantize(x, levels, granularity, factor, subkey)
     none = codes.new_empty(0)
     return (
         none if ways == "turned" else padded(codes),
@@ -103,7 +100,7 @@ def quantize_operand(
 
 def quantize_gradient(
     g: Tensor,
-    bits: int,
+    levels: float,
     *,
     column_scale: Tensor | None = None,
     row_scale: Tensor | None = None,
@@ -118,10 +115,10 @@ def quantize_gradient(
     own, in fp32.
     """
     codes, _, scale = quantize_operand(
-        g, bits, granularity="row", factor=column_scale, key=key, stream=row_stream, ways="codes"
+        g, levels, granularity="row", factor=column_scale, key=key, stream=row_stream, ways="codes"
     )
     _, turned, more = quantize_operand(
-        g, bits, granularity="column", factor=row_scale, key=key, stream=column_stream, ways="turned"
+        g, levels, granularity="column", factor=row_scale, key=key, stream=column_stream, ways="turned"
     )
     return codes, scale, turned, more, g.detach().sum(0) if sums else g.new_empty(0)
 
@@ -188,11 +185,10 @@ def epilogue(
 
 
 def _quantize(
-    x: Tensor, bits: int, granularity: str, factor: Tensor | None, key: Tensor | None, full_range: bool = False
+    x: Tensor, levels: float, granularity: str, factor: Tensor | None, key: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     y = x.detach().float()
     if factor is not None:
         y = y * factor.detach()
-    rounding = "nearest" if key is None else "stochastic"
-    q = quantize(y, bits, granularity=granularity, rounding=rounding, key=key, full_range=full_range)
+    q = quantize_symmetric(y, levels, granularity=granularity, key=key)
     return q.codes.contiguous(), q.scale.reshape(-1)

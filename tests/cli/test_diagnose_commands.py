@@ -12,7 +12,6 @@ import pytest
 import torch
 from conftest import ROOT
 from helpers.launching import run_ranks
-from helpers.samples import write_corpus
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -43,11 +42,6 @@ def train(place: Path, corpus: Path) -> Path:
     arguments = [part for name, value in flags.items() for part in (f"--{name}", value)]
     run_ranks(SCRIPT, "--deepspeed", place.with_suffix(".json"), *arguments, timeout=200)
     return place
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_corpus(tmp_path_factory.mktemp("corpus") / "documents.jsonl")
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,6 @@ import pytest
 import torch
 from corpora import packing
 from evaluate_files import CONTEXT, W8A8, refused, section, write_json, write_model
-from helpers.launching import launch
 from helpers.samples import write_corpus
 from hypothesis import given
 from hypothesis import strategies as st
@@ -222,11 +221,12 @@ def test_checkpoints_of_a_run_are_configs_of_their_own(files, evaluated, tmp_pat
     ]
 
 
-def test_the_command_writes_both_tables(files, tmp_path):
+def test_both_tables_are_written(files, tmp_path, capsys):
     outputs = [tmp_path / "r.json", tmp_path / "r.md"]
-    command = [sys.executable, "launchers/evaluate.py", files / "w8a8-s1" / "model", files / "w8a8-s2"]
+    command = [files / "w8a8-s1" / "model", files / "w8a8-s2"]
     command += ["--text_file", files / "corpus.jsonl", "--max_windows", 4, "--output", *outputs]
-    _, said = launch(command, timeout=120)
+    assert evaluate.main([str(word) for word in command]) == 0
+    said = capsys.readouterr().out
     found = json.loads(outputs[0].read_text())
     page = outputs[1].read_text()
     assert [row["name"] for row in found["rows"]] == ["w8a8-s1", "w8a8-s2"]

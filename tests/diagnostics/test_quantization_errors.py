@@ -12,10 +12,11 @@ from ds_quant.base.errors import ConfigError
 from ds_quant.diagnostics.hooks import attach
 from ds_quant.diagnostics.quantization_error import QuantizationErrorRecorder, error_figures, error_sums
 from ds_quant.numerics import fake_quantize, quantize
+from ds_quant.numerics.format import Integers
 
 
 def figures(x, bits, **how):
-    return error_figures(*error_sums(x, quantize(x, bits, **how), bits))
+    return error_figures(*error_sums(x, quantize(x, bits, **how), Integers(bits, **how)))
 
 
 def test_a_hand_computed_error():

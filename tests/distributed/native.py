@@ -2,12 +2,13 @@
 
     deepspeed native.py OUTPUT CONFIG STAGE:DTYPE ...
 
-DTYPE is fp32, bf16, autocast (fp32 parameters, bf16 products) or offload (fp32, moments on the CPU). For each: train
-STEPS steps of two micro batches, save, train on; then load what was saved into a fresh engine and train those last
-steps again.
+The model has LAYERS of the environment, or 2. DTYPE is fp32, bf16, autocast (fp32 parameters, bf16 products) or offload
+(fp32, moments on the CPU). For each: train STEPS steps of two micro batches, save, train on; then load what was saved
+into a fresh engine and train those last steps again.
 """
 
 import gc
+import os
 import sys
 import tempfile
 
@@ -44,7 +45,7 @@ def build(path, stage, dtype, world_size):
     if dtype == "offload":
         config["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
     torch.manual_seed(0)
-    model = LlamaForCausalLM(tiny_llama_config())
+    model = LlamaForCausalLM(tiny_llama_config(num_hidden_layers=int(os.environ.get("LAYERS", 2))))
     if stage == 3:
         # Partition a model whose weights are those of the other stages, in the dtype that DeepSpeed then keeps.
         model = model.bfloat16() if dtype == "bf16" else model

@@ -1,10 +1,9 @@
 """Quantized collectives and DDP on 1 to 8 real ranks over gloo, and on one rank of a thousand."""
 
 import json
-import sys
 
 import pytest
-from helpers.launching import PROGRAMS, launch, run_ranks
+from helpers.launching import PROGRAMS, run_ranks
 
 pytestmark = pytest.mark.distributed
 
@@ -37,7 +36,7 @@ def test_collectives(tmp_path, ranks, least):
 def test_collectives_of_a_thousand_ranks(tmp_path, rank):
     """Partitioning, padding, messages and their bytes; the other ranks are torch's fake process group."""
     output = tmp_path / "report"
-    launch([sys.executable, PROGRAMS / "collectives.py", output, rank], timeout=TIMEOUT)
+    run_ranks(PROGRAMS / "collectives.py", output, rank, ranks=0, timeout=TIMEOUT)
     check([json.loads(output.with_name(f"report.{rank}").read_text())], 50)
 
 

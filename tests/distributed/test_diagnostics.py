@@ -3,13 +3,11 @@ the ranks' figures are joined, a resumed run writes the looks of an undisturbed 
 
 import csv
 import json
-import sys
 
 import pytest
 from common import LENGTH
-from conftest import ROOT, free_port
 from diagnosed import ACCUMULATION, EVERY, ROWS, SAVED_AT, STEPS
-from helpers.launching import PROGRAMS, launch, run_ranks
+from helpers.launching import PROGRAMS, run_ranks
 
 from ds_quant.diagnostics import folder
 
@@ -147,10 +145,8 @@ def test_a_failure_on_one_rank_costs_that_kind_and_nothing_else(run):
 
 def test_a_section_of_diagnostics_alone_looks_and_reports_when_the_program_ends(tmp_path):
     """Nothing is called at the end of a native loop."""
-    environment = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-    environment |= {"MASTER_PORT": str(free_port()), "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, PROGRAMS / "report_at_exit.py", tmp_path / "looks"]
-    _, output = launch(command, timeout=120, env=environment, cwd=tmp_path)
+    program = PROGRAMS / "report_at_exit.py"
+    _, output = run_ranks(program, tmp_path / "looks", ranks=1, timeout=120, cwd=tmp_path)
     names = sorted(path.name for path in (tmp_path / "looks").iterdir())
     assert names == ["report.html", "scalars.csv", "step-00000002.json", "step-00000004.json"]
     assert (tmp_path / "looks" / "report.html").read_text().count("<img ") == 3

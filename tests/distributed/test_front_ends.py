@@ -51,7 +51,7 @@ def reference_losses(section, num_steps):
 def native(tmp_path_factory):
     output = tmp_path_factory.mktemp("native") / "report.json"
     cases = [f"{stage}:{dtype}" for stage, dtype in NATIVE]
-    launch(deepspeed(PROGRAMS / "native.py", output, CONFIG, *cases), timeout=TIMEOUT)
+    run_ranks(PROGRAMS / "native.py", output, CONFIG, *cases, timeout=TIMEOUT)
     return json.loads(output.read_text())
 
 
@@ -126,10 +126,10 @@ LINEARS = {
 SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("formats", "fp8")]
 
 
-def first_loss(section):
+def first_loss(section, layers):
     """Of the first micro step, by a model that no engine drives; the ranks' inputs are quantized each by itself."""
     torch.manual_seed(0)
-    model = LlamaForCausalLM(tiny_llama_config()).eval()
+    model = LlamaForCausalLM(tiny_llama_config(num_hidden_layers=layers)).eval()
     if section:
         ds_quant.convert(model, section)
     data = batch(0, ROWS * 2)
@@ -140,17 +140,18 @@ def first_loss(section):
 @pytest.mark.parametrize("name", ["repairs of 4 bits", "outliers, trust and dampening", "int8, then none", *SLOW])
 def test_formats_at_every_stage(tmp_path, name):
     """The stages agree as they do for integers, and a resumed run is the one that went on."""
-    linear = LINEARS[name]
+    linear, layers = LINEARS[name], 1 if name in ("repairs of 4 bits", "formats") else 2  # they take the longest
     settings = json.loads(CONFIG.read_text())
     settings["ds_quant"]["linear"] = linear
     (tmp_path / "config.json").write_text(json.dumps(settings))
     output = tmp_path / "report.json"
     cases = [f"{stage}:fp32" for stage in STAGES]
-    run_ranks(PROGRAMS / "native.py", output, tmp_path / "config.json", *cases, timeout=TIMEOUT)
+    environment = {"LAYERS": str(layers)}
+    run_ranks(PROGRAMS / "native.py", output, tmp_path / "config.json", *cases, timeout=TIMEOUT, env=environment)
     report = json.loads(output.read_text())
-    want, plain = first_loss(linear), first_loss(None)
+    want, plain = first_loss(linear, layers), first_loss(None, layers)
     for got in report.values():
-        assert len(got["converted"]) == NUM_LINEARS
+        assert len(got["converted"]) == NUM_LINEARS // 2 * layers
         assert got["resumed"] == got["undisturbed"]
         assert got["losses"] == pytest.approx(report["0:fp32"]["losses"], abs=1e-5)
         assert got["undisturbed"] == pytest.approx(report["0:fp32"]["undisturbed"], abs=1e-4)
@@ -240,8 +241,8 @@ def test_a_refused_config_ends_all_ranks(tmp_path):
     config["ds_quant"]["linear"]["weight"]["bits"] = 9
     path = tmp_path / "broken.json"
     path.write_text(json.dumps(config))
-    command = deepspeed(PROGRAMS / "native.py", tmp_path / "report.json", path, "1:fp32")
-    status, printed = launch(command, timeout=120, check=False)
+    program, output = PROGRAMS / "native.py", tmp_path / "report.json"
+    status, printed = run_ranks(program, output, path, "1:fp32", timeout=120, check=False)
     assert status != 0
     assert "ds_quant.linear.weight.bits: got 9; allowed: " in printed
     assert not (tmp_path / "report.json").exists()

@@ -2,11 +2,11 @@
 
 import json
 import math
-import sys
 
 import pytest
 import torch
-from helpers.launching import PROGRAMS, launch, run_ranks
+from deepspeed.checkpoint import ds_to_universal
+from helpers.launching import PROGRAMS, run_ranks
 from moment_clients import schedule
 from moment_jobs import ACCUMULATION, HIDDEN, LR, TRAINED, VOCABULARY, WIDTH, plain_step, tiny
 from moment_moves import SCALED, SWITCHED, TAG, UNIVERSAL
@@ -48,9 +48,9 @@ def resumed(folder, saved):
 @pytest.fixture(scope="module")
 def universal(folder, saved):
     """The checkpoint that the command converts, beside those that the program has converted."""
-    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
     source = folder / "2 fp32"
-    launch([*command, "--input_folder", source / TAG, "--output_folder", source / "universal"], timeout=60)
+    folders = ["--input_folder", source / TAG, "--output_folder", source / "universal"]
+    run_ranks(ds_to_universal.__file__, "--inject_missing_state", *folders, ranks=0, timeout=60)
 
 
 @pytest.fixture(scope="module")

@@ -1,10 +1,7 @@
 """How a script under `python -m ds_quant` ends: without losing a rank on the last step to the interpreter's own end."""
 
-import sys
-
 import pytest
-from conftest import free_port
-from helpers.launching import launch
+from helpers.launching import UNDER_DS_QUANT, run_ranks
 
 pytestmark = pytest.mark.distributed
 
@@ -42,8 +39,7 @@ def run(tmp_path):
     def run(text):
         script = tmp_path / "script.py"
         script.write_text(START + text)
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", 2, "--master_port", free_port()]
-        return launch([*torchrun, "-m", "ds_quant", script], timeout=120, check=False)
+        return run_ranks(UNDER_DS_QUANT, script, timeout=120, check=False)
 
     return run
 
@@ -62,5 +58,4 @@ def test_what_a_script_leaves_for_the_end_still_meets_the_other_ranks(run):
 def test_a_rank_that_fails_does_not_wait_for_the_others(run):
     """The others stay in a collective that it began, too."""
     ended, output = run("dist.barrier(async_op=True) if dist.get_rank() else None\nsys.exit(dist.get_rank() * 3)")
-    assert ended == 1, output
-    assert "exitcode  : 3" in output, output
+    assert ended == 3, output

@@ -1,11 +1,10 @@
 """The file that `ds_quant_report --for` writes for each way in trains unedited, by a process that nothing launched."""
 
 import json
-import sys
 
 import pytest
 from conftest import ROOT
-from helpers.launching import PROGRAMS, launch
+from helpers.launching import PROGRAMS, UNDER_DS_QUANT, run_ranks
 
 from ds_quant.cli.report import main
 from ds_quant.config.batch_sizes import BATCH_SIZES
@@ -21,7 +20,7 @@ def test_each_way_in_runs_its_file_unedited(tmp_path):
         values = ["--set", "bf16=false"] if way == "native" else []  # the others ask the script
         assert main([recipe, "--for", way, "--output", str(tmp_path / f"{way}.json"), *values]) == 0
     output = tmp_path / "report.json"
-    launch([sys.executable, "-m", "ds_quant", PROGRAMS / "ways_in.py", output, tmp_path], timeout=240)
+    run_ranks(UNDER_DS_QUANT, PROGRAMS / "ways_in.py", output, tmp_path, ranks=0, timeout=240)
     for way, got in json.loads(output.read_text()).items():
         assert got == {"linears": 7, "optimizer": "QuantAdamW", "steps": 2, "world_size": 1}, way
 

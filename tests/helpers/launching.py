@@ -1,6 +1,7 @@
 """Starts programs the way users do, with a time-out that leaves nothing running."""
 
 import atexit
+import contextlib
 import functools
 import json
 import os
@@ -8,11 +9,14 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 from conftest import ROOT, free_port
 
 PROGRAMS = ROOT / "tests" / "distributed"
+UNDER_DS_QUANT = ROOT / "ds_quant" / "__main__.py"
+"""What `python -m ds_quant` runs, as a program of `run_ranks`."""
 WITHOUT_COMPILER = {"TORCHDYNAMO_DISABLE": "1"}
 """For processes that compile nothing. DeepSpeed imports torch's compiler else, which is a fifth of a rank's start."""
 
@@ -48,31 +52,89 @@ def run_ranks(program, *arguments, ranks=2, timeout, env=None, cwd=ROOT, check=T
     For programs that test what ranks do. `launch` starts them as users do, and is for what launchers do. With 0 ranks
     it is one process that no launcher has started.
     """
-    port, server = free_port(), _rank_server()
     with tempfile.NamedTemporaryFile(prefix="ranks", suffix=".log") as log:
-        job = {
-            "program": str(program),
-            "arguments": [str(argument) for argument in arguments],
-            "ranks": ranks,
-            "port": port,
-            "env": _environment(env),
-            "cwd": str(cwd),
-            "log": log.name,
-            "timeout": timeout,
-        }
-        server.stdin.write(json.dumps(job) + "\n")
-        server.stdin.flush()
-        answer = server.stdout.readline()
+        job = _job(program, arguments, ranks=ranks, timeout=timeout, env=env, cwd=cwd, log=log.name)
+        status = _ask(job)
         output = Path(log.name).read_text(errors="replace")
-    _remove_shared_memory([port])
-    if not answer:
-        _rank_server.cache_clear()
-        raise AssertionError(f"the process that forks ranks died of {job}:\n{output}")
-    status = json.loads(answer)
+    _remove_shared_memory([job["port"]])
     assert status != "timeout", f"{program} {arguments} did not end within {timeout} s:\n{output}"
     if check:
         assert status == 0, f"{program} {arguments} ended with {status}:\n{output}"
     return status, output
+
+
+class Ranks:
+    """Ranks that are forked as `run_ranks` does, and run while the test goes on: a context that kills what is left."""
+
+    def __init__(self, folder, program, *arguments, ranks, timeout, grace=60, env=None, cwd=ROOT):
+        """folder: an empty one, for what is printed and how they end. grace: seconds that the others have to end in
+        where one rank has failed."""
+        self._folder, self._log = folder, folder / "log"
+        job = _job(program, arguments, ranks=ranks, timeout=timeout, env=env, cwd=cwd, log=str(self._log))
+        self._port = job["port"]
+        _ask({**job, "grace": grace, "folder": str(folder)})
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        if self.poll() is None:
+            for rank in range(len(self._pids())):
+                with contextlib.suppress(ProcessLookupError):
+                    self.send_signal(signal.SIGKILL, rank)
+            self.wait(60)
+        _remove_shared_memory([self._port])
+
+    def _pids(self):
+        return json.loads(self._wait_for(self._folder / "ranks", 60))
+
+    def _wait_for(self, path, timeout):
+        end = time.monotonic() + timeout
+        while not path.exists():
+            assert time.monotonic() < end, f"no {path.name} within {timeout} s:\n{self.printed()}"
+            time.sleep(0.02)
+        return path.read_text()
+
+    def send_signal(self, number, rank=0):
+        os.kill(self._pids()[rank], number)
+
+    def poll(self):
+        """The exit status as `run_ranks` has it, None while there is none."""
+        path = self._folder / "status"
+        return json.loads(path.read_text()) if path.exists() else None
+
+    def wait(self, timeout):
+        """The exit status."""
+        return json.loads(self._wait_for(self._folder / "status", timeout))
+
+    def printed(self):
+        return self._log.read_text(errors="replace") if self._log.exists() else ""
+
+
+def _job(program, arguments, *, ranks, timeout, env, cwd, log):
+    return {
+        "program": str(program),
+        "arguments": [str(argument) for argument in arguments],
+        "ranks": ranks,
+        "port": free_port(),
+        "env": _environment(env),
+        "cwd": str(cwd),
+        "log": log,
+        "timeout": timeout,
+        "grace": 5,
+    }
+
+
+def _ask(job):
+    """The answer of the process that forks ranks."""
+    server = _rank_server()
+    server.stdin.write(json.dumps(job) + "\n")
+    server.stdin.flush()
+    answer = server.stdout.readline()
+    if not answer:
+        _rank_server.cache_clear()
+        raise AssertionError(f"the process that forks ranks died of {job}:\n{Path(job['log']).read_text()}")
+    return json.loads(answer)
 
 
 @functools.cache

@@ -4,7 +4,9 @@ A rank that is started by a launcher spends some ten seconds of a slow processor
 again. Here they are done once. A forked rank has the state of a process that has imported modules and called nothing;
 it runs the program as ``__main__`` and ends as any interpreter does. What launchers do is tested with launchers.
 
-Jobs come as JSON, a line each; the answer is a line with the exit status, or "timeout".
+Jobs come as JSON, a line each; the answer is a line with the exit status, or "timeout". One with a `folder` is answered
+with the number of a process that stays with its ranks while other jobs come; it writes `ranks`, the numbers of their
+processes, and at the end `status` into that folder.
 """
 
 import contextlib
@@ -19,7 +21,6 @@ import time
 from pathlib import Path
 
 PAUSE_SECONDS = 0.02
-GRACE_SECONDS = 5.0
 
 
 def import_everything():
@@ -64,8 +65,11 @@ def become_rank(job, rank):
     sys.path[:1] = [path for path in wanted if path]
 
 
-def wait_for(pids, timeout):
-    """The exit status of the first rank that fails, else 0; the others are ended with it."""
+def wait_for(pids, timeout, grace, is_left):
+    """The exit status of the first rank that fails, else 0; the others are ended with it.
+
+    grace: seconds that they have until they are killed. is_left: whether nobody waits for the answer any more.
+    """
     left, status, end = set(pids), 0, time.monotonic() + timeout
     while left:
         for pid in list(left):
@@ -75,10 +79,9 @@ def wait_for(pids, timeout):
                 code = os.waitstatus_to_exitcode(code)
                 if code and not status:
                     status = code
-                    end = min(end, time.monotonic() + GRACE_SECONDS)
+                    end = min(end, time.monotonic() + grace)
                     stop(left, signal.SIGTERM)
-        client_is_gone = select.select([sys.stdin], [], [], PAUSE_SECONDS)[0]
-        if left and (client_is_gone or time.monotonic() > end):
+        if left and (is_left() or time.monotonic() > end):
             stop(left, signal.SIGKILL)
             for pid in left:
                 os.waitpid(pid, 0)
@@ -92,22 +95,61 @@ def stop(pids, number):
             os.killpg(pid, number)
 
 
+def begin(job):
+    """The numbers of the ranks' processes; None in a rank, whose program has come to its end."""
+    pids = []
+    for rank in range(max(1, job["ranks"])):
+        pid = os.fork()
+        if not pid:
+            become_rank(job, rank)
+            runpy.run_path(job["program"], run_name="__main__")
+            return None
+        with contextlib.suppress(PermissionError):  # the child has begun its program
+            os.setpgid(pid, pid)
+        pids.append(pid)
+    return pids
+
+
+def a_line_came():
+    """Another job, which never comes before the answer, or the end of whoever sends them."""
+    return select.select([sys.stdin], [], [], PAUSE_SECONDS)[0]
+
+
+def parent_ended(parent):
+    time.sleep(PAUSE_SECONDS)
+    return os.getppid() != parent
+
+
 def main():
     import_everything()
     # Programs collect what engines leave: a second each time, if what has been imported here were looked through.
     gc.freeze()
+    server = os.getpid()
     while line := sys.stdin.readline():
-        job, pids = json.loads(line), []
-        for rank in range(max(1, job["ranks"])):
-            pid = os.fork()
-            if not pid:
-                become_rank(job, rank)
-                runpy.run_path(job["program"], run_name="__main__")
-                return
-            with contextlib.suppress(PermissionError):  # the child has begun its program
-                os.setpgid(pid, pid)
-            pids.append(pid)
-        print(json.dumps(wait_for(pids, job["timeout"])), flush=True)
+        with contextlib.suppress(ChildProcessError):  # of those that stayed with ranks
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+        job = json.loads(line)
+        folder = job.get("folder") and Path(job["folder"])
+        if folder and (supervisor := os.fork()):
+            print(supervisor, flush=True)
+            continue
+        pids = begin(job)
+        if pids is None:
+            return
+        if not folder:
+            print(json.dumps(wait_for(pids, job["timeout"], job["grace"], a_line_came)), flush=True)
+            continue
+        write(folder / "ranks", pids)
+        write(folder / "status", wait_for(pids, job["timeout"], job["grace"], lambda: parent_ended(server)))
+        os._exit(0)
+
+
+def write(path, content):
+    """Whole, or not there."""
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(content))
+    part.replace(path)
 
 
 if __name__ == "__main__":

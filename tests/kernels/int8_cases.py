@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from ds_quant.kernels import build, native
+from ds_quant.numerics.integer import symmetric_levels
 from ds_quant.numerics.random import fold_key
 
 ISAS = native.ISAS[: native.ISAS.index(native.isa()) + 1] if build.load().library else ()
@@ -41,18 +42,20 @@ def assert_same(got, expected, context):
 
 
 def results(module, x, bits, column_scale, row_scale, keys, **options):
-    """All that the quantizers give, with and without factors."""
+    """All that the quantizers give in both ranges, with and without factors."""
+    levels, full = symmetric_levels(bits), symmetric_levels(bits, full_range=True)
     first, second = keys or (None, None)
     both = {"row_key": first, "column_key": second}
     return (
-        *module.quantize_rows(x, bits, key=first, **options),
-        *module.quantize_rows(x, bits, column_scale=column_scale, key=first, **options),
-        *module.quantize_columns(x, bits, key=first, **options),
-        *module.quantize_columns(x, bits, row_scale=row_scale, key=second, **options),
-        *module.quantize_both(x, bits, column_scale=column_scale, row_scale=row_scale, **both, **options),
-        *module.quantize_both(x, bits, **both, **options),
-        *module.quantize_tensor(x, bits, key=first, **options),
-        *module.quantize_rows(x, bits, key=first, full_range=True, **options),
-        *module.quantize_rows(x, bits, column_scale=column_scale, key=first, full_range=True, **options),
-        *module.quantize_tensor(x, bits, key=first, full_range=True, **options),
+        *module.quantize_rows(x, levels, key=first, **options),
+        *module.quantize_rows(x, levels, column_scale=column_scale, key=first, **options),
+        *module.quantize_columns(x, levels, key=first, **options),
+        *module.quantize_columns(x, levels, row_scale=row_scale, key=second, **options),
+        *module.quantize_both(x, levels, column_scale=column_scale, row_scale=row_scale, **both, **options),
+        *module.quantize_both(x, levels, **both, **options),
+        *module.quantize_tensor(x, levels, key=first, **options),
+        *module.quantize_rows(x, full, key=first, **options),
+        *module.quantize_rows(x, full, column_scale=column_scale, key=first, **options),
+        *module.quantize_columns(x, full, row_scale=row_scale, key=second, **options),
+        *module.quantize_tensor(x, full, key=first, **options),
     )

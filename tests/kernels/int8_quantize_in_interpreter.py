@@ -59,22 +59,22 @@ def test_quantizers(rng, shape, key):
     x = wild(rng, shape)
     rows, columns = scales(rng, shape[0]), scales(rng, shape[1])
     with np.errstate(all="ignore"):
-        for granularity, factor, full in (
-            ("row", columns, False),
-            ("row", None, True),
-            ("column", rows, False),
-            ("column", rows[:1], False),
-            ("tensor", None, True),
+        for granularity, factor, levels in (
+            ("row", columns, 127.0),
+            ("row", None, 127.5),
+            ("column", rows, 127.0),
+            ("column", rows[:1], 127.5),
+            ("tensor", None, 127.5),
         ):
-            options = {"granularity": granularity, "factor": factor, "key": key, "full_range": full}
+            options = {"granularity": granularity, "factor": factor, "key": key}
             for stream in STREAMS[: 1 if key is None else 2]:
-                got = triton_quantize.quantize_operand(x, 8, **options, stream=stream)
-                assert_same(got, reference.quantize_operand(x, 8, **options, stream=stream), f"{options}")
+                got = triton_quantize.quantize_operand(x, levels, **options, stream=stream)
+                assert_same(got, reference.quantize_operand(x, levels, **options, stream=stream), f"{levels} {options}")
         options = {"key": key, "row_stream": STREAMS[0], "column_stream": STREAMS[1]}
         for column_scale, row_scale in ((columns, rows), (columns[:1], None)):
             options |= {"column_scale": column_scale, "row_scale": row_scale, "sums": row_scale is None}
-            got = triton_quantize.quantize_gradient(x, 4, **options)
-            want = reference.quantize_gradient(x, 4, **options)
+            got = triton_quantize.quantize_gradient(x, 7.0, **options)
+            want = reference.quantize_gradient(x, 7.0, **options)
             assert_same(got[:4], want[:4], f"{options}")
             assert_sums(got[4], want[4], x)
 
@@ -83,13 +83,13 @@ def test_more_parts_than_are_read_at_a_time(rng):
     x, rows = wild(rng, (530, 17)), scales(rng, 530)
     options = {"row_scale": rows, "sums": True}
     with np.errstate(all="ignore"):
-        got, want = (module.quantize_gradient(x, 8, **options) for module in (triton_quantize, reference))
+        got, want = (module.quantize_gradient(x, 127.0, **options) for module in (triton_quantize, reference))
         assert_same(got[:4], want[:4], "")
         assert_sums(got[4], want[4], x)
         options = {"granularity": "tensor"}
         x[torch.randint(530, ()).item(), 5] = 1e30
         x = x.nan_to_num(posinf=1, neginf=1)
-        got, want = (module.quantize_operand(x, 8, **options) for module in (triton_quantize, reference))
+        got, want = (module.quantize_operand(x, 127.0, **options) for module in (triton_quantize, reference))
         assert_same(got, want, "")
 
 
@@ -101,8 +101,8 @@ def test_dtypes_strides_and_ways(rng, dtype):
             (whole, whole.t(), whole[::3, 3:40], whole[:1].expand(40, 50)), (*reference.WAYS, "both"), strict=True
         ):
             options = {"granularity": "row", "key": KEY, "ways": ways}
-            got = triton_quantize.quantize_operand(x, 8, **options)
-            assert_same(got, reference.quantize_operand(x, 8, **options), f"{x.shape} {x.stride()} {ways}")
+            got = triton_quantize.quantize_operand(x, 127.0, **options)
+            assert_same(got, reference.quantize_operand(x, 127.0, **options), f"{x.shape} {x.stride()} {ways}")
 
 
 def test_ties_and_the_division(rng):
@@ -113,8 +113,8 @@ def test_ties_and_the_division(rng):
         x = (x + rng.integers(-2, 3, size=(6, 1), dtype=np.int32)).view(np.float32)
         x[:, 77] = absmax
         for granularity in ("row", "tensor"):
-            got = triton_quantize.quantize_operand(torch.from_numpy(x), 8, granularity=granularity)
-            want = reference.quantize_operand(torch.from_numpy(x), 8, granularity=granularity)
+            got = triton_quantize.quantize_operand(torch.from_numpy(x), 127.0, granularity=granularity)
+            want = reference.quantize_operand(torch.from_numpy(x), 127.0, granularity=granularity)
             assert_same(got, want, f"{absmax} {granularity}")
 
 
@@ -125,8 +125,8 @@ def test_elements_beyond_32_bits(rng, monkeypatch):
     with np.errstate(all="ignore"):
         for granularity in ("row", "tensor"):
             options = {"granularity": granularity, "key": KEY}
-            got = triton_quantize.quantize_operand(x, 8, **options)
-            assert_same(got, reference.quantize_operand(x, 8, **options), granularity)
+            got = triton_quantize.quantize_operand(x, 127.0, **options)
+            assert_same(got, reference.quantize_operand(x, 127.0, **options), granularity)
 
 
 @pytest.mark.parametrize("shape", [(0, 5), (5, 0), (0, 0)], ids=str)
@@ -135,10 +135,14 @@ def test_without_elements(shape):
     for granularity in ("row", "column", "tensor"):
         options = {"granularity": granularity}
         assert_same(
-            triton_quantize.quantize_operand(x, 8, **options), reference.quantize_operand(x, 8, **options), granularity
+            triton_quantize.quantize_operand(x, 127.0, **options),
+            reference.quantize_operand(x, 127.0, **options),
+            granularity,
         )
     options = {"sums": True}
-    assert_same(triton_quantize.quantize_gradient(x, 8, **options), reference.quantize_gradient(x, 8, **options), "")
+    assert_same(
+        triton_quantize.quantize_gradient(x, 127.0, **options), reference.quantize_gradient(x, 127.0, **options), ""
+    )
 
 
 @pytest.fixture

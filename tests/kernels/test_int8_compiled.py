@@ -14,8 +14,10 @@ from ds_quant.kernels import compiling
 from ds_quant.kernels.int8 import compiled as kernels
 from ds_quant.kernels.int8 import matmul
 from ds_quant.numerics import products as reference
+from ds_quant.numerics.integer import symmetric_levels
 from ds_quant.numerics.random import fold_key
 
+LEVELS = symmetric_levels(8)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Whole vectors and their rests, square, small ones that are not compiled, empty ones.
 SHAPES = ((9, 64), (130, 100), (33, 33), (2, 3), (3, 2), (7, 5000), (1, 1), (1, 50), (70, 1), (0, 5), (5, 0), (0, 0))
@@ -49,14 +51,15 @@ def assert_same(got, expected, context=""):
 
 def operands(module, x, bits, column_scale, row_scale, keys, names=NAMES):
     first, second = keys or (None, None)
+    levels, full = symmetric_levels(bits), symmetric_levels(bits, full_range=True)
     both = {"row_key": first, "column_key": second}
     calls = {
-        "rows": lambda: module.quantize_rows(x, bits, column_scale=column_scale, key=first),
-        "columns": lambda: module.quantize_columns(x, bits, row_scale=row_scale, key=second),
-        "both": lambda: module.quantize_both(x, bits, column_scale=column_scale, row_scale=row_scale, **both),
-        "tensor": lambda: module.quantize_tensor(x, bits, key=first),
-        "full rows": lambda: module.quantize_rows(x, bits, column_scale=column_scale, key=first, full_range=True),
-        "full tensor": lambda: module.quantize_tensor(x, bits, key=first, full_range=True),
+        "rows": lambda: module.quantize_rows(x, levels, column_scale=column_scale, key=first),
+        "columns": lambda: module.quantize_columns(x, levels, row_scale=row_scale, key=second),
+        "both": lambda: module.quantize_both(x, levels, column_scale=column_scale, row_scale=row_scale, **both),
+        "tensor": lambda: module.quantize_tensor(x, levels, key=first),
+        "full rows": lambda: module.quantize_rows(x, full, column_scale=column_scale, key=first),
+        "full tensor": lambda: module.quantize_tensor(x, full, key=first),
     }
     return [result for name in names for result in calls[name]()]
 
@@ -208,8 +211,11 @@ def test_autograd_sees_nothing(rng):
     options = {"column_scale": scale, "bias": bias, "dtype": torch.bfloat16}
     for mode in (torch.enable_grad, torch.no_grad, torch.inference_mode):
         with mode():
-            got = (*kernels.quantize_rows(x, 8, column_scale=scale), kernels.epilogue(products, **options))
-            expected = (*reference.quantize_rows(x, 8, column_scale=scale), reference.epilogue(products, **options))
+            got = (*kernels.quantize_rows(x, LEVELS, column_scale=scale), kernels.epilogue(products, **options))
+            expected = (
+                *reference.quantize_rows(x, LEVELS, column_scale=scale),
+                reference.epilogue(products, **options),
+            )
         assert_same(got, expected)
         assert not any(t.requires_grad for t in got)
 
@@ -253,7 +259,7 @@ def test_square_first_compiles_once_more(rng, counters):
 def test_limits_of_compilations_are_each_functions_own(rng, counters):
     """Kinds of calls that share a code object would add up to the limit, and raise."""
     x = numbers(rng, (3, 8))
-    for bits, key in itertools.product((8, 4, 3), (None, KEYS[0])):
-        kernels.quantize_rows(x, bits, key=key)
-        kernels.quantize_columns(x, bits, key=key)
+    for levels, key in itertools.product((127.0, 127.5, 7.0), (None, KEYS[0])):
+        kernels.quantize_rows(x, levels, key=key)
+        kernels.quantize_columns(x, levels, key=key)
     assert [counter.frame_count for counter in counters.values()] == [2] * 6

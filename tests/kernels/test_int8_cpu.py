@@ -9,6 +9,9 @@ from kernels.int8_cases import DTYPES, ISAS, KEYS, SHAPES, assert_same, needs_co
 
 from ds_quant.kernels.int8 import cpu, ops
 from ds_quant.numerics import products as reference
+from ds_quant.numerics.integer import symmetric_levels
+
+LEVELS, FULL = symmetric_levels(8), symmetric_levels(8, full_range=True)
 
 
 def check(rng, x, bits, keys, context="", column_scale=None, row_scale=None):
@@ -72,7 +75,7 @@ def test_ties_go_to_even_and_near_ties_where_division_says(rng):
         check(rng, x.t().contiguous(), 8, None, f"{absmax} by column", torch.ones(1), torch.ones(1))
     for isa in ISAS:
         steps = tensor([[127.0, *(np.arange(-127, 128) / 2)]])
-        codes, _ = cpu.quantize_rows(steps, 8, isa=isa)
+        codes, _ = cpu.quantize_rows(steps, LEVELS, isa=isa)
         assert torch.equal(codes, steps.round().to(torch.int8))
 
 
@@ -90,11 +93,11 @@ def test_the_full_range_of_codes(rng):
     seen = set()
     for isa in ISAS:
         steps = tensor([np.arange(-127.5, 128)])
-        codes, own = cpu.quantize_rows(steps, 8, full_range=True, isa=isa)
+        codes, own = cpu.quantize_rows(steps, FULL, isa=isa)
         assert own.item() == 1.0
         assert torch.equal(codes, steps.round().clamp(-128, 127).to(torch.int8))
         for absmax in rng.uniform(1, 2, size=50).astype(np.float32):
-            codes, _ = cpu.quantize_rows(tensor([[-absmax, absmax] * 9]), 8, full_range=True, isa=isa)
+            codes, _ = cpu.quantize_rows(tensor([[-absmax, absmax] * 9]), FULL, isa=isa)
             assert (codes[0, 1::2] == 127).all()
             seen |= set(codes[0, ::2].tolist())
     assert seen == {-128, -127}
@@ -106,7 +109,7 @@ def test_stochastic_codes_in_the_full_range():
     x = torch.full((64, 4096), 127.5)
     x[:, ::2] *= -1
     for isa, quantize in itertools.product(ISAS, (cpu.quantize_rows, cpu.quantize_tensor)):
-        codes, _ = quantize(x, 8, key=KEYS[0], full_range=True, isa=isa)
+        codes, _ = quantize(x, FULL, key=KEYS[0], isa=isa)
         assert (codes[:, 1::2] == 127).all()
         share = (codes[:, ::2] == -128).double().mean().item()
         assert set(codes[:, ::2].unique().tolist()) == {-128, -127}
@@ -122,7 +125,7 @@ def test_stochastic_codes_stay_within_the_levels():
     x = torch.full((64, 4096), float(largest))  # some 30 of the draws are below the fraction
     x[:, ::2] *= -1
     for isa, quantize in itertools.product(ISAS, (cpu.quantize_rows, cpu.quantize_columns)):
-        codes, _ = quantize(x, 8, key=KEYS[0], isa=isa)
+        codes, _ = quantize(x, LEVELS, key=KEYS[0], isa=isa)
         assert torch.equal(codes, (x.sign() * 127).to(torch.int8))
 
 
@@ -167,8 +170,8 @@ def test_threads_make_no_difference(rng):
         return [
             *results(module, x, 8, column_scale, row_scale, KEYS),
             module.epilogue(matrix, **options),
-            *module.quantize_columns(long, 8),
-            *module.quantize_tensor(long, 8),
+            *module.quantize_columns(long, LEVELS),
+            *module.quantize_tensor(long, LEVELS),
         ]
 
     expected = run(reference)
@@ -185,11 +188,11 @@ def test_threads_make_no_difference(rng):
 def test_modes_of_autograd(rng):
     x = tensor(rng.normal(size=(5, 40))).requires_grad_()
     scale = torch.rand(40, requires_grad=True)
-    expected = reference.quantize_rows(x, 8, column_scale=scale)
+    expected = reference.quantize_rows(x, LEVELS, column_scale=scale)
     matrix = tensor(rng.integers(-1000, 1000, size=(5, 40)), torch.int32)
     for mode in (torch.enable_grad, torch.no_grad, torch.inference_mode):
         with mode():
-            got = ops.quantize_rows(x, 8, column_scale=scale)
+            got = ops.quantize_rows(x, LEVELS, column_scale=scale)
             y = ops.epilogue(matrix, column_scale=scale, bias=scale, dtype=torch.bfloat16)
         assert_same(got, expected, f"{mode}")
         assert not any(t.requires_grad for t in (*got, y))

@@ -10,6 +10,9 @@ from ds_quant.kernels import build, registry
 from ds_quant.kernels.int8 import aten, compiled, cpu, ops
 from ds_quant.kernels.int8.matmul import fp32_products
 from ds_quant.numerics import products as reference
+from ds_quant.numerics.integer import symmetric_levels
+
+LEVELS = symmetric_levels(8)
 
 
 @pytest.mark.parametrize("shape", [(0, 5), (5, 0), (0, 0)], ids=str)
@@ -49,10 +52,10 @@ def test_without_a_compiler_the_reference_serves_and_says_so_once(monkeypatch, c
     forget()
     x = torch.randn(3, 20)
     with caplog.at_level(logging.WARNING, logger="ds_quant"):
-        got = [ops.quantize_rows(x, 8), ops.quantize_rows(x, 8)]
+        got = [ops.quantize_rows(x, LEVELS), ops.quantize_rows(x, LEVELS)]
     forget()
     for pair in got:
-        assert_same(pair, reference.quantize_rows(x, 8), "")
+        assert_same(pair, reference.quantize_rows(x, LEVELS), "")
     (said,) = (record.getMessage() for record in caplog.records)
     assert "no compiler here" in said
 
@@ -60,26 +63,31 @@ def test_without_a_compiler_the_reference_serves_and_says_so_once(monkeypatch, c
 X = torch.zeros(3, 4)
 INTEGERS = torch.zeros(3, 4, dtype=torch.int32)
 REFUSED = [
-    (ops.quantize_rows, (torch.zeros(4), 8), {}, r"quantize_rows\(x\): got torch.float32 of shape \(4,\)"),
-    (ops.quantize_columns, (X.double(), 8), {}, r"quantize_columns\(x\): got torch.float64"),
-    (ops.quantize_both, ([1.0], 8), {}, r"quantize_both\(g\): got a list"),
-    (ops.quantize_tensor, (X, 9), {}, r"quantize_tensor\(bits\): got 9; allowed: integers 2 to 8"),
-    (ops.quantize_rows, (X, 1), {}, r"quantize_rows\(bits\): got 1"),
-    (ops.quantize_rows, (X, True), {}, r"quantize_rows\(bits\): got True"),
-    (ops.quantize_columns, (X, 8.0), {}, r"quantize_columns\(bits\): got 8.0"),
-    (ops.quantize_rows, (X, 8), {"column_scale": torch.ones(3)}, r"quantize_rows\(column_scale\): .*\(3,\)"),
-    (ops.quantize_rows, (X, 8), {"column_scale": torch.ones(4, 1)}, r"quantize_rows\(column_scale\)"),
-    (ops.quantize_rows, (X, 8), {"column_scale": torch.ones(4).double()}, r"column_scale\): got torch.float64"),
-    (ops.quantize_rows, (X, 8), {"column_scale": torch.ones(4, device="meta")}, r"column_scale\): .* on meta"),
-    (ops.quantize_rows, (X, 8), {"column_scale": 2.0}, r"column_scale\): got a float"),
-    (ops.quantize_columns, (X, 8), {"row_scale": torch.ones(4)}, r"quantize_columns\(row_scale\): .*\(4,\)"),
-    (ops.quantize_both, (X, 8), {"column_scale": torch.ones(3)}, r"quantize_both\(column_scale\)"),
-    (ops.quantize_both, (X, 8), {"row_scale": torch.ones(4)}, r"quantize_both\(row_scale\)"),
-    (ops.quantize_both, (X, 8), {"row_key": KEYS}, r"quantize_both\(row_key\): got a tuple"),
-    (ops.quantize_both, (X, 8), {"row_key": KEYS[0], "column_key": 1}, r"quantize_both\(column_key\): got a int"),
-    (ops.quantize_rows, (X, 8), {"key": (1, 2)}, r"quantize_rows\(key\): got a tuple"),
-    (ops.quantize_columns, (X, 8), {"key": torch.zeros(3)}, r"quantize_columns\(key\): got torch.float32"),
-    (ops.quantize_tensor, (X, 8), {"key": torch.zeros(2)}, r"quantize_tensor\(key\): got torch.float32"),
+    (ops.quantize_rows, (torch.zeros(4), LEVELS), {}, r"quantize_rows\(x\): got torch.float32 of shape \(4,\)"),
+    (ops.quantize_columns, (X.double(), LEVELS), {}, r"quantize_columns\(x\): got torch.float64"),
+    (ops.quantize_both, ([1.0], LEVELS), {}, r"quantize_both\(g\): got a list"),
+    (
+        ops.quantize_tensor,
+        (X, 8),
+        {},
+        r"quantize_tensor\(levels\): got 8; allowed: .*: 1, 1.5, 3, .*, 127, 127.5; pass",
+    ),
+    (ops.quantize_rows, (X, 255.5), {}, r"quantize_rows\(levels\): got 255.5"),
+    (ops.quantize_rows, (X, True), {}, r"quantize_rows\(levels\): got True"),
+    (ops.quantize_columns, (X, "127"), {}, r"quantize_columns\(levels\): got '127'"),
+    (ops.quantize_rows, (X, LEVELS), {"column_scale": torch.ones(3)}, r"quantize_rows\(column_scale\): .*\(3,\)"),
+    (ops.quantize_rows, (X, LEVELS), {"column_scale": torch.ones(4, 1)}, r"quantize_rows\(column_scale\)"),
+    (ops.quantize_rows, (X, LEVELS), {"column_scale": torch.ones(4).double()}, r"column_scale\): got torch.float64"),
+    (ops.quantize_rows, (X, LEVELS), {"column_scale": torch.ones(4, device="meta")}, r"column_scale\): .* on meta"),
+    (ops.quantize_rows, (X, LEVELS), {"column_scale": 2.0}, r"column_scale\): got a float"),
+    (ops.quantize_columns, (X, LEVELS), {"row_scale": torch.ones(4)}, r"quantize_columns\(row_scale\): .*\(4,\)"),
+    (ops.quantize_both, (X, LEVELS), {"column_scale": torch.ones(3)}, r"quantize_both\(column_scale\)"),
+    (ops.quantize_both, (X, LEVELS), {"row_scale": torch.ones(4)}, r"quantize_both\(row_scale\)"),
+    (ops.quantize_both, (X, LEVELS), {"row_key": KEYS}, r"quantize_both\(row_key\): got a tuple"),
+    (ops.quantize_both, (X, LEVELS), {"row_key": KEYS[0], "column_key": 1}, r"quantize_both\(column_key\): got a int"),
+    (ops.quantize_rows, (X, LEVELS), {"key": (1, 2)}, r"quantize_rows\(key\): got a tuple"),
+    (ops.quantize_columns, (X, LEVELS), {"key": torch.zeros(3)}, r"quantize_columns\(key\): got torch.float32"),
+    (ops.quantize_tensor, (X, LEVELS), {"key": torch.zeros(2)}, r"quantize_tensor\(key\): got torch.float32"),
     (ops.epilogue, (X.double(),), {"dtype": torch.float32}, r"epilogue\(products\): got torch.float64"),
     (ops.epilogue, (X,), {"dtype": torch.float32, "others": X}, r"epilogue\(others\): got torch.float32"),
     (ops.epilogue, (X,), {"dtype": torch.float32, "others": INTEGERS[:2]}, r"epilogue\(others\): .*\(2, 4\)"),
@@ -101,7 +109,7 @@ def test_refusals(function, arguments, options, message):
 @needs_compiler
 def test_unknown_instruction_set():
     with pytest.raises(ValueError, match=r"quantize\(isa\): got 'neon'"):
-        cpu.quantize_rows(X, 8, isa="neon")
+        cpu.quantize_rows(X, LEVELS, isa="neon")
 
 
 def test_what_dequantize_refuses():

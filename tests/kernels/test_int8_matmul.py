@@ -322,14 +322,14 @@ def test_operators_hold_what_they_promise_to_compilers():
     x, scale = torch.randn(6, 10, dtype=torch.bfloat16), torch.rand(10)
     a, b = codes(6, 10), codes(10, 4)
     for operator, arguments in (
-        (ops.quantize_rows.operator, (x, 8, scale, key)),
-        (ops.quantize_rows.operator, (x, 8, None, None)),
-        (ops.quantize_columns.operator, (x, 4, torch.rand(6), None)),
-        (ops.quantize_both.operator, (x, 8, scale, torch.rand(6), key, key)),
-        (ops.quantize_both.operator, (x, 8, None, None, None, None)),
-        (ops.quantize_tensor.operator, (x, 8, key)),
-        (ops.quantize_rows.operator, (x, 8, None, None, True)),
-        (ops.quantize_tensor.operator, (x, 8, key, True)),
+        (ops.quantize_rows.operator, (x, 127.0, scale, key)),
+        (ops.quantize_rows.operator, (x, 127.0, None, None)),
+        (ops.quantize_columns.operator, (x, 7.0, torch.rand(6), None)),
+        (ops.quantize_both.operator, (x, 127.0, scale, torch.rand(6), key, key)),
+        (ops.quantize_both.operator, (x, 127.0, None, None, None, None)),
+        (ops.quantize_tensor.operator, (x, 127.0, key)),
+        (ops.quantize_rows.operator, (x, 127.5, None, None)),
+        (ops.quantize_tensor.operator, (x, 127.5, key)),
         (ops.dequantize.operator, (a, torch.rand(6), None, torch.bfloat16)),
         (ops.scaled_matmul.operator, (a, b, torch.rand(6), torch.rand(4), torch.randn(4), torch.bfloat16)),
         (ops.scaled_matmul.operator, (a.t(), codes(6, 4), None, None, None, torch.float32)),

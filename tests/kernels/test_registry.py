@@ -25,8 +25,8 @@ def toy(monkeypatch):
     registry.add_backend(registry.Backend("toy", ("cpu",), by_choice=True))
 
     @ops.quantize_rows.by("toy")
-    def quantize_rows(x, bits, *, column_scale=None, key=None, full_range=False):
-        codes, scale = reference.quantize_rows(x, bits, column_scale=column_scale, key=key, full_range=full_range)
+    def quantize_rows(x, levels, *, column_scale=None, key=None):
+        codes, scale = reference.quantize_rows(x, levels, column_scale=column_scale, key=key)
         return codes, 2 * scale
 
     yield quantize_rows
@@ -35,21 +35,21 @@ def toy(monkeypatch):
 
 def test_a_backend_serves_what_it_has_where_it_is_chosen(toy, monkeypatch):
     x = torch.randn(3, 20)
-    codes, scale = reference.quantize_rows(x, 8)
+    codes, scale = reference.quantize_rows(x, 127.0)
     monkeypatch.delenv("DS_QUANT_KERNELS", raising=False)
-    assert torch.equal(ops.quantize_rows(x, 8)[1], scale)
+    assert torch.equal(ops.quantize_rows(x, 127.0)[1], scale)
     usual = dict(registry.report("cpu"))
     assert not any("toy" in text or __name__ in text for text in usual.values())
 
     monkeypatch.setenv("DS_QUANT_KERNELS", "toy")
-    got = ops.quantize_rows(x, 8)
+    got = ops.quantize_rows(x, 127.0)
     assert torch.equal(got[0], codes)
     assert torch.equal(got[1], 2 * scale)
     assert ops.quantize_rows.on(CPU) is toy
-    compiled = torch.compile(lambda x: ops.quantize_rows(x, 8), backend="eager", fullgraph=True)
+    compiled = torch.compile(lambda x: ops.quantize_rows(x, 127.0), backend="eager", fullgraph=True)
     assert torch.equal(compiled(x)[1], 2 * scale)
     assert ops.quantize_rows.on(torch.device("meta")) is reference.quantize_rows
-    assert torch.equal(ops.quantize_tensor(x, 8)[1], reference.quantize_tensor(x, 8)[1])
+    assert torch.equal(ops.quantize_tensor(x, 127.0)[1], reference.quantize_tensor(x, 127.0)[1])
 
     title = ops.FAMILY.title
     found = dict(registry.report("cpu"))

@@ -11,7 +11,6 @@ import torch
 from conftest import ROOT
 from corpora import packing, shard_writer, shards, streaming, tokenizer
 from corpora.corpus import CorpusArguments
-from helpers.samples import write_corpus
 from hypothesis import given
 from hypothesis import strategies as st
 from pretraining import arguments, data, documents
@@ -23,11 +22,6 @@ from ds_quant.cli.shared import text_files
 
 EOS = 1
 FEATURES = datasets.Features({"input_ids": datasets.Sequence(datasets.Value("int32"))})
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_corpus(tmp_path_factory.mktemp("corpus") / "documents.jsonl")
 
 
 @given(st.lists(st.lists(st.integers(2, 99), max_size=30), min_size=1, max_size=12), st.integers(2, 17), st.data())

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -14,8 +12,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import ROOT, free_port
-from helpers.launching import WITHOUT_COMPILER, deepspeed, launch, run_ranks
-from helpers.samples import write_corpus
+from helpers.launching import WITHOUT_COMPILER, Ranks, deepspeed, launch, run_ranks
 from PIL import Image
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -32,11 +29,6 @@ SMALL = [
     *("--vocab_size", "320", "--context_length", "32", "--global_batch_size", "4", "--max_eval_sequences", "8"),
     *("--logging_steps", "1", "--disable_tqdm", "true", "--overwrite_output_dir", "false"),
 ]
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_corpus(tmp_path_factory.mktemp("corpus") / "documents.jsonl")
 
 
 def arguments(config: Path, corpus: Path, output_dir: Path, *, steps: int, every: int) -> list[Any]:
@@ -103,7 +95,7 @@ def test_plain_python_leaves_everything_behind(corpus: Path, tmp_path: Path) -> 
     assert "[INFO]" not in printed
 
     # The same command again would mix two runs.
-    status, printed = launch([sys.executable, *command], timeout=100, env=FAST, check=False)
+    status, printed = run_ranks(*command, ranks=0, timeout=100, env=ENV, check=False)
     assert status == 2
     assert "--resume_from_checkpoint last" in printed
 
@@ -118,11 +110,15 @@ def test_a_killed_run_resumes_to_the_same_losses(corpus: Path, tmp_path: Path) -
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     _, printed = run_ranks(*arguments(config, corpus, whole, steps=20, every=10), timeout=200, env=ENV)
 
-    command = [str(x) for x in deepspeed(*arguments(config, corpus, killed, steps=20, every=10))]
-    kill_when(command, lambda: trainer_checkpoints.newest_whole(killed) is not None)
+    (tmp_path / "ranks").mkdir()
+    command = arguments(config, corpus, killed, steps=20, every=10)
+    with Ranks(tmp_path / "ranks", *command, ranks=2, timeout=150, env=ENV) as ranks:  # which are killed at its end
+        while trainer_checkpoints.newest_whole(killed) is None:
+            assert ranks.poll() is None, f"it ended before it could be killed:\n{ranks.printed()}"
+            time.sleep(0.02)
     assert not (killed / "summary.json").exists(), "killed in the middle"
     resume = ["--resume_from_checkpoint", "last"]
-    run_ranks(*arguments(config, corpus, killed, steps=20, every=10), *resume, timeout=200, env=ENV)
+    run_ranks(*command, *resume, timeout=200, env=ENV)
 
     assert (killed / "metrics.csv").read_text() == (whole / "metrics.csv").read_text()
     first, second = (json.loads((run / "summary.json").read_text()) for run in (whole, killed))
@@ -240,21 +236,3 @@ def test_a_stale_lock_is_one_error(
     printed = capsys.readouterr()
     assert printed.err.count("error: ") == 1
     assert f"fix: rm {lock}" in printed.err
-
-
-def kill_when(command: list[str], done: Any, timeout: float = 150) -> None:
-    """Start a command and kill its whole process group at the first moment that `done()` holds."""
-    env = {**os.environ, **FAST, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"
-    process = subprocess.Popen(
-        command, env=env, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT
-    )
-    try:
-        deadline = time.monotonic() + timeout
-        while not done():
-            assert process.poll() is None, "it ended before it could be killed"
-            assert time.monotonic() < deadline, "no checkpoint appeared"
-            time.sleep(0.02)
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()

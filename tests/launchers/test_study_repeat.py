@@ -9,8 +9,6 @@ import statistics
 from pathlib import Path
 
 import pytest
-import tokenize_corpus
-from helpers.samples import write_corpus
 from scipy import stats
 from study_results import ROWS, a_result
 from studying import commands, processors, repeating, results
@@ -57,24 +55,15 @@ def test_kinds_of_processors() -> None:
     assert processors.where("cpu")["processor"].endswith(name.removeprefix("A processor"))
 
 
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("repeat")
-    text = write_corpus(folder / "documents.jsonl")
-    flags = ["--train_file", str(text), "--vocab_size", "320", "--validation_fraction", "0.2"]
-    assert tokenize_corpus.main([*flags, "--output_dir", str(folder / "tokens")]) == 0
-    return folder / "tokens"
-
-
-def test_another_digit_is_another_run(tmp_path: Path, corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    text = Settings(tmp_path, corpus).text
+def test_another_digit_is_another_run(tmp_path: Path, token_shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = Settings(tmp_path, token_shards).text
     path, again = tmp_path / "runs.csv", tmp_path / repeating.FOLDER / "runs.csv"
     base = [a_result("baseline", 0, 5.0 + rate, rate=rate, text=text) for rate in (0.001, 0.002, 0.004)]
     base[1] = dataclasses.replace(base[1], loss=4.9)
     rows = [a_result("w8a8", seed, 5.01 + 0.1 * seed + 0.2, text=text) for seed in range(3)]
     broken = a_result("v8_tensor", 0, math.nan, state="diverged", text=text)
     results.write(path, [*base, *rows, broken])
-    flags = ["repeat", "--runs", str(tmp_path), "--corpus", str(corpus), "--csv", str(path)]
+    flags = ["repeat", "--runs", str(tmp_path), "--corpus", str(token_shards), "--csv", str(path)]
 
     def repeat(*changed: Result) -> tuple[int, list[str]]:
         results.write(again, {**results.read(path), **{one.key: one for one in changed}}.values())

@@ -12,8 +12,6 @@ import time
 from pathlib import Path
 
 import pytest
-import tokenize_corpus
-from helpers.samples import write_corpus
 from study_results import ROWS, a_result
 from studying import commands, plan, protocol, results
 from studying.plan import Key, Settings
@@ -23,25 +21,16 @@ from ds_quant.base import trainer_checkpoints
 from ds_quant.cli.shared.errors import CommandError
 
 
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("study")
-    text = write_corpus(folder / "documents.jsonl")
-    flags = ["--train_file", str(text), "--vocab_size", "320", "--validation_fraction", "0.2"]
-    assert tokenize_corpus.main([*flags, "--output_dir", str(folder / "tokens")]) == 0
-    return folder / "tokens"
-
-
 @pytest.mark.distributed
 def test_a_killed_run_goes_on_and_a_finished_one_is_left(
-    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    token_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tiny = protocol.Size(32, 64, 2, 2, context_length=32, batch=4, micro_batch=4)
     monkeypatch.setitem(protocol.SIZES, "tiny", tiny)
     key = Key("tiny", "gpt2", 0.2, 1e-3, "w8a8", 7)
     where = {"processor": "p", "torch": "t", "deepspeed": "d", "commit": "c", "date": "2026-11-29"}
     said: list[str] = []
-    training = Training(Settings(tmp_path / "runs", corpus), ROWS, tmp_path / "runs.csv", where, say=said.append)
+    training = Training(Settings(tmp_path / "runs", token_shards), ROWS, tmp_path / "runs.csv", where, say=said.append)
     out = plan.folder(key, ROWS["w8a8"], training.settings)
 
     def kill() -> None:
@@ -78,8 +67,8 @@ def test_a_killed_run_goes_on_and_a_finished_one_is_left(
     assert dataclasses.replace(training, rows={"w8a8": changed}).missing([key]) == [key]
 
 
-def test_mistakes_are_said(tmp_path: Path, corpus: Path) -> None:
-    flags = ["plan", "--runs", str(tmp_path), "--corpus", str(corpus), "--csv", str(tmp_path / "runs.csv")]
+def test_mistakes_are_said(tmp_path: Path, token_shards: Path) -> None:
+    flags = ["plan", "--runs", str(tmp_path), "--corpus", str(token_shards), "--csv", str(tmp_path / "runs.csv")]
     for wrong, message in (
         (["--rows", "w5"], "--rows: got 'w5'; allowed: baseline"),
         (["--sizes", "1m"], "--sizes: got '1m'"),
@@ -92,14 +81,14 @@ def test_mistakes_are_said(tmp_path: Path, corpus: Path) -> None:
             commands.run([*flags, *wrong], description="")
 
 
-def test_a_plan_names_what_is_missing(tmp_path: Path, corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_plan_names_what_is_missing(tmp_path: Path, token_shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "runs.csv"
-    flags = ["plan", "--runs", str(tmp_path), "--corpus", str(corpus), "--csv", str(path)]
+    flags = ["plan", "--runs", str(tmp_path), "--corpus", str(token_shards), "--csv", str(path)]
     assert commands.run([*flags, "--rows", "w8a8", "--seeds", "0-2"], description="") == 0
     lines = capsys.readouterr().out.splitlines()
     assert sum(line.startswith("to tune") for line in lines) == len(protocol.RATES)
     assert sum(line.startswith("to train") for line in lines) == 6
-    text = Settings(tmp_path, corpus).text
+    text = Settings(tmp_path, token_shards).text
     found = [a_result("baseline", seed, 5.0, text=text) for seed in range(2)]
     results.write(path, [*found, *(a_result("baseline", 0, 6.0, text=text, rate=rate) for rate in (0.001, 0.004))])
     assert commands.run([*flags, "--rows", "w8a8", "--seeds", "0-2"], description="") == 0

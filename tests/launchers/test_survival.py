@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
+import tokenize_corpus
 import torch
-from conftest import ROOT, free_port
-from helpers.launching import WITHOUT_COMPILER, run_ranks
-from helpers.samples import write_corpus
+from conftest import ROOT
+from helpers.launching import Ranks, run_ranks
 from survival import status
 from transformers import AutoModelForCausalLM
 
@@ -42,11 +39,6 @@ STEPS = 150
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(280)]
 
 
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_corpus(tmp_path_factory.mktemp("corpus") / "documents.jsonl")
-
-
 def arguments(
     out: Path, corpus: Path | None, *flags: object, steps: int = STEPS, config: Path = BASELINE
 ) -> list[object]:
@@ -55,56 +47,30 @@ def arguments(
     return ["--deepspeed", config, *FLAGS, "--max_steps", steps, *text, "--output_dir", out, *flags]
 
 
+ENV = {"OMP_WAIT_POLICY": "PASSIVE"}
+
+
 @pytest.fixture
-def start(corpus: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
-    """Starts a run whose output is kept; whatever still lives at the test's end is killed."""
-    processes = []
+def start(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Ranks]]:
+    """Starts a run on forked ranks that goes on meanwhile; whatever still lives at the test's end is killed."""
+    with contextlib.ExitStack() as stack:
 
-    def begin(
-        out: Path,
-        *flags: object,
-        ranks: int = 1,
-        steps: int = STEPS,
-        config: Path = BASELINE,
-        text: bool = True,
-        **env: str,
-    ) -> subprocess.Popen[str]:
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", ranks]
-        command += ["--master-port", free_port(), "--signals-to-handle", "SIGTERM,SIGINT,SIGUSR1"]
-        command += ["--shutdown-timeout", 60] if ranks > 1 else []
-        command = command if ranks > 1 else [sys.executable]
-        command += [SCRIPT, *arguments(out, corpus if text else None, *flags, steps=steps, config=config)]
-        environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
-        environment |= WITHOUT_COMPILER
-        environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
-        process = subprocess.Popen(
-            [str(part) for part in command],
-            env=environment | env,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
-        processes.append(process)
-        return process
+        def begin(
+            out: Path, *flags: object, ranks: int = 0, steps: int = STEPS, text: bool = True, **env: str
+        ) -> Ranks:
+            command, folder = (
+                arguments(out, corpus if text else None, *flags, steps=steps),
+                tmp_path_factory.mktemp("ranks"),
+            )
+            return stack.enter_context(Ranks(folder, SCRIPT, *command, ranks=ranks, timeout=250, env={**ENV, **env}))
 
-    yield begin
-    for process in processes:
-        # torchrun's workers have sessions of their own, and may be stopped.
-        with contextlib.suppress(psutil.NoSuchProcess):
-            for child in psutil.Process(process.pid).children(recursive=True):
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    child.kill()
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        yield begin
 
 
 def forked(command: list[object], *, ranks: int, expect: int = 0, **env: str) -> str:
     """Run the script on forked ranks to its end, which must have the status `expect`. Returns what was printed."""
-    environment = {"OMP_WAIT_POLICY": "PASSIVE", **env}
-    ranks = ranks if ranks > 1 else 0  # one starts without a launcher
-    ended, output = run_ranks(SCRIPT, *command, ranks=ranks, timeout=200, env=environment, check=False)
+    ranks = ranks if ranks > 1 else 0  # one has no launcher
+    ended, output = run_ranks(SCRIPT, *command, ranks=ranks, timeout=200, env={**ENV, **env}, check=False)
     assert ended == expect, output
     return output
 
@@ -129,17 +95,17 @@ def run_to_end(corpus: Path) -> Callable[..., str]:
     return run
 
 
-def end(process: subprocess.Popen[str], expect: int | None = 0, timeout: float = 120) -> str:
+def end(run: Ranks, expect: int | None = 0, timeout: float = 120) -> str:
     """What a run printed; it must end with this status."""
-    output, _ = process.communicate(timeout=timeout)
-    assert expect is None or process.returncode == expect, output
-    return output
+    ended = run.wait(timeout)
+    assert expect in (None, ended), run.printed()
+    return run.printed()
 
 
-def wait_for(done: Callable[[], Any], process: subprocess.Popen[str], timeout: float = 120) -> Any:
+def wait_for(done: Callable[[], Any], run: Ranks, timeout: float = 120) -> Any:
     deadline = time.monotonic() + timeout
     while not (found := done()):
-        assert process.poll() is None, f"it ended too early:\n{process.communicate()[0]}"
+        assert run.poll() is None, f"it ended too early:\n{run.printed()}"
         assert time.monotonic() < deadline, "it did not come so far"
         time.sleep(0.02)
     return found
@@ -148,12 +114,6 @@ def wait_for(done: Callable[[], Any], process: subprocess.Popen[str], timeout: f
 def step_of(out: Path) -> int:
     """The last step that status.json tells of."""
     return int((status.read(out) or {}).get("step", 0))
-
-
-def rank_process(launcher: subprocess.Popen[str], rank: int) -> psutil.Process:
-    found = [p for p in psutil.Process(launcher.pid).children() if p.environ().get("RANK") == str(rank)]
-    assert len(found) == 1
-    return found[0]
 
 
 def metrics_of(out: Path) -> str:
@@ -175,8 +135,8 @@ def test_a_signal_stops_all_ranks_and_a_lost_rank_ends_the_others(
     # One rank alone is told: the other must hear of it and write its part.
     first = start(out, "--resume_from_checkpoint", "auto", ranks=2)
     wait_for(lambda: step_of(out) >= 7, first)
-    rank_process(first, 1).send_signal(signal.SIGUSR1)
-    output = end(first, 1)
+    first.send_signal(signal.SIGUSR1, rank=1)
+    output = end(first, 75)
     stopped = status.read(out)
     assert stopped is not None, output
     assert (stopped["state"], stopped["retry"]) == ("stopped", True)
@@ -186,8 +146,8 @@ def test_a_signal_stops_all_ranks_and_a_lost_rank_ends_the_others(
     # The second goes on, and loses a rank for which there is no warning.
     second = start(out, "--resume_from_checkpoint", "auto", ranks=2)
     wait_for(lambda: step_of(out) >= 35, second)
-    rank_process(second, 1).kill()
-    output = end(second, 1)
+    second.send_signal(signal.SIGKILL, rank=1)
+    output = end(second, -signal.SIGKILL)
     assert f"Resuming from {out}/checkpoint-{stopped['step']}" in output
     lost = status.read(out)
     assert lost is not None
@@ -207,7 +167,7 @@ def test_a_rank_that_hangs_is_given_up(start: Callable[..., Any], tmp_path: Path
     out = tmp_path / "run"
     run = start(out, "--ddp_timeout", "5", ranks=2, steps=100_000)
     wait_for(lambda: step_of(out) >= 14, run)
-    rank_process(run, 1).send_signal(signal.SIGSTOP)
+    run.send_signal(signal.SIGSTOP, rank=1)
     ended = wait_for(lambda: (status.read(out) or {}).get("state") != "running" and status.read(out), run, 60)
     assert (ended["state"], ended["retry"], ended["rank"]) == ("failed", True, 0)
     assert f"rank 0, step {ended['step']}: " in ended["reason"]
@@ -282,9 +242,9 @@ def test_shards_and_streams_go_on_exactly(
 ) -> None:
     if kind == "shards":
         tokens = tmp_path / "tokens"
-        tokenize = [SCRIPT.with_name("tokenize_corpus.py"), "--train_file", corpus, "--vocab_size", 320]
+        tokenize = ["--train_file", corpus, "--vocab_size", 320]
         tokenize += ["--output_dir", tokens, "--validation_fraction", "0.2", "--shard_tokens", "5000"]
-        subprocess.run([sys.executable, *map(str, tokenize)], check=True, timeout=100, env={**os.environ})
+        assert tokenize_corpus.main([str(word) for word in tokenize]) == 0
         flags: list[object] = ["--train_shards", tokens]
     else:
         folder = tmp_path / "folder"

@@ -150,11 +150,11 @@ def test_operators_hold_what_they_promise_to_compilers():
     key = torch.tensor([1, 2])
     a, b = (torch.randint(-127, 128, (16, 32), dtype=torch.int8) for _ in range(2))
     for operator, arguments in (
-        *((ops.quantize_operand.operator, (g, 8, "row", columns, key, 3, False, ways)) for ways in reference.WAYS),
-        (ops.quantize_operand.operator, (g, 8, "column", rows, None, 0, False, "both")),
-        (ops.quantize_operand.operator, (g, 8, "tensor", None, None, 0, True, "both")),
-        (ops.quantize_gradient.operator, (g, 8, columns, rows, key, 1, 2, True)),
-        (ops.quantize_gradient.operator, (g, 8, None, None, None, 1, 2, False)),
+        *((ops.quantize_operand.operator, (g, 127.0, "row", columns, key, 3, ways)) for ways in reference.WAYS),
+        (ops.quantize_operand.operator, (g, 127.0, "column", rows, None, 0, "both")),
+        (ops.quantize_operand.operator, (g, 127.5, "tensor", None, None, 0, "both")),
+        (ops.quantize_gradient.operator, (g, 127.0, columns, rows, key, 1, 2, True)),
+        (ops.quantize_gradient.operator, (g, 127.0, None, None, None, 1, 2, False)),
         (ops.padded_matmul.operator, (a, b, 5, 13, torch.rand(5), None, torch.randn(13), torch.bfloat16)),
     ):
         torch.library.opcheck(operator, arguments)
@@ -163,10 +163,10 @@ def test_operators_hold_what_they_promise_to_compilers():
 def test_what_is_refused():
     x = torch.randn(4, 6)
     with pytest.raises(ValueError, match=r"quantize_operand\(granularity\): got block; allowed: row, column or tensor"):
-        ops.quantize_operand(x, 8, "block")
+        ops.quantize_operand(x, 127.0, "block")
     with pytest.raises(ValueError, match=r"quantize_operand\(ways\): got up; allowed: codes, turned, both"):
-        ops.quantize_operand(x, 8, "row", ways="up")
+        ops.quantize_operand(x, 127.0, "row", ways="up")
     with pytest.raises(ValueError, match=r"quantize_operand\(factor\): got torch.float32 of shape \(1,\) on cpu"):
-        ops.quantize_operand(x, 8, "tensor", torch.ones(1))
+        ops.quantize_operand(x, 127.0, "tensor", torch.ones(1))
     with pytest.raises(ValueError, match=r"quantize_gradient\(row_scale\)"):
-        ops.quantize_gradient(x, 8, None, torch.ones(5), None, 0, 1, False)
+        ops.quantize_gradient(x, 127.0, None, torch.ones(5), None, 0, 1, False)

@@ -11,6 +11,7 @@ from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp
 from numerics import oracle
 
 from ds_quant.numerics import dequantize, fake_quantize, fold_key, products, quantize
+from ds_quant.numerics.integer import symmetric_levels
 
 BITS = range(2, 9)
 GRANULARITIES = ("tensor", "row", "column", "block")
@@ -117,23 +118,21 @@ def test_where_a_scale_is_denormal_ours_covers_the_group():
         assert torch.equal(fake_quantize(x, 8, granularity="row", full_range=True), server(x, 8, "token"))
 
 
-def test_rows_and_tensors_of_int8_products(rng):
+def test_rows_columns_and_tensors_of_int8_products(rng):
     """`numerics.products` gives the same codes."""
     x = torch.from_numpy(rng.normal(size=(9, 40))).float()
     factor = torch.from_numpy(rng.uniform(0.1, 2, size=40)).float()
     for bits, key in itertools.product(BITS, (None, fold_key(3))):
-        rounding = "nearest" if key is None else "stochastic"
-        options = {"rounding": rounding, "key": key, "full_range": True}
+        levels = symmetric_levels(bits, full_range=True)
+        options = {"rounding": "nearest" if key is None else "stochastic", "key": key, "full_range": True}
         for got, want in (
+            (products.quantize_rows(x, levels, key=key), quantize(x, bits, granularity="row", **options)),
             (
-                products.quantize_rows(x, bits, key=key, full_range=True),
-                quantize(x, bits, granularity="row", **options),
-            ),
-            (
-                products.quantize_rows(x, bits, column_scale=factor, key=key, full_range=True),
+                products.quantize_rows(x, levels, column_scale=factor, key=key),
                 quantize(x * factor, bits, granularity="row", **options),
             ),
-            (products.quantize_tensor(x, bits, key=key, full_range=True), quantize(x, bits, **options)),
+            (products.quantize_columns(x, levels, key=key), quantize(x, bits, granularity="column", **options)),
+            (products.quantize_tensor(x, levels, key=key), quantize(x, bits, **options)),
         ):
             assert torch.equal(got[0], want.codes)
             assert torch.equal(got[1], want.scale.reshape(-1))

@@ -7,6 +7,7 @@ from numerics import oracle
 
 from ds_quant.linear import modules, recipe, simulated
 from ds_quant.numerics import products
+from ds_quant.numerics.integer import symmetric_levels
 from ds_quant.numerics.random import derive_key, fold_key
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -46,6 +47,7 @@ def assert_quantized(got, y, bits, granularity, words, context):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_quantizers(rng, shape, bits):
+    levels = symmetric_levels(bits)
     for dtype in DTYPES:
         x = wild(rng, shape).to(dtype)
         array = x.float().numpy()
@@ -56,17 +58,17 @@ def test_quantizers(rng, shape, bits):
         for keys, words in ((None, (None, None)), (KEYS, WORDS)):
             context = f"{dtype} {keys}"
             first, second = keys or (None, None)
-            rows = products.quantize_rows(x, bits, key=first)
+            rows = products.quantize_rows(x, levels, key=first)
             assert_quantized(rows, array, bits, "row", words[0], context)
-            columns = products.quantize_columns(x, bits, key=first)
+            columns = products.quantize_columns(x, levels, key=first)
             assert_quantized(columns, array, bits, "column", words[0], context)
-            assert_quantized(products.quantize_tensor(x, bits, key=first), array, bits, "tensor", words[0], context)
-            rows = products.quantize_rows(x, bits, column_scale=column_scale, key=first)
+            assert_quantized(products.quantize_tensor(x, levels, key=first), array, bits, "tensor", words[0], context)
+            rows = products.quantize_rows(x, levels, column_scale=column_scale, key=first)
             assert_quantized(rows, by_column, bits, "row", words[0], context)
-            columns = products.quantize_columns(x, bits, row_scale=row_scale, key=second)
+            columns = products.quantize_columns(x, levels, row_scale=row_scale, key=second)
             assert_quantized(columns, by_row, bits, "column", words[1], context)
             both = products.quantize_both(
-                x, bits, column_scale=column_scale, row_scale=row_scale, row_key=first, column_key=second
+                x, levels, column_scale=column_scale, row_scale=row_scale, row_key=first, column_key=second
             )
             assert_quantized(both[:2], by_column, bits, "row", words[0], context)
             assert_quantized(both[2:], by_row, bits, "column", words[1], context)
@@ -77,14 +79,14 @@ def test_one_factor_for_all(rng):
     with np.errstate(all="ignore"):
         y = x.numpy() * np.float32(3e-3)
     for one in (factor, factor.reshape(()), factor.reshape(1, 1)):
-        assert_quantized(products.quantize_rows(x, 8, column_scale=one), y, 8, "row", None, "")
-        assert_quantized(products.quantize_columns(x, 8, row_scale=one), y, 8, "column", None, "")
+        assert_quantized(products.quantize_rows(x, 127.0, column_scale=one), y, 8, "row", None, "")
+        assert_quantized(products.quantize_columns(x, 127.0, row_scale=one), y, 8, "column", None, "")
 
 
 def test_strides_make_no_difference(rng):
     x = wild(rng, (13, 7))
     for quantize in (products.quantize_rows, products.quantize_columns, products.quantize_tensor):
-        got, expected = quantize(x.t(), 8, key=KEYS[0]), quantize(x.t().contiguous(), 8, key=KEYS[0])
+        got, expected = quantize(x.t(), 127.0, key=KEYS[0]), quantize(x.t().contiguous(), 127.0, key=KEYS[0])
         assert torch.equal(got[0], expected[0])
         assert got[0].is_contiguous()
         assert torch.equal(got[1].nan_to_num(-1), expected[1].nan_to_num(-1))
@@ -162,9 +164,9 @@ def test_linear_has_these_operands_and_results(monkeypatch, rounding, layout, we
     x2, g2 = x.detach().reshape(-1, 48), g.reshape(-1, 24)
 
     per_row = products.quantize_rows if weight == "channel" else products.quantize_tensor
-    qw, w_scale = per_row(w, 8)
+    qw, w_scale = per_row(w, 127.0)
     per_row = products.quantize_rows if activation == "token" else products.quantize_tensor
-    qx, x_scale = per_row(x2, 6)
+    qx, x_scale = per_row(x2, 31.0)
     first = second = None
     if rounding == "stochastic":
         local, stream = module.step_key.local(x.device), module._quant_plan.stream
@@ -172,12 +174,12 @@ def test_linear_has_these_operands_and_results(monkeypatch, rounding, layout, we
         second = derive_key(local, stream + recipe.STREAM_GRAD_WEIGHT)
     if gradient == "outer":
         g_rows, g_scale, g_columns, g_column_scale = products.quantize_both(
-            g2, 8, column_scale=w_scale, row_scale=x_scale, row_key=first, column_key=second
+            g2, 127.0, column_scale=w_scale, row_scale=x_scale, row_key=first, column_key=second
         )
         by_input = by_weight = None
     else:
-        g_rows, g_scale = products.quantize_tensor(g2, 8, key=first)
-        g_columns, g_column_scale = products.quantize_tensor(g2, 8, key=second)
+        g_rows, g_scale = products.quantize_tensor(g2, 127.0, key=first)
+        g_columns, g_column_scale = products.quantize_tensor(g2, 127.0, key=second)
         by_input, by_weight = w_scale, x_scale
 
     forward, dx, dw = calls

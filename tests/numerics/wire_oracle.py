@@ -96,9 +96,12 @@ def encode(y, fmt, key, stream):
         return codes, scale.view(np.uint8), codes.astype(F) * oracle.expand(scale, y.shape, **shape)
     steps, scale = format_oracle.quantize(y[None], fmt.format, rule=fmt.scale_rule, key=subkey, **shape)
     scale = scale[0]
-    steps = np.where(y == 0, F(0), steps[0])  # a zero loses its sign, a small number keeps its
+    # What is 0 in units of the scale loses its sign, a small number keeps its.
+    steps = np.where(y / scale == 0, F(0), steps[0])
     codes = steps.astype(np.int64)
-    if is_floating(fmt):
+    if not is_floating(fmt):
+        steps = codes.astype(F)  # which have no -0
+    else:
         table = format_oracle.table("e2m1")
         codes = np.array([8 * np.signbit(v) + int(np.searchsorted(table, abs(v))) for v in steps])
     return codes, stored_scales(y, np.ascontiguousarray(scale[:: fmt.block_size]), fmt), steps * scale

@@ -4,10 +4,11 @@ import torch
 from torch import Tensor
 
 from ds_quant.base.errors import argument_error
-from ds_quant.numerics.integer import DTYPES
+from ds_quant.numerics.integer import DTYPES, symmetric_levels
 from ds_quant.numerics.random import check_key
 
 FLOATS = "float32, bfloat16 or float16"
+_LEVELS = tuple(symmetric_levels(bits, full_range=full_range) for bits in range(2, 9) for full_range in (False, True))
 
 
 def described(value: object) -> str:
@@ -16,11 +17,12 @@ def described(value: object) -> str:
     return f"{value.dtype} of shape {tuple(value.shape)} on {value.device}"
 
 
-def check_operand(where: str, x: object, where_bits: str, bits: object) -> None:
+def check_operand(where: str, x: object, where_levels: str, levels: object) -> None:
     if not isinstance(x, Tensor) or x.dtype not in DTYPES or x.dim() != 2:
         raise argument_error(where, described(x), f"{FLOATS} of two dimensions", "reshape it to [tokens, features]")
-    if isinstance(bits, bool) or not isinstance(bits, int) or not 2 <= bits <= 8:
-        raise argument_error(where_bits, repr(bits), "integers 2 to 8", "set bits to one of them")
+    if isinstance(levels, bool) or not isinstance(levels, int | float) or levels not in _LEVELS:
+        allowed = f"those of 2 to 8 bits: {', '.join(f'{n:g}' for n in _LEVELS)}"
+        raise argument_error(where_levels, repr(levels), allowed, "pass numerics.integer.symmetric_levels(bits)")
 
 
 def check_scale(where: str, scale: object, matrix: Tensor, dim: int) -> None:

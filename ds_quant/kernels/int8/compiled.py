@@ -8,8 +8,8 @@ Inductor would fuse a product into the sum that follows, which is the epilogue's
 it from that (it may say that CUDA_HOME is not set, which concerns functions that are not used here). Divisions are
 those of `numerics.integer.divide`, rounded to nearest.
 
-Each function compiles at its first call, up to ten seconds, for each `bits` or result dtype, dtype of the matrix,
-rounding, range, scale (none, one number, many) and bias dtype; once more where its first matrix was square. Nothing
+Each function compiles at its first call, up to ten seconds, for each `levels` or result dtype, dtype of the matrix,
+rounding, scale (none, one number, many) and bias dtype; once more where its first matrix was square. Nothing
 compiles again for new shapes, keys or scales. To keep it so
 
 - matrices with less than two rows or columns go to the reference: 0 and 1 are sizes that torch.compile makes constant;
@@ -34,27 +34,26 @@ from ds_quant.numerics import products as reference
 @ops.quantize_rows.by("compiled")
 @torch.no_grad()
 def quantize_rows(
-    x: Tensor, bits: int, *, column_scale: Tensor | None = None, key: Tensor | None = None, full_range: bool = False
+    x: Tensor, levels: float, *, column_scale: Tensor | None = None, key: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """`numerics.products.quantize_rows`."""
-    function = _full_range_rows if full_range else reference.quantize_rows
-    return _call(function, x, bits, column_scale=_scale(column_scale), key=_data(key))
+    return _call(reference.quantize_rows, x, levels, column_scale=_scale(column_scale), key=_data(key))
 
 
 @ops.quantize_columns.by("compiled")
 @torch.no_grad()
 def quantize_columns(
-    x: Tensor, bits: int, *, row_scale: Tensor | None = None, key: Tensor | None = None
+    x: Tensor, levels: float, *, row_scale: Tensor | None = None, key: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """`numerics.products.quantize_columns`."""
-    return _call(reference.quantize_columns, x, bits, row_scale=_scale(row_scale), key=_data(key))
+    return _call(reference.quantize_columns, x, levels, row_scale=_scale(row_scale), key=_data(key))
 
 
 @ops.quantize_both.by("compiled")
 @torch.no_grad()
 def quantize_both(
     g: Tensor,
-    bits: int,
+    levels: float,
     *,
     column_scale: Tensor | None = None,
     row_scale: Tensor | None = None,
@@ -64,17 +63,14 @@ def quantize_both(
     """`numerics.products.quantize_both`."""
     scales = {"column_scale": _scale(column_scale), "row_scale": _scale(row_scale)}
     keys = {"row_key": _data(row_key), "column_key": _data(column_key)}
-    return _call(reference.quantize_both, g, bits, **scales, **keys)
+    return _call(reference.quantize_both, g, levels, **scales, **keys)
 
 
 @ops.quantize_tensor.by("compiled")
 @torch.no_grad()
-def quantize_tensor(
-    x: Tensor, bits: int, *, key: Tensor | None = None, full_range: bool = False
-) -> tuple[Tensor, Tensor]:
+def quantize_tensor(x: Tensor, levels: float, *, key: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """`numerics.products.quantize_tensor`."""
-    function = _full_range_tensor if full_range else reference.quantize_tensor
-    return _call(function, x, bits, key=_data(key))
+    return _call(reference.quantize_tensor, x, levels, key=_data(key))
 
 
 @ops.dequantize.by("compiled")
@@ -112,14 +108,6 @@ def scaled_matmul(a: Tensor, b: Tensor, *, row_scale: Tensor | None = None, **op
     return matmul.multiply_by_rows(a, b, row_scale, functools.partial(epilogue, **options))
 
 
-def _full_range_rows(x: Tensor, bits: int, **tensors: Tensor | None) -> tuple[Tensor, Tensor]:
-    return reference.quantize_rows(x, bits, full_range=True, **tensors)
-
-
-def _full_range_tensor(x: Tensor, bits: int, **tensors: Tensor | None) -> tuple[Tensor, Tensor]:
-    return reference.quantize_tensor(x, bits, full_range=True, **tensors)
-
-
 def _epilogue(products: Tensor, dtype: torch.dtype, **tensors: Tensor | None) -> Tensor:
     return reference.epilogue(products, dtype=dtype, **tensors)
 
@@ -128,7 +116,7 @@ def _dequantize(codes: Tensor, dtype: torch.dtype, **scales: Tensor | None) -> T
     return reference.dequantize(codes, dtype=dtype, **scales)
 
 
-def _call(function: Callable, matrix: Tensor, constant: int | torch.dtype, **tensors: Any) -> Any:
+def _call(function: Callable, matrix: Tensor, constant: float | torch.dtype, **tensors: Any) -> Any:
     matrix = matrix.contiguous().data
     is_small = min(matrix.shape) < 2
     return function(matrix, constant, **tensors) if is_small else compiled_with(function, constant)(matrix, **tensors)

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from ds_quant.kernels import native
 from ds_quant.kernels.int8 import cpu_parts, ops
-from ds_quant.numerics.integer import symmetric_levels
 
 
 class _Side(ctypes.Structure):
@@ -65,33 +64,32 @@ class _DequantizeCall(ctypes.Structure):
 @ops.quantize_rows.by("cpu")
 def quantize_rows(
     x: Tensor,
-    bits: int,
+    levels: float,
     *,
     column_scale: Tensor | None = None,
     key: Tensor | None = None,
-    full_range: bool = False,
     isa: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`numerics.products.quantize_rows`."""
     rows = _Half(x, 0, column_scale, key)
-    _quantize(x, bits, isa, rows=rows, full_range=full_range)
+    _quantize(x, levels, isa, rows=rows)
     return rows.codes, rows.scale
 
 
 @ops.quantize_columns.by("cpu")
 def quantize_columns(
-    x: Tensor, bits: int, *, row_scale: Tensor | None = None, key: Tensor | None = None, isa: str | None = None
+    x: Tensor, levels: float, *, row_scale: Tensor | None = None, key: Tensor | None = None, isa: str | None = None
 ) -> tuple[Tensor, Tensor]:
     """`numerics.products.quantize_columns`."""
     columns = _Half(x, 1, row_scale, key)
-    _quantize(x, bits, isa, columns=columns)
+    _quantize(x, levels, isa, columns=columns)
     return columns.codes, columns.scale
 
 
 @ops.quantize_both.by("cpu")
 def quantize_both(
     g: Tensor,
-    bits: int,
+    levels: float,
     *,
     column_scale: Tensor | None = None,
     row_scale: Tensor | None = None,
@@ -101,17 +99,17 @@ def quantize_both(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`numerics.products.quantize_both`."""
     rows, columns = _Half(g, 0, column_scale, row_key), _Half(g, 1, row_scale, column_key)
-    _quantize(g, bits, isa, rows=rows, columns=columns)
+    _quantize(g, levels, isa, rows=rows, columns=columns)
     return rows.codes, rows.scale, columns.codes, columns.scale
 
 
 @ops.quantize_tensor.by("cpu")
 def quantize_tensor(
-    x: Tensor, bits: int, *, key: Tensor | None = None, full_range: bool = False, isa: str | None = None
+    x: Tensor, levels: float, *, key: Tensor | None = None, isa: str | None = None
 ) -> tuple[Tensor, Tensor]:
     """`numerics.products.quantize_tensor`."""
     rows = _Half(x, None, None, key)
-    _quantize(x, bits, isa, rows=rows, full_range=full_range)
+    _quantize(x, levels, isa, rows=rows)
     return rows.codes, rows.scale
 
 
@@ -217,12 +215,11 @@ _NONE = _Side()
 
 def _quantize(
     x: Tensor,
-    bits: int,
+    levels: float,
     isa: str | None,
     *,
     rows: _Half | None = None,
     columns: _Half | None = None,
-    full_range: bool = False,
 ) -> None:
     chosen = native.isa_number("quantize", isa)
     if not x.numel():
@@ -234,7 +231,7 @@ def _quantize(
     call = _QuantizeCall(
         *(x.data_ptr(), *x.shape, x.stride(0)),
         *(_NONE if half is None else half.side for half in (rows, columns)),
-        *(native.DTYPES[x.dtype], symmetric_levels(bits, full_range=full_range)),
+        *(native.DTYPES[x.dtype], levels),
     )
     if _function("quantize", call.__class__)(call, isa=chosen):
         raise MemoryError("quantize: no memory for the maxima of the columns")

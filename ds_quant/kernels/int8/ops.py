@@ -49,46 +49,46 @@ def _scale(x: Tensor, count: int) -> Tensor:
 @operation(
     FAMILY,
     reference=reference.quantize_rows,
-    shapes=lambda x, bits, column_scale=None, key=None, full_range=False: (_codes(x), _scale(x, x.shape[0])),
+    shapes=lambda x, levels, column_scale=None, key=None: (_codes(x), _scale(x, x.shape[0])),
     profiled=True,
 )
 def quantize_rows(
-    x: Tensor, bits: int, column_scale: Tensor | None = None, key: Tensor | None = None, full_range: bool = False
+    x: Tensor, levels: float, column_scale: Tensor | None = None, key: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Codes int8 [M, K] and scale fp32 [M] of x [M, K], as `numerics.products.quantize_rows` gives them.
 
-    x: fp32, bf16 or fp16. bits: 2 to 8. column_scale: fp32 [K] or of one element. key: as `fold_key` gives it, None for
-    nearest rounding. full_range: all 2^bits codes, down to -2^(bits-1). Raises ValueError for what is not so.
+    x: fp32, bf16 or fp16. levels: `symmetric_levels` of 2 to 8 bits. column_scale: fp32 [K] or of one element. key: as
+    `fold_key` gives it, None for nearest rounding. Raises ValueError for what is not so.
     """
-    check_operand("quantize_rows(x)", x, "quantize_rows(bits)", bits)
+    check_operand("quantize_rows(x)", x, "quantize_rows(levels)", levels)
     check_scale("quantize_rows(column_scale)", column_scale, x, 1)
     check_key_or_none("quantize_rows(key)", key)
-    return quantize_rows.on(x.device)(x, bits, column_scale=column_scale, key=key, full_range=full_range)
+    return quantize_rows.on(x.device)(x, levels, column_scale=column_scale, key=key)
 
 
 @operation(
     FAMILY,
     reference=reference.quantize_columns,
-    shapes=lambda x, bits, row_scale=None, key=None: (_codes(x), _scale(x, x.shape[1])),
+    shapes=lambda x, levels, row_scale=None, key=None: (_codes(x), _scale(x, x.shape[1])),
     profiled=True,
 )
 def quantize_columns(
-    x: Tensor, bits: int, row_scale: Tensor | None = None, key: Tensor | None = None
+    x: Tensor, levels: float, row_scale: Tensor | None = None, key: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Codes int8 [M, N], contiguous, and scale fp32 [N] of x [M, N], as `numerics.products.quantize_columns` has it.
 
     row_scale: fp32 [M] or of one element; else as `quantize_rows`. Raises ValueError for what is not so.
     """
-    check_operand("quantize_columns(x)", x, "quantize_columns(bits)", bits)
+    check_operand("quantize_columns(x)", x, "quantize_columns(levels)", levels)
     check_scale("quantize_columns(row_scale)", row_scale, x, 0)
     check_key_or_none("quantize_columns(key)", key)
-    return quantize_columns.on(x.device)(x, bits, row_scale=row_scale, key=key)
+    return quantize_columns.on(x.device)(x, levels, row_scale=row_scale, key=key)
 
 
 @operation(
     FAMILY,
     reference=reference.quantize_both,
-    shapes=lambda g, bits, column_scale=None, row_scale=None, row_key=None, column_key=None: (
+    shapes=lambda g, levels, column_scale=None, row_scale=None, row_key=None, column_key=None: (
         *(_codes(g), _scale(g, g.shape[0])),
         *(_codes(g), _scale(g, g.shape[1])),
     ),
@@ -96,7 +96,7 @@ def quantize_columns(
 )
 def quantize_both(
     g: Tensor,
-    bits: int,
+    levels: float,
     column_scale: Tensor | None = None,
     row_scale: Tensor | None = None,
     row_key: Tensor | None = None,
@@ -106,30 +106,30 @@ def quantize_both(
 
     row_key: of the rows' rounding. column_key: of the columns'. Else as those. Raises ValueError for what is not so.
     """
-    check_operand("quantize_both(g)", g, "quantize_both(bits)", bits)
+    check_operand("quantize_both(g)", g, "quantize_both(levels)", levels)
     check_scale("quantize_both(column_scale)", column_scale, g, 1)
     check_scale("quantize_both(row_scale)", row_scale, g, 0)
     check_key_or_none("quantize_both(row_key)", row_key)
     check_key_or_none("quantize_both(column_key)", column_key)
     return quantize_both.on(g.device)(
-        g, bits, column_scale=column_scale, row_scale=row_scale, row_key=row_key, column_key=column_key
+        g, levels, column_scale=column_scale, row_scale=row_scale, row_key=row_key, column_key=column_key
     )
 
 
 @operation(
     FAMILY,
     reference=reference.quantize_tensor,
-    shapes=lambda x, bits, key=None, full_range=False: (_codes(x), _scale(x, 1)),
+    shapes=lambda x, levels, key=None: (_codes(x), _scale(x, 1)),
     profiled=True,
 )
-def quantize_tensor(x: Tensor, bits: int, key: Tensor | None = None, full_range: bool = False) -> tuple[Tensor, Tensor]:
+def quantize_tensor(x: Tensor, levels: float, key: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Codes int8 [M, K] and one scale, fp32 [1], as `numerics.products.quantize_tensor` gives them.
 
     Else as `quantize_rows`. Raises ValueError for what is not so.
     """
-    check_operand("quantize_tensor(x)", x, "quantize_tensor(bits)", bits)
+    check_operand("quantize_tensor(x)", x, "quantize_tensor(levels)", levels)
     check_key_or_none("quantize_tensor(key)", key)
-    return quantize_tensor.on(x.device)(x, bits, key=key, full_range=full_range)
+    return quantize_tensor.on(x.device)(x, levels, key=key)
 
 
 @operation(

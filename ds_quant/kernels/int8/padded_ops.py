@@ -37,7 +37,7 @@ def pads(device: torch.device) -> bool:
 @operation(
     FAMILY,
     reference=reference.quantize_operand,
-    shapes=lambda x, bits, granularity, factor=None, key=None, stream=0, full_range=False, ways="both": (
+    shapes=lambda x, levels, granularity, factor=None, key=None, stream=0, ways="both": (
         _padded_codes(x, ways != "turned"),
         _padded_codes(x.t(), ways != "codes"),
         _scale(x, {"row": x.shape[0], "column": x.shape[1], "tensor": 1}[granularity]),
@@ -47,12 +47,11 @@ def pads(device: torch.device) -> bool:
 )
 def quantize_operand(
     x: Tensor,
-    bits: int,
+    levels: float,
     granularity: str,
     factor: Tensor | None = None,
     key: Tensor | None = None,
     stream: int = 0,
-    full_range: bool = False,
     ways: str = "both",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Padded codes, turned ones and scale of x [M, K], as `numerics.products.quantize_operand` gives them.
@@ -60,7 +59,7 @@ def quantize_operand(
     factor: column_scale of "row", row_scale of "column". key: the rounding's is `derive_key(key, stream)`. ways:
     "codes", "turned" or "both". Else as `quantize_rows`. Raises ValueError for what is not so.
     """
-    check_operand("quantize_operand(x)", x, "quantize_operand(bits)", bits)
+    check_operand("quantize_operand(x)", x, "quantize_operand(levels)", levels)
     if granularity not in ("row", "column", "tensor"):
         raise argument_error(
             "quantize_operand(granularity)", granularity, "row, column or tensor", "set it to one of them"
@@ -73,14 +72,14 @@ def quantize_operand(
         )
     check_scale("quantize_operand(factor)", factor, x, 1 if granularity == "row" else 0)
     check_key_or_none("quantize_operand(key)", key)
-    options = {"factor": factor, "key": key, "stream": stream, "full_range": full_range, "ways": ways}
-    return quantize_operand.on(x.device)(x, bits, granularity=granularity, **options)
+    options = {"factor": factor, "key": key, "stream": stream, "ways": ways}
+    return quantize_operand.on(x.device)(x, levels, granularity=granularity, **options)
 
 
 @operation(
     FAMILY,
     reference=reference.quantize_gradient,
-    shapes=lambda g, bits, column_scale, row_scale, key, row_stream, column_stream, sums: (
+    shapes=lambda g, levels, column_scale, row_scale, key, row_stream, column_stream, sums: (
         *(_padded_codes(g, True), _scale(g, g.shape[0])),
         *(_padded_codes(g.t(), True), _scale(g, g.shape[1])),
         g.new_empty((g.shape[1] if sums else 0,)),
@@ -90,7 +89,7 @@ def quantize_operand(
 )
 def quantize_gradient(
     g: Tensor,
-    bits: int,
+    levels: float,
     column_scale: Tensor | None,
     row_scale: Tensor | None,
     key: Tensor | None,
@@ -103,12 +102,12 @@ def quantize_gradient(
     As `numerics.products.quantize_gradient` gives them; arguments as those of `quantize_both` and `quantize_operand`.
     Raises ValueError for what is not so.
     """
-    check_operand("quantize_gradient(g)", g, "quantize_gradient(bits)", bits)
+    check_operand("quantize_gradient(g)", g, "quantize_gradient(levels)", levels)
     check_scale("quantize_gradient(column_scale)", column_scale, g, 1)
     check_scale("quantize_gradient(row_scale)", row_scale, g, 0)
     check_key_or_none("quantize_gradient(key)", key)
     options = {"column_scale": column_scale, "row_scale": row_scale, "key": key, "sums": sums}
-    return quantize_gradient.on(g.device)(g, bits, **options, row_stream=row_stream, column_stream=column_stream)
+    return quantize_gradient.on(g.device)(g, levels, **options, row_stream=row_stream, column_stream=column_stream)
 
 
 @operation(

@@ -28,7 +28,6 @@ from torch import Tensor
 from ds_quant.kernels.int8.quantize_kernels import group_kernel, scan_kernel, tile_kernel
 from ds_quant.kernels.launching import LARGEST_STRIDE, Launch, ceil_div, flat, is_one, run
 from ds_quant.numerics import products as reference
-from ds_quant.numerics.integer import symmetric_levels
 from ds_quant.numerics.products import ALIGNMENT
 from ds_quant.numerics.random import MASK
 
@@ -59,24 +58,23 @@ MANY_PROGRAMS = 1024
 
 def quantize_operand(
     x: Tensor,
-    bits: int,
+    levels: float,
     *,
     granularity: str,
     factor: Tensor | None = None,
     key: Tensor | None = None,
     stream: int = 0,
-    full_range: bool = False,
     ways: str = "both",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`numerics.products.quantize_operand`."""
     if not _fits(x):
         options: dict[str, Any] = {"granularity": granularity, "factor": factor, "key": key, "stream": stream}
-        return reference.quantize_operand(x, bits, **options, full_range=full_range, ways=ways)
+        return reference.quantize_operand(x, levels, **options, ways=ways)
     x = _readable(x)
     num_scales = {"row": x.shape[0], "column": x.shape[1], "tensor": 1}[granularity]
     codes, turned = _codes(x, ways != "turned"), _codes(x.t(), ways != "codes")
     scale = torch.empty(num_scales, dtype=torch.float32, device=x.device)
-    rounding = _rounding(x, bits, full_range, key)
+    rounding = _rounding(x, levels, key)
     if granularity == "tensor":
         parts = torch.empty(ceil_div(x.shape[0], _scan_tile(x).rows), dtype=torch.float32, device=x.device)
         run(scan(x, rounding, one_parts=parts), x.device)
@@ -89,7 +87,7 @@ def quantize_operand(
 
 def quantize_gradient(
     g: Tensor,
-    bits: int,
+    levels: float,
     *,
     column_scale: Tensor | None = None,
     row_scale: Tensor | None = None,
@@ -101,9 +99,9 @@ def quantize_gradient(
     """`numerics.products.quantize_gradient`; sums are fp32's, rounded once."""
     if not _fits(g):
         options: dict[str, Any] = {"column_scale": column_scale, "row_scale": row_scale, "key": key, "sums": sums}
-        return reference.quantize_gradient(g, bits, **options, row_stream=row_stream, column_stream=column_stream)
+        return reference.quantize_gradient(g, levels, **options, row_stream=row_stream, column_stream=column_stream)
     g = _readable(g)
-    rounding = _rounding(g, bits, False, key)
+    rounding = _rounding(g, levels, key)
     codes, turned = _codes(g, True), _codes(g.t(), True)
     num_rows, num_columns = g.shape
     fp32: dict[str, Any] = {"dtype": torch.float32, "device": g.device}
@@ -226,9 +224,9 @@ def _padded(size: int) -> int:
     return ceil_div(size, ALIGNMENT) * ALIGNMENT
 
 
-def _rounding(x: Tensor, bits: int, full_range: bool, key: Tensor | None) -> Rounding:
+def _rounding(x: Tensor, levels: float, key: Tensor | None) -> Rounding:
     key = None if key is None else key.to(x.device, non_blocking=True)
-    return Rounding(float(symmetric_levels(bits, full_range=full_range)), flat(key))
+    return Rounding(float(levels), flat(key))
 
 
 def _is_narrow(x: Tensor) -> bool:

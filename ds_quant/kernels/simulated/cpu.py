@@ -28,19 +28,19 @@ def quantize(
         return cpu_formats.quantize(x if factor is None else x.float() * factor, to, subkey)
     if not elements.symmetric:
         return reference.quantize(x, factor, to, rounding, subkey)
-    bits, full_range, size = elements.bits, elements.full_range, group.block_size
+    levels, size = elements.levels, group.block_size
     num_rows, num_columns = x.shape
     if group.granularity == "row" and _is_one_each(factor, (num_columns,), (1, num_columns)):
-        codes, found = int8.quantize_rows(x, bits, column_scale=_flat(factor), key=subkey, full_range=full_range)
+        codes, found = int8.quantize_rows(x, levels, column_scale=_flat(factor), key=subkey)
         return Quantized(codes, found.view(-1, 1), None, "row", size)
-    if group.granularity == "column" and _is_one_each(factor, (num_rows, 1)) and not full_range:
-        codes, found = int8.quantize_columns(x, bits, row_scale=_flat(factor), key=subkey)
+    if group.granularity == "column" and _is_one_each(factor, (num_rows, 1)):
+        codes, found = int8.quantize_columns(x, levels, row_scale=_flat(factor), key=subkey)
         return Quantized(codes, found, None, "column", size)
     if group.granularity == "tensor" and factor is None:
-        codes, found = int8.quantize_tensor(x, bits, key=subkey, full_range=full_range)
+        codes, found = int8.quantize_tensor(x, levels, key=subkey)
         return Quantized(codes, found.view(()), None, "tensor", size)
     if group.granularity == "block" and factor is None and group.block_rows == 1 and num_columns % size == 0:
-        codes, found = int8.quantize_rows(x.reshape(-1, size), bits, key=subkey, full_range=full_range)
+        codes, found = int8.quantize_rows(x.reshape(-1, size), levels, key=subkey)
         return Quantized(codes.view(x.shape), found.view(num_rows, -1), None, "block", size)
     return reference.quantize(x, factor, to, rounding, subkey)
 

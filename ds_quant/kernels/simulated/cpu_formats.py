@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ds_quant.kernels import native
 from ds_quant.numerics.format import Format, Group, Integers, quantized_as, scale_of
-from ds_quant.numerics.integer import Quantized, symmetric_levels
+from ds_quant.numerics.integer import Quantized
 from ds_quant.numerics.minifloat import MINIFLOATS, Minifloat, decode
 
 
@@ -85,7 +85,7 @@ def codes_by(
     if key is not None:
         call.stochastic, call.key = 1, tuple(key.tolist())
     if isinstance(elements, Integers):
-        call.levels = int(symmetric_levels(elements.bits, full_range=False))
+        call.levels = int(elements.levels)
     else:
         call.mantissa_bits, call.smallest_exponent = elements.mantissa_bits, elements.smallest_exponent
         call.sign_bit, call.nan, call.largest = elements.bits - 1, elements.nan or 0, elements.largest
