@@ -28,7 +28,7 @@ from ds_quant.numerics.random import derive_key, derive_words, fold_key, fold_wo
 _LEVELS, _FULL = symmetric_levels(8), symmetric_levels(8, full_range=True)
 _SHAPES = ((2048, 3072), (1021, 768), (333, 1001))
 _SMALL_SHAPES = ((33, 40),)
-_FORMATS = (WireFormat(8, 256), WireFormat(4, 128), WireFormat(4, 128, "hadamard"))
+_FORMATS = (WireFormat(8, 256), WireFormat(4, 128), WireFormat(4, 128, "hadamard"), WireFormat(4, 16, format="nvfp4"))
 _WORLDS = (8, 64)
 """Ranks whose first reductions are timed. A compilation that unrolls ranks takes some 12 s and 60 s for them."""
 _ALL_REDUCED = 124_000_000

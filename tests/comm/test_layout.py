@@ -5,6 +5,8 @@ import pytest
 
 from ds_quant.comm import layout
 from ds_quant.comm.layout import Piece, Span, build, cut_each, cut_evenly, whole
+from ds_quant.comm.reducer import bytes_an_element, describe_wire, wire_format
+from ds_quant.config import GradientCommunicationConfig
 from ds_quant.numerics.wire import WireFormat
 
 FORMATS = [WireFormat(8, 256), WireFormat(4, 128), WireFormat(8, 32, "hadamard"), WireFormat(4, 32)]
@@ -208,3 +210,21 @@ def test_columns_have_the_types_that_kernels_take(pieces, world_size):
 def test_owners_outside_of_the_group_are_refused(owner):
     with pytest.raises(ValueError, match=rf"got owner {owner} of 'a'; allowed: 0 to 1;"):
         layout.build([Piece("a", 0, 0, 0, 7, owner)], WireFormat(8, 32), 2, 0)
+
+
+@pytest.mark.parametrize(
+    ("gradient", "words"),
+    [
+        ({"bits": 4}, "4 bits in blocks of 128"),
+        ({"format": "fp4_e2m1", "block_size": 64}, "fp4_e2m1 in blocks of 64"),
+        ({"format": "mxfp4", "scale_rule": "up"}, "mxfp4 in blocks of 32, scale rule up"),
+        ({"format": "nvfp4", "scale_rule": "four_six"}, "nvfp4 in blocks of 16, scale rule four_six"),
+    ],
+)
+def test_what_reports_say_of_a_long_piece(gradient, words):
+    config, numel = GradientCommunicationConfig.parse(gradient), 2**20
+    message = build([Piece("", 0, 0, 0, numel, 0)], wire_format(config), 1, 0).own_bytes
+    # 4 more bytes of the piece's scale.
+    assert bytes_an_element(config) == message // 128 * 128 / numel
+    assert message % 128 in (0, 4)
+    assert describe_wire(config) == words

@@ -67,7 +67,7 @@ NAMED = (
 )
 
 
-def check_named(expect, keys_of_next_call):
+def check_named(expect, keys_of_next_call, node):
     """Formats with a name: the bits of the definition, on all ranks the same."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
     if world_size == 1:
@@ -77,17 +77,18 @@ def check_named(expect, keys_of_next_call):
         for size in (3, 257, 1000):
             dtype, what = DTYPES[(number + size) % 3], (*options.values(), size)
             shares = [values(size, dtype, other, 90 + number) for other in range(world_size)]
-            result, keys = shares[rank].clone(), keys_of_next_call({"rounding": "nearest", **options})
-            all_reduce(result, dist.ReduceOp.AVG, **options)
+            given = {"rounding": "nearest", **options, "hierarchical": node}
+            result, keys = shares[rank].clone(), keys_of_next_call(given)
+            all_reduce(result, dist.ReduceOp.AVG, **given)
             pieces = cut_evenly([Span("", 0, 0, 0, size)], fmt, world_size)
-            wanted = expected_of(shares, pieces, fmt, False, factor=1.0 / world_size, keys=keys)[rank]
+            wanted = expected_of(shares, pieces, fmt, node, factor=1.0 / world_size, keys=keys)[rank]
             expect(torch.equal(result, wanted), "all_reduce, bits", *what)
             expect(same_on_all(result), "ranks differ", *what)
             whole = [torch.cat([share] * world_size) for share in shares]
-            part, keys = torch.empty(size, dtype=dtype), keys_of_next_call({"rounding": "nearest", **options})
-            reduce_scatter(part, whole[rank], **options)
+            part, keys = torch.empty(size, dtype=dtype), keys_of_next_call(given)
+            reduce_scatter(part, whole[rank], **given)
             pieces = cut_each([Span("", 0, 0, 0, size * world_size)], world_size)
-            wanted = expected_of(whole, pieces, fmt, False, factor=1.0, keys=keys, output_dtype=dtype)[rank]
+            wanted = expected_of(whole, pieces, fmt, node, factor=1.0, keys=keys, output_dtype=dtype)[rank]
             expect(torch.equal(part, wanted), "reduce_scatter, bits", *what)
 
 
@@ -110,11 +111,11 @@ def main(output):
             fold_words(torch.initial_seed(), calls[settings], 0, other + 1, STREAM << 32) for other in range(world_size)
         ]
 
-    check_named(expect, keys_of_next_call)
     hierarchical = [False] + [m for m in (2,) if world_size % m == 0 and world_size > m]
     for node in hierarchical[1:]:
         check_two_levels(expect, node, same_on_all)
     for node in hierarchical:
+        check_named(expect, keys_of_next_call, node)
         for number, bits, rotation, rounding, size, dtype in cases(world_size):
             options = {"bits": bits, "block_size": 32 if size < 1000 else 256, "rotation": rotation}
             options |= {"rounding": rounding, "hierarchical": node}
