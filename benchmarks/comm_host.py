@@ -11,9 +11,10 @@ tensors of one element on the CPU.
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 from unittest import mock
@@ -91,13 +92,19 @@ def compiled_call(rounds: int) -> float:
 
 def measure(num_ranks: int, bucket: float, rounds: int) -> dict[str, HostTime]:
     """The host's time for all gradients, by the name of the setting."""
+    buckets = [bucket_of(numels) for numels in cut(bucket)]
+    with fake_group(num_ranks), without_device_work() as calls:
+        return {name: _median(buckets, settings, rounds, calls) for name, settings in SETTINGS.items()}
+
+
+@contextmanager
+def fake_group(num_ranks: int) -> Iterator[None]:
+    """Ranks that are not there, among which nothing is sent."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    buckets = [_bucket(numels) for numels in _cut(bucket)]
     dist.init_process_group("fake", rank=0, world_size=num_ranks, store=FakeStore())
     try:
-        with _without_device_work() as calls:
-            return {name: _median(buckets, settings, rounds, calls) for name, settings in SETTINGS.items()}
+        yield
     finally:
         dist.destroy_process_group()
 
@@ -105,19 +112,31 @@ def measure(num_ranks: int, bucket: float, rounds: int) -> dict[str, HostTime]:
 def _median(
     buckets: list[tuple[Tensor, list[Span]]], settings: dict[str, Any], rounds: int, calls: list[Any]
 ) -> HostTime:
-    config = GradientCommunicationConfig.parse({"bits": 8, **settings})
-    reducer = Reducer(config, statistics=Statistics(with_errors=False))
+    all_reduce = all_reduces(buckets, settings)
     seconds = []
-    for step in range(rounds + 2):
+    for _ in range(rounds + 2):
         calls.clear()
         begin = time.thread_time()
-        for number, (tensor, spans) in enumerate(buckets):
-            reducer.all_reduce([tensor], spans, Call(1 / reducer.world_size, reducer.key(step, 0, number)))
+        all_reduce()
         seconds.append(time.thread_time() - begin)
     return HostTime(statistics.median(seconds[2:]) * 1e3, len(calls))  # the first ones make layouts and fill pools
 
 
-def _cut(bucket: float) -> Iterator[list[int]]:
+def all_reduces(buckets: list[tuple[Tensor, list[Span]]], settings: dict[str, Any]) -> Callable[[], None]:
+    """All-reduces of all buckets, with the keys of another step in each call."""
+    config = GradientCommunicationConfig.parse({"bits": 8, **settings})
+    reducer = Reducer(config, statistics=Statistics(with_errors=False))
+    steps = itertools.count()
+
+    def call() -> None:
+        step = next(steps)
+        for number, (tensor, spans) in enumerate(buckets):
+            reducer.all_reduce([tensor], spans, Call(1 / reducer.world_size, reducer.key(step, 0, number)))
+
+    return call
+
+
+def cut(bucket: float) -> Iterator[list[int]]:
     """The parameters' elements in buckets, as DeepSpeed fills them."""
     numels: list[int] = []
     for shape in gpt2_shapes():
@@ -128,7 +147,8 @@ def _cut(bucket: float) -> Iterator[list[int]]:
     yield numels
 
 
-def _bucket(numels: list[int]) -> tuple[Tensor, list[Span]]:
+def bucket_of(numels: list[int]) -> tuple[Tensor, list[Span]]:
+    """A bucket on the meta device, and where its parameters lie in it."""
     ends = np.cumsum(numels).tolist()
     spans = [
         Span(f"{len(numels)}.{number}", 0, 0, end - numel, numel)
@@ -138,7 +158,7 @@ def _bucket(numels: list[int]) -> tuple[Tensor, list[Span]]:
 
 
 @contextmanager
-def _without_device_work() -> Iterator[list[Any]]:
+def without_device_work() -> Iterator[list[Any]]:
     """The compiled functions' ways, with nothing computed, copied or compiled; yields a list that takes their calls."""
     calls: list[Any] = []
     cat, element = torch.cat, torch.zeros(1)

@@ -24,10 +24,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Forward and backward of one linear layer on random X [tokens, in] in bf16 with bf16 parameters, all ways in "
         f"turns; gradients are dropped between calls. `ratio` is to {BASE} in the same round, median and 20th to 80th "
-        f"percentile, `speed-up` one over it. `ceiling` is the time of the layer's three bare integer products, by "
-        "torch._int_mm on codes that are there already, over its own. `saved` is what the layer holds between forward "
-        "and backward for the latter, bytes for each element of X; `kept` what it keeps beside that and its "
-        "parameters, from step to step; `extra` the peak of memory during a call, gradients included. Codes of weights "
+        "percentile, `speed-up` one over it; `matched` is how many times as fast ours is as the fastest peer that has "
+        "the same products in 8 bits, the forward's or all three. `ceiling` is the time of the layer's three bare "
+        "integer products, by torch._int_mm on codes that are there already, over its own. `saved` is what the layer "
+        "holds between forward and backward for the latter, bytes for each element of X; `kept` what it keeps beside "
+        "that and its parameters, from step to step; `extra` the peak of memory during a call, gradients included. "
+        "Codes of weights "
         "are made again in every call, as after a step of the optimizer. On cuda, times are those of the device, by "
         "replay of a CUDA graph (by events where none can be captured, as a line says); the host's stand beside them. "
         "Competitors: pip install 'ds_quant[bench]'."
@@ -107,6 +109,8 @@ def _measure(
     )
     ratios = timing.ratios(seconds, BASE)
     to_ceiling = timing.ratios(seconds, CEILING) if CEILING in seconds else {}
+    matched = linear_contenders.matched_speed_ups(seconds, chosen)
+    products = {contender.name: contender.products for contender in chosen}
     rows = []
     for name, call in calls.items():
         layer = layers.get(name)
@@ -123,6 +127,8 @@ def _measure(
                 **timing.columns("seconds", took),
                 **timing.columns("ratio", ratio),
                 "speed_up": 1 / ratio.p50,
+                "products_in_8_bits": products.get(name),
+                "matched_speed_up": matched.get(name),
                 "share_of_ceiling": 1 / to_ceiling[name].p50 if name in to_ceiling else None,
                 "saved_bytes": saved and saved.saved,
                 "saved_bytes_per_element": saved and saved.saved / operands.x.numel(),
@@ -136,7 +142,8 @@ def _measure(
     print_table(
         f"{text}: X [{options.tokens}, in], forward and backward",
         [
-            *("contender", "ms", "ratio", "(20%-80%)", "speed-up", "ceiling", "saved B/elem.", "kept MB", "extra MB"),
+            *("contender", "ms", "ratio", "(20%-80%)", "speed-up", "matched", "ceiling"),
+            *("saved B/elem.", "kept MB", "extra MB"),
             *device_timing.host_column(device),
         ],
         [_cells(row) + device_timing.host_cell(row) for row in rows],
@@ -154,6 +161,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
         f"{row['ratio_p50']:.3f}",
         f"{row['ratio_p20']:.3f}-{row['ratio_p80']:.3f}",
         f"{row['speed_up']:.2f}",
+        maybe("matched_speed_up", ".2f"),
         maybe("share_of_ceiling", ".0%"),
         maybe("saved_bytes_per_element", ".3f"),
         maybe("kept_bytes", ".1f", 1e-6),

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+import statistics
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks import recipes, torchao_float8, torchao_int8
+from benchmarks import recipes, timing, torchao_float8, torchao_int8
 from ds_quant import QuantLinear, weights_changed
 
 L = TypeVar("L", bound=nn.Module)
@@ -67,9 +68,12 @@ class Contender(NamedTuple):
     make: Callable[[Operands], Layer]
     needs: str | None = None
     """The package that it comes from, if it is not ours."""
+    products: str = ""
+    """Those whose operands have 8 bits: what it is capable of."""
 
 
-BASE = "bf16 nn.Linear"
+FORWARD_ONLY, ALL_THREE = "Y", "Y dX dW"
+BASE, OURS = "bf16 nn.Linear", "ds_quant "
 CEILING = "raw int8 products"
 
 
@@ -86,14 +90,30 @@ def contenders(backend: str, device: torch.device) -> list[Contender]:
     if backend == "simulated":
         ours["MXFP8"] = recipes.named_format("mxfp8")
         ours["NVFP4, stochastic G"] = recipes.named_format("nvfp4", rounding="stochastic")
+    capable = {name: ALL_THREE if "gradient" in section else FORWARD_ONLY for name, section in ours.items()}
     return [
         Contender("fp32 nn.Linear", lambda o: Layer(_linear(o, torch.float32), o, torch.float32)),
         Contender(BASE, lambda o: Layer(_linear(o), o, torch.bfloat16)),
         *(_on_cuda() if device.type == "cuda" else ()),
-        Contender("torchao int8", _torchao(compiled=False), "torchao"),
-        Contender("torchao int8, compiled", _torchao(compiled=True), "torchao"),
-        *(Contender(f"ds_quant {name}", _ours(section)) for name, section in ours.items()),
+        Contender("torchao int8", _torchao(compiled=False), "torchao", ALL_THREE),
+        Contender("torchao int8, compiled", _torchao(compiled=True), "torchao", ALL_THREE),
+        *(Contender(f"{OURS}{name}", _ours(section), None, capable[name]) for name, section in ours.items()),
     ]
+
+
+def matched_speed_ups(seconds: dict[str, list[float]], chosen: Sequence[Contender]) -> dict[str, float]:
+    """How many times as fast each of ours is as the fastest peer that has the same products in 8 bits, if there is one.
+
+    seconds: of each contender, an entry a round.
+    """
+    products = {each.name: each.products for each in chosen if each.name in seconds}
+    found = {}
+    for name in products:
+        peers = [peer for peer in products if not peer.startswith(OURS) and products[peer] == products[name]]
+        if name.startswith(OURS) and peers:
+            fastest = min(peers, key=lambda peer: statistics.median(seconds[peer]))
+            found[name] = 1 / timing.ratios({name: seconds[name]} | {fastest: seconds[fastest]}, fastest)[name].p50
+    return found
 
 
 def raw_products(operands: Operands) -> Callable[[], object]:
@@ -148,9 +168,12 @@ def _on_cuda() -> list[Contender]:
 
     return [
         Contender(f"{BASE}, compiled", lambda o: Layer(_linear(o), o, torch.bfloat16, compiled=True)),
-        *(Contender(f"torchao float8 {name}, compiled", float8(name), "torchao") for name in torchao_float8.RECIPES),
-        Contender("bitsandbytes int8", _bitsandbytes, "bitsandbytes"),
-        Contender("Transformer Engine float8", _transformer_engine, "transformer_engine"),
+        *(
+            Contender(f"torchao float8 {name}, compiled", float8(name), "torchao", ALL_THREE)
+            for name in torchao_float8.RECIPES
+        ),
+        Contender("bitsandbytes int8", _bitsandbytes, "bitsandbytes", FORWARD_ONLY),
+        Contender("Transformer Engine float8", _transformer_engine, "transformer_engine", ALL_THREE),
     ]
 
 

@@ -1,16 +1,20 @@
-"""Writes the table of errors of number formats: `python docs/formats_table.py`, after `ds_quant diagnose formats`."""
+"""Writes the tables of errors of number formats: `python docs/formats_table.py`, after `ds_quant diagnose formats`."""
 
 import csv
 from pathlib import Path
 
-PAGE = Path(__file__).parent / "results" / "2026-11-29-formats.md"
-FIGURES = PAGE.with_name("2026-11-29-formats-recorded.csv")
+RESULTS = Path(__file__).parent / "results"
+PAGES = {
+    RESULTS / "2026-11-29-formats.md": RESULTS / "2026-11-29-formats-recorded.csv",
+    RESULTS / "2026-11-29-formats-on-the-wire.md": RESULTS / "2026-11-29-formats-on-the-wire.csv",
+}
+"""Figures by page."""
 BEGIN, END = "<!-- written by docs/formats_table.py -->\n", "<!-- end -->\n"
 
 
-def table() -> str:
+def table(figures: Path) -> str:
     """A row for each format, a column for each kind of numbers: relative errors."""
-    with FIGURES.open(newline="") as file:
+    with figures.open(newline="") as file:
         rows = list(csv.DictReader(file))
     kinds = list(dict.fromkeys(row["numbers"] for row in rows))
     found: dict[tuple[str, str], dict[str, dict[str, str]]] = {}
@@ -24,14 +28,15 @@ def table() -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def page(text: str) -> str:
+def page(text: str, figures: Path) -> str:
     """The page with the table of the figures between its two marks."""
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
-    assert begin, f"{PAGE} has lost the mark {BEGIN}"
-    assert end, f"{PAGE} has lost the mark {END}"
-    return before + BEGIN + table() + END + after
+    assert begin, f"the page of {figures} has lost the mark {BEGIN}"
+    assert end, f"the page of {figures} has lost the mark {END}"
+    return before + BEGIN + table(figures) + END + after
 
 
 if __name__ == "__main__":
-    PAGE.write_text(page(PAGE.read_text()))
+    for path, figures in PAGES.items():
+        path.write_text(page(path.read_text(), figures))

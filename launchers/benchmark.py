@@ -6,12 +6,14 @@
     python launchers/benchmark.py comm [--sizes 25M] [--ranks 2] [--links loopback,1gbit,100mbit] [--device cuda]
     python launchers/benchmark.py comm-step [--configs A.json,B.json] [--stages 0,1,2] [--links 1gbit,100mbit]
     python launchers/benchmark.py comm-host [--ranks 8] [--bucket 5e8]
+    python launchers/benchmark.py host [--parts calls,layers,optimizer,all-reduce]
     python launchers/benchmark.py diagnostics [--preset tiny] [--batch 32] [--sequence 128]
     python launchers/benchmark.py roofline [--page docs/gpu.md]
+    python launchers/benchmark.py generated [--hidden 2048] [--tokens 8192]
 
-Each subcommand except comm-host and roofline prints a table and writes a CSV with versions, processor and commit.
-roofline makes predictions and measures nothing. Contenders take turns within every round, so that a noisy neighbour
-affects all of them. Compare ratios, not seconds.
+Each subcommand except comm-host, roofline and generated prints a table and writes a CSV with versions, processor and
+commit. roofline predicts and generated counts: neither measures anything. Contenders take turns within every round, so
+that a noisy neighbour affects all of them. Compare ratios, not seconds.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # where the package benchmarks is
 
-from benchmarks import comm, comm_host, comm_step, diagnostics, linear, optimizer, roofline, step
+from benchmarks import comm, comm_host, comm_step, diagnostics, generated, host, linear, optimizer, roofline, step
 from ds_quant.cli.shared.errors import CommandError
 
 
@@ -38,8 +40,10 @@ def main(argv: list[str] | None = None) -> int:
     comm.add_arguments(commands.add_parser("comm", help=comm.HELP))
     comm_step.add_arguments(commands.add_parser("comm-step", help=comm_step.HELP))
     comm_host.add_arguments(commands.add_parser("comm-host", help=comm_host.HELP))
+    host.add_arguments(commands.add_parser("host", help=host.HELP))
     diagnostics.add_arguments(commands.add_parser("diagnostics", help=diagnostics.HELP))
     roofline.add_arguments(commands.add_parser("roofline", help=roofline.HELP))
+    generated.add_arguments(commands.add_parser("generated", help=generated.HELP))
     options = parser.parse_args(argv)
     try:
         options.run(options)

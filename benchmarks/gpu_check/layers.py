@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from benchmarks import linear_contenders, recipes, roofline, step_profile
 from benchmarks.device_timing import Timer, host_waits, launches
-from benchmarks.gpu_check import fp8
+from benchmarks.gpu_check import fp8, fusion
 from benchmarks.gpu_check.recording import Record
 from benchmarks.linear_contenders import Layer, Operands
 from ds_quant import QuantConv1D, QuantLinear
@@ -26,7 +26,7 @@ _NEAREST, _STOCHASTIC = recipes.w8a8g8("int8"), recipes.w8a8g8("int8", rounding=
 def run(record: Record) -> None:
     """Numbers first, times after."""
     parts = {"numbers": _numbers, "launches and waits": _launches, "memory": _memory, "times": _times}
-    for name, part in {**parts, "simulated": _simulated, "fp8": fp8.run}.items():
+    for name, part in {**parts, "simulated": _simulated, "fusion": fusion.run, "fp8": fp8.run}.items():
         with record.part(name):
             part(record)
 

@@ -59,6 +59,7 @@ PROMISES = (
     Promise(6, "speed_up_4096", "4096 to 4096, 8192 tokens: times as fast as bf16", AT_LEAST, 1.5),
     Promise(6, "speed_up_768", "768 to 3072, 8192 tokens: times as fast as bf16", AT_LEAST, 1.0),
     Promise(6, "simulated_gemm_time", "simulated's GEMMs over bf16's, 4096 to 4096", AT_MOST, 1.5),
+    Promise(6, "fused_codes", "codes fused into a norm: times as fast as by the operator", AT_LEAST, 1.0),
     Promise(6, "fp8_differences", "results of fp8 products other than exact, of small whole numbers", AT_MOST, 0),
     Promise(7, "block_2048", "block of 2048, 8k tokens: times as fast as bf16, both compiled", AT_LEAST, 1.0),
     Promise(7, "block_4096", "block of 4096, 8k tokens: times as fast as bf16, both compiled", AT_LEAST, 1.0),

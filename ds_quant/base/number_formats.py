@@ -41,6 +41,17 @@ MS_EDEN = "ms_eden"
 """How gradients are rounded that a random rotation has mixed; see `numerics.eden`."""
 
 
+WIRE_FORMATS = ("fp4_e2m1", "mxfp4", "nvfp4", "nvint4")
+"""Those that gradients cross the wire in: of the others, integers of the same bits lose less (docs/formats.md)."""
+
+
+def scale_rules(name: str) -> tuple[str, ...]:
+    """Rules that a format's scales can have, the default first."""
+    if FORMATS[name].scale == "e8m0":
+        return SCALE_RULES
+    return ("floor", FOUR_SIX) if name == "nvfp4" else ("floor",)
+
+
 def scale_bits(fmt: NamedFormat) -> int:
     """How many bits one stored scale has."""
     return 32 if fmt.scale == "float" else 8

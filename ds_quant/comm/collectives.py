@@ -67,7 +67,9 @@ def all_reduce(
     group: backend.Group | None = None,
     async_op: bool = False,
     *,
-    bits: int = 8,
+    bits: int | None = None,
+    format: str | None = None,
+    scale_rule: str | None = None,
     block_size: int | None = None,
     rounding: str = "nearest",
     rotation: str = "none",
@@ -75,8 +77,10 @@ def all_reduce(
 ) -> Handle | None:
     """Sum or average `tensor` over the ranks of `group`, in place, with `bits` bits an element on the wire.
 
-    Each rank's share is quantized once, and the result once more, in blocks of `block_size` elements (None: 256 at 8
-    bits, 128 at 4); all ranks end with the same bits. A block with an Inf or a NaN on any rank comes back as NaN.
+    Settings are those of the JSON's `communication.gradient`; with neither `bits` nor `format` 8 bits. Each rank's
+    share is quantized once, and the result once more, in blocks of `block_size` elements (None: 256 at 8 bits, 128 at
+    4, or those of the format); all ranks end with the same bits. A block with an Inf or a NaN on any rank comes back
+    as NaN.
 
     Args:
         tensor: fp32, bf16, fp16 or fp64 (which is reduced as fp32), any shape and strides.
@@ -91,7 +95,7 @@ def all_reduce(
     """
     _check("all_reduce(tensor)", tensor, op)
     group = backend.resolve(group)
-    calls = _calls_of(group, bits, block_size, rounding, rotation, hierarchical)
+    calls = _calls_of(group, bits, format, scale_rule, block_size, rounding, rotation, hierarchical)
     call = calls.next("all_reduce", tensor, op, group)
     flat = _flat(tensor)
     exchange = calls.reducer.start_all_reduce([flat], [Span("", 0, 0, 0, flat.numel())], call)
@@ -111,7 +115,9 @@ def reduce_scatter(
     group: backend.Group | None = None,
     async_op: bool = False,
     *,
-    bits: int = 8,
+    bits: int | None = None,
+    format: str | None = None,
+    scale_rule: str | None = None,
     block_size: int | None = None,
     rounding: str = "nearest",
     rotation: str = "none",
@@ -125,7 +131,7 @@ def reduce_scatter(
     _check("reduce_scatter(input)", input, op)
     _check("reduce_scatter(output)", output, op)
     group = backend.resolve(group)
-    calls = _calls_of(group, bits, block_size, rounding, rotation, hierarchical)
+    calls = _calls_of(group, bits, format, scale_rule, block_size, rounding, rotation, hierarchical)
     world_size = calls.reducer.world_size
     if input.numel() != world_size * output.numel() or input.device != output.device:
         raise ValueError(
@@ -160,11 +166,19 @@ def _flat(tensor: Tensor) -> Tensor:
 
 @functools.lru_cache(maxsize=128, typed=True)  # True is no number of ranks
 def _config(
-    bits: int, block_size: int | None, rounding: str, rotation: str, hierarchical: Any
+    bits: int | None,
+    format: str | None,
+    scale_rule: str | None,
+    block_size: int | None,
+    rounding: str,
+    rotation: str,
+    hierarchical: Any,
 ) -> GradientCommunicationConfig:
-    settings = {"bits": bits, "rounding": rounding, "rotation": rotation, "hierarchical": hierarchical}
-    if block_size is not None:
-        settings["block_size"] = block_size
+    asked = {"bits": bits, "format": format, "scale_rule": scale_rule, "block_size": block_size}
+    settings = {key: value for key, value in asked.items() if value is not None}
+    if bits is None and format is None:
+        settings["bits"] = 8
+    settings |= {"rounding": rounding, "rotation": rotation, "hierarchical": hierarchical}
     return GradientCommunicationConfig.parse(settings)
 
 

@@ -9,7 +9,8 @@ i, blocks of B and b bits its size in bytes is
 
     sum of 4 * ceil(n_i / B)  +  sum of codes_i        rounded up to a multiple of 4
 
-with codes_i = n_i for 8 bits and ceil(n_i / 2) for 4.
+with codes_i = n_i for 8 bits and ceil(n_i / 2) for 4. Formats whose scales take 8 bits have, in place of
+4 * ceil(n_i / B), that many bytes of `wire.scale_bytes`, rounded up to a multiple of 4.
 """
 
 import hashlib
@@ -20,9 +21,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ds_quant.kernels.wire import Parts, WireFormat, code_bytes, num_blocks
-
-SCALE_BYTES = 4
+from ds_quant.kernels.wire import Parts, WireFormat, code_bytes, scale_bytes
 
 
 class Piece(NamedTuple):
@@ -174,7 +173,7 @@ def _places(pieces: Sequence[Piece], fmt: WireFormat) -> tuple[list[int], list[i
     at, scale_at, codes_at = 0, [], []
     for piece in pieces:
         scale_at.append(at)
-        at += SCALE_BYTES * num_blocks(piece.numel, fmt)
+        at += -(-scale_bytes(piece.numel, fmt) // 4) * 4
     for piece in pieces:
         codes_at.append(at)
         at += code_bytes(piece.numel, fmt)

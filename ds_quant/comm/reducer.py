@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 from torch import distributed as torch_dist
 
+from ds_quant.base.number_formats import FORMATS
 from ds_quant.comm import backend, layout
 from ds_quant.comm.buffers import Buffers
 from ds_quant.comm.exchange import Call, Channel, Exchange, Words
@@ -58,7 +59,7 @@ class Reducer:
         group = backend.resolve(group)
         self.config = config
         self.seed = seed
-        self.fmt = WireFormat(config.bits, config.block_size, config.rotation)
+        self.fmt = wire_format(config)
         self.world_size, self.rank = torch_dist.get_world_size(group), torch_dist.get_rank(group)
         if config.error_feedback and feedback is None:
             feedback = ErrorFeedback()
@@ -137,9 +138,20 @@ class Reducer:
         return built
 
 
+def wire_format(config: GradientCommunicationConfig) -> WireFormat:
+    """What the JSON's object says of elements and scales."""
+    if config.format is None:
+        assert config.bits is not None
+        return WireFormat(config.bits, config.block_size, config.rotation)
+    rule = config.scale_rule or "floor"
+    return WireFormat(FORMATS[config.format].bits, config.block_size, config.rotation, config.format, rule)
+
+
 def describe_wire(config: GradientCommunicationConfig) -> str:
     """One line for reports."""
-    words = [f"{config.bits} bits in blocks of {config.block_size}"]
+    words = [f"{config.format or f'{config.bits} bits'} in blocks of {config.block_size}"]
+    if config.scale_rule:
+        words.append(f"scale rule {config.scale_rule}")
     if config.rounding == "stochastic":
         words.append("stochastic rounding")
     if config.rotation != "none":
@@ -153,4 +165,6 @@ def describe_wire(config: GradientCommunicationConfig) -> str:
 
 def bytes_an_element(config: GradientCommunicationConfig) -> float:
     """On the wire, scales included, of a long piece."""
-    return config.bits / 8 + 4 / config.block_size
+    fmt = wire_format(config)
+    scale = 4 if fmt.scale_kind == "float" else 1  # and 4 bytes for each piece in nvfp4 and nvint4
+    return fmt.bits / 8 + scale / fmt.block_size

@@ -1,20 +1,32 @@
 """`ds_quant.communication`: how gradients and weights cross the wire."""
 
 from collections.abc import Iterator
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
+from ds_quant.base.number_formats import FORMATS, scale_rules
 from ds_quant.config.deepspeed_json import SECTION
-from ds_quant.config.section import Allowed, Rule, Section
+from ds_quant.config.section import NOTHING, Allowed, Rule, Section
 from ds_quant.config.values import (
     FlatBlock,
     RanksPerNode,
     Rounding,
     WireBits,
+    WireFormatName,
     flat_block_size,
     nothing,
 )
+
+
+def _own_size(name: str | None) -> int:
+    """Elements of the blocks that a format has by itself; 0 where it has none."""
+    return FORMATS[name].block_size if name else 0
+
+
+def _block_size(data: dict[str, Any]) -> int:
+    name = data.get("format")
+    return _own_size(name) or (128 if name else flat_block_size(data))
 
 
 class GradientCommunicationConfig(Section):
@@ -22,10 +34,19 @@ class GradientCommunicationConfig(Section):
 
     where: ClassVar[str] = f"{SECTION}.communication.gradient"
 
-    bits: WireBits
-    """Bits of a code, 4 or 8. Required."""
-    block_size: FlatBlock = Field(default_factory=flat_block_size)
-    """Consecutive elements that share a scale. Default 256 at 8 bits, 128 at 4."""
+    bits: WireBits | None = None
+    """Bits of a code, 4 or 8. Required, or `format` in its place."""
+    format: WireFormatName | None = None
+    """In place of `bits`, 4 bits of another kind (docs/formats.md): `fp4_e2m1`, with an fp32 scale for `block_size`
+    elements; `mxfp4` (32 elements, a power of two as scale); `nvfp4`, `nvint4` (16 elements, an fp8 scale and one fp32
+    for each piece)."""
+    scale_rule: Annotated[
+        Literal["floor", "up", "four_six"] | None, Allowed('"floor" or "up" (mxfp4), or "four_six" (nvfp4)')
+    ] = None
+    """As for the operands of `linear`. Default: `floor` of `mxfp4`, 6 of `nvfp4`."""
+    block_size: FlatBlock = Field(default_factory=_block_size)
+    """Consecutive elements that share a scale. Default 256 at 8 bits, 128 at 4; formats with blocks of their own take
+    no other."""
     rounding: Rounding = "nearest"
     """`nearest` (ties to even) or `stochastic`."""
     error_feedback: bool = False
@@ -37,12 +58,40 @@ class GradientCommunicationConfig(Section):
     """Sum inside the node first, in the gradients' dtype, and quantize between nodes only: `true`, or the number of
     ranks in a node."""
 
+    def rules(self) -> Iterator[Rule]:
+        if (self.bits is None) == (self.format is None):
+            if self.bits is None:
+                yield "bits", NOTHING, '4 or 8, or "format" in its place', "add it"
+            else:
+                yield "format", self.format, 'absent beside "bits", which says another one', "remove one of the two"
+        rules = scale_rules(self.format) if self.format else ()
+        if self.scale_rule is not None and (len(rules) < 2 or self.scale_rule not in rules):
+            allowed = '"floor" or "up" with format "mxfp4", "four_six" with "nvfp4"'
+            yield "scale_rule", self.scale_rule, allowed, "remove it"
+        if self._has_own_blocks() and "block_size" in self.model_fields_set:
+            allowed = f'absent with format "{self.format}", whose blocks have {_own_size(self.format)} elements'
+            yield "block_size", self.block_size, allowed, "remove it"
+
+    def _has_own_blocks(self) -> bool:
+        return _own_size(self.format) > 0
+
+    @model_serializer(mode="wrap")
+    def _without_absent(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        absent = [name for name in ("bits", "format", "scale_rule") if getattr(self, name) is None]
+        if self._has_own_blocks():
+            absent.append("block_size")
+        return {key: value for key, value in serialize(self).items() if key not in absent}
+
 
 class WeightCommunicationConfig(Section):
     """How weights cross the wire: updated ones once a step at ZeRO stages 1 and 2, those of a layer before its forward
     and its backward at stage 3."""
 
     where: ClassVar[str] = f"{SECTION}.communication.weight"
+
+    left_out: ClassVar[dict[str, tuple[str, str]]] = {
+        "format": ("bits: differences of weights cross the wire as integers", "use bits, or remove it")
+    }
 
     mode: Literal["codes", "difference"]
     """`codes`: of a weight that its layers quantize by channel, the codes that they compute with, and scales: training

@@ -32,6 +32,12 @@ class MomentConfig(BlockSection):
     """How a state of the optimizer is stored."""
 
     where: ClassVar[str] = f"{SECTION}.optimizer.exp_avg(_sq)"
+    left_out: ClassVar[dict[str, tuple[str, str]]] = {
+        "format": (
+            "bits and map: second moments explode in number formats (docs/formats.md)",
+            'write "bits": 8, whose map "float" loses what fp8_e4m3 does of first moments, or 4',
+        )
+    }
 
     bits: MomentBits
     """Bits of a code, 4 or 8. Required."""

@@ -70,6 +70,8 @@ class Section(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
     where: ClassVar[str] = SECTION
+    left_out: ClassVar[dict[str, tuple[str, str]]] = {}
+    """Keys of other objects that someone may look for here: what is allowed in their place, and the fix."""
 
     @classmethod
     def parse(cls, value: Any) -> Self:
@@ -140,7 +142,8 @@ def _problems(error: ValidationError, model: type[Section]) -> dict[str, str]:
         elif kind == "extra_forbidden":
             match = closest(field, owner.model_fields)
             fix = f'did you mean "{match}"?' if match else "remove it"
-            lines[where] = problem(where, got, f"the keys {', '.join(owner.model_fields)}", fix)
+            keys = f"the keys {', '.join(owner.model_fields)}"
+            lines[where] = problem(where, got, *owner.left_out.get(field or "", (keys, fix)))
         elif kind == "missing":
             lines[where] = f"{where}: got nothing; allowed: {allowed_values(owner, field)}; fix: add it"
         elif kind != "default_factory_not_called":  # the field it depends on is reported already

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
-from ds_quant.base.number_formats import FORMATS
+from ds_quant.base.number_formats import FORMATS, WIRE_FORMATS
 from ds_quant.config.section import Allowed, OneOf, Rule, Section
 
 
@@ -49,6 +49,13 @@ def _class_name(value: str) -> str:
 
 Bits = Annotated[int, Field(ge=2, le=8), Allowed("an integer from 2 to 8")]
 FormatName = Annotated[str, OneOf(lambda: tuple(FORMATS), lambda names: ", ".join(f'"{name}"' for name in names))]
+WireFormatName = Annotated[
+    Literal["fp4_e2m1", "mxfp4", "nvfp4", "nvint4"],
+    Allowed(
+        ", ".join(f'"{name}"' for name in WIRE_FORMATS)
+        + ": those of 8 bits lose more of a gradient than 8-bit integers, and messages have no codes of 6 bits"
+    ),
+]
 WireBits = Annotated[Literal[4, 8], BeforeValidator(exact_int), Allowed("4 or 8")]
 LinearBlock = Annotated[
     int, Field(ge=16, le=4096), AfterValidator(_power_of_two), Allowed("a power of two from 16 to 4096")

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ds_quant.base.errors import fail
+from ds_quant.comm.reducer import wire_format
 from ds_quant.config import GradientCommunicationConfig, GradientConfig, LinearConfig
 from ds_quant.diagnostics.measurement import Measurement, Row
 from ds_quant.diagnostics.recorder import Recorder, is_transposed, zeros
@@ -77,9 +78,9 @@ def through_wire(grad: Tensor, config: GradientCommunicationConfig, key: tuple[i
 
     key: two words for stochastic rounding. Error feedback carries over from step to step and is not in here.
     """
-    fmt = wire.WireFormat(config.bits, config.block_size, config.rotation)
+    fmt = wire_format(config)
     flat = grad.detach().float().reshape(-1).clone()
-    scales = 4 * wire.num_blocks(flat.numel(), fmt)
+    scales = wire.scale_bytes(flat.numel(), fmt)
     numbers = {"source": 0, "start": 0, "numel": flat.numel(), "scale_at": 0, "codes_at": scales}
     parts = wire.Parts(**{name: np.array([value]) for name, value in numbers.items()}, stream=np.zeros(1, np.uint64))
     message = torch.empty(scales + wire.code_bytes(flat.numel(), fmt), dtype=torch.uint8, device=flat.device)

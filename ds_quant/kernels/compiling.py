@@ -63,10 +63,15 @@ def compiled_with(function: Callable[..., Any], value: Any, backend: str | Calla
     return compile_whole(call, 256, backend, options)
 
 
-def _rounded_divisions() -> dict[str, bool]:
-    """What `numerics.integer.divide` needs where Inductor writes addcdiv as an ordinary division: torch before 2.13."""
+def divides_exactly() -> bool:
+    """Whether Inductor rounds the divisions of `numerics.integer.divide` to nearest without being told to.
+
+    Torch before 2.13 writes addcdiv as an ordinary division.
+    """
     from torch._inductor.lowering import lowerings
 
-    if torch.ops.aten.addcdiv.default in lowerings:
-        return {}
-    return {"eager_numerics.division_rounding": True}
+    return torch.ops.aten.addcdiv.default in lowerings
+
+
+def _rounded_divisions() -> dict[str, bool]:
+    return {} if divides_exactly() else {"eager_numerics.division_rounding": True}

@@ -11,11 +11,16 @@ is transposed, the three products of a layer take
 
 and of each operand only those are made that are used. X is held for the backward turned, one byte an element as on
 CPUs; a weight whose codes are kept has both, two bytes.
+
+Quantizers are operators under torch.compile, but for X rounded to nearest with a scale a token: its definition is
+traced there, so that Inductor fuses it into the norm or the GELU before it. A gradient would be computed twice, for its
+maxima and for its codes, and W comes from memory.
 """
 
 import torch
 from torch import Tensor
 
+from ds_quant.kernels.compiling import divides_exactly
 from ds_quant.kernels.int8 import ops
 from ds_quant.linear.recipe import (
     STREAM_ACTIVATION,
@@ -25,7 +30,8 @@ from ds_quant.linear.recipe import (
     Plan,
     Quantizer,
 )
-from ds_quant.numerics.products import padded
+from ds_quant.numerics import products as reference
+from ds_quant.numerics.products import ALIGNMENT, padded
 from ds_quant.numerics.random import derive_key
 
 
@@ -54,6 +60,9 @@ def quantize_input(x: Tensor, plan: Plan, dtype: torch.dtype, key: Tensor | None
     assert quantizer is not None
     x2 = x.detach().to(dtype).reshape(-1, x.shape[-1])
     if pads(x.device):
+        if torch.compiler.is_compiling() and _is_fusible(x2, quantizer):
+            found = fusible_codes(x2, quantizer.levels, ways)
+            return _codes(*found, ways)
         return _padded(x2, quantizer, quantizer.granularity, None, key, plan.stream + STREAM_ACTIVATION, ways)
     subkey = _subkey(quantizer, key, plan.stream + STREAM_ACTIVATION)
     if quantizer.granularity == "tensor":
@@ -151,8 +160,43 @@ def _padded(
 ) -> Codes:
     if quantizer.rounding != "stochastic":
         key = None
-    codes, turned, scale = ops.quantize_operand(x, quantizer.levels, granularity, factor, key, stream, ways)
+    found = ops.quantize_operand(x, quantizer.levels, granularity, factor, key, stream, ways)
+    return _codes(*found, ways)
+
+
+def _codes(codes: Tensor, turned: Tensor, scale: Tensor, ways: str) -> Codes:
     return Codes(None if ways == "turned" else codes, scale, None if ways == "codes" else turned)
+
+
+@torch.compiler.assume_constant_result
+def _divides_exactly() -> bool:
+    return divides_exactly()
+
+
+def _is_fusible(x: Tensor, quantizer: Quantizer) -> bool:
+    """Whether Inductor makes one kernel of the definition, with its bits: draws, and one scale for all, take more."""
+    is_simple = quantizer.rounding != "stochastic" and quantizer.granularity == "row"
+    is_even = all(size > 0 and size % ALIGNMENT == 0 for size in x.shape)
+    return is_simple and is_even and x.dtype in (torch.float32, torch.bfloat16) and _divides_exactly()
+
+
+def fusible_codes(x: Tensor, levels: float, ways: str = "both") -> tuple[Tensor, Tensor, Tensor]:
+    """`quantize_operand` of x [M, K] by rows, for Inductor to fuse into what x comes from: it is not stored then."""
+    return reference.quantize_operand(_as_stored(x), levels, granularity="row", ways=ways)
+
+
+def _as_stored(x: Tensor) -> Tensor:
+    """fp32 of x, rounded to the nearest bf16 if that is its dtype, as it would be in memory.
+
+    Inductor passes on in fp32 what it computes in one kernel, and takes the conversion for done. The bits are rounded
+    as integers, which it leaves alone.
+    """
+    y = x.float()
+    if x.dtype != torch.bfloat16:
+        return y
+    bits = y.view(torch.int32)
+    rounded = (bits + (0x7FFF + ((bits >> 16) & 1))) & -0x10000
+    return torch.where(y.isnan(), y, rounded.view(torch.float32))
 
 
 def _subkey(quantizer: Quantizer, key: Tensor | None, stream: int) -> Tensor | None:

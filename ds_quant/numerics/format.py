@@ -26,7 +26,7 @@ from torch import Tensor
 
 from ds_quant.base.number_formats import FORMATS, FOUR_SIX, MS_EDEN
 from ds_quant.numerics.codes import CodeMap
-from ds_quant.numerics.four_six import four_six_scale
+from ds_quant.numerics.four_six import four_six_parts
 from ds_quant.numerics.integer import (
     Quantized,
     check_arguments,
@@ -42,7 +42,7 @@ from ds_quant.numerics.integer import (
 )
 from ds_quant.numerics.minifloat import MINIFLOATS, Minifloat, encode
 from ds_quant.numerics.random import uniform
-from ds_quant.numerics.scales import LARGEST_WITH_ROOM, e4m3_scale, e8m0_scale
+from ds_quant.numerics.scales import LARGEST_WITH_ROOM, e8m0_scale, parts_by_largest, times_tensor
 
 
 class Integers(NamedTuple):
@@ -134,12 +134,20 @@ def quantize_to(
     x = x.detach().float()
     absmax = reduce_groups(x.abs(), torch.amax, group.granularity, group.block_size)
     scale = scale_of(x, absmax, fmt)
+    return quantized_as(fmt, codes_by(x, scale, fmt, key), scale)
+
+
+def codes_by(x: Tensor, scale: Tensor, fmt: Format[Integers | Minifloat], key: Tensor | None) -> Tensor:
+    """Codes of x, fp32, bf16 or fp16, by scales that are known, of no asymmetric range: int8 of integers, else uint8.
+
+    key: of stochastic rounding; None: to nearest.
+    """
+    elements, group, _ = fmt
+    x = x.float()
     steps = in_steps(x, expand_groups(scale, x, group.granularity, group.block_size))
     if isinstance(elements, Integers):
-        codes = round_steps(steps, key).clamp(*elements.code_range).to(torch.int8)
-    else:
-        codes = encode(steps, elements, None if key is None else uniform(key, steps.shape, steps.device))
-    return quantized_as(fmt, codes, scale)
+        return round_steps(steps, key).clamp(*elements.code_range).to(torch.int8)
+    return encode(steps, elements, None if key is None else uniform(key, steps.shape, steps.device))
 
 
 def quantized_as(fmt: Format[Integers | Minifloat], codes: Tensor, scale: Tensor) -> Quantized:
@@ -157,9 +165,22 @@ def scale_of(x: Tensor, absmax: Tensor, fmt: Format[Integers | Minifloat]) -> Te
     elements, group, codec = fmt
     if group.block_rows > 1:
         absmax = _over_rows(absmax, group.block_rows)
-    if codec.kind == "e4m3" and codec.rule == FOUR_SIX:
-        return four_six_scale(x.float(), absmax, group.block_size, group.block_rows)
+    if codec.kind == "e4m3":
+        return times_tensor(*e4m3_parts(x, absmax, fmt), absmax)
     return _scale(absmax, elements, codec)
+
+
+def e4m3_parts(x: Tensor, absmax: Tensor, fmt: Format[Integers | Minifloat]) -> tuple[Tensor, Tensor]:
+    """(block, tensor) of e4m3 scales: values of e4m3 in absmax's shape, and fp32 of no dimension.
+
+    x and absmax as `scale_of` takes them, where tiles have one maximum. Blocks of zeros, and those with an Inf or a
+    NaN, have some value.
+    """
+    elements, group, codec = fmt
+    if codec.rule == FOUR_SIX:
+        return four_six_parts(x.float(), absmax, group.block_size, group.block_rows)
+    room = [LARGEST_WITH_ROOM] if codec.rule == MS_EDEN else []
+    return parts_by_largest(absmax, largest_value(elements), *room)
 
 
 def fake_quantize_to(
@@ -181,8 +202,6 @@ def _scale(absmax: Tensor, elements: Integers | Minifloat, codec: ScaleCodec) ->
     if codec.kind == "e8m0":
         implied = elements.bits - 2 if isinstance(elements, Integers) else 0
         return e8m0_scale(absmax, largest, codec.rule, implied=implied)
-    if codec.kind == "e4m3":
-        return e4m3_scale(absmax, largest, *([LARGEST_WITH_ROOM] if codec.rule == MS_EDEN else []))
     return symmetric_scale(absmax, largest)
 
 

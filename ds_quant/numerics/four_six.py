@@ -23,14 +23,15 @@ from ds_quant.numerics.minifloat import E2M1, decode, encode
 from ds_quant.numerics.scales import LARGEST_WITH_ROOM, e4m3_blocks, largest_finite, times_tensor
 
 
-def four_six_scale(x: Tensor, absmax: Tensor, block_size: int, block_rows: int) -> Tensor:
-    """fp32 of absmax's shape, [..., num_blocks], of x [..., features], fp32; equal in all rows of a tile."""
+def four_six_parts(x: Tensor, absmax: Tensor, block_size: int, block_rows: int) -> tuple[Tensor, Tensor]:
+    """(block, tensor) of x [..., features], fp32: fp32 of absmax's shape, [..., num_blocks], equal in all rows of a
+    tile, and fp32 of no dimension."""
     tensor = divide_to_fit(largest_finite(absmax), LARGEST_WITH_ROOM * E2M1.largest)
     blocks = [e4m3_blocks(absmax, largest, tensor) for largest in (E2M1.largest, 4.0)]
     scales = [times_tensor(block, tensor, absmax) for block in blocks]
     errors = [_errors(x, scale, block_size, block_rows) for scale in scales]
     ratio = divide(blocks[1], blocks[0])  # NaN of zeros, which are no better with either
-    return torch.where(errors[1] * (ratio * ratio) < errors[0], scales[1], scales[0])
+    return torch.where(errors[1] * (ratio * ratio) < errors[0], blocks[1], blocks[0]), tensor
 
 
 def _errors(x: Tensor, scale: Tensor, block_size: int, block_rows: int) -> Tensor:

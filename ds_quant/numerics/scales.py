@@ -41,10 +41,13 @@ def e8m0_scale(absmax: Tensor, largest: float, rule: str, implied: int = 0) -> T
     return torch.where(absmax.isfinite(), scale, torch.nan)
 
 
-def e4m3_scale(absmax: Tensor, largest: float, largest_block: float = E4M3.largest) -> Tensor:
-    """fp32 of absmax's shape. largest_block: what the tensor's scale makes of the largest block."""
+def parts_by_largest(absmax: Tensor, largest: float, largest_block: float = E4M3.largest) -> tuple[Tensor, Tensor]:
+    """(block, tensor), the parts of e4m3 scales: fp32 of absmax's shape and of no dimension.
+
+    largest_block: what the tensor's scale makes of the largest block.
+    """
     tensor = divide_to_fit(largest_finite(absmax), largest_block * largest)
-    return times_tensor(e4m3_blocks(absmax, largest, tensor), tensor, absmax)
+    return e4m3_blocks(absmax, largest, tensor), tensor
 
 
 def largest_finite(absmax: Tensor) -> Tensor:

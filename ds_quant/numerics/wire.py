@@ -3,12 +3,13 @@
 A *piece* is a run of consecutive elements of one parameter's gradient. It is cut into blocks of `block_size` from its
 first element; the last block may be shorter. Its *part* of a message is
 
-    scales   fp32, one a block, from byte `scale_at` on, a multiple of 4
+    scales   from byte `scale_at` on, a multiple of 4: fp32, one a block; formats with a name as `wire_blocks` has them
     codes    from byte `codes_at` on, any number; 8 bits: int8, one byte an element; 4 bits: `packing.pack`
 
-Blocks are quantized by `integer.quantize` (granularity "block", symmetric): levels 127 or 7, scale = max|y| / levels;
-zeros have scale 0; a block with an Inf or a NaN has scale NaN and codes 0. A value is code * scale, a product in fp32
-with no clamp. y is the piece's elements, rotated where the format says so (`rotation`). Stochastic rounding draws with
+Blocks are quantized by `format.quantize_to`, integers thus by `integer.quantize` (granularity "block", symmetric):
+levels 127 or 7, scale = max|y| / levels; zeros have scale 0; a block with an Inf or a NaN has scale NaN and codes 0. A
+value is code * scale, where code is the value of the element: a product in fp32 with no clamp. y is the piece's
+elements, rotated where the format says so (`rotation`). Stochastic rounding draws with
 derive_key(key, stream), by the index of the element in its piece.
 
 All arithmetic is fp32, whatever the dtype of the tensors; residuals are bf16. Pieces do not depend on each other.
@@ -35,29 +36,31 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ds_quant.numerics import integer, packing, rotation
-from ds_quant.numerics.format import Format, Group, Integers, quantize_to
+from ds_quant.numerics import integer, rotation
+from ds_quant.numerics.format import codes_by
 from ds_quant.numerics.random import derive_words
+from ds_quant.numerics.wire_blocks import (
+    CodesBy,
+    WireFormat,
+    code_bytes,
+    num_blocks,
+    scale_bytes,
+    scales_from,
+    to_bytes,
+    values_from,
+)
 
-ROTATIONS = ("none", "hadamard")
-BITS = (8, 4)
-BLOCK_SIZES = tuple(2**exponent for exponent in range(5, 13))
-
-
-class WireFormat(NamedTuple):
-    """How the elements of a piece are written."""
-
-    bits: int
-    """8 or 4."""
-    block_size: int
-    """A power of two from 32 to 4096."""
-    rotation: str = "none"
-    """"none" or "hadamard"."""
-
-    @property
-    def elements(self) -> Format[Integers]:
-        """How a piece is quantized, once it is rotated."""
-        return Format(Integers(self.bits), Group("block", self.block_size))
+__all__ = [
+    "Parts",
+    "Residuals",
+    "WireFormat",
+    "code_bytes",
+    "dequantize",
+    "num_blocks",
+    "quantize",
+    "reduce",
+    "scale_bytes",
+]
 
 
 class Parts(NamedTuple):
@@ -95,16 +98,6 @@ class Residuals(NamedTuple):
     """What a new one is multiplied with before it is written; rounded to fp32."""
 
 
-def num_blocks(numel: int, fmt: WireFormat) -> int:
-    """Scales of a piece of `numel` elements; they take 4 bytes each."""
-    return -(-numel // fmt.block_size)
-
-
-def code_bytes(numel: int, fmt: WireFormat) -> int:
-    """Bytes of the codes of a piece of `numel` elements."""
-    return packing.code_bytes(numel, fmt.block_size, fmt.bits)
-
-
 @torch.no_grad()
 def quantize(
     tensors: Sequence[Tensor],
@@ -115,15 +108,16 @@ def quantize(
     key: tuple[int, int] | None = None,
     residuals: Residuals | None = None,
     errors: np.ndarray | Tensor | None = None,
+    encode: CodesBy = codes_by,
 ) -> None:
     """Write the parts of the pieces of `tensors` into `message`, as the module docstring defines it.
 
     tensors: 1-D, contiguous, all fp32, bf16 or fp16. message: uint8, 1-D, contiguous. key: two words for stochastic
-    rounding (see `fold_words`), None for nearest. errors: float64 of shape (2,).
+    rounding (see `fold_words`), None for nearest. errors: float64 of shape (2,). encode: what finds codes.
     """
     for number, piece in enumerate(_pieces(parts)):
         y = _own(tensors, piece, number, fmt, residuals)
-        _send(y, piece, number, message, fmt, key, residuals, errors)
+        _send(y, piece, number, message, fmt, key, residuals, errors, encode)
 
 
 @torch.no_grad()
@@ -140,6 +134,7 @@ def reduce(
     key: tuple[int, int] | None = None,
     residuals: Residuals | None = None,
     errors: np.ndarray | Tensor | None = None,
+    encode: CodesBy = codes_by,
 ) -> None:
     """Sum the own pieces and those of the other ranks, times `factor`, as the module docstring defines it.
 
@@ -163,7 +158,7 @@ def reduce(
             written += piece.numel
         else:
             assert message is not None
-            _send(result, piece, number, message, fmt, key, residuals, errors)
+            _send(result, piece, number, message, fmt, key, residuals, errors, encode)
 
 
 @torch.no_grad()
@@ -215,18 +210,17 @@ def _send(
     key: tuple[int, int] | None,
     residuals: Residuals | None,
     errors: np.ndarray | Tensor | None,
+    encode: CodesBy,
 ) -> None:
     subkey = None if key is None else torch.tensor(derive_words(key, piece.stream), device=y.device)
-    q = quantize_to(y, fmt.elements, rounding="nearest" if key is None else "stochastic", key=subkey)
-    codes = packing.pack(q.codes, fmt.block_size, fmt.bits) if fmt.bits < 8 else q.codes.view(torch.uint8)
-    scales = q.scale.view(torch.uint8)
+    scales, codes = to_bytes(y, fmt, subkey, encode)
     message[piece.scale_at : piece.scale_at + scales.numel()] = scales
     message[piece.codes_at : piece.codes_at + codes.numel()] = codes
-    lost = y - _product(q.codes, q.scale, fmt)
+    lost = y - values_from(scales, codes, piece.numel, fmt)
     if errors is not None:
-        is_finite = integer.expand_groups(q.scale, y, "block", fmt.block_size).isfinite()
-        errors[0] += lost[is_finite].double().square().sum().item()
-        errors[1] += y[is_finite].double().square().sum().item()
+        scale = integer.expand_groups(scales_from(scales, fmt), y, "block", fmt.block_size)
+        squares = torch.where(scale.isfinite(), torch.stack((lost, y)).double().square(), 0.0).sum(dim=1)
+        errors += squares if isinstance(errors, Tensor) else squares.cpu().numpy()
     residual = None if residuals is None else residuals.write[number]
     if residuals is not None and residual is not None:
         rounded = (_unrotate(lost, fmt) * residuals.inverse).bfloat16()
@@ -234,14 +228,7 @@ def _send(
 
 
 def _values(message: Tensor, piece: _Piece, fmt: WireFormat) -> Tensor:
-    """code * scale of a piece, fp32 [numel]."""
-    scale_end = piece.scale_at + 4 * num_blocks(piece.numel, fmt)
-    scale = message[piece.scale_at : scale_end].clone().view(torch.float32)  # a message may start at any address
+    """What a message holds for a piece, fp32 [numel], before it is rotated back."""
+    scales = message[piece.scale_at : piece.scale_at + scale_bytes(piece.numel, fmt)]
     codes = message[piece.codes_at : piece.codes_at + code_bytes(piece.numel, fmt)]
-    if fmt.bits < 8:
-        return _product(packing.unpack(codes, piece.numel, fmt.block_size, signed=True, bits=fmt.bits), scale, fmt)
-    return _product(codes.view(torch.int8), scale, fmt)
-
-
-def _product(codes: Tensor, scale: Tensor, fmt: WireFormat) -> Tensor:
-    return codes.float() * integer.expand_groups(scale, codes, "block", fmt.block_size)
+    return values_from(scales, codes, piece.numel, fmt)

@@ -111,6 +111,28 @@ def test_the_weights_of_every_call_are_new():
     assert torch.allclose(layer.forward().float(), 4 * before.float(), rtol=0.02, atol=0.02)
 
 
+def test_peers_are_matched_by_what_they_do_in_8_bits():
+    """The fastest of the same products counts, ours never do, and those without a peer have no figure."""
+    chosen = linear_contenders.contenders("int8", torch.device("cuda"))
+    capable = {contender.name: contender.products for contender in chosen}
+    assert capable["ds_quant W8A8"] == capable["bitsandbytes int8"] == "Y"
+    assert {capable[name] for name in ("ds_quant W8A8G8", "torchao int8, compiled", "Transformer Engine float8")} == {
+        "Y dX dW"
+    }
+    assert capable[BASE] == capable[f"{BASE}, compiled"] == ""
+    seconds = {
+        BASE: [1.0, 1.0],
+        "torchao int8": [4.0, 4.0],
+        "torchao int8, compiled": [3.0, 6.0],
+        "Transformer Engine float8": [2.0, 3.0],
+        "ds_quant W8A8": [8.0, 8.0],
+        "ds_quant W8A8G8": [1.0, 1.5],
+    }
+    assert linear_contenders.matched_speed_ups(seconds, chosen) == {"ds_quant W8A8G8": 2.0}
+    seconds["bitsandbytes int8"] = [2.0, 2.0]
+    assert linear_contenders.matched_speed_ups(seconds, chosen)["ds_quant W8A8"] == 0.25
+
+
 def test_competitors_that_are_missing_are_left_out_with_a_line(capsys):
     contender = linear_contenders.Contender("theirs", lambda operands: None, needs="no_such_package")
     base = linear_contenders.Contender(BASE, lambda operands: None)
@@ -144,6 +166,7 @@ def test_linear_from_end_to_end(tmp_path, capsys):
     ]
     columns = {"shape", "tokens", "bias", "backend", "contender", "share_of_ceiling", "saved_bytes", "kept_bytes"}
     columns |= {"saved_bytes_per_element", "peak_extra_bytes", "processor", "commit", "torch"}
+    columns |= {"products_in_8_bits", "matched_speed_up"}
     for row in rows:
         assert TIMED | columns <= set(row)
         assert float(row["seconds_p50"]) > 0

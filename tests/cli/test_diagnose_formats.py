@@ -11,9 +11,10 @@ from evaluate_files import write_model
 from safetensors.torch import save_file
 from torch import nn
 
-from ds_quant.base.number_formats import FORMATS
+from ds_quant.base.number_formats import FORMATS, WIRE_FORMATS
 from ds_quant.cli import diagnose
 from ds_quant.cli.diagnosing import common, formats, recorded_tensors
+from ds_quant.numerics import rotation
 from ds_quant.numerics.integer import fake_quantize
 
 
@@ -127,12 +128,45 @@ def test_a_checkpoint_has_its_rows(run, tmp_path, monkeypatch):
     assert {row["numbers"] for row in rows} == {"Gaussian", "Student t (3)", *recorded}
 
 
+def test_gradients_as_messages_have_them(run, tmp_path, monkeypatch):
+    """Of all parameters, flat; the error and the bits are those of a computation by hand."""
+    for name, value in {"ROWS": 4, "FEATURES": 32}.items():
+        monkeypatch.setattr(formats, name, value)
+    output = tmp_path / "table.csv"
+    flags = arguments(run, "--used_for", "wire", "--draws", "0", "--output", str(output))
+    assert diagnose.main(["formats", *flags]) == 0
+    with output.open() as file:
+        rows = {(row["format"], row["scale"], row["numbers"]): row for row in csv.DictReader(file)}
+    parser = argparse.ArgumentParser()
+    formats.add_arguments(parser)
+    (subject,) = common.subjects(parser.parse_args(arguments(run)))
+    flat = []
+    for batch in subject.batches:
+        subject.loaded.model.zero_grad()
+        subject.loaded.model(**batch).loss.backward()
+        flat += [p.grad.reshape(-1).clone() for p in subject.loaded.model.parameters() if p.grad is not None]
+    lost = [y - fake_quantize(y, 4, granularity="block", block_size=64) for y in flat]
+    expected = sum(x.double().square().sum() for x in lost) / sum(y.double().square().sum() for y in flat)
+    row = rows["int4", "block of 64", "run: parameter gradients"]
+    assert float(row["relative_error"]) == pytest.approx(float(expected) ** 0.5, rel=1e-3)
+    turned = [rotation.rotate(y, 64) for y in flat]
+    lost = [y - fake_quantize(y, 4, granularity="block", block_size=64) for y in turned]
+    expected = sum(x.double().square().sum() for x in lost) / sum(y.double().square().sum() for y in turned)
+    row = rows["int4", "block of 64, rotated", "run: parameter gradients"]
+    assert float(row["relative_error"]) == pytest.approx(float(expected) ** 0.5, rel=1e-3)
+    scales = sum(32 + 8 * -(-y.numel() // 16) for y in flat)
+    bits = 4 + scales / sum(y.numel() for y in flat)
+    assert rows["nvint4", "block of 16", "run: parameter gradients"]["bits_an_element"] == f"{bits:.4g}"
+    assert {name for name, _, _ in rows} >= {"int8", "mxint8", "mxfp8", "fp8_e4m3", "int4", *WIRE_FORMATS}
+
+
 def test_layers_of_no_checkpoint(capsys):
     assert diagnose.main(["formats", "--by_layer"]) == 2
     assert "--by_layer: got no checkpoint; allowed: beside --checkpoints" in capsys.readouterr().err
 
 
-def test_the_table_of_the_page_is_what_its_script_writes():
+def test_the_tables_of_the_pages_are_what_their_script_writes():
     names = runpy.run_path(str(ROOT / "docs" / "formats_table.py"))
-    page = names["PAGE"].read_text()
-    assert page == names["page"](page), "run python docs/formats_table.py"
+    for path, figures in names["PAGES"].items():
+        page = path.read_text()
+        assert page == names["page"](page, figures), "run python docs/formats_table.py"

@@ -44,10 +44,10 @@ def test_no_process_group(monkeypatch):
 @pytest.mark.parametrize(
     ("settings", "where"),
     [
-        ((3, 256, "nearest", "none", False), "bits: got 3"),
-        ((8, 48, "nearest", "none", False), "block_size: got 48"),
-        ((8, 256, "up", "none", False), "rounding: got 'up'|rounding: got \"up\""),
-        ((8, 256, "nearest", "dct", False), "rotation: got"),
+        ((3, None, None, 256, "nearest", "none", False), "bits: got 3"),
+        ((8, None, None, 48, "nearest", "none", False), "block_size: got 48"),
+        ((8, None, None, 256, "up", "none", False), "rounding: got 'up'|rounding: got \"up\""),
+        ((8, None, None, 256, "nearest", "dct", False), "rotation: got"),
     ],
 )
 def test_settings(settings, where):
@@ -57,9 +57,9 @@ def test_settings(settings, where):
 
 def test_true_is_remembered_apart_from_one():
     """They are equal, and so would be their places in a cache; one rank a node is refused."""
-    assert collectives._config(8, 256, "nearest", "none", True).hierarchical is True
+    assert collectives._config(8, None, None, 256, "nearest", "none", True).hierarchical is True
     with pytest.raises(ConfigError, match="hierarchical: got 1; allowed: "):
-        collectives._config(8, 256, "nearest", "none", 1)
+        collectives._config(8, None, None, 256, "nearest", "none", 1)
 
 
 def test_ddp_kwargs_is_the_function_at_every_access():

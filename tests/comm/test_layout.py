@@ -8,6 +8,7 @@ from ds_quant.comm.layout import Piece, Span, build, cut_each, cut_evenly, whole
 from ds_quant.numerics.wire import WireFormat
 
 FORMATS = [WireFormat(8, 256), WireFormat(4, 128), WireFormat(8, 32, "hadamard"), WireFormat(4, 32)]
+FORMATS += [WireFormat(4, 32, format="mxfp4"), WireFormat(4, 16, format="nvfp4")]
 WORLD_SIZES = (1, 2, 3, 4, 5, 6, 7, 8)
 
 
@@ -28,9 +29,15 @@ def cuts(spans, fmt, world_size):
     yield "whole", whole(spans, world_size - 1)
 
 
+def scales_of(numel, fmt):
+    """Bytes of a piece's scales, block by block."""
+    each = {"": 4, "mxfp4": 1, "nvfp4": 1}[fmt.format]
+    return sum(each for _ in range(0, numel, fmt.block_size)) + 4 * (fmt.format == "nvfp4")
+
+
 def bytes_of(pieces, fmt):
     """A message's size by the formula of the module docstring, counted block by block and code by code."""
-    scales = sum(4 for piece in pieces for _ in range(0, piece.numel, fmt.block_size))
+    scales = sum((scales_of(piece.numel, fmt) + 3) // 4 * 4 for piece in pieces)
     codes = sum(piece.numel if fmt.bits == 8 else (piece.numel + 1) // 2 for piece in pieces)
     return (scales + codes + 3) // 4 * 4
 
@@ -55,7 +62,7 @@ def check_places(parts, fmt, num_bytes):
     for numel, scale_at, codes_at in zip(parts.numel, parts.scale_at, parts.codes_at, strict=True):
         assert scale_at % 4 == 0
         for begin, length in (
-            (scale_at, 4 * -(-numel // fmt.block_size)),
+            (scale_at, scales_of(numel, fmt)),
             (codes_at, numel if fmt.bits == 8 else (numel + 1) // 2),
         ):
             assert begin + length <= num_bytes
@@ -87,9 +94,10 @@ def test_layouts_of_random_spans(rng, world_size, fmt):
                 assert found.own_numel + found.sent_numel == sum(piece.numel for piece in kept)
                 assert found.own_bytes == found.message_bytes[rank]
                 assert found.slot_bytes == max(found.message_bytes)
-                # What lies between parts is padding: at most 3 bytes a message.
+                # What lies between parts is padding: at most 3 bytes a message, and a piece whose scales take 1 byte.
                 used = check_places(found.sent, fmt, sum(found.send_splits))
-                assert sum(found.send_splits) - 3 * world_size <= used
+                padded = world_size + (len(found.sent_pieces) if fmt.format else 0)
+                assert sum(found.send_splits) - 3 * padded <= used
                 check_places(found.own, fmt, found.own_bytes)
                 check_places(found.gathered, fmt, world_size * found.slot_bytes)
                 assert found.sent.numel.tolist() == [piece.numel for piece in found.sent_pieces]

@@ -79,6 +79,8 @@ def test_defaults():
     assert quant.optimizer.exclude == ()
     assert vars(quant.communication.gradient) == {
         "bits": 4,
+        "format": None,
+        "scale_rule": None,
         "block_size": 128,
         "rounding": "nearest",
         "error_feedback": False,

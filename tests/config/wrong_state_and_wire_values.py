@@ -97,6 +97,26 @@ WRONG_STATE_AND_WIRE_VALUES = [
             ("hierarchical", 2.0, NODE),
         ]
     ),
+    *(
+        ({"communication": {"gradient": gradient}}, f"ds_quant.communication.gradient.{key}", got, allowed, fix)
+        for gradient, key, got, allowed, fix in [
+            ({}, "bits", "nothing", '4 or 8, or "format"', "add it"),
+            ({"bits": 4, "format": "nvfp4"}, "format", '"nvfp4"', 'absent beside "bits"', "remove one"),
+            ({"format": "mxfp8"}, "format", '"mxfp8"', '"nvint4": those of 8 bits lose more', '"mxfp4"'),
+            ({"format": "fp6_e2m3"}, "format", '"fp6_e2m3"', "no codes of 6 bits", "fp4_e2m1"),
+            ({"format": "nvfp4", "block_size": 32}, "block_size", "32", 'absent with format "nvfp4"', "remove it"),
+            ({"format": "nvint4", "scale_rule": "four_six"}, "scale_rule", '"four_six"', 'with "nvfp4"', "remove it"),
+            ({"format": "nvfp4", "scale_rule": "up"}, "scale_rule", '"up"', '"floor" or "up" with', "remove it"),
+            ({"bits": 4, "scale_rule": "up"}, "scale_rule", '"up"', 'with format "mxfp4"', "remove it"),
+        ]
+    ),
+    (
+        {"optimizer": {"exp_avg": {"bits": 8, "format": "mxfp8"}}},
+        "ds_quant.optimizer.exp_avg.format",
+        '"mxfp8"',
+        "second moments explode",
+        '"float" loses what',
+    ),
     # weights on the wire
     ({**W8_LINEAR, "communication": {"weight": {}}}, f"{ON_WIRE}.mode", "nothing", '"codes", ', "add it"),
     (
@@ -122,6 +142,13 @@ WRONG_STATE_AND_WIRE_VALUES = [
         '"difference"',
         '"codes" with optimizer.master',
         "remove optimizer.master",
+    ),
+    (
+        {"communication": {"weight": {"mode": "difference", "format": "nvfp4"}}},
+        f"{ON_WIRE}.format",
+        '"nvfp4"',
+        "cross the wire as integers",
+        "use bits",
     ),
     ({"communication": {"weight": {"mode": "difference"}}}, f"{ON_WIRE}.bits", "null", "4 or 8", "add it"),
     *(

@@ -3,6 +3,7 @@ docs/results/2026-11-22-moment-trajectories.md reports.
 
     python tests/convergence/moment_trajectories.py            all schemes, and the optimizers that are installed
     python tests/convergence/moment_trajectories.py --quick    the recommended ones, in two minutes
+    python tests/convergence/moment_trajectories.py --formats  number formats beside the maps of the same bits
 
 Gradients:
     stationary   normal, with log-normal row and column scales (a factor e up and down), mean 0.3 deviations
@@ -24,7 +25,7 @@ import math
 import platform
 import sysconfig
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import NamedTuple
@@ -33,6 +34,7 @@ import torch
 from torch import Tensor
 
 from ds_quant.numerics import CodeMap, code_map, dequantize_blockwise, fold_key, quantize_blockwise
+from ds_quant.numerics.format import fake_quantize_to, named_format
 
 BETA1, EPS = 0.9, 1e-8
 LAST = 50
@@ -50,6 +52,22 @@ class Moment(NamedTuple):
         key = fold_key(1, step=step, stream=stream) if self.rounding == "stochastic" else None
         q = quantize_blockwise(x, self.code_map, block_size=self.block_size, rounding=self.rounding, key=key)
         return dequantize_blockwise(q)
+
+
+class NamedMoment(NamedTuple):
+    """How one moment would be stored in a number format, rounded stochastically. Squares leave the sign unused."""
+
+    name: str
+    block_size: int = 0
+    """Where the format has none of its own; scales are fp32 then."""
+    scale_rule: str = "floor"
+
+    def stored(self, x: Tensor, step: int, stream: int) -> Tensor:
+        fmt = named_format(self.name, "block", self.block_size, scale_rule=self.scale_rule)
+        return fake_quantize_to(x, fmt, rounding="stochastic", key=fold_key(1, step=step, stream=stream))
+
+
+Stored = Moment | NamedMoment
 
 
 def power(bits: int, signed: bool, exponent: int | None = None, offset: int | None = None) -> CodeMap:
@@ -100,6 +118,28 @@ def variants() -> dict[str, tuple[Moment | None, Moment | None]]:
             schemes[f"m4 {name}, {rounding}"] = (Moment(code_map(name, 4, signed=True), 128, rounding), None)
     for exponent, block_size in ((4, 128), (2, 64), (2, 32)):
         schemes[f"m4 power {exponent}, blocks of {block_size}"] = (Moment(power(4, True, exponent), block_size), None)
+    return schemes
+
+
+def number_formats() -> dict[str, tuple[Stored | None, Stored | None]]:
+    """Formats and the maps of the same bits, one moment at a time; bits count scales."""
+    eight = [NamedMoment(name, 256) for name in ("fp8_e4m3", "fp8_e5m2")]
+    eight += [NamedMoment(name, 0, "up") for name in ("mxfp8", "mxint8")]
+    four = [NamedMoment("fp4_e2m1", 128), NamedMoment("mxfp4", 0, "up")]
+    four += [NamedMoment("nvfp4"), NamedMoment("nvfp4", 0, "four_six"), NamedMoment("nvint4")]
+    schemes: dict[str, tuple[Stored | None, Stored | None]] = {}
+    for letter, maps in (("m", ((M8, 128), (M4, 64))), ("v", ((V8, 128), (V4, 64)))):
+        for (moment, smaller), formats in zip(maps, (eight, four), strict=True):
+            name, bits = moment.code_map.name, moment.code_map.bits
+            tried: list[Stored] = [moment, moment._replace(block_size=smaller), *formats]
+            for one in tried:
+                if isinstance(one, Moment):
+                    what = f"{letter}{bits} {name}, blocks of {one.block_size}: {bits + 32 / one.block_size:.4g} bits"
+                else:
+                    scales = 32 / one.block_size if one.block_size else 8 / named_format(one.name).group.block_size
+                    rule = f" ({one.scale_rule})" if one.scale_rule != "floor" else ""
+                    what = f"{letter}{bits} {one.name}{rule}: {bits + scales:.4g} bits"
+                schemes[what] = (one, None) if letter == "m" else (None, one)
     return schemes
 
 
@@ -182,7 +222,7 @@ def recorded(num_steps: int, seed: int = 0) -> Trajectory:
 class Tracked:
     """One scheme on its way along a trajectory: `step` gives (m, v) before they are stored."""
 
-    def __init__(self, numel: int, exp_avg: Moment | None, exp_avg_sq: Moment | None):
+    def __init__(self, numel: int, exp_avg: Stored | None, exp_avg_sq: Stored | None):
         self.m, self.v = torch.zeros(numel), torch.zeros(numel)
         self.exp_avg, self.exp_avg_sq = exp_avg, exp_avg_sq
         self.count = 0
@@ -243,7 +283,7 @@ def peers(numel: int, beta2: float) -> dict[str, Peer]:
 def follow(
     trajectory: Trajectory,
     beta2: float,
-    schemes: dict[str, tuple[Moment | None, Moment | None]],
+    schemes: Mapping[str, tuple[Stored | None, Stored | None]],
     *,
     with_peers: bool = False,
 ) -> dict[str, Figures]:
@@ -299,6 +339,7 @@ def table(figures: dict[str, Figures]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="the recommended schemes only, no other optimizers")
+    parser.add_argument("--formats", action="store_true", help="number formats beside the maps of the same bits")
     parser.add_argument("--rows", type=int, default=NUM_ROWS, help=f"rows of {NUM_COLUMNS} synthetic elements")
     parser.add_argument("--steps", type=int, default=600, help="of the recorded training run")
     arguments = parser.parse_args()
@@ -311,8 +352,10 @@ def main() -> None:
         except PackageNotFoundError:
             versions.append(f"no {package}")
     print(", ".join([*versions, f"Python {platform.python_version()}"]))
-    schemes = RECOMMENDED if arguments.quick else variants()
-    training = recorded(arguments.steps)
+    schemes: Mapping[str, tuple[Stored | None, Stored | None]] = variants()
+    if arguments.quick or arguments.formats:
+        schemes = number_formats() if arguments.formats else RECOMMENDED
+    training, schemes_are_all = recorded(arguments.steps), not (arguments.quick or arguments.formats)
     for beta2 in (0.95, 0.999):
         trajectories = {
             "stationary": synthetic(beta2, num_rows=arguments.rows),
@@ -320,7 +363,7 @@ def main() -> None:
             "training": training,
         }
         for name, trajectory in trajectories.items():
-            figures = follow(trajectory, beta2, dict(schemes), with_peers=not arguments.quick)
+            figures = follow(trajectory, beta2, schemes, with_peers=schemes_are_all)
             print(f"\n### {name}, beta2 {beta2}\n\n{table(figures)}", flush=True)
 
 

@@ -25,7 +25,7 @@ from ds_quant.base.errors import ConfigError
 from ds_quant.comm import all_reduce, reduce_scatter
 from ds_quant.comm.exchange import Call
 from ds_quant.comm.layout import Span, cut_each, cut_evenly
-from ds_quant.comm.reducer import STREAM, Reducer
+from ds_quant.comm.reducer import STREAM, Reducer, wire_format
 from ds_quant.config import GradientCommunicationConfig
 from ds_quant.numerics import wire
 from ds_quant.numerics.random import fold_words
@@ -59,6 +59,38 @@ def cases(world_size):
             yield number, bits, rotation, rounding, size, DTYPES[(number + size) % len(DTYPES)]
 
 
+NAMED = (
+    {"format": "fp4_e2m1", "block_size": 32},
+    {"format": "mxfp4", "scale_rule": "up", "rounding": "stochastic"},
+    {"format": "nvfp4", "scale_rule": "four_six"},
+    {"format": "nvint4", "rotation": "hadamard"},
+)
+
+
+def check_named(expect, keys_of_next_call):
+    """Formats with a name: the bits of the definition, on all ranks the same."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    if world_size == 1:
+        return
+    for number, options in enumerate(NAMED):
+        fmt = wire_format(GradientCommunicationConfig.parse(options))
+        for size in (3, 257, 1000):
+            dtype, what = DTYPES[(number + size) % 3], (*options.values(), size)
+            shares = [values(size, dtype, other, 90 + number) for other in range(world_size)]
+            result, keys = shares[rank].clone(), keys_of_next_call({"rounding": "nearest", **options})
+            all_reduce(result, dist.ReduceOp.AVG, **options)
+            pieces = cut_evenly([Span("", 0, 0, 0, size)], fmt, world_size)
+            wanted = expected_of(shares, pieces, fmt, False, factor=1.0 / world_size, keys=keys)[rank]
+            expect(torch.equal(result, wanted), "all_reduce, bits", *what)
+            expect(same_on_all(result), "ranks differ", *what)
+            whole = [torch.cat([share] * world_size) for share in shares]
+            part, keys = torch.empty(size, dtype=dtype), keys_of_next_call({"rounding": "nearest", **options})
+            reduce_scatter(part, whole[rank], **options)
+            pieces = cut_each([Span("", 0, 0, 0, size * world_size)], world_size)
+            wanted = expected_of(whole, pieces, fmt, False, factor=1.0, keys=keys, output_dtype=dtype)[rank]
+            expect(torch.equal(part, wanted), "reduce_scatter, bits", *what)
+
+
 def main(output):
     dist.init_process_group("gloo")
     rank, world_size = dist.get_rank(), dist.get_world_size()
@@ -78,6 +110,7 @@ def main(output):
             fold_words(torch.initial_seed(), calls[settings], 0, other + 1, STREAM << 32) for other in range(world_size)
         ]
 
+    check_named(expect, keys_of_next_call)
     hierarchical = [False] + [m for m in (2,) if world_size % m == 0 and world_size > m]
     for node in hierarchical[1:]:
         check_two_levels(expect, node, same_on_all)

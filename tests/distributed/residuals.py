@@ -30,7 +30,7 @@ CASES = {
     "0 bf16": {"stage": 0, "dtype": "bf16"},
     "1": {"stage": 1},
     "BF16_Optimizer": {"stage": 1, "dtype": "bf16", "grad_accum_dtype": "fp32"},
-    "2": {"stage": 2, "accumulation": 2},
+    "2": {"stage": 2, "accumulation": 2, "gradient": {"format": "nvfp4", "scale_rule": "four_six"}},
     "3": {"stage": 3, "accumulation": 2},
 }
 LARGE = 512
@@ -48,6 +48,8 @@ class Net(nn.Module):
 def start(stage=1, dtype="fp32", accumulation=1, grad_accum_dtype=None, model=Net, section=None, **overrides):
     gradient = {"bits": 4, "block_size": 32, "rounding": "stochastic", "error_feedback": True}
     gradient |= overrides.pop("gradient", {})
+    if "format" in gradient:
+        del gradient["bits"], gradient["block_size"]
     bf16 = {"enabled": dtype == "bf16"} | overrides.pop("bf16", {})
     config = {
         "train_micro_batch_size_per_gpu": ROWS,
@@ -122,7 +124,7 @@ def save(folder):
         if name == "1":
             engine.save_checkpoint(f"{folder}/{name}", tag="later", save_latest=False)
         end(engine)
-        without = start(**case, gradient={"error_feedback": False})
+        without = start(**{**case, "gradient": {**case.get("gradient", {}), "error_feedback": False}})
         got["without"] = train(without, 0, TRAINED + MORE)
         if name == "1":
             without.save_checkpoint(f"{folder}/absent")

@@ -60,6 +60,27 @@ def test_predictions_against_real_ranks(ranks, configs, stages, tmp_path, capsys
         assert (ranks > 1) == (min(row["wire_bytes"]) > row["parameters"] / 4)
 
 
+def test_gradients_of_weights_that_oscillate(tmp_path, capsys):
+    """What `trust_distance` and `dampening` make in the backward is the peak with few tokens, and foreseen."""
+    raw = json.loads((CONFIGS / "baseline.json").read_text())
+    weight = {"bits": 4, "trust_distance": 0.4, "dampening": 0.01}
+    raw["ds_quant"] = {"linear": {"weight": weight, "activation": {"bits": 8}, "gradient": {"bits": 8}}}
+    (tmp_path / "oscillation.json").write_text(json.dumps(raw))
+    model = (
+        "model_type=llama,hidden_size=512,intermediate_size=2048,num_hidden_layers=1,num_attention_heads=4,"
+        "num_key_value_heads=4,vocab_size=64,max_position_embeddings=64"
+    )
+    given = ["--configs", tmp_path / "oscillation.json", "--ranks", 1, "--stages", 2, "--models", model]
+    given += ["--micro_batch_size", 1, "--context_length", 16, "--reduce_bucket_size", 500_000]
+    assert memory.run(arguments(*given, "--table", "--output", tmp_path / "out")) == 0, capsys.readouterr().out
+    (row,) = json.loads((tmp_path / "out" / "memory.json").read_text())["rows"]
+    # Nothing of it is by chance: one rank, no other thread.
+    assert abs(row["peak_error"]) <= 1e-5
+    assert row["phase"] == "backward"  # without the two the step has the peak
+    # At once of the largest weight: codes, and in fp32 the weight, its values, their difference, and the gradient.
+    assert row["temporaries"] >= (1 + 4 * 4) * 512 * 2048
+
+
 @pytest.mark.parametrize(("config", "stage"), [("baseline", 1), ("w8a8_adam8_comm8", 2), ("wire8", 1), ("wire8", 3)])
 def test_traffic_is_what_others_count(config, stage, tmp_path):
     """The bytes of the planner's ledger, against DeepSpeed's comms logger and ds_quant's own statistics."""

@@ -8,8 +8,11 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
+
+from benchmarks import gpus_way
 
 
 def require_triton():
@@ -76,3 +79,34 @@ def accesses(ptx):
     found = re.findall(r"\b(ld|st)\.global(?:\.[a-z]+\w*::\w+)*\.((?:v[248]\.)?b\d+)", ptx)
     assert len(found) == len(re.findall(r"\b(?:ld|st)\.global", ptx))
     return collections.Counter(f"{kind}.{width}" for kind, width in found)
+
+
+def compile_generated(code, folder, capability):
+    """What Triton makes of each tile that Inductor would try for the kernels in its `code`: (tile, compiled)."""
+    from torch._inductor.runtime import triton_helpers
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+
+    target = GPUTarget("cuda", capability, 32)
+    kernels = re.findall(
+        r"^(\w+) = async_compile\.triton\('\w+', '''(.*?)''', device_str", code, re.MULTILINE | re.DOTALL
+    )
+    assert kernels
+    for number, (name, source) in enumerate(kernels):
+        path = folder / f"generated_{number}.py"
+        path.write_text(source)
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        module = importlib.util.module_from_spec(spec)
+        with mock.patch.object(triton_helpers, "set_driver_to_gpu"), gpus_way.driver(capability):
+            spec.loader.exec_module(module)
+            kernel = getattr(module, name)
+            for tile in kernel.configs:
+                kinds = {
+                    argument: "constexpr" if argument in tile.kwargs else kind
+                    for argument, kind in kernel.triton_meta["signature"].items()
+                }
+                constants = {(kernel.fn.arg_names.index(argument),): value for argument, value in tile.kwargs.items()}
+                (attributes,) = kernel.triton_meta["configs"]
+                launch = ASTSource(kernel.fn, kinds, constexprs=constants, attrs=attributes)
+                options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
+                yield tile, compile(launch, target=target, options=options)

@@ -38,11 +38,10 @@ def test_interpreted():
 @pytest.mark.parametrize("choice", ["", "triton"])
 def test_launches_of_gpt2(monkeypatch, choice):
     """98 of its 148 parameters are biases and norms, and take one launch."""
-    from ds_quant.kernels.adamw import compiled, cuda, triton, triton_batches, triton_kernel
+    from ds_quant.kernels.adamw import cuda, triton, triton_batches, triton_kernel
 
     large = []
     monkeypatch.setattr(triton_kernel, "adamw_", large.append)
-    monkeypatch.setattr(compiled, "adamw_", large.extend)
     launched = []
     monkeypatch.setattr(triton_batches, "run", lambda launch, device: launched.append(launch))
     # Nothing is computed here: the smallest one that is not batched stands for a matrix.
@@ -55,6 +54,30 @@ def test_launches_of_gpt2(monkeypatch, choice):
     assert (len(launched), len(large)) == (1, 50)
     small = [numel for (numel,) in GPT2 if numel <= triton_batches.MOST_ELEMENTS]
     assert launched[0].grid == (sum(-(-numel // triton_kernel.TILE) for numel in small),)
+
+
+def test_formats_that_the_kernel_does_not_take_are_compiled(monkeypatch):
+    from ds_quant.kernels.adamw import compiled, cuda, triton_batches, triton_kernel
+
+    taken = {}
+    monkeypatch.setattr(triton_kernel, "adamw_", lambda work: taken.setdefault("alone", []).append(work))
+    monkeypatch.setattr(triton_batches, "adamw_", lambda works: taken.update(together=list(works)))
+    monkeypatch.setattr(compiled, "adamw_", lambda works: taken.update(compiled=list(works)))
+    rng = np.random.default_rng()
+    dynamic = (("dynamic", 8), ("dynamic", 8))
+    large, small = triton_batches.MOST_ELEMENTS + 1, 256
+    works = [
+        make_work(rng, numel, *layouts, stochastic=(False, False), dtypes=None, stream=number)
+        for number, (numel, layouts) in enumerate(
+            [(large, FORMATS["8/8"]), (large, dynamic), (small, dynamic), (small, FORMATS["4/4"]), (0, FORMATS["8/8"])]
+        )
+    ]
+    cuda.adamw_(works)
+    assert {way: [work.stream for work in given] for way, given in taken.items()} == {
+        "alone": [0],
+        "together": [3],
+        "compiled": [1, 2],
+    }
 
 
 @pytest.mark.parametrize("target", [80, 90, 100, "gfx942"])

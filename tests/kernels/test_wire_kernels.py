@@ -6,9 +6,10 @@ import logging
 import numpy as np
 import pytest
 import torch
-from kernels.wire_jobs import DTYPES, FORMATS, ISAS, KEY, Job, assert_same, check, needs_compiler
+from kernels.wire_jobs import DTYPES, FORMATS, ISAS, KEY, NAMED, Job, assert_same, check, needs_compiler
 
 from ds_quant.kernels import build, registry, wire
+from ds_quant.kernels.simulated import cpu_formats
 from ds_quant.kernels.wire import compiled, cpu
 from ds_quant.numerics import wire as reference
 from ds_quant.numerics.wire import Parts, Residuals, WireFormat
@@ -19,6 +20,21 @@ from ds_quant.numerics.wire import Parts, Residuals, WireFormat
 def test_formats_dtypes_and_roundings(rng, fmt):
     for dtype, key in itertools.product(DTYPES, (None, KEY)):
         check(Job(rng, fmt, dtype=dtype, key=key), f"{dtype} {key}")
+
+
+@needs_compiler
+@pytest.mark.parametrize("fmt", NAMED, ids=str)
+def test_named_formats_are_encoded_by_the_kernels_of_layers(rng, fmt, monkeypatch):
+    seen, encode = [], cpu_formats.codes_by
+    monkeypatch.setattr(cpu_formats, "codes_by", lambda *given: seen.append(given) or encode(*given))
+    for dtype, key in ((torch.float32, None), (torch.bfloat16, KEY)):
+        job = Job(rng, fmt, numels=(1, 17, 33, 257, 1000), dtype=dtype, key=key)
+        expected = job.run(reference)
+        assert not seen
+        assert_same(job.run(wire), expected, f"{dtype} {key}")
+        # Two calls that quantize and one that requantizes, each piece by itself.
+        assert len(seen) == 3 * len(job.parts.numel)
+        seen.clear()
 
 
 @needs_compiler

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from numerics.wire_oracle import gradient, lay_out
+from numerics.wire_oracle import any_scales, gradient, lay_out
 
 from ds_quant.kernels import build, native
 from ds_quant.kernels.wire import cpu
@@ -18,6 +18,14 @@ NUMELS = (1, 2, 31, 32, 33, 257, 1000, 4096, 4133)
 KEY = (0x12345678, 0x9ABCDEF0)
 MAX_BLOCK = 4096
 FORMATS = [WireFormat(*fields) for fields in itertools.product((8, 4), (32, 256, MAX_BLOCK), ("none", "hadamard"))]
+NAMED = [
+    WireFormat(4, 256, "none", "fp4_e2m1"),
+    WireFormat(4, 32, "hadamard", "mxfp4", "up"),
+    WireFormat(4, 16, "hadamard", "nvfp4"),
+    WireFormat(4, 16, "none", "nvfp4", "four_six"),
+    WireFormat(4, 16, "none", "nvint4"),
+]
+"""Those whose elements layers have kernels for."""
 
 needs_compiler = pytest.mark.skipif(not ISAS, reason=f"no C++ kernels: {build.load().reason}")
 
@@ -37,9 +45,8 @@ class Job:
         self.received = torch.from_numpy(rng.integers(256, size=(world_size - 1, self.size)).astype(np.uint8))
         for row in self.received:
             for scale_at, numel in zip(self.parts.scale_at, self.parts.numel, strict=True):
-                scales = 10.0 ** rng.uniform(-6, 0, size=reference.num_blocks(int(numel), fmt))
-                scales[rng.uniform(size=len(scales)) < 0.05] = rng.choice([0.0, np.nan])
-                row[scale_at : scale_at + 4 * len(scales)] = torch.from_numpy(scales.astype(np.float32).view(np.uint8))
+                scales = any_scales(rng, int(numel), fmt)
+                row[scale_at : scale_at + len(scales)] = torch.from_numpy(scales)
         self.background = torch.from_numpy(rng.integers(256, size=self.size).astype(np.uint8))
         self.read = [
             None if some and rng.uniform() < 0.3 else torch.from_numpy(rng.normal(size=n)).bfloat16() for n in numels

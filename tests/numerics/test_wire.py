@@ -9,6 +9,14 @@ from ds_quant.numerics import rotation, wire
 from ds_quant.numerics.wire import Parts, Residuals, WireFormat
 
 FORMATS = [WireFormat(*fields) for fields in itertools.product((8, 4), (32, 128), ("none", "hadamard"))]
+FORMATS += [
+    WireFormat(4, 64, "none", "fp4_e2m1"),
+    WireFormat(4, 32, "none", "mxfp4", "up"),
+    WireFormat(4, 32, "hadamard", "mxfp4"),
+    WireFormat(4, 16, "none", "nvfp4"),
+    WireFormat(4, 16, "none", "nvfp4", "four_six"),
+    WireFormat(4, 16, "hadamard", "nvint4"),
+]
 NUMELS = (1, 2, 31, 32, 33, 100, 128, 257)
 KEY = (0x12345678, 0x9ABCDEF0)
 
@@ -43,8 +51,8 @@ def test_quantize_and_dequantize(rng, fmt, key):
             if read[i] is not None:
                 t = t + read[i].float().numpy() * np.float32(0.3)
             y = wire_oracle.rotate(t, fmt)
-            codes, scale, value = wire_oracle.encode(y, fmt, key, stream)
-            expected[scale_at : scale_at + 4 * len(scale)] = scale.view(np.uint8)
+            codes, stored, value = wire_oracle.encode(y, fmt, key, stream)
+            expected[scale_at : scale_at + len(stored)] = stored
             packed = wire_oracle.pack(codes, fmt)
             expected[codes_at : codes_at + len(packed)] = packed
             assert_same(back[start : start + n], wire_oracle.unrotate(value, fmt))
@@ -92,8 +100,8 @@ def test_reduce(rng, fmt):
                     total = total + addend
                 total = total * np.float32(1 / 3)
                 assert_same(output[start : start + n], wire_oracle.unrotate(total, fmt))
-                codes, scale, value = wire_oracle.encode(total, fmt, KEY, stream)
-                expected[scale_at : scale_at + 4 * len(scale)] = scale.view(np.uint8)
+                codes, stored, value = wire_oracle.encode(total, fmt, KEY, stream)
+                expected[scale_at : scale_at + len(stored)] = stored
                 packed = wire_oracle.pack(codes, fmt)
                 expected[codes_at : codes_at + len(packed)] = packed
                 kept = bf16(wire_oracle.unrotate(total - value, fmt) * np.float32(0.5))
@@ -179,3 +187,6 @@ def test_sizes():
     for bits, numel, expected in ((8, 1, 1), (8, 300, 300), (4, 1, 1), (4, 300, 150), (4, 33, 17), (4, 65, 33)):
         assert wire.code_bytes(numel, WireFormat(bits, 32)) == expected
     assert [wire.num_blocks(n, WireFormat(8, 32)) for n in (1, 32, 33)] == [1, 1, 2]
+    for fmt in FORMATS:
+        for numel in (1, 15, 16, 17, 300):
+            assert wire.scale_bytes(numel, fmt) == wire_oracle.bytes_of_scales(numel, fmt)

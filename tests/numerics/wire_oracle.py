@@ -3,10 +3,12 @@
 Shares no code with the implementation. Also lays out messages for tests.
 """
 
-import numpy as np
-from numerics import oracle
+import math
 
-from ds_quant.numerics.wire import Parts, code_bytes, num_blocks
+import numpy as np
+from numerics import format_oracle, oracle
+
+from ds_quant.numerics.wire import Parts, code_bytes, scale_bytes
 
 SIGN_KEY = (0x48616461, 0x6D617264)
 F = np.float32
@@ -65,37 +67,114 @@ def pack(codes, fmt):
 
 
 def unpack(packed, numel, fmt):
+    """Values of the elements: fp32."""
     if fmt.bits == 8:
-        return np.array([byte - 256 if byte > 127 else byte for byte in packed])
+        return np.array([byte - 256 if byte > 127 else byte for byte in packed], dtype=F)
     codes, at = [], 0
     for i in range(0, numel, fmt.block_size):
         length = min(fmt.block_size, numel - i)
         half = (length + 1) // 2
         block = [byte % 16 for byte in packed[at : at + half]] + [byte // 16 for byte in packed[at : at + half]]
-        codes += [code - 16 if code > 7 else code for code in block[:length]]
+        codes += block[:length]
         at += half
-    return np.array(codes)
+    if is_floating(fmt):
+        values = format_oracle.table("e2m1").astype(F)
+        return np.array([-values[code - 8] if code > 7 else values[code] for code in codes], dtype=F)
+    return np.array([code - 16 if code > 7 else code for code in codes], dtype=F)
+
+
+def is_floating(fmt):
+    return bool(fmt.format) and not isinstance(format_oracle.FORMATS[fmt.format][0], int)
 
 
 def encode(y, fmt, key, stream):
-    """(codes, scale, code * scale) of a piece that is rotated already."""
+    """(codes, bytes of the scales, values) of a piece that is rotated already."""
     subkey = None if key is None else oracle.derive_key(key, stream)
     shape = {"granularity": "block", "block_size": fmt.block_size}
-    codes, scale, _ = oracle.quantize(y, fmt.bits, symmetric=True, key=subkey, **shape)
-    return codes, scale, codes.astype(F) * oracle.expand(scale, y.shape, **shape)
+    if not fmt.format:
+        codes, scale, _ = oracle.quantize(y, fmt.bits, symmetric=True, key=subkey, **shape)
+        return codes, scale.view(np.uint8), codes.astype(F) * oracle.expand(scale, y.shape, **shape)
+    steps, scale = format_oracle.quantize(y[None], fmt.format, rule=fmt.scale_rule, key=subkey, **shape)
+    scale = scale[0]
+    # What is 0 in units of the scale loses its sign, a small number keeps its.
+    steps = np.where(y / scale == 0, F(0), steps[0])
+    codes = steps.astype(np.int64)
+    if not is_floating(fmt):
+        steps = codes.astype(F)  # which have no -0
+    else:
+        table = format_oracle.table("e2m1")
+        codes = np.array([8 * np.signbit(v) + int(np.searchsorted(table, abs(v))) for v in steps])
+    return codes, stored_scales(y, np.ascontiguousarray(scale[:: fmt.block_size]), fmt), steps * scale
+
+
+def stored_scales(y, scale, fmt):
+    """The bytes of scales, a float32 for each block, which may be NaN."""
+    elements, kind, _ = format_oracle.FORMATS[fmt.format]
+    if kind == "float":
+        return scale.view(np.uint8)
+    if kind == "e8m0":
+        stored = [255 if np.isnan(value) else int(math.log2(value)) + 127 for value in scale]
+        return np.array(stored, dtype=np.uint8)
+    blocks = [y[i : i + fmt.block_size] for i in range(0, len(y), fmt.block_size)]
+    absmax = [float(np.abs(block).max()) for block in blocks]
+    most = format_oracle.table(elements)[-1]
+    levels = F((256 if fmt.scale_rule == "four_six" else 448) * most)
+    tensor = oracle.step_size(F(max((value for value in absmax if np.isfinite(value)), default=0)), levels)
+    stored = []
+    for value, of_block in zip(absmax, scale, strict=True):
+        if not np.isfinite(value):
+            stored.append(0x7F)
+            continue
+        parts = [format_oracle.e4m3_block(value, largest, tensor) for largest in (most, 4.0)]
+        part = next(part for part in parts if part * tensor == of_block) if value else 0.0
+        stored.append(int(np.searchsorted(format_oracle.table("e4m3"), part)))
+    return np.concatenate((np.array([tensor], dtype=F).view(np.uint8), np.array(stored, dtype=np.uint8)))
+
+
+def scales_from(stored, fmt):
+    """A float32 for each block, from bytes."""
+    kind = format_oracle.FORMATS[fmt.format][1] if fmt.format else "float"
+    if kind == "float":
+        return np.frombuffer(stored, dtype=F)
+    if kind == "e8m0":
+        return np.array([np.nan if byte == 255 else 2.0 ** (byte - 127) for byte in stored], dtype=F)
+    table = [*format_oracle.table("e4m3"), np.nan]
+    parts = np.array([-table[byte - 128] if byte > 127 else table[byte] for byte in stored[4:]], dtype=F)
+    return parts * np.frombuffer(stored[:4], dtype=F)
+
+
+def bytes_of_scales(numel, fmt):
+    blocks = -(-numel // fmt.block_size)
+    kind = format_oracle.FORMATS[fmt.format][1] if fmt.format else "float"
+    return {"float": 4 * blocks, "e8m0": blocks, "e4m3": 4 + blocks}[kind]
+
+
+def any_scales(rng, numel, fmt):
+    """Bytes of scales such as messages have; a few of the blocks have 0 or NaN."""
+    size = bytes_of_scales(numel, fmt)
+    kind = format_oracle.FORMATS[fmt.format][1] if fmt.format else "float"
+    if kind == "e8m0":
+        stored = rng.integers(100, 130, size=size).astype(np.uint8)
+        stored[rng.uniform(size=size) < 0.05] = rng.choice([0, 255])
+        return stored
+    if kind == "float":
+        scales = 10.0 ** rng.uniform(-6, 0, size=size // 4)
+        scales[rng.uniform(size=len(scales)) < 0.05] = rng.choice([0.0, np.nan])
+        return scales.astype(F).view(np.uint8)
+    tensor = np.array([10.0 ** rng.uniform(-6, 0)], dtype=F).view(np.uint8)
+    return np.concatenate((tensor, rng.integers(128, size=size - 4).astype(np.uint8)))
 
 
 def decode(message, scale_at, codes_at, numel, fmt):
-    """code * scale of a piece, from a bytes object."""
-    blocks = -(-numel // fmt.block_size)
-    scale = np.frombuffer(message[scale_at : scale_at + 4 * blocks], dtype=F)
+    """The values of a piece, from a bytes object."""
+    scale = scales_from(message[scale_at : scale_at + bytes_of_scales(numel, fmt)], fmt)
     count = (
         numel
         if fmt.bits == 8
         else sum((min(fmt.block_size, numel - i) + 1) // 2 for i in range(0, numel, fmt.block_size))
     )
-    codes = unpack(list(message[codes_at : codes_at + count]), numel, fmt)
-    return codes.astype(F) * oracle.expand(scale, codes.shape, "block", fmt.block_size)
+    steps = unpack(list(message[codes_at : codes_at + count]), numel, fmt)
+    return steps * oracle.expand(scale, steps.shape, "block", fmt.block_size)
 
 
 def lay_out(rng, numels, fmt, *, lengths=None):
@@ -113,7 +192,7 @@ def lay_out(rng, numels, fmt, *, lengths=None):
     for piece in rng.permutation(len(numels)):
         numel = int(numels[piece])
         scale_at[piece] = -(-end // 4) * 4
-        codes_at[piece] = scale_at[piece] + 4 * num_blocks(numel, fmt) + int(rng.integers(6))
+        codes_at[piece] = scale_at[piece] + scale_bytes(numel, fmt) + int(rng.integers(6))
         end = codes_at[piece] + code_bytes(numel, fmt)
     stream = rng.integers(2**64, size=len(numels), dtype=np.uint64)
     return Parts(source, start.astype(np.int64), numels, scale_at, codes_at, stream), int(end) + int(rng.integers(3))

@@ -1,8 +1,7 @@
 """`diagnose formats`: what each number format loses of the same numbers, side by side.
 
 Relative errors |x - xq| / |x|, rounded to nearest, and what is left of them in the mean of DRAWS stochastic roundings,
-which falls with 1 / sqrt(DRAWS) where there is no bias. Integers of 8 and 4 bits and the formats whose groups are free
-take a scale a row, and one for every 32 (8 and 6 bits) or 16 (4 bits) elements.
+which falls with 1 / sqrt(DRAWS) where there is no bias. `candidates` has the formats, of products or of messages.
 """
 
 from __future__ import annotations
@@ -16,11 +15,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ds_quant.base.number_formats import FORMATS, FOUR_SIX
 from ds_quant.cli.diagnosing import common, recorded_tensors
+from ds_quant.cli.diagnosing.candidates import USES, Candidate
 from ds_quant.cli.shared.errors import CommandError
-from ds_quant.numerics.format import Format, Group, Integers, fake_quantize_to, named_format
-from ds_quant.numerics.minifloat import Minifloat
+from ds_quant.numerics import rotation
+from ds_quant.numerics.format import fake_quantize_to
 from ds_quant.numerics.random import fold_key
 
 HELP = "what each number format loses of the same numbers"
@@ -35,6 +34,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "Relative errors of every number format, rounded to nearest, on Gaussian and heavy-tailed numbers, the "
         "matrices of files, and weights, activations and gradients of checkpoints; and what is left of them in the "
         "mean of 16 stochastic roundings, a quarter of the error of one where there is no bias."
+    )
+    parser.add_argument(
+        "--used_for",
+        choices=USES,
+        default="products",
+        help="products: operands of linear layers, as matrices. wire: gradients of parameters in messages, with the "
+        "blocks that messages have; of checkpoints, the gradients of all parameters (default: %(default)s)",
     )
     parser.add_argument(
         "--tensors",
@@ -72,9 +78,13 @@ def run(options: argparse.Namespace) -> None:
     found = numbers(options.seed, options.tensors)
     if options.by_layer and not options.checkpoints:
         raise CommandError("--by_layer: got no checkpoint; allowed: beside --checkpoints; name one, or leave it out")
+    on_wire = options.used_for == "wire"
+    record = recorded_tensors.record_gradients if on_wire else recorded_tensors.record
     for subject in common.subjects(options) if options.checkpoints else ():
-        found |= recorded_tensors.record(subject, by_layer=options.by_layer)
-    rows = list(table(found, options.draws))
+        found |= record(subject, by_layer=options.by_layer)
+    if on_wire:  # messages know no rows
+        found = {what: [x.reshape(1, -1) for x in tensors] for what, tensors in found.items()}
+    rows = list(table(found, USES[options.used_for](), options.draws))
     stream = options.output.open("w", newline="") if options.output else sys.stdout
     try:
         writer = csv.writer(stream, lineterminator="\n")
@@ -109,57 +119,28 @@ def numbers(seed: int, files: list[Path]) -> dict[str, list[Tensor]]:
     return found
 
 
-def formats() -> Iterator[tuple[str, str, Format[Integers | Minifloat]]]:
-    """(name, what shares a scale, the format)."""
-    for bits in (8, 4):
-        size = 32 if bits == 8 else 16
-        yield f"int{bits}", "row", Format(Integers(bits), Group("row"))
-        yield f"int{bits}", f"block of {size}", Format(Integers(bits), Group("block", size))
-    for name, named in FORMATS.items():
-        if named.scale == "e8m0":
-            for rule in ("floor", "up"):
-                yield name, f"block of 32 ({rule})", named_format(name, scale_rule=rule)
-        elif named.block_size:
-            yield name, f"block of {named.block_size}", named_format(name)
-            yield name, "tile of 16 x 16", named_format(name, block_rows=16)
-            if name == "nvfp4":
-                yield name, "block of 16 (4/6)", named_format(name, scale_rule=FOUR_SIX)
-                yield name, "tile of 16 x 16 (4/6)", named_format(name, block_rows=16, scale_rule=FOUR_SIX)
-        else:
-            size = 16 if named.bits == 4 else 32
-            yield name, "row", named_format(name, "row")
-            yield name, f"block of {size}", named_format(name, "block", size)
-
-
-def table(found: dict[str, list[Tensor]], draws: int) -> Iterator[tuple[object, ...]]:
+def table(found: dict[str, list[Tensor]], candidates: Iterator[Candidate], draws: int) -> Iterator[tuple[object, ...]]:
     """Rows of COLUMNS, errors pooled over the matrices of a kind."""
-    for name, scale, fmt in formats():
+    for candidate in candidates:
         for what, matrices in found.items():
             error = bias = square = elements = scales = 0.0
             for x in matrices:
-                error += float((fake_quantize_to(x, fmt) - x).double().square().sum())
-                bias += _bias(x, fmt, draws)
-                square += float(x.double().square().sum())
+                y = rotation.rotate_rows(x, candidate.rotation) if candidate.rotation else x
+                error += float((fake_quantize_to(y, candidate.format) - y).double().square().sum())
+                bias += _bias(y, candidate, draws)
+                square += float(y.double().square().sum())
                 elements += x.numel()
-                scales += _scale_bits(x, fmt)
-            bits = fmt.elements.bits + scales / elements
+                scales += candidate.scale_bits(x)
+            bits = candidate.format.elements.bits + scales / elements
             left = f"{(bias / square) ** 0.5:.4g}" if draws else ""
-            yield name, scale, f"{bits:.4g}", what, f"{(error / square) ** 0.5:.4g}", left
+            yield candidate.name, candidate.group, f"{bits:.4g}", what, f"{(error / square) ** 0.5:.4g}", left
 
 
-def _bias(x: Tensor, fmt: Format[Integers | Minifloat], draws: int) -> float:
+def _bias(x: Tensor, candidate: Candidate, draws: int) -> float:
     """The squared error of the mean of so many stochastic roundings, added up; 0 without any."""
     if not draws:
         return 0.0
-    rounded = (fake_quantize_to(x, fmt, rounding="stochastic", key=fold_key(0, draw)) for draw in range(draws))
+    keys = (fold_key(0, draw) for draw in range(draws))
+    rounded = (fake_quantize_to(x, candidate.format, rounding="stochastic", key=key) for key in keys)
     mean = sum((draw.double() for draw in rounded), torch.zeros((), dtype=torch.float64)) / draws
     return float((mean - x).square().sum())
-
-
-def _scale_bits(x: Tensor, fmt: Format[Integers | Minifloat]) -> float:
-    """Bits of all scales of a matrix together."""
-    rows, features = x.shape
-    count = rows * -(-features // fmt.group.block_size) if fmt.group.granularity == "block" else rows
-    if fmt.scale.kind == "float":
-        return 32.0 * count
-    return 8.0 * count / fmt.group.block_rows + (32 if fmt.scale.kind == "e4m3" else 0)

@@ -1,7 +1,11 @@
-"""The matrices that a model's linear layers multiply: weights, and inputs and output gradients of a text."""
+"""What formats would hold of a model: what its linear layers multiply, and the gradients that cross the wire.
+
+Of layers their weights, and inputs and output gradients of a text; of parameters the gradients of that text.
+"""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from ds_quant.cli.diagnosing.common import Subject, run_through
@@ -54,4 +58,18 @@ def record(subject: Subject, *, by_layer: bool) -> dict[str, list[Tensor]]:
             if what == kind:
                 name = f"{layer} {what}" if by_layer else what
                 found.setdefault(f"{subject.loaded.name}: {name}", []).extend(matrices)
+    return found
+
+
+def record_gradients(subject: Subject, *, by_layer: bool) -> dict[str, list[Tensor]]:
+    """Gradients of all parameters that a batch gives one, fp32 on the CPU, batch by batch; each apart if `by_layer`."""
+    model = subject.loaded.model
+    found: dict[str, list[Tensor]] = {}
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    for batch in subject.batches:
+        gradients = torch.autograd.grad(model(**batch).loss, list(trained.values()), allow_unused=True)
+        for name, gradient in zip(trained, gradients, strict=True):
+            if gradient is not None:
+                what = f"{subject.loaded.name}: {f'{name} ' if by_layer else ''}parameter gradients"
+                found.setdefault(what, []).append(gradient.detach().float().cpu())
     return found

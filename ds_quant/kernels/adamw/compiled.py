@@ -4,7 +4,8 @@ It is close to the reference, not equal: Inductor fuses products into sums and d
 to the next code. Its price: each format, and each pair of dtypes in it, compiles at the first step, once for each kind
 of length (whole blocks only, with a tail, one block, less, one element), some ten seconds each; for the granularities
 "tensor" and "channel" once for each block size. Then each parameter is a call of its own with several kernels, which is
-slow for small ones, and temporaries of its size. New values of lr, betas and step compile nothing.
+slow for small ones, and temporaries of its size: 50 bytes a parameter pass through memory with moments of 8 bits, 100
+with 4. New values of lr, betas and step compile nothing.
 """
 
 import functools

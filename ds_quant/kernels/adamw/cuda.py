@@ -1,13 +1,14 @@
-"""The fused AdamW step on NVIDIA's GPUs: small parameters together in one launch by Triton, the others by `compiled`.
+"""The fused AdamW step on NVIDIA's GPUs by Triton: small parameters together in one launch, others in one each.
 
-Nobody has run it on a GPU yet.
+Formats that the kernel does not take go on to `compiled`, whose kernels, by the code that is generated for them, move
+three to seven times the bytes (`launchers/benchmark.py generated`). Nobody has run either on a GPU yet.
 """
 
 from collections.abc import Sequence
 
 import torch
 
-from ds_quant.kernels.adamw import compiled, ops, triton_batches
+from ds_quant.kernels.adamw import compiled, ops, triton_batches, triton_kernel
 from ds_quant.kernels.adamw.work import AdamWWork
 
 
@@ -15,6 +16,13 @@ from ds_quant.kernels.adamw.work import AdamWWork
 @torch.no_grad()
 def adamw_(works: Sequence[AdamWWork]) -> None:
     """Do the works in place. Tensors are written behind autograd's back: their versions stay."""
-    small = [triton_batches.is_small(work) for work in works]
-    triton_batches.adamw_([work for work, is_small in zip(works, small, strict=True) if is_small])
-    compiled.adamw_([work for work, is_small in zip(works, small, strict=True) if not is_small])
+    small, others = [], []
+    for work in works:
+        if triton_batches.is_small(work):
+            small.append(work)
+        elif triton_kernel.unsupported(work):
+            others.append(work)
+        elif work.param.numel():
+            triton_kernel.adamw_(work)
+    triton_batches.adamw_(small)
+    compiled.adamw_(others)

@@ -31,6 +31,8 @@ from ds_quant.kernels.adamw.work import AdamWWork
 from ds_quant.kernels.launching import Launch, run
 from ds_quant.kernels.transfers import sent
 from ds_quant.kernels.triton_random import derive_key
+from ds_quant.numerics.adam import Moment
+from ds_quant.numerics.codes import CodeMap
 
 MOST_ELEMENTS = 2**16
 """Of a parameter that is batched. Its step moves at most some 16 bytes an element, 1 MiB: a third of a microsecond at
@@ -48,6 +50,8 @@ COLUMNS = tl.constexpr(9)
 where all blocks are whole; the number of the first program; the number of exp_avg's random stream."""
 WIDEST = tl.constexpr(16)
 """Bytes that a thread loads at a time, to which addresses are aligned for that."""
+Tensors = tuple[Tensor, ...]
+"""What `triton_kernel.storage` gives."""
 MAX_KEPT = 256
 """Tables on the device. A model has a few, or a few at a time where its gradients come to lie elsewhere each step."""
 
@@ -65,40 +69,45 @@ def adamw_(works: Sequence[AdamWWork]) -> None:
 
 def launches(works: Sequence[AdamWWork]) -> list[Launch]:
     """One for all works that can share it."""
-    groups: dict[Any, list[AdamWWork]] = {}
+    groups: dict[Any, tuple[list[AdamWWork], list[Tensors]]] = {}
     for work in works:
         tensors = triton_kernel.storage(work)
+        is_wide = _is_wide(work, tensors)
         shared = (
             *(tensor.dtype for tensor in tensors),
-            *(work.param.device, triton_kernel.block_sizes(work), triton_kernel.formats(work)),
-            *(work.scalars, work.exp_avg_key, work.exp_avg_sq_key, _is_wide(work)),
+            *(work.param.device, _form(work.exp_avg), _form(work.exp_avg_sq)),
+            *(work.scalars, work.exp_avg_key, work.exp_avg_sq_key, is_wide),
         )
-        groups.setdefault(shared, []).append(work)
-    return [_launch(group, is_wide=_is_wide(group[0])) for group in groups.values()]
+        group, stored = groups.setdefault(shared, ([], []))
+        group.append(work)
+        stored.append(tensors)
+    return [_launch(group, stored, _is_wide(group[0], stored[0])) for group, stored in groups.values()]
 
 
-def _is_wide(work: AdamWWork) -> bool:
+def _form(moment: Moment) -> tuple[int, CodeMap] | None:
+    return None if isinstance(moment, Tensor) else (moment.block_size, moment.code_map)
+
+
+def _is_wide(work: AdamWWork, tensors: Tensors) -> bool:
     """Whether all blocks are whole, and all addresses such that the widest loads are allowed."""
     _, largest = triton_kernel.block_sizes(work)
-    is_aligned = all(tensor.data_ptr() % WIDEST.value == 0 for tensor in triton_kernel.storage(work))
-    return work.param.numel() % largest == 0 and is_aligned
+    return work.param.numel() % largest == 0 and all(tensor.data_ptr() % WIDEST.value == 0 for tensor in tensors)
 
 
-def _launch(works: Sequence[AdamWWork], *, is_wide: bool) -> Launch:
+def _launch(works: Sequence[AdamWWork], stored: Sequence[Tensors], is_wide: bool) -> Launch:
     like = works[0]
     unit, largest = triton_kernel.block_sizes(like)
     tile = max(TILE, largest)
-    tensors = [triton_kernel.storage(work) for work in works]
     numels = np.array([work.param.numel() for work in works])
     num_programs = -(-numels // tile)
     table = np.empty((len(works), COLUMNS.value), np.int64)
-    table[:, :6] = [[tensor.data_ptr() for tensor in row] for row in tensors]
+    table[:, :6] = [[tensor.data_ptr() for tensor in row] for row in stored]
     table[:, 6] = numels // unit if is_wide else numels
     table[:, 7] = np.cumsum(num_programs) - num_programs
     table[:, 8] = (np.array([work.stream for work in works], dtype=np.uint64) * np.uint64(2)).view(np.int64)
     work_of_program = np.repeat(np.arange(len(works)), num_programs)
     numbers = _on_device(np.concatenate((table.reshape(-1), work_of_program)), like.param.device)
-    kinds = [_DTYPES[tensor.dtype] for tensor in (tensors[0][number] for number in (0, 1, 2, 4))]
+    kinds = [_DTYPES[stored[0][number].dtype] for number in (0, 1, 2, 4)]
     keys = (*_signed(like.exp_avg_key), *_signed(like.exp_avg_sq_key))
     constants = (*triton_kernel.formats(like), unit, tile // unit, is_wide, *kinds)
     arguments = (numbers, table.size, *triton_kernel.numbers_of(like), *keys, *constants)

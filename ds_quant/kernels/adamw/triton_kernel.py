@@ -18,6 +18,7 @@ Which formats it takes: see `unsupported`. Importing this module needs triton.
 # What a Triton function is passed has no type that mypy knows.
 # mypy: disallow-incomplete-defs=False
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -64,15 +65,22 @@ def unsupported(work: AdamWWork) -> str | None:
     for name, moment in (("exp_avg", work.exp_avg), ("exp_avg_sq", work.exp_avg_sq)):
         if isinstance(moment, Tensor):
             continue
-        size = moment.block_size
-        if moment.code_map.name == "dynamic":
-            return f"{name} has the dynamic map"
-        if size & (size - 1) or not SMALLEST_BLOCK <= size <= LARGEST_BLOCK:
-            return f"{name} has blocks of {size}, not a power of two from {SMALLEST_BLOCK} to {LARGEST_BLOCK}"
-        if not _is_known(moment.code_map):
-            return f"{name} has a map of its own, {moment.code_map}"
-        if moment.code_map.bits == 4 and size > unit:
-            return f"{name} has 4 bits and larger blocks than the other moment"
+        reason = _unsupported(moment.code_map, moment.block_size, unit)
+        if reason:
+            return f"{name} has {reason}"
+    return None
+
+
+@functools.lru_cache(256)
+def _unsupported(kind: CodeMap, size: int, unit: int) -> str | None:
+    if kind.name == "dynamic":
+        return "the dynamic map"
+    if size & (size - 1) or not SMALLEST_BLOCK <= size <= LARGEST_BLOCK:
+        return f"blocks of {size}, not a power of two from {SMALLEST_BLOCK} to {LARGEST_BLOCK}"
+    if not _is_known(kind):
+        return f"a map of its own, {kind}"
+    if kind.bits == 4 and size > unit:
+        return "4 bits and larger blocks than the other moment"
     return None
 
 

@@ -57,6 +57,8 @@ class Tile(NamedTuple):
 # Each element of `a` is read once for every n columns, of `b` for every m rows: the larger, the less traffic. All take
 # at most 96 KiB of shared memory, which sm_86 and sm_89 have as well.
 TILES = (Tile(128, 256, 64, 8, 4), Tile(128, 128, 128, 8, 3), Tile(64, 128, 128, 4, 3), Tile(64, 64, 128, 4, 4))
+ROCM_TILES = (TILES[0]._replace(num_stages=3), *TILES[1:])
+"""A program has 64 KiB of LDS there, and operands of one step fewer than there are stages lie in it."""
 ENOUGH_PROGRAMS = 128
 """About as many as an A100 (108) and an H100 (132) have multiprocessors."""
 BAND = tl.constexpr(8)
@@ -141,11 +143,12 @@ def launch(
 
 def choose_tile(num_rows: int, num_columns: int) -> Tile:
     """The first that gives enough programs and is less than twice as high and as wide as the result; else the last."""
-    for tile in TILES:
+    tiles = ROCM_TILES if torch.version.hip else TILES
+    for tile in tiles:
         num_programs = ceil_div(num_rows, tile.m) * ceil_div(num_columns, tile.n)
         if num_programs >= ENOUGH_PROGRAMS and tile.m < 2 * num_rows and tile.n < 2 * num_columns:
             return tile
-    return TILES[-1]
+    return tiles[-1]
 
 
 def _readable(operand: Tensor) -> Tensor:

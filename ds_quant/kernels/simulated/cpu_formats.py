@@ -69,7 +69,28 @@ def quantize(x: Tensor, to: Format[Integers | Minifloat], key: Tensor | None, is
     x = x.detach()
     x = x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
     scale = scale_of(x, _absmax(x, to.group, isa), to)
-    return quantized_as(to, _codes(x, scale, to, key, isa), scale)
+    return quantized_as(to, codes_by(x, scale, to, key, isa), scale)
+
+
+def codes_by(
+    x: Tensor, scale: Tensor, to: Format[Integers | Minifloat], key: Tensor | None, isa: str | None = None
+) -> Tensor:
+    """`numerics.format.codes_by` of a matrix with elements whose rows are contiguous."""
+    elements, group, _ = to
+    scale = scale.contiguous()
+    result = torch.empty(x.shape, dtype=torch.int8 if isinstance(elements, Integers) else torch.uint8, device=x.device)
+    call = _EncodeCall(x.data_ptr(), *x.shape, x.stride(0))
+    call.scales = _scales(scale, x.shape[1], group.granularity, group.block_size)
+    call.codes, call.dtype = result.data_ptr(), native.DTYPES[x.dtype]
+    if key is not None:
+        call.stochastic, call.key = 1, tuple(key.tolist())
+    if isinstance(elements, Integers):
+        call.levels = int(elements.levels)
+    else:
+        call.mantissa_bits, call.smallest_exponent = elements.mantissa_bits, elements.smallest_exponent
+        call.sign_bit, call.nan, call.largest = elements.bits - 1, elements.nan or 0, elements.largest
+    _run("encode", call, isa)
+    return result
 
 
 def dequantize(q: Quantized, dtype: torch.dtype, isa: str | None = None) -> Tensor:
@@ -97,24 +118,6 @@ def _absmax(x: Tensor, group: Group, isa: str | None) -> Tensor:
     call = _BlockMaximaCall(x.data_ptr(), *x.shape, x.stride(0), block_size, result.data_ptr(), native.DTYPES[x.dtype])
     _run("block_maxima", call, isa)
     return result.amax() if group.granularity == "tensor" else result
-
-
-def _codes(x: Tensor, scale: Tensor, to: Format[Integers | Minifloat], key: Tensor | None, isa: str | None) -> Tensor:
-    elements, group, _ = to
-    scale = scale.contiguous()
-    result = torch.empty(x.shape, dtype=torch.int8 if isinstance(elements, Integers) else torch.uint8, device=x.device)
-    call = _EncodeCall(x.data_ptr(), *x.shape, x.stride(0))
-    call.scales = _scales(scale, x.shape[1], group.granularity, group.block_size)
-    call.codes, call.dtype = result.data_ptr(), native.DTYPES[x.dtype]
-    if key is not None:
-        call.stochastic, call.key = 1, tuple(key.tolist())
-    if isinstance(elements, Integers):
-        call.levels = int(elements.levels)
-    else:
-        call.mantissa_bits, call.smallest_exponent = elements.mantissa_bits, elements.smallest_exponent
-        call.sign_bit, call.nan, call.largest = elements.bits - 1, elements.nan or 0, elements.largest
-    _run("encode", call, isa)
-    return result
 
 
 def _scales(scale: Tensor, num_columns: int, granularity: str, block_size: int) -> _Scales:

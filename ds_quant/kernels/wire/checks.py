@@ -7,8 +7,10 @@ import torch
 from torch import Tensor
 
 from ds_quant.base.errors import argument_error
+from ds_quant.base.number_formats import FORMATS, WIRE_FORMATS, scale_rules
 from ds_quant.numerics.integer import DTYPES
-from ds_quant.numerics.wire import BITS, BLOCK_SIZES, ROTATIONS, Parts, Residuals, WireFormat, code_bytes, num_blocks
+from ds_quant.numerics.wire import Parts, Residuals, WireFormat, code_bytes, scale_bytes
+from ds_quant.numerics.wire_blocks import BITS, BLOCK_SIZES, ROTATIONS
 
 
 def _described(tensor: object) -> str:
@@ -18,14 +20,28 @@ def _described(tensor: object) -> str:
     return f"{tensor.dtype} of shape {tuple(tensor.shape)}, {layout}, on {tensor.device}"
 
 
+def _is_known(fmt: WireFormat) -> bool:
+    if fmt.rotation not in ROTATIONS:
+        return False
+    if not fmt.format:
+        return fmt.bits in BITS and fmt.block_size in BLOCK_SIZES and fmt.scale_rule == "floor"
+    if fmt.bits != 4 or fmt.format not in WIRE_FORMATS:
+        return False
+    own_size = FORMATS[fmt.format].block_size
+    has_size = fmt.block_size == own_size if own_size else fmt.block_size in BLOCK_SIZES
+    return has_size and fmt.scale_rule in scale_rules(fmt.format)
+
+
 class Check:
     """The arguments of one call. Pieces are checked together: there may be thousands."""
 
     def __init__(self, where: str, parts: Parts, fmt: WireFormat) -> None:
         self.where, self.parts = where, parts
-        bits, block_size, rotation = fmt
-        if bits not in BITS or block_size not in BLOCK_SIZES or rotation not in ROTATIONS:
-            allowed = f"bits 8 or 4, block_size a power of two from 32 to 4096, rotation {' or '.join(ROTATIONS)}"
+        if not _is_known(fmt):
+            allowed = (
+                f"bits 8 or 4, block_size a power of two from 32 to 4096, rotation {' or '.join(ROTATIONS)}; or with 4 "
+                f"bits a format of {', '.join(WIRE_FORMATS)}, with the blocks and scale rules that it has"
+            )
             raise argument_error(f"{where}(fmt)", fmt, allowed, "set it so")
         for name, column in parts._asdict().items():
             dtype = np.uint64 if name == "stream" else np.int64
@@ -38,7 +54,7 @@ class Check:
         self._piece("scale_at", (parts.scale_at < 0) | (parts.scale_at % 4 != 0), parts.scale_at, "multiples of 4")
         self._piece("codes_at", parts.codes_at < 0, parts.codes_at, "0 or more")
         # Both count for arrays as for ints.
-        self.scale_bytes: np.ndarray = 4 * num_blocks(parts.numel, fmt)  # type: ignore[arg-type, assignment]
+        self.scale_bytes: np.ndarray = scale_bytes(parts.numel, fmt)  # type: ignore[arg-type, assignment]
         self.code_bytes: np.ndarray = code_bytes(parts.numel, fmt)  # type: ignore[arg-type, assignment]
 
     def _piece(self, name: str, is_wrong: np.ndarray, got: np.ndarray, allowed: str, fix: str = "") -> None:

@@ -3,13 +3,17 @@
 What is asked for is checked here, before anything is written: ValueError. Autograd sees nothing.
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from ds_quant.base.errors import argument_error
-from ds_quant.kernels.registry import Family, operation
+from ds_quant.kernels.registry import Family, Operation, operation
+from ds_quant.kernels.simulated import ops as simulated
 from ds_quant.kernels.wire.checks import Check
 from ds_quant.numerics import wire as reference
 from ds_quant.numerics.wire import Parts, Residuals, WireFormat
@@ -47,7 +51,8 @@ def quantize(
     check.message(message)
     check.sending(key, residuals, errors)
     if check.count:
-        quantize.on(check.device)(tensors, parts, message, fmt, key=key, residuals=residuals, errors=errors)
+        options: dict[str, Any] = {"key": key, "residuals": residuals, "errors": errors}
+        _serving(quantize, fmt, check.device)(tensors, parts, message, fmt, **options)
 
 
 @operation(FAMILY, reference=reference.reduce)
@@ -85,7 +90,7 @@ def reduce(
         check.output(output)
     check.sending(key, residuals, errors)
     if check.count:
-        reduce.on(check.device)(
+        _serving(reduce, fmt, check.device)(
             *(tensors, parts, received, own_rank, fmt),
             factor=factor,
             output=output,
@@ -106,4 +111,14 @@ def dequantize(message: Tensor, parts: Parts, tensors: Sequence[Tensor], fmt: Wi
     check.tensors(tensors)
     check.message(message)
     if check.count:
-        dequantize.on(check.device)(message, parts, tensors, fmt)
+        _serving(dequantize, fmt, check.device)(message, parts, tensors, fmt)
+
+
+def _serving(asked: Operation, fmt: WireFormat, device: torch.device) -> Callable[..., None]:
+    """Integers have kernels of their own. Formats with a name go by the definition, piece by piece, whose elements are
+    encoded by the kernels of layers in floating point, where a device has those."""
+    if not fmt.format:
+        return asked.on(device)
+    if asked is dequantize:
+        return asked.reference
+    return functools.partial(asked.reference, encode=simulated.codes_by)

@@ -1,0 +1,100 @@
+"""What Inductor generates for a GPU around an int8 layer: nothing but calls of its kernels, which are counted too."""
+
+import importlib.util
+
+import benchmark
+import pytest
+import torch
+from torch import nn
+
+import ds_quant
+from benchmarks import generated, recipes
+from benchmarks.generated_code import generate
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="the extra dev has triton for Linux on x86_64 only"
+)
+BF16 = torch.bfloat16
+MOST_LAUNCHES = 8
+"""Of a layer, forward and backward, whichever way it rounds."""
+FORWARD = ["group_kernel", "group_kernel", "kernel"]
+"""X, W and Y."""
+BACKWARD = ["group_kernel", "scan_kernel", "tile_kernel", "kernel", "kernel"]
+"""W, since compiled code keeps no codes of it; the gradient; dX and dW."""
+IN, OUT, TOKENS = 80, 48, 96
+
+
+@pytest.mark.parametrize("rounding", generated.ROUNDINGS)
+@pytest.mark.parametrize("kind", [ds_quant.QuantLinear, ds_quant.QuantConv1D])
+def test_a_compiled_layer_has_no_kernels_beside_its_own(kind, rounding):
+    """Its launches, and the bytes that go through memory, are those of its operations: no copies, casts or sums.
+
+    Codes of X are Inductor's where they are rounded to nearest.
+    """
+    section = recipes.w8a8g8("int8", rounding=rounding)
+    section["activation"]["rounding"] = rounding
+    sizes = (IN, OUT) if kind is ds_quant.QuantLinear else (OUT, IN)
+    x = torch.empty(2, TOKENS // 2, IN, dtype=BF16, requires_grad=True)
+    forward, backward = generate(kind(*sizes, config=section).to(BF16), x)
+    num_fused = int(rounding == "nearest")
+    assert (len(forward.kernels), backward.kernels) == (num_fused, [])
+    for graph in (forward, backward):
+        assert graph.libraries == []
+        assert all(name.startswith("ds_quant.") for name in graph.operators)
+    assert (forward.operator_launches, backward.operator_launches) == (FORWARD[num_fused:], BACKWARD)
+    assert forward.launches + backward.launches <= MOST_LAUNCHES
+    x, w, y = TOKENS * IN, IN * OUT, TOKENS * OUT
+    # X in two ways, W in one; codes are read and Y is written. G in two ways, W in the other one, and two products.
+    matrices = ((2 + 2) * x + (2 + 1) * w + (x + w + 2 * y), (2 + 2) * y + (2 + 1) * w + 2 * y + 3 * w + 3 * x)
+    for graph, expected in zip((forward, backward), matrices, strict=True):
+        vectors = graph.num_bytes - expected  # scales, biases, keys: each is read or written a few times
+        assert 0 < vectors <= 6 * 4 * (TOKENS + IN + OUT)
+
+
+def test_what_is_fused_and_what_is_not_is_counted():
+    """Codes of X are made by the kernel of the norm before them; a product after the layer is a kernel more."""
+    x = torch.empty(TOKENS, IN, dtype=BF16, requires_grad=True)
+    section = recipes.w8a8g8("int8")
+    norm, layer = nn.RMSNorm(IN, dtype=BF16), ds_quant.QuantLinear(IN, OUT, dtype=BF16, config=section)
+    forward, backward = generate(lambda x: layer(norm(x)) * 2, x)
+    assert forward.operator_launches == FORWARD[1:]
+    assert len(forward.kernels) == 2
+    assert forward.launches == 4
+    assert len(backward.kernels) >= 2
+    forward, backward = generate(lambda x: nn.functional.linear(x, layer.weight), x)
+    assert (forward.kernels, forward.libraries, forward.operators) == ([], ["mm"], [])
+    assert backward.libraries == ["mm", "mm"]
+    assert forward.num_bytes == 2 * (TOKENS * IN + IN * OUT + TOKENS * OUT)
+
+
+def test_codes_of_a_norm():
+    """Fused, the codes take one launch and half the bytes."""
+    (operator,) = generated.norm_to_codes("as an operator", TOKENS, IN)
+    (fused,) = generated.norm_to_codes("fused, as layers do", TOKENS, IN)
+    assert (len(operator.kernels), operator.operator_launches) == (1, ["group_kernel"])
+    assert (len(fused.kernels), fused.operators) == (1, [])
+    vectors = 4 * TOKENS + 2 * IN
+    assert operator.num_bytes == 8 * TOKENS * IN + vectors
+    assert fused.num_bytes == 4 * TOKENS * IN + vectors
+
+
+@pytest.mark.slow
+def test_a_compiled_step_of_adamw_writes_what_it_need_not():
+    """At 8 bits weights, gradients, moments and their scales are 16 bytes and more a parameter."""
+    (step,) = generated.adamw_step(8, 4096)
+    assert len(step.kernels) == 3
+    assert step.num_bytes > 2 * 16 * 4096
+
+
+@pytest.mark.parametrize("option", ["hidden", "tokens"])
+def test_sizes_that_are_refused(option, capsys):
+    assert benchmark.main(["generated", f"--{option}", "8"]) == 2
+    assert f"--{option}: got 8; allowed: 16 or more" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_tables(capsys):
+    assert benchmark.main(["generated", "--hidden", "64", "--tokens", "64"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("int8, stochastic") == 2
+    assert "AdamW step of a parameter of 64x64" in printed
