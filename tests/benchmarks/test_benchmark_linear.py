@@ -17,7 +17,6 @@ from ds_quant import QuantLinear
 from ds_quant.cli.shared.errors import CommandError
 
 CPU = torch.device("cpu")
-pytestmark = pytest.mark.usefixtures("keep_threads")
 
 
 # ---- bytes that are held

@@ -12,7 +12,6 @@ from benchmarks import recipes, step_contenders, step_models, step_profile
 from ds_quant import QuantLinear, convert
 
 CPU = torch.device("cpu")
-pytestmark = pytest.mark.usefixtures("keep_threads")
 
 
 # ---- models and contenders

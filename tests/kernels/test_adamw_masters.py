@@ -97,7 +97,7 @@ def test_the_largest_masters_stay_finite(rng):
         check([work._replace(step=step._replace(param=largest.bfloat16()), low_bits=None, key=key)])
 
 
-def test_threads_make_no_difference(rng, keep_threads):
+def test_threads_make_no_difference(rng):
     works = [masters_work(rng, numel, recipe, 24, KEY) for numel in (70_001, 5) for recipe in ("8 bits", "4 bits")]
     expected = [copied(work) for work in works]
     torch.set_num_threads(1)

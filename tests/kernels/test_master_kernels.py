@@ -56,7 +56,7 @@ def test_cpp(isa, bits, is_stochastic, rng):
         check(join, split, bits, is_stochastic, numel, rng)
 
 
-def test_threads_make_no_difference(rng, keep_threads):
+def test_threads_make_no_difference(rng):
     torch.set_num_threads(2)
     check(cpu.join, cpu.split, 24, True, 200_001, rng)
 

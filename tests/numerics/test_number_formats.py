@@ -173,15 +173,15 @@ def test_stochastic_rounding_has_no_bias(name):
     assert (error <= 5 * gap / 2 / len(draws) ** 0.5)[steps <= table[-1]].all()
 
 
-QUICK_TO_COMPILE = ("mxint8",)
-"""A compiled layer in tests/linear/test_formats.py has nvfp4."""
+COMPILED_IN_EVERY_RUN = ("mxint8", "nvfp4", "fp8_e4m3")
+"""Scales of both kinds, and elements of both; layers of them: tests/linear/test_formats.py."""
 
 
 @pytest.mark.parametrize(
     "name",
     [
         "nvfp4 four_six",
-        *(name if name in QUICK_TO_COMPILE else pytest.param(name, marks=pytest.mark.slow) for name in FORMATS),
+        *(name if name in COMPILED_IN_EVERY_RUN else pytest.param(name, marks=pytest.mark.slow) for name in FORMATS),
     ],
 )
 @pytest.mark.thorough
