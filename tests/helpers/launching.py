@@ -55,7 +55,7 @@ def run_ranks(program, *arguments, ranks=2, timeout, env=None, cwd=ROOT, check=T
     with tempfile.NamedTemporaryFile(prefix="ranks", suffix=".log") as log:
         job = _job(program, arguments, ranks=ranks, timeout=timeout, env=env, cwd=cwd, log=log.name)
         status = _ask(job)
-        output = Path(log.name).read_text(errors="replace")
+        output = _read(Path(log.name))
     _remove_shared_memory([job["port"]])
     assert status != "timeout", f"{program} {arguments} did not end within {timeout} s:\n{output}"
     if check:
@@ -108,7 +108,11 @@ class Ranks:
         return json.loads(self._wait_for(self._folder / "status", timeout))
 
     def printed(self):
-        return self._log.read_text(errors="replace") if self._log.exists() else ""
+        return _read(self._log)
+
+
+def _read(log):
+    return log.read_text(errors="replace") if log.exists() else ""
 
 
 def _job(program, arguments, *, ranks, timeout, env, cwd, log):
@@ -133,7 +137,7 @@ def _ask(job):
     answer = server.stdout.readline()
     if not answer:
         _rank_server.cache_clear()
-        raise AssertionError(f"the process that forks ranks died of {job}:\n{Path(job['log']).read_text()}")
+        raise AssertionError(f"the process that forks ranks died of {job}:\n{_read(Path(job['log']))}")
     return json.loads(answer)
 
 
