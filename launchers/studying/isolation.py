@@ -21,7 +21,7 @@ from corpora import packing, permutation, shards
 from ds_quant.cli.shared.errors import CommandError
 from ds_quant.cli.shared.spreads import Gap
 from ds_quant.cli.shared.tables import markdown_table
-from studying import plan, processors, protocol, repeating, results
+from studying import plan, processors, protocol, results
 from studying.plan import Key, Settings
 from studying.rows import BASELINE, Row
 
@@ -112,15 +112,9 @@ def measure(keys: Iterable[Key], rows: Mapping[str, Row], settings: Settings, cs
             raise CommandError(f"--families: got {key.family}; allowed: llama, whose layers the arms know; correct it")
         done = (fingerprint(), settings.text)
         missing = [arm for arm in ARMS if (one := known.get((key, arm))) is None or (one.fingerprint, one.text) != done]
-        # Of a fresh clone, whose CSV has the runs, `repeat` makes the models.
-        again = dataclasses.replace(settings, runs=settings.runs / repeating.FOLDER)
-        folders = [plan.folder(key, rows[BASELINE], where) / "model" for where in (settings, again)]
-        there = [folder for folder in folders if folder.is_dir()]
-        if missing and not there:
-            fix = f"train it by `study.py repeat --rows {BASELINE} --seeds {key.seed}`"
-            raise CommandError(f"isolate: got no {folders[0]}; allowed: the baseline's finished models; {fix}")
+        folder = plan.finished(key, rows[BASELINE], settings) / "model" if missing else Path()
         for arm in missing:
-            known[key, arm] = _measured(key, arm, there[0], settings)
+            known[key, arm] = _measured(key, arm, folder, settings)
             print(f"{plan.shown(key)}: {arm}: {known[key, arm].loss:.4f} nats a token")
             ordered = sorted(known.values(), key=lambda one: (dataclasses.astuple(one.key), list(ARMS).index(one.arm)))
             results.write_lines(path(csv), COLUMNS, [{**vars(one.key), **vars(one)} for one in ordered])

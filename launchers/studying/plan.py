@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -96,6 +97,27 @@ def folder(key: Key, row: Row, settings: Settings) -> Path:
     """The run's own. Other settings of the row, or another text, lead to another folder."""
     group = f"{key.size}-{key.family}-{key.ratio:g}-{settings.dtype}-{settings.text[:6]}"
     return settings.runs / group / f"rate-{key.rate:g}" / f"{key.row}.{fingerprint(row)[:6]}" / f"seed-{key.seed}"
+
+
+AGAIN = "again"
+"""Folder below `Settings.runs` of runs that `repeat` trains: of a fresh clone, whose CSV has others, the only ones."""
+
+
+def finished(key: Key, row: Row, settings: Settings) -> Path:
+    """Folder of a run of the CSV that still has its model, or of the same that `repeat` has trained.
+
+    Raises:
+        CommandError: neither is there.
+    """
+    again = dataclasses.replace(settings, runs=settings.runs / AGAIN)
+    folders = [folder(key, row, where) for where in (settings, again)]
+    for one in folders:
+        if (one / "model").is_dir():
+            return one
+    raise CommandError(
+        f"--runs: got no {folders[0] / 'model'}; allowed: the model of each run that others are made of; "
+        f"train it by `study.py repeat --rows {key.row} --seeds {key.seed}`"
+    )
 
 
 def steps(key: Key, settings: Settings) -> int:

@@ -49,7 +49,7 @@ def measure(keys: Sequence[Key], rows: Mapping[str, Row], settings: Settings, cs
     """Evaluate the baseline's models of the seeds in `keys` with the quantizers of their rows, where it is missing.
 
     Raises:
-        CommandError: the evaluation failed.
+        CommandError: a model is in no folder of its run, or the evaluation failed.
     """
     known, trained = read(path(csv)), results.read(csv)
     waiting: dict[Key, list[Key]] = {}
@@ -60,9 +60,7 @@ def measure(keys: Sequence[Key], rows: Mapping[str, Row], settings: Settings, cs
         if not done and can_be_put_in(rows[key.row]) and model in trained and trained[model].state == runs.DONE:
             waiting.setdefault(model, []).append(key)
     for model, asked in waiting.items():
-        folder = plan.folder(model, rows[BASELINE], settings)
-        if not (folder / "model").is_dir():
-            continue
+        folder = plan.finished(model, rows[BASELINE], settings)
         files = {key: plan.write_config(key, rows[key.row], settings) for key in asked}
         found = other_domain.evaluate([folder], model, settings, text, [str(file) for file in files.values()])
         losses = {str(row["quantizers_from"]): other_domain.loss(row) for row in found}

@@ -24,7 +24,6 @@ from studying.rows import BASELINE, CONTROL, MATRIX, REPAIR, Row
 from studying.training import Training
 
 SAME, OTHER, WITHIN, OUTSIDE, UNKNOWN = "same", "OTHER", "within limits", "OUTSIDE", "no limit known"
-FOLDER = "again"
 
 
 def drawn(
@@ -63,7 +62,7 @@ def repeat(keys: Sequence[Key], first: Training, text: Path | None) -> int:
 
     Returns 1 where a run failed, or a figure is neither the same nor within its limits.
     """
-    settings = dataclasses.replace(first.settings, runs=first.settings.runs / FOLDER)
+    settings = dataclasses.replace(first.settings, runs=first.settings.runs / plan.AGAIN)
     training = dataclasses.replace(first, settings=settings, csv=settings.runs / "runs.csv")
     old = [key for key in keys if key not in training.missing(keys)]
     if old:

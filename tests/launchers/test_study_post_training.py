@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ from studying import other_domain, plan, post_training, results, rows
 from studying.plan import Key, Settings
 from studying.post_training import Evaluated
 from studying.results import Result
+
+from ds_quant.cli.shared.errors import CommandError
 
 ROWS = rows.all_rows()
 GROUP = ("0.7m", "llama", 1.0, 0.002)
@@ -56,7 +59,10 @@ def test_what_is_missing_is_evaluated_once(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(Settings, "text", TEXT)
     settings = Settings(runs=tmp_path / "runs", corpus=tmp_path)
     results.write(csv, [a_run("baseline", 0, 5.0), a_run("baseline", 1, 5.0)])
-    (plan.folder(key_of("baseline"), ROWS["baseline"], settings) / "model").mkdir(parents=True)
+    # That of seed 1 was trained by `repeat`.
+    for seed, runs in ((0, settings.runs), (1, settings.runs / plan.AGAIN)):
+        where = dataclasses.replace(settings, runs=runs)
+        (plan.folder(key_of("baseline", seed), ROWS["baseline"], where) / "model").mkdir(parents=True)
 
     def evaluate(folders: Any, key: Key, settings: Settings, text: Path, quantizers: Any) -> list[dict[str, Any]]:
         asked.append((key, quantizers))
@@ -68,10 +74,18 @@ def test_what_is_missing_is_evaluated_once(tmp_path: Path, monkeypatch: pytest.M
         post_training.measure(keys, ROWS, settings, csv, tmp_path)
         found = post_training.read(post_training.path(csv))
         assert {(key.row, key.seed, one.loss) for key, one in found.items()} == {
-            ("w4_channel", 0, 5.25),  # of seed 1 the model is gone, seed 2 was not trained
-            ("a4_token", 0, 5.25),
+            (row, seed, 5.25)
+            for row in ("w4_channel", "a4_token")
+            for seed in (0, 1)  # seed 2 was not trained
         }
-    assert len(asked) == 1
-    (model, files) = asked[0]
-    assert model == key_of("baseline")
-    assert [Path(file).parent.name.split(".")[0] for file in files] == ["w4_channel", "a4_token"]
+    assert [model for model, _ in asked] == [key_of("baseline", seed) for seed in (0, 1)]
+    for _, files in asked:
+        assert [Path(file).parent.name.split(".")[0] for file in files] == ["w4_channel", "a4_token"]
+
+
+def test_models_that_are_gone_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    csv = tmp_path / "runs.csv"
+    monkeypatch.setattr(Settings, "text", TEXT)
+    results.write(csv, [a_run("baseline", 1, 5.0)])
+    with pytest.raises(CommandError, match=r"got no .*seed-1/model; .* `study.py repeat --rows baseline --seeds 1`"):
+        post_training.measure([key_of("a4_token", 1)], ROWS, Settings(tmp_path, tmp_path), csv, tmp_path)

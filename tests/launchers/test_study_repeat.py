@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from scipy import stats
 from study_results import ROWS, a_result
-from studying import commands, processors, repeating, results
+from studying import commands, plan, processors, repeating, results
 from studying.plan import Key, Settings
 from studying.post_training import Evaluated
 from studying.results import Result
@@ -57,7 +57,7 @@ def test_kinds_of_processors() -> None:
 
 def test_another_digit_is_another_run(tmp_path: Path, token_shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = Settings(tmp_path, token_shards).text
-    path, again = tmp_path / "runs.csv", tmp_path / repeating.FOLDER / "runs.csv"
+    path, again = tmp_path / "runs.csv", tmp_path / plan.AGAIN / "runs.csv"
     base = [a_result("baseline", 0, 5.0 + rate, rate=rate, text=text) for rate in (0.001, 0.002, 0.004)]
     base[1] = dataclasses.replace(base[1], loss=4.9)
     rows = [a_result("w8a8", seed, 5.01 + 0.1 * seed + 0.2, text=text) for seed in range(3)]
