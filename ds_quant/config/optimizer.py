@@ -34,7 +34,7 @@ class MomentConfig(BlockSection):
     where: ClassVar[str] = f"{SECTION}.optimizer.exp_avg(_sq)"
     left_out: ClassVar[dict[str, tuple[str, str]]] = {
         "format": (
-            "bits and map: second moments explode in number formats (docs/formats.md)",
+            "bits and map: second moments explode in number formats",
             'write "bits": 8, whose map "float" loses what fp8_e4m3 does of first moments, or 4',
         )
     }

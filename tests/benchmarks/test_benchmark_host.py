@@ -10,12 +10,9 @@ from benchmark_files import read
 
 from benchmarks import gpus_way, host_calls
 
-pytestmark = [
-    pytest.mark.usefixtures("keep_threads"),
-    pytest.mark.skipif(
-        importlib.util.find_spec("triton") is None, reason="the extra dev has triton for Linux on x86_64 only"
-    ),
-]
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="the extra dev has triton for Linux on x86_64 only"
+)
 
 
 FORWARD = ["group_kernel", "group_kernel", "kernel"]
