@@ -97,11 +97,13 @@ lint: venv
 WORKERS ?= 3
 MARKERS ?= not slow
 BUILD_OP = python -c "import deepspeed; deepspeed.get_accelerator().create_op_builder('ShareMemCommBuilder').load()"
+BUILD_KERNELS = python -c "from ds_quant.kernels import build; build.load()"
 PYTEST = python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder --durations 25 -m "$(MARKERS)"
 pytest stack-tests: export DS_ACCELERATOR := cpu
 pytest stack-tests: export OMP_NUM_THREADS := 1
 pytest: venv
 	$(BUILD_OP)
+	$(BUILD_KERNELS)
 	$(PYTEST)
 
 # Not in CI. tests/stacks has the versions, docs/stacks.md what came out.

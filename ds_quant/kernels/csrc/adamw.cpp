@@ -277,14 +277,6 @@ void step_in_two_passes(
     }
 }
 
-const Stages* stages_of(int isa) {
-#ifdef DS_QUANT_X86
-    if (isa == 2) return ds_quant_stages_avx512();
-    if (isa == 1) return ds_quant_stages_avx2();
-#endif
-    return isa == 0 ? ds_quant_stages_plain() : nullptr;
-}
-
 }  // namespace
 
 #pragma GCC visibility push(default)
@@ -309,7 +301,7 @@ int64_t ds_quant_format_size() { return sizeof(Format); }
 // 0, or 1 where memory ran out.
 int ds_quant_adamw(
     const Entry* entries, int64_t num_entries, const Format* formats, int isa, Parallel parallel, int num_threads) try {
-    const Stages& stages = *stages_of(isa);
+    const Stages& stages = *ds_quant_stages(isa);
     Threads threads{parallel, num_threads};
     std::vector<int64_t> in_units, in_two_passes;
     for (int64_t i = 0; i < num_entries; ++i) {
@@ -326,7 +318,7 @@ int ds_quant_adamw(
 
 // For tests: random numbers of n elements from `index` on, and a subkey in place of a key.
 void ds_quant_uniform16(int isa, const uint32_t* key, uint64_t index, uint32_t* to, int64_t n) {
-    stages_of(isa)->uniform16(Draws{{key[0], key[1]}, index}, to, n);
+    ds_quant_stages(isa)->uniform16(Draws{{key[0], key[1]}, index}, to, n);
 }
 
 void ds_quant_derive_key(uint32_t* key, uint64_t stream) { derive_key(key, stream); }

@@ -137,10 +137,4 @@ struct Stages {
     void (*uniform16)(const Draws& draws, uint32_t* to, int64_t n);
 };
 
-extern "C" {
-const Stages* ds_quant_stages_plain();
-#ifdef DS_QUANT_X86
-const Stages* ds_quant_stages_avx2();
-const Stages* ds_quant_stages_avx512();
-#endif
-}
+DS_QUANT_BY_ISA(Stages, ds_quant_stages)

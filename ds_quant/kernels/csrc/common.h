@@ -23,3 +23,21 @@ inline float scale_of(uint32_t absmax, float levels) {
 
 #define DS_QUANT_JOIN_(a, b) a##b
 #define DS_QUANT_JOIN(a, b) DS_QUANT_JOIN_(a, b)
+
+// Declares the functions `name`_plain(), _avx2() and _avx512(), which give what is compiled once for each instruction
+// set, and `name`(isa), which picks one by the number that native.py has for it.
+#ifdef DS_QUANT_X86
+#define DS_QUANT_BY_ISA(Type, name)                                                    \
+    extern "C" const Type *name##_plain(), *name##_avx2(), *name##_avx512();           \
+    namespace {                                                                        \
+    inline const Type* name(int isa) {                                                 \
+        return isa == 2 ? name##_avx512() : isa == 1 ? name##_avx2() : name##_plain(); \
+    }                                                                                  \
+    }
+#else
+#define DS_QUANT_BY_ISA(Type, name)                           \
+    extern "C" const Type* name##_plain();                    \
+    namespace {                                               \
+    inline const Type* name(int) { return name##_plain(); }   \
+    }
+#endif

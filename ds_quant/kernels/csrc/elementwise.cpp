@@ -43,22 +43,6 @@ void step_unit(
     for (int i = 0; i < rule.num_states; ++i) states[i].store_blocks(stages, begin, n, values[i], nullptr);
 }
 
-const Stages& stages_of(int isa) {
-#ifdef DS_QUANT_X86
-    if (isa == 2) return *ds_quant_stages_avx512();
-    if (isa == 1) return *ds_quant_stages_avx2();
-#endif
-    return *ds_quant_stages_plain();
-}
-
-const Rule* rules_of(int isa) {
-#ifdef DS_QUANT_X86
-    if (isa == 2) return ds_quant_rules_avx512();
-    if (isa == 1) return ds_quant_rules_avx2();
-#endif
-    return ds_quant_rules_plain();
-}
-
 }  // namespace
 
 #pragma GCC visibility push(default)
@@ -70,8 +54,8 @@ int64_t ds_quant_elementwise_entry_size() { return sizeof(ElementwiseEntry); }
 void ds_quant_elementwise(
     const ElementwiseEntry* entries, int64_t num_entries, const MomentFormat* formats, int isa, Parallel parallel,
     int num_threads) {
-    const Stages& stages = stages_of(isa);
-    const Rule* rules = rules_of(isa);
+    const Stages& stages = *ds_quant_stages(isa);
+    const Rule* rules = ds_quant_rules(isa);
     auto numel = [&](int64_t k) { return entries[k].numel; };
     Chunks chunks(num_entries, numel, [&](int64_t k) { return unit_of(entries[k], rules[entries[k].rule]); });
     Threads{parallel, num_threads}.for_each(chunks.count(), [&](int64_t i) {

@@ -30,11 +30,5 @@ struct Rule {
     int num_states;
 };
 
-extern "C" {
 // Lion, SGD, AdEMAMix, as elementwise/cpu.py numbers them.
-const Rule* ds_quant_rules_plain();
-#ifdef DS_QUANT_X86
-const Rule* ds_quant_rules_avx2();
-const Rule* ds_quant_rules_avx512();
-#endif
-}
+DS_QUANT_BY_ISA(Rule, ds_quant_rules)

@@ -5,14 +5,6 @@
 
 namespace {
 
-const FormatsStages& stages_of(int isa) {
-#ifdef DS_QUANT_X86
-    if (isa == 2) return *ds_quant_formats_stages_avx512();
-    if (isa == 1) return *ds_quant_formats_stages_avx2();
-#endif
-    return *ds_quant_formats_stages_plain();
-}
-
 // Calls stage(call, begin, end) for rows of about CHUNK elements.
 template <class Call>
 void by_rows(void (*stage)(const Call&, int64_t, int64_t), const Call& call, Parallel parallel, int num_threads) {
@@ -31,15 +23,15 @@ int64_t ds_quant_formats_encode_call_size() { return sizeof(EncodeCall); }
 int64_t ds_quant_formats_decode_call_size() { return sizeof(DecodeCall); }
 
 void ds_quant_formats_block_maxima(const BlockMaximaCall* call, int isa, Parallel parallel, int num_threads) {
-    by_rows(stages_of(isa).block_maxima, *call, parallel, num_threads);
+    by_rows(ds_quant_formats_stages(isa)->block_maxima, *call, parallel, num_threads);
 }
 
 void ds_quant_formats_encode(const EncodeCall* call, int isa, Parallel parallel, int num_threads) {
-    by_rows(stages_of(isa).encode, *call, parallel, num_threads);
+    by_rows(ds_quant_formats_stages(isa)->encode, *call, parallel, num_threads);
 }
 
 void ds_quant_formats_decode(const DecodeCall* call, int isa, Parallel parallel, int num_threads) {
-    by_rows(stages_of(isa).decode, *call, parallel, num_threads);
+    by_rows(ds_quant_formats_stages(isa)->decode, *call, parallel, num_threads);
 }
 }
 #pragma GCC visibility pop

@@ -49,10 +49,4 @@ struct FormatsStages {
     void (*decode)(const DecodeCall&, int64_t begin, int64_t end);
 };
 
-extern "C" {
-const FormatsStages* ds_quant_formats_stages_plain();
-#ifdef DS_QUANT_X86
-const FormatsStages* ds_quant_formats_stages_avx2();
-const FormatsStages* ds_quant_formats_stages_avx512();
-#endif
-}
+DS_QUANT_BY_ISA(FormatsStages, ds_quant_formats_stages)

@@ -5,18 +5,6 @@
 
 #include "threads.h"
 
-namespace {
-
-const MastersStages& stages_of(int isa) {
-#ifdef DS_QUANT_X86
-    if (isa == 2) return *ds_quant_masters_stages_avx512();
-    if (isa == 1) return *ds_quant_masters_stages_avx2();
-#endif
-    return *ds_quant_masters_stages_plain();
-}
-
-}  // namespace
-
 #pragma GCC visibility push(default)
 extern "C" {
 
@@ -25,7 +13,7 @@ int64_t ds_quant_masters_call_size() { return sizeof(MastersCall); }
 
 // operation: 0 join, 1 split.
 void ds_quant_masters(const MastersCall* call, int operation, int isa, Parallel parallel, int num_threads) {
-    const MastersStages& stages = stages_of(isa);
+    const MastersStages& stages = *ds_quant_masters_stages(isa);
     MastersStage* const stage = operation == 0 ? stages.join : stages.split;
     Threads{parallel, num_threads}.for_each((call->numel + CHUNK - 1) / CHUNK, [&](int64_t i) {
         int64_t begin = i * CHUNK, n = std::min(call->numel - begin, CHUNK);

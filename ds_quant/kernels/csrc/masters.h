@@ -32,10 +32,4 @@ struct MastersStages {
     MastersStage *join, *split;
 };
 
-extern "C" {
-const MastersStages* ds_quant_masters_stages_plain();
-#ifdef DS_QUANT_X86
-const MastersStages* ds_quant_masters_stages_avx2();
-const MastersStages* ds_quant_masters_stages_avx512();
-#endif
-}
+DS_QUANT_BY_ISA(MastersStages, ds_quant_masters_stages)

@@ -12,14 +12,6 @@
 
 namespace {
 
-const ProductsStages& stages_of(int isa) {
-#ifdef DS_QUANT_X86
-    if (isa == 2) return *ds_quant_products_stages_avx512();
-    if (isa == 1) return *ds_quant_products_stages_avx2();
-#endif
-    return *ds_quant_products_stages_plain();
-}
-
 void quantize(const QuantizeCall& call, const ProductsStages& stages, const Threads& threads) {
     RowChunks chunks(call.num_rows, call.num_columns, CHUNK);
     int64_t num_slots = std::min<int64_t>(threads.count, chunks.count), num_columns = call.num_columns;
@@ -63,14 +55,14 @@ int64_t ds_quant_products_dequantize_call_size() { return sizeof(DequantizeCall)
 
 // There must be elements. 0, or 1 where memory ran out.
 int ds_quant_products_quantize(const QuantizeCall* call, int isa, Parallel parallel, int num_threads) try {
-    quantize(*call, stages_of(isa), Threads{parallel, num_threads});
+    quantize(*call, *ds_quant_products_stages(isa), Threads{parallel, num_threads});
     return 0;
 } catch (const std::bad_alloc&) {
     return 1;
 }
 
 void ds_quant_products_epilogue(const EpilogueCall* call, int isa, Parallel parallel, int num_threads) {
-    const ProductsStages& stages = stages_of(isa);
+    const ProductsStages& stages = *ds_quant_products_stages(isa);
     RowChunks chunks(call->num_rows, call->num_columns, 4 * CHUNK);
     chunks.for_each(Threads{parallel, num_threads}, [&](int64_t begin, int64_t end) {
         stages.epilogue(*call, begin, end);
@@ -78,7 +70,7 @@ void ds_quant_products_epilogue(const EpilogueCall* call, int isa, Parallel para
 }
 
 void ds_quant_products_dequantize(const DequantizeCall* call, int isa, Parallel parallel, int num_threads) {
-    const ProductsStages& stages = stages_of(isa);
+    const ProductsStages& stages = *ds_quant_products_stages(isa);
     RowChunks chunks(call->num_rows, call->num_columns, 4 * CHUNK);
     chunks.for_each(Threads{parallel, num_threads}, [&](int64_t begin, int64_t end) {
         stages.dequantize(*call, begin, end);

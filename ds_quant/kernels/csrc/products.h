@@ -59,10 +59,4 @@ struct ProductsStages {
     void (*dequantize)(const DequantizeCall&, int64_t begin, int64_t end);
 };
 
-extern "C" {
-const ProductsStages* ds_quant_products_stages_plain();
-#ifdef DS_QUANT_X86
-const ProductsStages* ds_quant_products_stages_avx2();
-const ProductsStages* ds_quant_products_stages_avx512();
-#endif
-}
+DS_QUANT_BY_ISA(ProductsStages, ds_quant_products_stages)

@@ -25,14 +25,6 @@ const Signs& signs() {
     return made;
 }
 
-const WireStages& stages_of(int isa) {
-#ifdef DS_QUANT_X86
-    if (isa == 2) return *ds_quant_wire_stages_avx512();
-    if (isa == 1) return *ds_quant_wire_stages_avx2();
-#endif
-    return *ds_quant_wire_stages_plain();
-}
-
 // Sums of a chunk, which are added in the order of the chunks: threads make no difference.
 struct Errors {
     double sums[2];
@@ -48,7 +40,7 @@ int64_t ds_quant_wire_call_size() { return sizeof(WireCall); }
 
 // operation: 0 quantize, 1 reduce, 2 dequantize. 0, or 1 where memory ran out, with nothing written.
 int ds_quant_wire(const WireCall* call, int operation, int isa, Parallel parallel, int num_threads) try {
-    const WireStages& stages = stages_of(isa);
+    const WireStages& stages = *ds_quant_wire_stages(isa);
     WireStage* const stage = operation == 0 ? stages.quantize : operation == 1 ? stages.reduce : stages.dequantize;
     auto numel = [&](int64_t piece) { return call->numel[piece]; };
     Chunks chunks(call->num_pieces, numel, [&](int64_t) { return call->block_size; });

@@ -48,10 +48,4 @@ struct WireStages {
     WireStage *quantize, *reduce, *dequantize;
 };
 
-extern "C" {
-const WireStages* ds_quant_wire_stages_plain();
-#ifdef DS_QUANT_X86
-const WireStages* ds_quant_wire_stages_avx2();
-const WireStages* ds_quant_wire_stages_avx512();
-#endif
-}
+DS_QUANT_BY_ISA(WireStages, ds_quant_wire_stages)
