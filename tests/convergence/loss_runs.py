@@ -130,7 +130,7 @@ def study(
     parser.add_argument("--seeds", type=int, nargs="+", default=seeds, help="default: %(default)s")
     parser.add_argument("--recipes", choices=names, metavar="RECIPE", nargs="+", default=names, help="default: all")
     parser.add_argument("--only-table", action="store_true", help="train nothing")
-    parser.add_argument("--beta2", help="of AdamW, in a folder of its own below --runs (default: 0.999, in --runs)")
+    parser.add_argument("--beta2", help="of AdamW, in a folder of its own (default: the job's 0.95, in --runs)")
     arguments = parser.parse_args()
     if arguments.beta2:
         arguments.runs /= f"beta2-{arguments.beta2}"
