@@ -68,6 +68,7 @@ def load(folder, moves):
     def run(name, move):
         source, job = move
         engine = job.start()
+        gc.collect()
         before = plain_bytes()
         try:
             engine.load_checkpoint(f"{folder}/{source}")

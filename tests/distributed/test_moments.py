@@ -206,7 +206,8 @@ def check_loaded(got, source, job, saved, ranks=2):
     assert got["steps"] == [[TRAINED]] * ranks
     assert got["steps after"] == [[TRAINED + 2]] * ranks or is_stock_bug(job)
     held = max(sum(moment[1] for _, *moments in rows for moment in moments) for rows in got["stored"])
-    assert got["grown"] < held + 512, "something holds the full moments"
+    # Beside the codes there may be tables of two maps, 256 values each, that the first conversion of a process makes.
+    assert got["grown"] < held + 2 * 1024 + 512, "something holds the full moments"
     assert len(set(got["lr"])) == 1
     assert got["lr"][0] > 0
     want = saved[source]["more"]

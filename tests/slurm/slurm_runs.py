@@ -14,6 +14,7 @@ from pathlib import Path
 
 from conftest import ROOT
 from slurm_cluster import Cluster, wait_for
+from survival import status
 
 from ds_quant.cli.shared.run_folder import read_metrics
 
@@ -167,6 +168,23 @@ def wait_until_running(job: Job, restarts: int, timeout: float = 120) -> None:
 
     wait_for(holds, timeout, f"restart {restarts} of job {job.id}", job.explain)
     time.sleep(0.5)
+
+
+def freeze_between_writes(pids: list[int], folder: Path) -> None:
+    """Stop processes while none of them replaces its status in `folder`.
+
+    What one of them had begun to write when it was stopped it would write when it goes on: no lease can keep it from
+    that.
+    """
+
+    def stopped() -> bool:
+        _signal(pids, signal.SIGSTOP)
+        if not list(folder.glob(f".{status.NAME}.*.tmp")):
+            return True
+        _signal(pids, signal.SIGCONT)
+        return False
+
+    wait_for(stopped, 30, f"a moment at which nobody writes to {folder}")
 
 
 def is_pending(signum: int, pid: int) -> bool:

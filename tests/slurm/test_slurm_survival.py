@@ -20,6 +20,7 @@ from slurm_runs import (
     Job,
     arguments,
     assert_equal_runs,
+    freeze_between_writes,
     frozen,
     is_pending,
     submit,
@@ -113,8 +114,7 @@ def test_death_of_a_node_and_a_node_that_only_seemed_dead(
     # Slurm hears no more of the node, and its job lives on: frozen, until another has taken the work over.
     cluster.kill_daemon(alone)
     everything = cluster.processes(alone)
-    for pid in everything:
-        os.kill(pid, signal.SIGSTOP)
+    freeze_between_writes(everything, lost.output_dir)
     seen = lost.newest_checkpoint()
     wait_until_running(lost, 1)
     (elsewhere,) = lost.nodes()
