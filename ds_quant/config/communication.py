@@ -3,11 +3,11 @@
 from collections.abc import Iterator
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
+from pydantic import Field
 
 from ds_quant.base.number_formats import FORMATS, scale_rules
 from ds_quant.config.deepspeed_json import SECTION
-from ds_quant.config.section import NOTHING, Allowed, Rule, Section
+from ds_quant.config.section import Allowed, BlockSection, Rule, Section, bits_or_format
 from ds_quant.config.values import (
     FlatBlock,
     RanksPerNode,
@@ -29,10 +29,11 @@ def _block_size(data: dict[str, Any]) -> int:
     return _own_size(name) or (128 if name else flat_block_size(data))
 
 
-class GradientCommunicationConfig(Section):
+class GradientCommunicationConfig(BlockSection):
     """How gradients cross the wire."""
 
     where: ClassVar[str] = f"{SECTION}.communication.gradient"
+    null_is_absent: ClassVar[tuple[str, ...]] = ("bits", "format", "scale_rule")
 
     bits: WireBits | None = None
     """Bits of a code, 4 or 8. Required, or `format` in its place."""
@@ -59,28 +60,17 @@ class GradientCommunicationConfig(Section):
     ranks in a node."""
 
     def rules(self) -> Iterator[Rule]:
-        if (self.bits is None) == (self.format is None):
-            if self.bits is None:
-                yield "bits", NOTHING, '4 or 8, or "format" in its place', "add it"
-            else:
-                yield "format", self.format, 'absent beside "bits", which says another one', "remove one of the two"
+        yield from bits_or_format(self, "4 or 8")
         rules = scale_rules(self.format) if self.format else ()
         if self.scale_rule is not None and (len(rules) < 2 or self.scale_rule not in rules):
             allowed = '"floor" or "up" with format "mxfp4", "four_six" with "nvfp4"'
             yield "scale_rule", self.scale_rule, allowed, "remove it"
-        if self._has_own_blocks() and "block_size" in self.model_fields_set:
+        if self._block_size_is_idle() and "block_size" in self.model_fields_set:
             allowed = f'absent with format "{self.format}", whose blocks have {_own_size(self.format)} elements'
             yield "block_size", self.block_size, allowed, "remove it"
 
-    def _has_own_blocks(self) -> bool:
+    def _block_size_is_idle(self) -> bool:
         return _own_size(self.format) > 0
-
-    @model_serializer(mode="wrap")
-    def _without_absent(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        absent = [name for name in ("bits", "format", "scale_rule") if getattr(self, name) is None]
-        if self._has_own_blocks():
-            absent.append("block_size")
-        return {key: value for key, value in serialize(self).items() if key not in absent}
 
 
 class WeightCommunicationConfig(Section):

@@ -3,11 +3,11 @@
 from collections.abc import Callable, Iterator
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field, SerializerFunctionWrapHandler, WithJsonSchema, model_serializer
+from pydantic import BeforeValidator, Field, WithJsonSchema
 
 from ds_quant.base.number_formats import FORMATS, FOUR_SIX, MS_EDEN, NamedFormat
 from ds_quant.config.deepspeed_json import SECTION
-from ds_quant.config.section import NOTHING, Allowed, BlockSection, Rule, allowed_values
+from ds_quant.config.section import Allowed, BlockSection, Rule, allowed_values, bits_or_format
 from ds_quant.config.values import Bits, FormatName, GradientRounding, LinearBlock, Rounding, exact_int, not_null
 
 # Null is no value of either, only what their absence is to Python.
@@ -33,6 +33,8 @@ def _block_size(data: dict[str, Any]) -> int:
 class OperandConfig(BlockSection):
     """What the operands have in common: integers of some bits, or a format by its name."""
 
+    null_is_absent: ClassVar[tuple[str, ...]] = ("bits", "format", "scale_rule")
+
     bits: Annotated[Bits | None, BeforeValidator(not_null), _BITS_SCHEMA] = None
     """Bits of an integer code, 2 to 8. Either this or `format` is required."""
     format: Annotated[FormatName | None, BeforeValidator(not_null), _FORMAT_SCHEMA] = None
@@ -54,11 +56,7 @@ class OperandConfig(BlockSection):
 
     def rules(self) -> Iterator[Rule]:
         yield from super().rules()
-        if (self.bits is None) == (self.format is None):
-            if self.bits is None:
-                yield "bits", NOTHING, 'an integer from 2 to 8, or "format" in its place', "add it"
-            else:
-                yield "format", self.format, 'absent beside "bits", which says another one', "remove one of the two"
+        yield from bits_or_format(self, "an integer from 2 to 8")
         named = self.named_format
         if self.scale_rule == FOUR_SIX:
             if self.format != "nvfp4":
@@ -83,13 +81,6 @@ class OperandConfig(BlockSection):
         if "block_size" in self.model_fields_set and getattr(self, "block_size", None) != named.block_size:
             allowed = f'{named.block_size} with format "{self.format}"'
             yield "block_size", getattr(self, "block_size", None), allowed, "remove it"
-
-    @model_serializer(mode="wrap")
-    def _without_idle_block_size(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        absent = [name for name in ("bits", "format", "scale_rule") if getattr(self, name) is None]
-        if self._block_size_is_idle():
-            absent.append("block_size")
-        return {key: value for key, value in serialize(self).items() if key not in absent}
 
 
 class WeightConfig(OperandConfig):

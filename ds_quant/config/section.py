@@ -166,7 +166,10 @@ def _autos(node: Any, where: str) -> dict[str, str]:
 
 
 class BlockSection(Section):
-    """An object whose `block_size` counts only with granularity `block`."""
+    """An object whose `block_size` may count for nothing: by default, unless granularity is `block`."""
+
+    null_is_absent: ClassVar[tuple[str, ...]] = ()
+    """Keys that a dump leaves out where they are None."""
 
     def rules(self) -> Iterator[Rule]:
         if self._block_size_is_idle() and "block_size" in self.model_fields_set:
@@ -177,8 +180,17 @@ class BlockSection(Section):
         return getattr(self, "granularity", None) != "block"
 
     @model_serializer(mode="wrap")
-    def _without_idle_block_size(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        dumped: dict[str, Any] = serialize(self)
+    def _without_absent(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A dump that can be loaded."""
+        absent = [name for name in self.null_is_absent if getattr(self, name) is None]
         if self._block_size_is_idle():
-            dumped.pop("block_size", None)  # else a dump could not be loaded
-        return dumped
+            absent.append("block_size")
+        return {key: value for key, value in serialize(self).items() if key not in absent}
+
+
+def bits_or_format(section: Any, allowed_bits: str) -> Iterator[Rule]:
+    """The rule of objects that take one of `bits` and `format`."""
+    if section.bits is None and section.format is None:
+        yield "bits", NOTHING, f'{allowed_bits}, or "format" in its place', "add it"
+    elif section.bits is not None and section.format is not None:
+        yield "format", section.format, 'absent beside "bits", which says another one', "remove one of the two"
