@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
-from ds_quant.kernels.adamw import compiled, ops, triton_batches, triton_kernel
+from ds_quant.kernels.adamw import compiled, ops, triton_batches
 from ds_quant.kernels.adamw.work import AdamWWork
 
 
@@ -16,13 +16,4 @@ from ds_quant.kernels.adamw.work import AdamWWork
 @torch.no_grad()
 def adamw_(works: Sequence[AdamWWork]) -> None:
     """Do the works in place. Tensors are written behind autograd's back: their versions stay."""
-    small, others = [], []
-    for work in works:
-        if triton_batches.is_small(work):
-            small.append(work)
-        elif triton_kernel.unsupported(work):
-            others.append(work)
-        elif work.param.numel():
-            triton_kernel.adamw_(work)
-    triton_batches.adamw_(small)
-    compiled.adamw_(others)
+    compiled.adamw_([work for work, _ in triton_batches.step(works)])

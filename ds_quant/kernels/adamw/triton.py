@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 
 from ds_quant.base.log import warn
-from ds_quant.kernels.adamw import ops, triton_batches, triton_kernel
+from ds_quant.kernels.adamw import ops, triton_batches
 from ds_quant.kernels.adamw.work import AdamWWork
 from ds_quant.kernels.choice import VARIABLE
 
@@ -18,17 +18,10 @@ from ds_quant.kernels.choice import VARIABLE
 @torch.no_grad()
 def adamw_(works: Sequence[AdamWWork]) -> None:
     """Do the works in place. Tensors are written behind autograd's back: their versions stay."""
-    small, others = [], []
-    for work in works:
-        reason = triton_kernel.unsupported(work)
-        if reason:
-            _warn_once(f"{VARIABLE}=triton: a parameter takes another kernel, because {reason}")
-            others.append(work)
-        elif triton_batches.is_small(work):
-            small.append(work)
-        elif work.param.numel():
-            triton_kernel.adamw_(work)
-    triton_batches.adamw_(small)
+    others = []
+    for work, reason in triton_batches.step(works):
+        _warn_once(f"{VARIABLE}=triton: a parameter takes another kernel, because {reason}")
+        others.append(work)
     if others:
         ops.adamw_.after("triton", others[0].param.device)(others)
 

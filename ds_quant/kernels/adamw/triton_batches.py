@@ -56,13 +56,23 @@ MAX_KEPT = 256
 """Tables on the device. A model has a few, or a few at a time where its gradients come to lie elsewhere each step."""
 
 
-def is_small(work: AdamWWork) -> bool:
-    """Whether a work is one for `adamw_`."""
-    return 0 < work.param.numel() <= MOST_ELEMENTS and triton_kernel.unsupported(work) is None
+def step(works: Sequence[AdamWWork]) -> list[tuple[AdamWWork, str]]:
+    """Do the works that the kernel takes, small ones together; returns the others, each with the reason."""
+    small, others = [], []
+    for work in works:
+        reason = triton_kernel.unsupported(work)
+        if reason:
+            others.append((work, reason))
+        elif work.param.numel() > MOST_ELEMENTS:
+            triton_kernel.adamw_(work)
+        elif work.param.numel():
+            small.append(work)
+    adamw_(small)
+    return others
 
 
 def adamw_(works: Sequence[AdamWWork]) -> None:
-    """One step of each parameter, in place. All are small, as `is_small` has it."""
+    """One step of each parameter, in place. All have elements, MOST_ELEMENTS at most, and formats of the kernel's."""
     for launch in launches(works):
         run(launch, launch.arguments[0].device)
 
