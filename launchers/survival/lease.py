@@ -97,8 +97,9 @@ class Lease:
         self._ended.set()
         if self._thread is not None:
             self._thread.join()
+        shutil.rmtree(self.writing, ignore_errors=True)
         if not self.lost():
-            shutil.rmtree(self.writing, ignore_errors=True)
+            self._clear_away_older()  # again: one that was fenced off while it saved may have gone on for a moment
             self._write({**self._owner(), "released": True})
 
     def _beat(self) -> None:

@@ -58,11 +58,15 @@ def test_the_one_before_is_fenced_off(tmp_path: Path, monkeypatch: pytest.Monkey
         old.check()
     with pytest.raises(FileNotFoundError):
         os.replace(old.writing / "checkpoint-5", tmp_path / "checkpoint-5")
+    (old.writing / "checkpoint-6").mkdir(parents=True)  # begun before the take-over was noticed
     before = (tmp_path / ".lease-2").read_text()
     old.release()
+    assert not old.writing.exists()
     assert (tmp_path / ".lease-2").read_text() == before
+    (old.writing / "checkpoint-7").mkdir(parents=True)  # by a process that then died
     # Generations go on: the one before must not come to own a later lease of its own number.
     new.release()
+    assert [path.name for path in tmp_path.iterdir()] == [".lease-2"]
     Lease.acquire(tmp_path, patience=0)
     assert old.lost()
     assert new.lost()
