@@ -3,8 +3,18 @@
 They are kept here so that a config can be checked without importing torch.
 """
 
-MAP_BITS: dict[str, tuple[int, ...]] = {"float": (8,), "power": (8, 4), "linear": (8, 4), "dynamic": (8, 4)}
+MAP_BITS: dict[str, tuple[int, ...]] = {
+    "float": (8,),
+    "power": (8, 4),
+    "linear": (8, 4),
+    "dynamic": (8, 4),
+    "log": (4,),
+}
 """Bits of a code that there are maps for, by the name of the map. `numerics.codes.register_map` adds to it."""
+
+
+UNSIGNED_MAPS = ("log",)
+"""Maps of second moments alone."""
 
 
 def map_bits() -> tuple[int, ...]:

@@ -5,7 +5,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field
 
-from ds_quant.base.code_maps import MAP_BITS, map_bits
+from ds_quant.base.code_maps import MAP_BITS, UNSIGNED_MAPS, map_bits
 from ds_quant.config.deepspeed_json import SECTION
 from ds_quant.config.section import Allowed, BlockSection, OneOf, Rule, Section
 from ds_quant.config.values import (
@@ -44,8 +44,9 @@ class MomentConfig(BlockSection):
     map: MapName = Field(default_factory=_moment_map)
     """What a code means: `float` (8 bits only) exponent and three bits of mantissa; `power` a power of it (8 bits:
     exp_avg its signed fourth power, exp_avg_sq its eighth; 4 bits: exp_avg its signed square, exp_avg_sq the eighth
-    power of (c + 3) / 18; other states as exp_avg); `linear` itself; `dynamic` bitsandbytes' map. Default `float` at 8
-    bits, `power` at 4."""
+    power of (c + 3) / 18; other states as exp_avg); `linear` itself; `dynamic` bitsandbytes' map; `log` (4 bits of
+    exp_avg_sq only) 16 values between the smallest and the largest of a block, spaced nearly evenly in their
+    logarithm, with two scales to a block. Default `float` at 8 bits, `power` at 4."""
     granularity: Literal["block", "tensor", "channel"] = "block"
     """What shares a scale. `tensor` and `channel` are the paper's: map `linear`, and whole parameters only."""
     block_size: FlatBlock = Field(default_factory=flat_block_size)
@@ -122,6 +123,9 @@ class OptimizerConfig(Section):
             reason = "true beside master: fp32 masters take gradients of fp32, which are made of a whole partition"
             yield "release_gradients", True, reason, 'add "master": {"bits": 24}, or remove release_gradients'
         for name, state in self.states().items():
+            if name not in SECOND_MOMENTS and state.map in UNSIGNED_MAPS:
+                others = ", ".join(f'"{other}"' for other in MAP_BITS if other not in UNSIGNED_MAPS)
+                yield f"{name}.map", state.map, f"{others} (its codes have no sign)", "remove it, or set one of them"
             if name not in SECOND_MOMENTS and state.rounding == "nearest" and state.granularity == "block":
                 reason = (
                     '"stochastic": rounded to nearest, small values never decay, and parameters whose gradients have '

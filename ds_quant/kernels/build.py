@@ -32,11 +32,7 @@ STAGES = (
     "formats_stages.cpp",
 )
 """Compiled once for each instruction set."""
-HEADERS = (
-    *("common.h", "threads.h", "simd.h", "random.h", "convert.h", "absmax.h"),
-    *("adamw.h", "moment.h", "elementwise.h", "decode.h", "encode.h", "back.h", "wire.h", "hadamard.h", "products.h"),
-    *("masters.h", "masters_loops.h", "formats.h"),
-)
+HEADERS = tuple(sorted(path.name for path in FOLDER.glob("*.h")))
 SOURCES = (*DRIVERS, *STAGES, *HEADERS)
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno", "-w")
 """No contraction to fused multiply-add and nothing of -ffast-math: results are the reference's, bit for bit."""

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ds_quant.base.log import warn
+from ds_quant.numerics import log_codes
 from ds_quant.numerics.codes import MAPS, CodeMap, code_values, decode, encode
 from ds_quant.numerics.stored_states import State
 
@@ -15,13 +16,13 @@ MAX_LEVELS = 512
 
 _FORMAT = struct.Struct("@6i256fi50f" + 2 * "2i32i")
 FORMAT_SIZE = _FORMAT.size
-_TABLE, _POWER, _FLOAT = range(3)
+_TABLE, _POWER, _FLOAT, _LOG = range(4)
 
 
 @functools.cache
 def has_map(optimizer: str, code_map: CodeMap | None) -> bool:
     """Whether the kernels have this map; where they have not (`register_map`), that is said once."""
-    if code_map is None or code_map.name in MAPS:
+    if code_map is None or code_map.name in (*MAPS, log_codes.NAME):
         return True
     warn(
         f"{optimizer}: moments with the map {code_map.name} are stepped without the C++ kernel, which does not have it"
@@ -47,6 +48,8 @@ def pack_format(code_map: CodeMap | None, where: str) -> bytes:
     if code_map is None:
         return pack(32, 0, _TABLE, 0, 1, 0, *[0.0] * 256, *rest)
     name, bits, signed, levels, offset, exponent = code_map
+    if name == log_codes.NAME:
+        return pack(bits, signed, _LOG, 0, 1, 0, *[0.0] * 256, *rest)
     is_int8 = code_map.dtype == torch.int8
     known = bits in (8, 4) and exponent in (1, 2, 4, 8) and 0 <= levels <= MAX_LEVELS and offset >= 0
     if not known or not 1 <= code_map.highest <= 2 ** (bits - is_int8) - 1 or (bits == 8 and is_int8 and offset):

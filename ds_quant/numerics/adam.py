@@ -22,6 +22,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from ds_quant.numerics.integer import nearest_sqrt
 from ds_quant.numerics.stored_states import State, load, store
 
 LARGEST_GRADIENT = 2.0**63
@@ -78,8 +79,3 @@ def adamw_step(
 def _limited(grad: Tensor) -> Tensor:
     # An Inf times 0 is a NaN; to finite numbers the product adds a zero of their own sign, which keeps -0 too.
     return grad.clamp(-LARGEST_GRADIENT, LARGEST_GRADIENT) + grad * 0.0
-
-
-def nearest_sqrt(x: Tensor) -> Tensor:
-    # torch's fp32 root on a CPU is an ulp off now and then; the fp64 root, rounded, is the nearest fp32 number.
-    return x.double().sqrt().float() if x.device.type == "cpu" else x.sqrt()

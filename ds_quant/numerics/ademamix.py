@@ -19,7 +19,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from ds_quant.numerics.adam import LARGEST_GRADIENT, nearest_sqrt
+from ds_quant.numerics.adam import LARGEST_GRADIENT
+from ds_quant.numerics.integer import nearest_sqrt
 
 
 class AdEMAMixScalars(NamedTuple):

@@ -4,6 +4,7 @@ Each run of `block_size` consecutive elements is a block, the last one may be sh
 
     scale = max|x| of the block         code = encode(x * (1 / scale))         value = decode(code) * scale
 
+With the map `log` a block has a second scale, its smallest value, and codes lie between the two (`log_codes`).
 The reciprocal is rounded to nearest, once a block, and so is the product. What was dequantized and is quantized again
 to nearest gets its codes and scales back. At the edges:
 - A block of zeros has scale 0 and the codes of 0, and comes back as exact zeros under every map. Codes of zero bytes
@@ -25,6 +26,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ds_quant.numerics import log_codes
 from ds_quant.numerics.codes import CodeMap, code_map, code_values, decode, encode
 from ds_quant.numerics.integer import (
     DTYPES,
@@ -46,7 +48,8 @@ class QuantizedBlocks(NamedTuple):
     codes: Tensor
     """8 bits: int8 (signed power and linear maps) or uint8, of shape [numel]. Fewer: packed uint8."""
     scale: Tensor
-    """fp32 of shape [num_blocks], not negative; NaN for a block with an Inf or a NaN."""
+    """fp32 of shape [num_blocks], not negative; NaN for a block with an Inf or a NaN. Map `log`: [2 * num_blocks], the
+    largest and the smallest value of each block."""
     numel: int
     block_size: int
     code_map: CodeMap
@@ -54,9 +57,10 @@ class QuantizedBlocks(NamedTuple):
     def block_range(self, first: int, last: int) -> "QuantizedBlocks":
         """Blocks `first` to `last` - 1, sharing storage."""
         size = self.block_size
-        width = code_bytes(size, size, self.code_map.bits)
+        width, scales = code_bytes(size, size, self.code_map.bits), self.code_map.scales
         numel = min(last * size, self.numel) - min(first * size, self.numel)
-        return self._replace(codes=self.codes[first * width : last * width], scale=self.scale[first:last], numel=numel)
+        codes, scale = self.codes[first * width : last * width], self.scale[first * scales : last * scales]
+        return self._replace(codes=codes, scale=scale, numel=numel)
 
 
 def quantize_blockwise(
@@ -90,7 +94,13 @@ def quantize_blockwise(
     # An Inf times 0 is a NaN, which is not for encode.
     steps = torch.where(per_element > 0, x * per_element, 0.0)
     draws = None if key is None else uniform16(key, x.shape, x.device, offset=offset)
-    codes = encode(steps, code_map, draws)
+    if code_map.scales == 1:
+        codes = encode(steps, code_map, draws)
+    else:
+        low = log_codes.low_end(reduce_blocks(x, torch.amin, block_size), scale)
+        spacing = log_codes.spacing(scale, low)
+        codes = log_codes.encode(steps, spacing.mapped(lambda one: expand_groups(one, x, "block", block_size)), draws)
+        scale = torch.stack((scale, low), dim=-1).reshape(-1)
     if code_map.bits < 8:
         codes = pack(codes, block_size, code_map.bits)
     return QuantizedBlocks(codes, scale, x.numel(), block_size, code_map)
@@ -102,6 +112,11 @@ def dequantize_blockwise(q: QuantizedBlocks) -> Tensor:
     if q.code_map.bits < 8:
         is_signed = q.code_map.dtype == torch.int8
         codes = unpack(codes, q.numel, q.block_size, signed=is_signed, bits=q.code_map.bits)
+    if q.code_map.scales > 1:
+        high, low = q.scale.reshape(-1, q.code_map.scales).unbind(-1)
+        by_block = (high, low, *log_codes.spacing(high, low))
+        high, low, *spacing = (expand_groups(one, codes, "block", q.block_size) for one in by_block)
+        return log_codes.decode(codes, high, low, log_codes.Spacing(*spacing))
     values = decode(codes, q.code_map)
     return values * expand_groups(q.scale, values, "block", q.block_size)
 

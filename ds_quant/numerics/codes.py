@@ -14,6 +14,8 @@ A map is a set of values in [-1, 1] (signed, for exp_avg) or [0, 1] (unsigned, f
                     unsigned, 8   0 to 255      255     0       8
                     signed, 4     -7 to 7       7       0       2
                     unsigned, 4   0 to 15       18      3       8                    (linear: levels 16, offset 1)
+    log             unsigned, 4 bits: sixteen values between the smallest and the largest of a block, which has two
+                    scales (`log_codes`). `decode` and `encode` here have those of the widest block.
     dynamic         code c is value number c, from 0, of bitsandbytes' dynamic map (arXiv 1511.04561, 2110.02861):
                     decades that end at 10^-6 to 10^0 (4 bits: 10^-2 to 10^0), each cut into equal parts, twice as
                     many as the decade below, of which the middles are taken; and 0 and 1. Unsigned 4-bit codes leave
@@ -46,9 +48,10 @@ import torch
 from torch import Tensor
 
 from ds_quant.base.code_maps import MAP_BITS
+from ds_quant.numerics import log_codes
 
 MAPS = ("float", "power", "linear", "dynamic")
-"""The maps that this module defines."""
+"""The maps that this module defines: one scale to a block."""
 BITS = (8, 4)
 
 CLOSED_FORMS = {
@@ -114,6 +117,11 @@ class CodeMap(NamedTuple):
         return self.dtype if self.bits == 8 else torch.uint8
 
     @property
+    def scales(self) -> int:
+        """fp32 scales to a block."""
+        return KINDS[self.name].scales
+
+    @property
     def lowest(self) -> int:
         return -self.levels if self.dtype == torch.int8 else 0
 
@@ -137,6 +145,8 @@ class MapKind(NamedTuple):
     """Codes of fp32 values; to nearest without draws. What was decoded must get its code back, whatever the draws."""
     dtype: Callable[[CodeMap], torch.dtype] = lambda code_map: torch.uint8
     """Of the codes before packing: int8 where they are negative, else uint8."""
+    scales: int = 1
+    """To a block. Two: `blockwise` asks `log_codes`."""
 
 
 def register_map(name: str, kind: MapKind) -> None:
@@ -264,6 +274,25 @@ def _goes_up(x: Tensor, low: Tensor, high: Tensor, draws: Tensor | None) -> Tens
     return rest > high - x if draws is None else draws * (high - low) < rest
 
 
+def _make_log(bits: int, signed: bool) -> CodeMap:
+    if signed:
+        raise ValueError('code_map(signed): got True with map log; allowed: False; take "power" for signed states')
+    return CodeMap(log_codes.NAME, bits, False)
+
+
+def _widest(device: torch.device) -> log_codes.Spacing:
+    high = torch.ones((), device=device)
+    return log_codes.spacing(high, high * log_codes.LEAST)
+
+
+def _decode_log(codes: Tensor, code_map: CodeMap) -> Tensor:
+    return _widest(codes.device).value(codes.to(torch.float32))
+
+
+def _encode_log(x: Tensor, code_map: CodeMap, draws: Tensor | None) -> Tensor:
+    return log_codes.encode(x, _widest(x.device), draws)
+
+
 def _closed_form(name: str) -> MapKind:
     return MapKind(
         bits=MAP_BITS[name],
@@ -291,6 +320,14 @@ KINDS = {
         highest=lambda code_map: len(DYNAMIC_VALUES[code_map.bits, code_map.signed]) - 1,
         decode=_decode_dynamic,
         encode=_encode_dynamic,
+    ),
+    log_codes.NAME: MapKind(
+        bits=MAP_BITS[log_codes.NAME],
+        make=_make_log,
+        highest=lambda code_map: log_codes.HIGHEST,
+        decode=_decode_log,
+        encode=_encode_log,
+        scales=log_codes.SCALES,
     ),
 }
 """By name. `register_map` adds others."""

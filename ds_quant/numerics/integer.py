@@ -221,6 +221,12 @@ def divide(a: Tensor, b: Tensor | float) -> Tensor:
     return torch.addcdiv(a.new_zeros(()), a, divisor)
 
 
+def nearest_sqrt(x: Tensor) -> Tensor:
+    """The square root of fp32 numbers, rounded to nearest."""
+    # torch's fp32 root on a CPU is an ulp off now and then; the fp64 root, rounded, is the nearest fp32 number.
+    return x.double().sqrt().float() if x.device.type == "cpu" else x.sqrt()
+
+
 def divide_to_fit(extent: Tensor, levels: float) -> Tensor:
     """extent / levels; where that is denormal, at least so large that `levels` scales cover the extent."""
     scale = divide(extent, levels)

@@ -66,7 +66,7 @@ class QuantizedState(CodedTensor):
         numel = math.prod(shape)
         num_bytes = code_bytes(numel, block_size, code_map.bits)
         codes = torch.zeros(num_bytes, dtype=code_map.stored_dtype, device=device)
-        scale = torch.zeros(-(-numel // block_size), dtype=torch.float32, device=device)
+        scale = torch.zeros(-(-numel // block_size) * code_map.scales, dtype=torch.float32, device=device)
         return cls(QuantizedBlocks(codes, scale, numel, block_size, code_map), shape, stream=stream)
 
     @classmethod

@@ -15,14 +15,21 @@ WRONG_STATE_AND_WIRE_VALUES = [
         {"optimizer": {"exp_avg": {"bits": 8, "map": "lineer"}}},
         "ds_quant.optimizer.exp_avg.map",
         '"lineer"',
-        '"float", "power", "linear", "dynamic"',
+        '"float", "power", "linear", "dynamic", "log"',
         'did you mean "linear"?',
     ),
     (
         {"optimizer": {"exp_avg_sq": {"bits": 4, "map": "float"}}},
         "ds_quant.optimizer.exp_avg_sq.map",
         '"float"',
-        '"power", "linear", "dynamic" with 4 bits',
+        '"power", "linear", "dynamic", "log" with 4 bits',
+        "remove it",
+    ),
+    (
+        {"optimizer": {"exp_avg": {"bits": 4, "map": "log"}}},
+        "ds_quant.optimizer.exp_avg.map",
+        '"log"',
+        "its codes have no sign",
         "remove it",
     ),
     *(

@@ -37,6 +37,9 @@ FORMATS = {
     "32/32": (None, None),
     "linear 8/8": (("linear", 8, 32), ("linear", 8, 128)),
     "linear 4/4": (("linear", 4, 64), ("linear", 4, 64)),
+    "m4vlog": (("power", 4, 128), ("log", 4, 128)),
+    "m8vlog": (("float", 8, 256), ("log", 4, 64)),
+    "m32vlog": (None, ("log", 4, 32)),
     "large blocks": (("power", 8, 4096), ("power", 8, 2048)),
 }
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -29,6 +29,7 @@ FORMATS = {
     "32/32": (None, None),
     "linear by channel": (("linear", 4, 75), ("linear", 8, 75)),
     "linear by tensor": (("linear", 8, 1500), ("linear", 8, 1500)),
+    "m4vlog": (("power", 4, 128), ("log", 4, 128)),
     "dynamic": DYNAMIC,
     "dynamic 4 bits": (("dynamic", 4, 128), ("dynamic", 4, 128)),
     "another block size": (("power", 8, 1024), ("power", 8, 1024)),

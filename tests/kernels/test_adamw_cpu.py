@@ -3,7 +3,7 @@ import itertools
 
 import pytest
 import torch
-from kernels.works import FORMATS, KEY, assert_same, copy_work, make_work, rough_values, tensors
+from kernels.works import FORMATS, KEY, SECOND_FORMATS, assert_same, copy_work, make_work, rough_values, tensors
 
 from ds_quant.kernels import build, native
 from ds_quant.kernels.adamw import cpu, reference
@@ -14,7 +14,7 @@ from ds_quant.numerics.random import derive_key, uniform16
 
 ISAS = native.ISAS[: native.ISAS.index(native.isa()) + 1] if build.load().library else ()
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-POWER8, POWER4 = ("power", 8), ("power", 4)
+POWER8, POWER4, LOG4 = ("power", 8), ("power", 4), ("log", 4)
 
 pytestmark = pytest.mark.skipif(not ISAS, reason=f"no C++ kernels: {build.load().reason}")
 
@@ -44,7 +44,7 @@ def test_formats_and_roundings(rng, first):
     works = [
         make_work(rng, 700, first, second, stochastic=stochastic, stream=stream)
         for stream, (second, stochastic) in enumerate(
-            itertools.product(FORMATS, itertools.product((False, True), repeat=2))
+            itertools.product(SECOND_FORMATS, itertools.product((False, True), repeat=2))
         )
     ]
     check(works)
@@ -81,7 +81,14 @@ def test_block_sizes(rng, block_sizes):
     works = [
         make_work(rng, numel, first, second, block_sizes=block_sizes, stream=numel)
         for numel in (0, 1, 2, 63, 4097, 8192, 20011)
-        for first, second in ((POWER8, POWER8), (POWER4, POWER4), (POWER4, POWER8), (None, POWER4), (POWER8, None))
+        for first, second in (
+            (POWER8, POWER8),
+            (POWER4, POWER4),
+            (POWER4, POWER8),
+            (None, POWER4),
+            (POWER8, None),
+            (POWER4, LOG4),
+        )
     ]
     check(works)
 

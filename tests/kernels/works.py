@@ -10,6 +10,8 @@ from ds_quant.numerics.codes import CodeMap, code_map
 
 FORMATS = [None, ("float", 8), *((name, bits) for name in ("power", "linear", "dynamic") for bits in (8, 4))]
 """How a moment may be stored: in fp32, or with a map and bits."""
+SECOND_FORMATS = [*FORMATS, ("log", 4)]
+"""The same of exp_avg_sq."""
 SCALARS = adamw_scalars(1e-2, (0.9, 0.95), 1e-8, 0.1, 3)
 KEY, SQ_KEY = (0x05790411, 0x1899FB8C), (0xDBE6CCB1, 0xFC4B6E43)
 

@@ -104,6 +104,46 @@ def encode(x, name, bits, signed, draws=None):
     return codes, decoded
 
 
+def log_values(high, low):
+    """Values of the codes of a block of the map log with these scales, in units of `high`, smallest first."""
+    quotient = low * (F(1) / high)
+    root = quotient
+    for _ in range(5):
+        root = np.sqrt(root)
+    gap = (F(1) - root) * F(1 / 15)
+    values = []
+    for count in range(1, 15):
+        value = root + F(count) * gap
+        for _ in range(5):
+            value = value * value
+        values.append(value)
+    return [quotient, *values, F(1)]
+
+
+def quantize_log(x, block_size, key=None, offset=0):
+    """(codes, scales, values) of the 1-D float32 array `x` with the map log: two scales to a block."""
+    codes, scales, values = [], [], []
+    with np.errstate(all="ignore"):
+        for start in range(0, len(x), block_size):
+            block = x[start : start + block_size]
+            high = np.max(np.abs(block)) if np.all(np.isfinite(block)) else F("nan")
+            if not high >= F(2.0**-126):
+                special = high if np.isnan(high) else F(0)
+                codes += [0] * len(block)
+                scales += [special, special]
+                values += [special] * len(block)
+                continue
+            low = max(min(np.min(block), high * F(0.5)), high * F(2.0**-30)) + F(0)
+            table = log_values(high, low)
+            for index, element in enumerate(block):
+                draw = None if key is None else draw16(key, offset + start + index)
+                code = encode_one(max(element * (F(1) / high), F(0)), table, draw)
+                codes.append(code)
+                values.append(low if code == 0 else table[code] * high)
+            scales += [high, low]
+    return codes, np.array(scales, dtype=F), np.array(values, dtype=F)
+
+
 def draw16(key, index):
     run, place = divmod(index, 32)
     word = oracle.bits(key, 16 * run + place % 16)

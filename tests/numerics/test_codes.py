@@ -166,7 +166,7 @@ def test_other_exponents_and_offsets(exponent):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"name": "log"}, r"\(name\): got 'log'; allowed: float, power, linear, dynamic; "),
+        ({"name": "cubic"}, r"\(name\): got 'cubic'; allowed: float, power, linear, dynamic, log; "),
         ({"name": "float", "bits": 4}, r"\(bits\): got 4 with map float; allowed: 8; "),
         ({"bits": 2}, r"\(bits\): got 2 with map power; allowed: 8, 4; "),
         ({"bits": True}, r"\(bits\): got True with map power; allowed: "),

@@ -10,7 +10,14 @@ from ds_quant.numerics.codes import BITS, MAPS
 from ds_quant.optim.state import QuantizedState
 
 ALL = [case for case in itertools.product(MAPS, BITS, (True, False)) if case[:2] != ("float", 4)]
-SOME = [("float", 8, True), ("power", 8, False), ("power", 4, True), ("dynamic", 4, False), ("linear", 8, True)]
+SOME = [
+    ("float", 8, True),
+    ("power", 8, False),
+    ("power", 4, True),
+    ("dynamic", 4, False),
+    ("linear", 8, True),
+    ("log", 4, False),
+]
 """Cases that get codes and scales back from what was dequantized: see moment.py on the signed dynamic map."""
 BLOCK_SIZE = 32
 

@@ -17,6 +17,8 @@ from ds_quant.numerics.codes import CodeMap
 _ENTRY = struct.Struct("@7Q3qQ6d6I2i")
 """The structure Entry of adamw.h."""
 _NO_KEY = (0, 0)
+TILE = 4096
+"""The longest block that goes in one pass."""
 
 
 @ops.adamw_.by("cpu")
@@ -24,7 +26,8 @@ def adamw_(works: Sequence[AdamWWork], *, isa: str | None = None) -> None:
     """Do the works in place, with torch.get_num_threads() threads; the result does not depend on their number.
 
     Nothing is allocated beside some bytes a tensor, and four bytes a block where blocks exceed 4096 elements. Works
-    with a map that the kernel does not have (`register_map`) go on to the next backend, which is said once. `isa` asks
+    with a map that the kernel does not have (`register_map`) go on to the next backend, which is said once, and so do
+    those with two scales to a block where blocks exceed 4096 elements. `isa` asks
     for a narrower instruction set. Raises ValueError, before anything is changed, for keys and maps that there are not.
     """
     others = _run("adamw_", works, isa)
@@ -60,6 +63,9 @@ def _run(
             if kind not in formats and not (has_map("AdamW", first_map) and has_map("AdamW", second_map)):
                 others.append(number)
                 continue
+            if second_map and second_map.scales > 1 and not _in_one_pass(block_size, sq_block_size):
+                others.append(number)
+                continue
             if masters is not None:
                 _, lacking, param_key = masters[number]
                 low_bits = 0 if lacking is None else lacking.data_ptr()
@@ -85,6 +91,11 @@ def _run(
     if _function()(b"".join(rows), len(rows), packed, isa=chosen):
         raise MemoryError(f"{where}: no memory for the maxima of the blocks")
     return others
+
+
+def _in_one_pass(*block_sizes: int) -> bool:
+    """Whether the kernel reads the moments once; largest values of blocks are all that it keeps between two passes."""
+    return max(block_sizes) <= TILE and max(block_sizes) % min(block_sizes) == 0
 
 
 @functools.lru_cache(maxsize=256)

@@ -29,6 +29,7 @@ from torch import Tensor
 from ds_quant.kernels.adamw.work import AdamWWork
 from ds_quant.kernels.launching import Launch, run
 from ds_quant.kernels.triton_random import mix
+from ds_quant.numerics import log_codes
 from ds_quant.numerics.adam import Moment
 from ds_quant.numerics.codes import LOWEST_FLOAT, CodeMap, code_map
 from ds_quant.numerics.random import derive_words
@@ -57,6 +58,8 @@ class Format(NamedTuple):
     is_float: bool = False
     lowest: float = 0.0
     """The lowest value above zero of a float map."""
+    is_log: bool = False
+    """Whether a block has two scales (`numerics.log_codes`)."""
 
 
 def unsupported(work: AdamWWork) -> str | None:
@@ -123,6 +126,8 @@ def launches(work: AdamWWork) -> list[Launch]:
 
 def _is_known(kind: CodeMap) -> bool:
     """Whether the codes fit their bits, and a guess is off by one at most."""
+    if kind.name == log_codes.NAME:
+        return kind == code_map(log_codes.NAME, 4, signed=False)
     if kind.name not in ("power", "linear"):
         return kind.name == "float" and kind == code_map("float", 8, signed=kind.signed)
     fits = 0 <= kind.offset < kind.levels <= 512 and kind.highest < 2 ** (kind.bits - kind.signed)
@@ -170,6 +175,7 @@ def _format(moment: Moment, unit: int, key: tuple[int, int] | None) -> Format:
         stochastic=key is not None,
         is_float=is_float,
         lowest=LOWEST_FLOAT[kind.signed] if is_float else 0.0,
+        is_log=kind.name == log_codes.NAME,
     )
 
 
@@ -289,6 +295,63 @@ def _encode_float(x, magnitude, offset, key, FORMAT: tl.constexpr):
 
 
 @triton.jit
+def _log_spacing(most, least):
+    """(quotient, root, gap) of `numerics.log_codes`, of blocks by their scales."""
+    inverse = tl.where(most > 0, tl.math.div_rn(1.0, tl.where(most > 0, most, 1.0)), 0.0)
+    quotient = tl.where(inverse > 0, least * inverse, 0.0)
+    root = quotient
+    for _ in tl.static_range(5):
+        root = tl.math.sqrt_rn(root)
+    return quotient[:, None], root[:, None], ((1.0 - root) * (1.0 / 15))[:, None]
+
+
+@triton.jit
+def _log_value(count, spacing):
+    quotient, root, gap = spacing
+    value = root + count * gap
+    for _ in tl.static_range(5):
+        value = value * value
+    return tl.where(count <= 0, quotient, tl.where(count >= 15, 1.0, value))
+
+
+@triton.jit
+def _decode_log(codes, most, least, spacing):
+    return tl.where(codes == 0, least[:, None], _log_value(codes.to(tl.float32), spacing) * most[:, None])
+
+
+@triton.jit
+def _encode_log(x, most, spacing, offset, key, FORMAT: tl.constexpr):
+    """int32 codes of the values `x` [units, width], not negative, in blocks with these largest values [units]."""
+    inverse = tl.where(most > 0, tl.math.div_rn(1.0, tl.where(most > 0, most, 1.0)), 0.0)[:, None]
+    x = tl.where(inverse > 0, x * inverse, 0.0)
+    root = x
+    for _ in tl.static_range(5):
+        root = tl.sqrt(root)
+    # Where there is nothing to code, x is 0 and so is the code.
+    guess = tl.minimum(tl.maximum(tl.floor((root - spacing[1]) / spacing[2]), 0.0), 14.0)
+    guess = tl.where(_log_value(guess, spacing) > x, guess - 1.0, guess)
+    guess = tl.where(_log_value(guess + 1.0, spacing) <= x, guess + 1.0, guess)
+    guess = tl.minimum(tl.maximum(guess, 0.0), 14.0)
+    below = _log_value(guess, spacing)
+    above = _log_value(guess + 1.0, spacing)
+    rest = x - below
+    if FORMAT.stochastic:
+        up = _draws(offset, key).to(tl.float32) * (1.0 / 65536) * (above - below) < rest
+    else:
+        up = rest > above - x
+    return tl.where(up, guess + 1.0, guess).to(tl.int32)
+
+
+@triton.jit
+def _of_blocks(x, UNITS: tl.constexpr, RATIO: tl.constexpr):
+    """The largest of the units of each block, for each unit."""
+    if RATIO > 1:
+        x = tl.max(tl.reshape(x, [UNITS // RATIO, RATIO]), axis=1)
+        x = tl.reshape(tl.broadcast_to(x[:, None], [UNITS // RATIO, RATIO]), [UNITS])
+    return x
+
+
+@triton.jit
 def _load(codes, scales, unit, at, FORMAT: tl.constexpr):
     """The two halves of a moment, [units, width] each. `at`: see the kernel."""
     low, high, packed, mask_low, mask_high, valid = at
@@ -300,7 +363,14 @@ def _load(codes, scales, unit, at, FORMAT: tl.constexpr):
     else:
         x_low = tl.load(codes + low, mask=mask_low, other=0)
         x_high = tl.load(codes + high, mask=mask_high, other=0)
-    if FORMAT.bits != 32:
+    if FORMAT.is_log:
+        block = 2 * (unit // FORMAT.ratio)
+        most = tl.load(scales + block, mask=valid, other=0.0)
+        least = tl.load(scales + block + 1, mask=valid, other=0.0)
+        spacing = _log_spacing(most, least)
+        x_low = _decode_log(x_low, most, least, spacing)
+        x_high = _decode_log(x_high, most, least, spacing)
+    elif FORMAT.bits != 32:
         scale = tl.load(scales + unit // FORMAT.ratio, mask=valid, other=0.0)[:, None]
         x_low = _decode(x_low.to(tl.int32), FORMAT) * scale
         x_high = _decode(x_high.to(tl.int32), FORMAT) * scale
@@ -323,15 +393,27 @@ def _store(codes, scales, x_low, x_high, unit, at, key, UNITS: tl.constexpr, FOR
         tl.store(codes + high, x_high, mask=mask_high)
     else:
         RATIO: tl.constexpr = FORMAT.ratio
-        absmax = tl.maximum(_absmax(x_low), _absmax(x_high))
-        if RATIO > 1:
-            absmax = tl.max(tl.reshape(absmax, [UNITS // RATIO, RATIO]), axis=1)
-            absmax = tl.reshape(tl.broadcast_to(absmax[:, None], [UNITS // RATIO, RATIO]), [UNITS])
+        absmax = _of_blocks(tl.maximum(_absmax(x_low), _absmax(x_high)), UNITS, RATIO)
         scale = tl.where(absmax >= 1.1754943508222875e-38, absmax, 0.0)  # 2^-126, the smallest normal number
         scale = tl.where(absmax < float("inf"), scale, float("nan"))
-        tl.store(scales + unit // RATIO, scale, mask=valid & (unit % RATIO == 0))
-        codes_low = _encode(x_low, scale, low, key, FORMAT)
-        codes_high = _encode(x_high, scale, high, key, FORMAT)
+        is_first = valid & (unit % RATIO == 0)
+        if FORMAT.is_log:
+            most_negative = tl.maximum(
+                tl.max(tl.where(mask_low, -x_low, float("-inf")), axis=1),
+                tl.max(tl.where(mask_high, -x_high, float("-inf")), axis=1),
+            )
+            least = -_of_blocks(most_negative, UNITS, RATIO)
+            least = tl.maximum(tl.minimum(least, scale * 0.5), scale * 9.313225746154785e-10)  # 2^-30
+            least = tl.where(scale > 0, least, scale)
+            spacing = _log_spacing(scale, least)
+            tl.store(scales + 2 * (unit // RATIO), scale, mask=is_first)
+            tl.store(scales + 2 * (unit // RATIO) + 1, least, mask=is_first)
+            codes_low = _encode_log(x_low, scale, spacing, low, key, FORMAT)
+            codes_high = _encode_log(x_high, scale, spacing, high, key, FORMAT)
+        else:
+            tl.store(scales + unit // RATIO, scale, mask=is_first)
+            codes_low = _encode(x_low, scale, low, key, FORMAT)
+            codes_high = _encode(x_high, scale, high, key, FORMAT)
         if FORMAT.bits == 4:
             both = (codes_low & 15) | ((codes_high & 15) << 4)
             tl.store(codes + packed, both.to(tl.uint8), mask=mask_low)
@@ -397,7 +479,7 @@ def step_tile(
     if FIRST.bits != 32:
         exp_avg_scale += start_unit // FIRST.ratio
     if SECOND.bits != 32:
-        exp_avg_sq_scale += start_unit // SECOND.ratio
+        exp_avg_sq_scale += start_unit // SECOND.ratio * (2 if SECOND.is_log else 1)
 
     # From here on, 32-bit offsets from `start`: of the two halves, of the bytes that their 4-bit codes share.
     unit = tl.arange(0, UNITS)

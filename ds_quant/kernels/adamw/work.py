@@ -63,7 +63,7 @@ def check_work(where: str, work: AdamWWork) -> None:
             raise argument_error(f"{where}.{name})", got, allowed, "quantize it so")
         num_bytes = code_bytes(numel, size, code_map.bits)
         _check(where, f"{name}.codes", codes, num_bytes, (code_map.stored_dtype,), device)
-        _check(where, f"{name}.scale", scale, -(-numel // size), _FP32, device)
+        _check(where, f"{name}.scale", scale, -(-numel // size) * code_map.scales, _FP32, device)
 
 
 def check_masters(where: str, work: MastersWork) -> None:

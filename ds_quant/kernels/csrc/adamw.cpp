@@ -144,7 +144,7 @@ struct Job {
         set_streams(front.streams, begin);
         for (int w = 0; w < 2; ++w) {
             const Moment& m = moments[w];
-            const float* scale = m.scale + begin / m.block_size;
+            const float* scale = m.scale + begin / m.block_size * m.scales();
             uint32_t* draw_to = m.stochastic && m.back(stages, begin, n) ? words[w] : nullptr;
             Draws draws{{m.key[0], m.key[1]}, static_cast<uint64_t>(begin)};
             const uint8_t* codes = m.place(begin).codes;

@@ -4,7 +4,8 @@
 #include "common.h"
 #include "masters.h"
 
-enum Map : int32_t { TABLE = 0, POWER = 1, FLOAT = 2 };  // linear is a power; with an offset it is a table
+// linear is a power; with an offset it is a table. Blocks of LOG have two scales, which follow each other.
+enum Map : int32_t { TABLE = 0, POWER = 1, FLOAT = 2, LOG = 3 };
 
 // Where the numbers from 0 to 1 are cut into 32 cells, two (shift 22) or four (shift 21) to a factor of two, and none has
 // two bounds: the code below a cell; its bound is the next code's. The number of a cell is bits >> shift, less `first`;
@@ -19,7 +20,7 @@ struct Cells {
 struct MomentFormat {
     int32_t bits;       // 32 (fp32), 8 or 4
     int32_t is_signed;
-    int32_t map;        // of 8 bits: see Map
+    int32_t map;        // see Map; of 4 bits LOG or not
     int32_t levels;     // of power and linear maps
     int32_t exponent;
     int32_t count;      // of the values of an 8-bit table
@@ -108,6 +109,7 @@ struct Back {
     const uint32_t* words;   // of random bits, from the front; null: to nearest
     uint8_t* codes;          // where they belong, 4-bit ones packed
     int64_t n;
+    float* ends;             // of map LOG: where the two scales of each block belong; those of scales 0 are there
 };
 
 using BackStage = void(const Back&);
@@ -134,6 +136,10 @@ struct Stages {
     int64_t (*pack)(const uint8_t* codes, uint8_t* packed, int64_t n);
     // Puts 4-bit codes into the half `shift` of n bytes.
     void (*pack_half)(const uint8_t* codes, int shift, uint8_t* packed, int64_t n);
+    // The same of map LOG, by the two scales of a block, and what sets these by the block and the bits of its max |x|.
+    void (*decode_log)(const uint8_t* codes, int shift, const float* ends, float* to, int64_t n);
+    void (*encode_log)(const float* x, const float* ends, const Draws* draws, uint8_t* codes, int64_t n);
+    void (*fit_log)(const float* x, int64_t n, uint32_t absmax, float* ends);
     void (*uniform16)(const Draws& draws, uint32_t* to, int64_t n);
 };
 

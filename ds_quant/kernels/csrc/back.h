@@ -6,6 +6,7 @@
 
 #include "adamw.h"
 #include "encode.h"
+#include "log_codes.h"
 #include "random.h"
 #include "simd.h"
 
@@ -122,8 +123,17 @@ template <bool mirrored, bool stochastic>
 struct HalfBatch;
 
 #if defined(__AVX512F__)
+struct HalfBatchStore {
+    using Codes = Twice<Avx512>::I;
+
+    static ALWAYS_INLINE void store(Codes low, Codes high, uint8_t* packed) {
+        using V = Twice<Avx512>;
+        V::store_u8(packed, V::bit_or(V::left<4>(high), V::bit_and(low, V::set_int(15))));
+    }
+};
+
 template <bool mirrored, bool stochastic>
-struct HalfBatch {
+struct HalfBatch : HalfBatchStore {
     using V = Twice<Avx512>;
     using Codes = V::I;
     typename HalfCodes<mirrored, true, stochastic>::template Encoder<V> code_of;
@@ -134,13 +144,20 @@ struct HalfBatch {
         V::I draw = stochastic ? halves_of<Avx512>(Avx512::load_int(words)) : V::set_int(0);
         return code_of(V::mul(V::load(x), V::set(inverse)), draw);
     }
-    static ALWAYS_INLINE void store(Codes low, Codes high, uint8_t* packed) {
-        V::store_u8(packed, V::bit_or(V::left<4>(high), V::bit_and(low, V::set_int(15))));
-    }
 };
 #else
+struct HalfBatchStore {
+    static ALWAYS_INLINE void store(Avx2::I low, Avx2::I high, uint8_t* codes) {
+        using V = Avx2;
+        auto low_bits = V::set_int(0x0f0f0f0f);
+        auto shifted = V::bit_and(V::left<4>(high), V::set_int(0xf0f0f0f0));
+        auto both = V::bit_or(shifted, V::bit_and(low, low_bits));
+        V::store_int(reinterpret_cast<uint32_t*>(codes), Packing::in_order(both));
+    }
+};
+
 template <bool mirrored, bool stochastic>
-struct HalfBatch {
+struct HalfBatch : HalfBatchStore {
     using P = Packing;
     using V = Avx2;
     using Codes = V::I;
@@ -170,11 +187,6 @@ struct HalfBatch {
         auto code = cells.bytes(P::unsigned_bytes(words[0], words[1]));
         if constexpr (mirrored) return with_sign(code, quotient, size, draws);
         else return without_sign(code, size, draws);
-    }
-    static ALWAYS_INLINE void store(Codes low, Codes high, uint8_t* codes) {
-        auto low_bits = V::set_int(0x0f0f0f0f);
-        auto shifted = V::bit_and(V::left<4>(high), V::set_int(0xf0f0f0f0));
-        V::store_int(reinterpret_cast<uint32_t*>(codes), P::in_order(V::bit_or(shifted, V::bit_and(low, low_bits))));
     }
 
 private:
@@ -256,10 +268,63 @@ void back_of_bytes(const Back& b) {
     }
 }
 
+// 32 codes of map LOG, 4 bits each.
+#if defined(__AVX512F__)
+template <bool stochastic>
+struct LogBatch : HalfBatchStore {
+    using V = Twice<Avx512>;
+    typename LogCodes<stochastic>::template Encoder<V> code_of;
+
+    explicit LogBatch(const LogBlock& block) : code_of(block) {}
+
+    ALWAYS_INLINE V::I operator()(const float* x, float inverse, const uint32_t* words) const {
+        V::I draw = stochastic ? halves_of<Avx512>(Avx512::load_int(words)) : V::set_int(0);
+        return code_of(V::mul(V::load(x), V::set(inverse)), draw);
+    }
+};
+#else
+template <bool stochastic>
+struct LogBatch : HalfBatchStore {
+    using P = Packing;
+    using V = Avx2;
+    typename LogCodes<stochastic>::template Encoder<V> code_of;
+
+    explicit LogBatch(const LogBlock& block) : code_of(block) {}
+
+    ALWAYS_INLINE V::I operator()(const float* x, float inverse, const uint32_t* words) const {
+        V::I draws[4], code[4];
+        if constexpr (stochastic) P::draws(words, draws);
+        for (int k = 0; k < 4; ++k) code[k] = code_of(V::mul(V::load(x + 8 * k), V::set(inverse)), draws[k]);
+        return P::bytes(P::words(code[0], code[1]), P::words(code[2], code[3]));
+    }
+};
+#endif
+
+template <bool stochastic>
+void back_of_log(const Back& b) {
+    int64_t half = b.block_size / 2, num_blocks = b.n / b.block_size;
+    for (int64_t block = 0; block < num_blocks; ++block)
+        if (b.scales[block]) fit_log<Widest>(b.x + block * b.block_size, b.block_size, b.scales[block], b.ends + 2 * block);
+    LogRoots roots;
+    roots.find(b.ends, num_blocks);
+    uint8_t* codes = b.codes;
+    for (int64_t begin = 0, block = 0; begin < b.n; begin += b.block_size, ++block, codes += half) {
+        LogBatch<stochastic> codes_of(LogBlock(roots.quotients[block], roots.roots[block]));
+        float inverse = inverse_of(b.scales[block]);
+        for (int64_t i = 0; i < half; i += 32) {
+            int64_t at[2] = {begin + i, begin + half + i};
+            auto low = codes_of(b.x + at[0], inverse, b.words + at[0] / 2);
+            auto high = codes_of(b.x + at[1], inverse, b.words + at[1] / 2);
+            LogBatch<stochastic>::store(low, high, codes + i);
+        }
+    }
+}
+
 template <bool stochastic>
 BackStage* back_with(const MomentFormat& f) {
     if (f.bits == 8 && f.map == FLOAT)
         return f.is_signed ? back_of_bytes<FloatBatch<true, stochastic>> : back_of_bytes<FloatBatch<false, stochastic>>;
+    if (f.map == LOG) return back_of_log<stochastic>;
     if (f.bits != 4 || !(stochastic ? f.bound_cells : f.threshold_cells).shift) return nullptr;
     return f.mirrored ? back_of_halves<HalfBatch<true, stochastic>> : back_of_halves<HalfBatch<false, stochastic>>;
 }

@@ -70,6 +70,8 @@ struct Float {
     };
 };
 
+struct LogHalves;  // of map LOG: log_codes.h
+
 // Of 4-bit codes, `shift` (0 or 4) picks the half of each byte.
 struct Halves {
     template <class V>
@@ -98,7 +100,9 @@ struct BatchReader {
 
     explicit BatchReader(const MomentFormat& f) : format(f), read(f, nullptr, 0, 0.0f) {}
 
-    ALWAYS_INLINE void start(const uint8_t* codes, int shift, float scale) { read = Reader(format, codes, shift, scale); }
+    ALWAYS_INLINE void start(const uint8_t* codes, int shift, const float* scale) {
+        read = Reader(format, codes, shift, *scale);
+    }
     ALWAYS_INLINE void operator()(int64_t i, typename V::F* to) const {
         for (int k = 0; k < B::parts; ++k) to[k] = read(i + k * V::width);
     }
@@ -114,8 +118,8 @@ struct BatchReader<Halves, Batch<Avx2, 4>> {
 
     explicit BatchReader(const MomentFormat& f) : values(f.values) {}
 
-    ALWAYS_INLINE void start(const uint8_t* first, int half, float s) {
-        codes = first, shift = _mm_cvtsi32_si128(half), scale = Avx2::set(s);
+    ALWAYS_INLINE void start(const uint8_t* first, int half, const float* s) {
+        codes = first, shift = _mm_cvtsi32_si128(half), scale = Avx2::set(*s);
     }
     ALWAYS_INLINE void operator()(int64_t i, Avx2::F* to) const {
         auto bytes = _mm256_srl_epi16(Avx2::load_for_unpacking(codes + i), shift);
@@ -132,7 +136,7 @@ struct BatchReader<Float<is_signed>, Batch<Avx2, 4>> {
 
     explicit BatchReader(const MomentFormat&) {}
 
-    ALWAYS_INLINE void start(const uint8_t* first, int, float s) { codes = first, scale = Avx2::set(s); }
+    ALWAYS_INLINE void start(const uint8_t* first, int, const float* s) { codes = first, scale = Avx2::set(*s); }
     ALWAYS_INLINE void operator()(int64_t i, Avx2::F* to) const {
         auto bytes = Avx2::load_for_unpacking(codes + i), zero = Avx2::set_int(0);
         Avx2::I upper[2] = {_mm256_unpacklo_epi8(zero, bytes), _mm256_unpackhi_epi8(zero, bytes)};

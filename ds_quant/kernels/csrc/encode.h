@@ -51,7 +51,8 @@ struct BatchEncoder {
     using V = typename B::Part;
     typename Map::template Encoder<V> code_of;
 
-    explicit BatchEncoder(const MomentFormat& f) : code_of(f) {}
+    template <class Values>
+    explicit BatchEncoder(const Values& values) : code_of(values) {}
 
     ALWAYS_INLINE void operator()(
         const float* x, typename V::F inverse, const typename V::I (&draws)[B::parts], uint8_t* codes) const {
@@ -62,10 +63,11 @@ struct BatchEncoder {
     }
 };
 
-template <class Map, class B>
-void encode_as(const MomentFormat& f, const Source<B>& s, uint8_t* codes, int64_t n) {
+// `values` are what the Encoder is made of.
+template <class Map, class B, class Values>
+void encode_as(const Values& values, const Source<B>& s, uint8_t* codes, int64_t n) {
     using V = typename B::Part;
-    BatchEncoder<Map, B> encode_batch(f);
+    BatchEncoder<Map, B> encode_batch(values);
     auto inverse = V::set(s.inverse);
     auto uniform16 = s.uniform16();
     int64_t i = 0;
@@ -74,7 +76,7 @@ void encode_as(const MomentFormat& f, const Source<B>& s, uint8_t* codes, int64_
         if constexpr (Map::is_stochastic) uniform16(s.draws.index + i, draws);
         encode_batch(s.x + i, inverse, draws, codes + i);
     }
-    if constexpr (B::width > 1) encode_as<Map, typename B::Rest>(f, s.from(i), codes + i, n - i);
+    if constexpr (B::width > 1) encode_as<Map, typename B::Rest>(values, s.from(i), codes + i, n - i);
 }
 
 // The rough root is off by far less than half a count (levels are at most 512). To nearest, that tells which two codes

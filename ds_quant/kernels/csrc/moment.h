@@ -67,6 +67,9 @@ struct Moment {
         return {block, bytes + in_block - half, 4, length - in_block, false};
     }
 
+    bool is_log() const { return format.map == LOG; }
+    int64_t scales() const { return is_log() ? 2 : 1; }  // of a block
+
     // Writes codes of n elements of one block from `element` on, one to a byte. `absmax` are the bits of its max |x|.
     void encode(const Stages& stages, int64_t element, float* x, int64_t n, uint32_t absmax, uint8_t* to) const {
         Draws draws{{key[0], key[1]}, static_cast<uint64_t>(element)};
@@ -90,13 +93,36 @@ struct Moment {
         std::memcpy(scale + block, &bits, sizeof bits);
     }
 
+    // The scales of a whole block of map LOG, and its codes, one to a byte.
+    void store_log(
+        const Stages& stages, int64_t block, int64_t element, const float* x, int64_t n, uint32_t absmax,
+        uint8_t* to) const {
+        Draws draws{{key[0], key[1]}, static_cast<uint64_t>(element)};
+        float* ends = scale + 2 * block;
+        if (is_scale(absmax)) {
+            stages.fit_log(x, n, absmax, ends);
+            return stages.encode_log(x, ends, stochastic ? &draws : nullptr, to, n);
+        }
+        set_special_ends(block, absmax);
+        std::memset(to, 0, n);
+    }
+
+    // Of a block of map LOG in which there is nothing to code.
+    void set_special_ends(int64_t block, uint32_t absmax) const {
+        uint32_t both = absmax < INFINITE ? 0 : QUIET_NAN, special[2] = {both, both};
+        std::memcpy(scale + 2 * block, special, sizeof special);
+    }
+
     // fp32 values of n elements; a pointer to them, in memory or in `buffer`.
     float* load(const Stages& stages, int64_t element, int64_t n, float* buffer) const {
         if (is_fp32()) return fp32(element);
         for (int64_t i = 0; i < n;) {
             Place at = place(element + i);
             int64_t length = std::min(at.length, n - i);
-            stages.decode(format, at.codes, at.shift, scale[at.block], buffer + i, length);
+            if (is_log())
+                stages.decode_log(at.codes, at.shift, scale + 2 * at.block, buffer + i, length);
+            else
+                stages.decode(format, at.codes, at.shift, scale[at.block], buffer + i, length);
             i += length;
         }
         return buffer;
@@ -115,12 +141,16 @@ struct Moment {
         if (!stage) return store_blocks(stages, element, n, x, maxima);
         int64_t block = element / block_size;
         for (int64_t i = 0; i < n / block_size; ++i) {
-            set_scale(block + i, maxima[i]);
-            if (is_scale(maxima[i])) continue;
+            if (is_scale(maxima[i])) {
+                if (!is_log()) set_scale(block + i, maxima[i]);
+                continue;
+            }
+            if (is_log()) set_special_ends(block + i, maxima[i]);
+            else set_scale(block + i, maxima[i]);
             maxima[i] = 0;
             std::memset(x + i * block_size, 0, sizeof(float) * block_size);
         }
-        stage(Back{&format, block_size, x, maxima, words, place(element).codes, n});
+        stage(Back{&format, block_size, x, maxima, words, place(element).codes, n, scale + block * scales()});
     }
 
     // Stores n elements in whole blocks, with their scales. `maxima` are the bits of the blocks' max |x| if not null.
@@ -133,6 +163,10 @@ struct Moment {
         for (int64_t i = 0; i < n; i += block_size, ++block) {
             int64_t length = std::min(block_size, n - i);
             uint32_t absmax = maxima ? *maxima++ : stages.absmax(x + i, length);
+            if (is_log()) {
+                store_log(stages, block, element + i, x + i, length, absmax, codes_to + i);
+                continue;
+            }
             set_scale(block, absmax);
             encode(stages, element + i, x + i, length, absmax, codes_to + i);
         }

@@ -6,6 +6,7 @@
 #include "back.h"
 #include "convert.h"
 #include "decode.h"
+#include "log_codes.h"
 #include "encode.h"
 #include "masters_loops.h"
 #include "random.h"
@@ -79,8 +80,10 @@ struct Runs {
     template <class Reader>
     ALWAYS_INLINE void start(Reader& reader) const {
         bool is_high = halves && within >= run;
-        reader.start(moment.codes + block * run + (is_high ? within - run : within), is_high ? 4 : 0, moment.scale[block]);
+        reader.start(moment.codes + block * run + (is_high ? within - run : within), is_high ? 4 : 0, scale());
     }
+
+    const float* scale() const { return moment.scale + (moment.format->map == LOG ? 2 * block : block); }
 
     // Past `length` elements; whether they end their block.
     ALWAYS_INLINE bool advance(int64_t length) {
@@ -204,6 +207,8 @@ void front_as(const Front& f) {
     auto first_most = V::set_int(0), second_most = first_most;
     Late<B> late(f.param);
     Words<B> first_words(f.moments[0]), second_words(f.moments[1]);
+    if constexpr (std::is_same_v<Second, LogHalves>)
+        read_second.prepare(f.moments[1].scale, f.n / f.moments[1].block_size);
     Fetch fetch(f);
     for (int64_t begin = 0; begin < f.n; begin += run) {
         firsts.start(read_first);
@@ -242,6 +247,7 @@ void front_as(const Front& f) {
 
 template <class First>
 FrontStage* front_with(const MomentFormat& second) {
+    if (second.map == LOG) return front_as<Widest32, First, LogHalves>;
     if (second.bits == 4 && !second.is_signed) return front_as<Widest32, First, Halves>;
     if (second.map == FLOAT && !second.is_signed) return front_as<Widest32, First, Float<false>>;
     if (second.map == POWER && !second.is_signed && second.exponent == 8) return front_as<Widest32, First, Power<8, false>>;
@@ -295,7 +301,7 @@ void uniform16(const Draws& draws, uint32_t* to, int64_t n) {
 
 const Stages STAGES = {
     load, store, join_masters, split_masters, moments, step<Widest, true>, absmax_of<Widest>,
-    front, back, decode, encode, pack, pack_half, uniform16,
+    front, back, decode, encode, pack, pack_half, decode_log, encode_log, fit_log<Widest>, uniform16,
 };
 
 }  // namespace
