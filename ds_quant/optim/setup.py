@@ -11,6 +11,7 @@ from ds_quant.base.errors import fail
 from ds_quant.base.log import warn
 from ds_quant.base.patterns import check_patterns, matches
 from ds_quant.config import MomentConfig, OptimizerConfig
+from ds_quant.numerics.codes import KINDS
 from ds_quant.optim.adopt import check_agreement, convert_adamw
 from ds_quant.optim.base import QuantizedOptimizer
 from ds_quant.optim.group_options import DEFAULT_ROUNDING, MOMENTS
@@ -228,7 +229,8 @@ def bytes_a_parameter(config: OptimizerConfig, kind: Kind = ADAM, names: Iterabl
         if moment is None:
             total += 4
         else:
-            total += moment.bits / 8 + (4 / moment.block_size if moment.granularity == "block" else 0)
+            scales = 4 * KINDS[moment.map].scales
+            total += moment.bits / 8 + (scales / moment.block_size if moment.granularity == "block" else 0)
     return total
 
 

@@ -48,13 +48,14 @@ PAPER_ROWS = {f"paper_{name}": row for name, row in ROWS.items() if name != "w8a
 }
 
 BLOCK_8, BLOCK_4 = (8, "float", "block", 256, None), (4, "power", "block", 128, None)
+LOG_4 = (4, "log", "block", 128, None)
 TENSOR_8, CHANNEL_8 = (8, "linear", "tensor", None, "nearest"), (8, "linear", "channel", None, "nearest")
 TENSOR_4, CHANNEL_4 = (4, *TENSOR_8[1:]), (4, *CHANNEL_8[1:])
 
 # Rows on the moments: (exp_avg, exp_avg_sq), each (bits, map, granularity, block_size, rounding) or None.
 MOMENT_ROWS = {
     "adam8": (BLOCK_8, BLOCK_8),
-    "adam4": (BLOCK_4, BLOCK_4),
+    "adam4": (BLOCK_4, LOG_4),
     "m4v8": (BLOCK_4, BLOCK_8),
     "w8a8_adam8": (BLOCK_8, BLOCK_8),
     "paper_m8_tensor": (TENSOR_8, None),

@@ -14,7 +14,7 @@ from ds_quant.numerics.lion import lion_rule
 
 ISAS = native.ISAS[: native.ISAS.index(native.isa()) + 1] if build.load().library else ()
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-POWER8, POWER4 = ("power", 8), ("power", 4)
+POWER8, POWER4, LOG4 = ("power", 8), ("power", 4), ("log", 4)
 
 pytestmark = pytest.mark.skipif(not ISAS, reason=f"no C++ kernels: {build.load().reason}")
 
@@ -44,6 +44,16 @@ def test_formats_roundings_and_sizes(rule, rng):
 @pytest.mark.parametrize("rule", RULES)
 def test_dtypes(rule, rng):
     check([make_work(rng, rule, 1000, (POWER8,) * 3, dtypes=pair) for pair in itertools.product(DTYPES, repeat=2)])
+
+
+@pytest.mark.parametrize("stochastic", [False, True])
+def test_two_scales_to_a_block(stochastic, rng):
+    check(
+        [
+            make_work(rng, "ademamix", numel, (POWER4, POWER8, LOG4), sizes, stochastic=stochastic)
+            for numel, sizes in itertools.product((0, 1, 37, 4611), [(256, 256, 128), (64, 32, 4096), (8, 8, 2)])
+        ]
+    )
 
 
 @pytest.mark.parametrize(
