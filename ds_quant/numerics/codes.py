@@ -146,13 +146,17 @@ class MapKind(NamedTuple):
     dtype: Callable[[CodeMap], torch.dtype] = lambda code_map: torch.uint8
     """Of the codes before packing: int8 where they are negative, else uint8."""
     scales: int = 1
-    """To a block. Two: `blockwise` asks `log_codes`."""
+    """To a block. `blockwise` codes blocks with two as `log_codes` has it."""
 
 
 def register_map(name: str, kind: MapKind) -> None:
-    """Have a kind of map under a name, in JSONs too. Raises ValueError for a name that is taken."""
+    """Have a kind of map under a name, in JSONs too. Raises ValueError for a name that is taken, and two scales."""
     if name in KINDS:
         raise ValueError(f"register_map(name): got {name!r}; allowed: a name other than {', '.join(KINDS)}; choose one")
+    if kind.scales != 1:
+        raise ValueError(
+            f"register_map(kind): got {kind.scales} scales to a block; allowed: 1; {log_codes.NAME} is the only map with two"
+        )
     KINDS[name], MAP_BITS[name] = kind, kind.bits
 
 

@@ -158,7 +158,7 @@ def not_a_number():
 
 def memory_job(world_size, rank):
     """Of many weights, so that no single one is much of the model."""
-    optimizer = {"master": {"bits": 24}, "exp_avg": {"bits": 4}, "exp_avg_sq": {"bits": 4}}
+    optimizer = {"master": {"bits": 24}, "exp_avg": {"bits": 4}, "exp_avg_sq": {"bits": 4, "map": "log"}}
     config = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_clipping": 0,

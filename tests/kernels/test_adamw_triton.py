@@ -30,6 +30,7 @@ FORMATS = {
     "float 8/8": (("float", 8, 256), ("float", 8, 256)),
     "4/4": (("power", 4, 128), ("power", 4, 128)),
     "m4v8": (("power", 4, 128), ("power", 8, 256)),
+    "m4vlog": (("power", 4, 128), ("log", 4, 128)),
     "m8v32": (("power", 8, 256), None),
     "linear 4/4 of 32": (("linear", 4, 32), ("linear", 4, 32)),
     "8/8 of 2048": (("power", 8, 2048), ("power", 8, 2048)),
@@ -80,7 +81,7 @@ def test_compiles(name, capability, compile_for, tmp_path):
     # Parameters, gradients and 32-bit moments four at a time, 8-bit codes four and 4-bit codes eight at a time.
     num_full = 2 * layouts.count(None)
     codes = sum(2 if layout[1] == 8 else 1 for layout in layouts if layout)
-    scales = sum(layout is not None for layout in layouts)
+    scales = sum(2 if layout[0] == "log" else 1 for layout in layouts if layout)
     narrow = {"ld.b32": codes + scales, "st.b32": codes + scales}
     assert seen == {"ld.v4.b32": 4 + num_full, "st.v4.b32": 2 + num_full, **narrow}
     assert_exact(ptx)

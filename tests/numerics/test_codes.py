@@ -181,3 +181,5 @@ def test_wrong_arguments_are_refused(arguments, message):
 def test_a_name_is_registered_once():
     with pytest.raises(ValueError, match=r"register_map\(name\): got 'power'; allowed: a name other than float, power"):
         register_map("power", KINDS["linear"])
+    with pytest.raises(ValueError, match="2 scales to a block"):
+        register_map("two", KINDS["log"])

@@ -328,7 +328,7 @@ def _encode_log(x, most, spacing, offset, key, FORMAT: tl.constexpr):
     for _ in tl.static_range(5):
         root = tl.sqrt(root)
     # Where there is nothing to code, x is 0 and so is the code.
-    guess = tl.minimum(tl.maximum(tl.floor((root - spacing[1]) / spacing[2]), 0.0), 14.0)
+    guess = tl.minimum(tl.maximum(tl.floor((root - spacing[1]) * tl.math.div_rn(1.0, spacing[2])), 0.0), 14.0)
     guess = tl.where(_log_value(guess, spacing) > x, guess - 1.0, guess)
     guess = tl.where(_log_value(guess + 1.0, spacing) <= x, guess + 1.0, guess)
     guess = tl.minimum(tl.maximum(guess, 0.0), 14.0)
