@@ -14,6 +14,9 @@ from ds_quant.numerics.stored_states import State
 MAX_LEVELS = 512
 """The rough roots of the kernels are exact enough up to here."""
 
+TILE = 4096
+"""Elements that the kernels have in the first cache at once: longer blocks go in two passes, where they go at all."""
+
 _FORMAT = struct.Struct("@6i256fi50f" + 2 * "2i32i")
 FORMAT_SIZE = _FORMAT.size
 _TABLE, _POWER, _FLOAT, _LOG = range(4)

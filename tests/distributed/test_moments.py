@@ -166,8 +166,8 @@ def test_safe_get_and_set(saved, resumed, case):
         if job.exclude and key.startswith("embedding"):
             assert error == elsewhere == 0
         else:
-            # Half the largest gap between codes of values up to 1.1; a neighbour shares a block at most. With two scales
-            # a block that has zeros as well reaches down to 2^-30: its largest two values are 1.1 and 0.39.
+            # Half the largest gap between codes of values up to 1.1; a neighbour shares a block at most. With two
+            # scales a block that has zeros as well reaches down to 2^-30: its largest two values are 1.1 and 0.39.
             one_scale = {8: 0.04, 4: 0.25}[bits]
             scales = SCALES[job.recipe][MOMENT_NAMES.index(key.split()[1])]
             assert 0 < error < (one_scale if scales == 1 else 0.36)

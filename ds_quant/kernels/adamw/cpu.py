@@ -11,14 +11,12 @@ import torch
 from ds_quant.kernels import native
 from ds_quant.kernels.adamw import ops
 from ds_quant.kernels.adamw.work import AdamWWork, MastersWork
-from ds_quant.kernels.moment_formats import FORMAT_SIZE, has_map, in_memory, pack_format
+from ds_quant.kernels.moment_formats import FORMAT_SIZE, TILE, has_map, in_memory, pack_format
 from ds_quant.numerics.codes import CodeMap
 
 _ENTRY = struct.Struct("@7Q3qQ6d6I2i")
 """The structure Entry of adamw.h."""
 _NO_KEY = (0, 0)
-TILE = 4096
-"""The longest block that goes in one pass."""
 
 
 @ops.adamw_.by("cpu")
@@ -27,8 +25,8 @@ def adamw_(works: Sequence[AdamWWork], *, isa: str | None = None) -> None:
 
     Nothing is allocated beside some bytes a tensor, and four bytes a block where blocks exceed 4096 elements. Works
     with a map that the kernel does not have (`register_map`) go on to the next backend, which is said once, and so do
-    those with two scales to a block where blocks exceed 4096 elements. `isa` asks
-    for a narrower instruction set. Raises ValueError, before anything is changed, for keys and maps that there are not.
+    those with two scales to a block where blocks exceed 4096 elements. `isa` asks for a narrower instruction set.
+    Raises ValueError, before anything is changed, for keys and maps that there are not.
     """
     others = _run("adamw_", works, isa)
     if others:

@@ -12,16 +12,12 @@ from torch import Tensor
 from ds_quant.kernels import native
 from ds_quant.kernels.elementwise import ops
 from ds_quant.kernels.elementwise.work import ElementwiseWork
-from ds_quant.kernels.moment_formats import FORMAT_SIZE, has_map, in_memory, pack_format
+from ds_quant.kernels.moment_formats import FORMAT_SIZE, TILE, has_map, in_memory, pack_format
 from ds_quant.numerics.ademamix import AdEMAMixScalars, ademamix_rule
 from ds_quant.numerics.codes import CodeMap
 from ds_quant.numerics.elementwise import Rule
 from ds_quant.numerics.lion import LionScalars, lion_rule
 from ds_quant.numerics.sgd import SGDScalars, sgd_rule
-
-TILE = 4096
-"""Elements that the blocks of all states must fit into together: their least common multiple. Longer ones, those of the
-granularities "tensor" and "channel", are left to the next backend."""
 
 _MAX_STATES, _MAX_SCALARS = 3, 12
 _ENTRY = struct.Struct(f"@8Q4qQ{_MAX_SCALARS}f{2 * _MAX_STATES}I3i4i0Q")
@@ -76,6 +72,7 @@ def _is_served(work: ElementwiseWork) -> bool:
     if work.rule not in RULES:
         return False
     quantized = [state for state in work.states if not isinstance(state, Tensor)]
+    # Blocks of all states must fit into a tile together; those of "tensor" and "channel" are left to the next backend.
     has_maps = all(has_map("Lion, SGD and AdEMAMix", state.code_map) for state in quantized)
     return has_maps and math.lcm(*(state.block_size for state in quantized)) <= TILE
 
