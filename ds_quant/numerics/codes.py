@@ -155,8 +155,8 @@ def register_map(name: str, kind: MapKind) -> None:
         raise ValueError(f"register_map(name): got {name!r}; allowed: a name other than {', '.join(KINDS)}; choose one")
     if kind.scales != 1:
         raise ValueError(
-            f"register_map(kind): got {kind.scales} scales to a block; allowed: 1 (only {log_codes.NAME} has two); leave "
-            "them out"
+            f"register_map(kind): got {kind.scales} scales to a block; allowed: 1 (only {log_codes.NAME} has two); "
+            "leave them out"
         )
     KINDS[name], MAP_BITS[name] = kind, kind.bits
 
