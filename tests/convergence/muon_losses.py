@@ -1,4 +1,4 @@
-"""Losses of the default job with Muon's states in 8 and 4 bits beside DeepSpeed's Muon. Not measured yet.
+"""Losses of the default job with Muon's states in 8 and 4 bits beside DeepSpeed's Muon: the table of docs/moments.md.
 
     python tests/convergence/muon_losses.py [--runs runs/muon] [--seeds 42 7 1234] [--only-table]
 
@@ -16,7 +16,14 @@ BASELINE = "muon"
 MUON = {"type": "Muon", "params": {"lr": "auto", "muon_lr": 0.02, "momentum": 0.95, "weight_decay": "auto"}}
 """`lr` is AdamW's part: the job's own."""
 RECIPES = {
-    "muon8": ("8 bits", {"momentum_buffer": {"bits": 8}, "exp_avg": {"bits": 8}, "exp_avg_sq": {"bits": 8}}),
+    "muon8": (
+        "8 bits, momentum linear",
+        {"momentum_buffer": {"bits": 8, "map": "linear"}, "exp_avg": {"bits": 8}, "exp_avg_sq": {"bits": 8}},
+    ),
+    "muon8_float": (
+        "8 bits, momentum float",
+        {"momentum_buffer": {"bits": 8}, "exp_avg": {"bits": 8}, "exp_avg_sq": {"bits": 8}},
+    ),
     "muon4": (
         "4 bits, 8 of exp_avg_sq",
         {"momentum_buffer": {"bits": 4}, "exp_avg": {"bits": 4}, "exp_avg_sq": {"bits": 8}},
