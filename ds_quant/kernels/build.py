@@ -29,13 +29,13 @@ FOLDER = Path(__file__).parent / "csrc"
 DRIVERS = ("adamw.cpp", "elementwise.cpp", "wire.cpp", "products.cpp", "masters.cpp", "formats.cpp")
 STAGES = (
     *("stages.cpp", "elementwise_stages.cpp", "wire_stages.cpp", "products_stages.cpp", "masters_stages.cpp"),
-    "formats_stages.cpp",
+    *("formats_stages.cpp", "wire_formats_stages.cpp"),
 )
 """Compiled once for each instruction set."""
 HEADERS = (
     *("common.h", "threads.h", "simd.h", "random.h", "convert.h", "absmax.h"),
     *("adamw.h", "moment.h", "elementwise.h", "decode.h", "encode.h", "back.h", "wire.h", "hadamard.h", "products.h"),
-    *("masters.h", "masters_loops.h", "formats.h"),
+    *("masters.h", "masters_loops.h", "formats.h", "wire_elements.h", "wire_encode.h", "wire_scales.h"),
 )
 SOURCES = (*DRIVERS, *STAGES, *HEADERS)
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno", "-w")
