@@ -5,7 +5,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, WithJsonSchema
 
-from ds_quant.base.number_formats import FORMATS, WIRE_FORMATS, scale_rules
+from ds_quant.base.number_formats import FORMATS, FOUR_SIX, SCALE_RULES, WIRE_FORMATS
 from ds_quant.config.deepspeed_json import SECTION
 from ds_quant.config.section import Allowed, BlockSection, Rule, Section, bits_or_format
 from ds_quant.config.values import (
@@ -66,8 +66,8 @@ class GradientCommunicationConfig(BlockSection):
 
     def rules(self) -> Iterator[Rule]:
         yield from bits_or_format(self, "4 or 8")
-        rules = scale_rules(self.format) if self.format else ()
-        if self.scale_rule is not None and (len(rules) < 2 or self.scale_rule not in rules):
+        rules = {"mxfp4": SCALE_RULES, "nvfp4": (FOUR_SIX,)}.get(self.format or "", ())
+        if self.scale_rule is not None and self.scale_rule not in rules:
             allowed = '"floor" or "up" with format "mxfp4", "four_six" with "nvfp4"'
             yield "scale_rule", self.scale_rule, allowed, "remove it"
         if self._block_size_is_idle() and "block_size" in self.model_fields_set:

@@ -108,6 +108,13 @@ WRONG_STATE_AND_WIRE_VALUES = [
             ({"format": "fp6_e2m3"}, "format", '"fp6_e2m3"', "no codes of 6 bits", "fp4_e2m1"),
             ({"format": "nvfp4", "block_size": 32}, "block_size", "32", 'absent with format "nvfp4"', "remove it"),
             ({"format": "nvint4", "scale_rule": "four_six"}, "scale_rule", '"four_six"', 'with "nvfp4"', "remove it"),
+            (
+                {"format": "nvfp4", "scale_rule": "floor"},
+                "scale_rule",
+                '"floor"',
+                '"four_six" with "nvfp4"',
+                "remove it",
+            ),
             ({"format": "nvfp4", "scale_rule": "up"}, "scale_rule", '"up"', '"floor" or "up" with', "remove it"),
             ({"bits": 4, "scale_rule": "up"}, "scale_rule", '"up"', 'with format "mxfp4"', "remove it"),
         ]

@@ -112,6 +112,27 @@ def test_ties_of_named_formats(fmt):
         check(job, f"{key}")
 
 
+@pytest.mark.parametrize(
+    ("fmt", "dtype", "first"),
+    [
+        (WireFormat(4, 32, "none", "mxfp4"), torch.float8_e8m0fnu, b""),
+        (WireFormat(4, 16, "none", "nvint4"), torch.float8_e4m3fn, np.float32(1.0).tobytes()),
+    ],
+    ids=["e8m0", "e4m3"],
+)
+def test_stored_scales_are_those_of_torchs_dtypes(fmt, dtype, first):
+    """All bytes, of the definition and of the kernels."""
+    stored = torch.arange(256, dtype=torch.uint8)
+    want = stored.view(dtype).float().repeat_interleave(fmt.block_size)
+    codes = torch.full((len(want) // 2,), {"mxfp4": 0x22, "nvint4": 0x11}[fmt.format], dtype=torch.uint8)  # of 1.0
+    message = torch.cat((torch.frombuffer(bytearray(first + stored.numpy().tobytes()), dtype=torch.uint8), codes))
+    parts = Parts(*(np.array([v]) for v in (0, 0, len(want), 0, len(first) + 256)), np.zeros(1, dtype=np.uint64))
+    for module, options in [(reference, {}), *((cpu, {"isa": isa}) for isa in ISAS)]:
+        got = torch.empty(len(want))
+        module.dequantize(message, parts, [got], fmt, **options)
+        torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
+
+
 @needs_compiler
 def test_residuals_in_place(rng):
     """What is read may be what is written."""
