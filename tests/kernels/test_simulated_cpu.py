@@ -81,7 +81,7 @@ def test_named_formats(name):
         assert_same([cpu.dequantize(got, target)], [reference.dequantize(want, target)])
 
 
-@pytest.mark.parametrize("name", ["fp8_e4m3", "fp8_e5m2", "mxfp6", "nvfp4", "nvint4"])
+@pytest.mark.parametrize("name", FORMATS)
 def test_named_formats_on_each_instruction_set(name):
     """Rows of several pieces, a denormal scale, ties, and numbers that round to -0."""
     x = torch.randn(7, 2100) * torch.rand(7, 1).mul(20).exp()
