@@ -3,9 +3,9 @@
 from collections.abc import Iterator
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field, WithJsonSchema
 
-from ds_quant.base.number_formats import FORMATS, scale_rules
+from ds_quant.base.number_formats import FORMATS, FOUR_SIX, SCALE_RULES, WIRE_FORMATS
 from ds_quant.config.deepspeed_json import SECTION
 from ds_quant.config.section import Allowed, BlockSection, Rule, Section, bits_or_format
 from ds_quant.config.values import (
@@ -15,8 +15,13 @@ from ds_quant.config.values import (
     WireBits,
     WireFormatName,
     flat_block_size,
+    not_null,
     nothing,
 )
+
+# Null is no value of either, only what their absence is to Python.
+_BITS_SCHEMA = WithJsonSchema({"type": "integer", "enum": [4, 8]})
+_FORMAT_SCHEMA = WithJsonSchema({"type": "string", "enum": list(WIRE_FORMATS)})
 
 
 def _own_size(name: str | None) -> int:
@@ -35,9 +40,9 @@ class GradientCommunicationConfig(BlockSection):
     where: ClassVar[str] = f"{SECTION}.communication.gradient"
     null_is_absent: ClassVar[tuple[str, ...]] = ("bits", "format", "scale_rule")
 
-    bits: WireBits | None = None
+    bits: Annotated[WireBits | None, BeforeValidator(not_null), _BITS_SCHEMA] = None
     """Bits of a code, 4 or 8. Required, or `format` in its place."""
-    format: WireFormatName | None = None
+    format: Annotated[WireFormatName | None, BeforeValidator(not_null), _FORMAT_SCHEMA] = None
     """In place of `bits`, 4 bits of another kind (docs/formats.md): `fp4_e2m1`, with an fp32 scale for `block_size`
     elements; `mxfp4` (32 elements, a power of two as scale); `nvfp4`, `nvint4` (16 elements, an fp8 scale and one fp32
     for each piece)."""
@@ -61,8 +66,8 @@ class GradientCommunicationConfig(BlockSection):
 
     def rules(self) -> Iterator[Rule]:
         yield from bits_or_format(self, "4 or 8")
-        rules = scale_rules(self.format) if self.format else ()
-        if self.scale_rule is not None and (len(rules) < 2 or self.scale_rule not in rules):
+        rules = {"mxfp4": SCALE_RULES, "nvfp4": (FOUR_SIX,)}.get(self.format or "", ())
+        if self.scale_rule is not None and self.scale_rule not in rules:
             allowed = '"floor" or "up" with format "mxfp4", "four_six" with "nvfp4"'
             yield "scale_rule", self.scale_rule, allowed, "remove it"
         if self._block_size_is_idle() and "block_size" in self.model_fields_set:

@@ -61,6 +61,12 @@ def choose(config: DiagnosticsConfig, quant: QuantConfig) -> Choice:
         missing["quantization_error"] = ("no quantizer of weights or inputs", fix)
     if not (linear and linear.weight):
         missing["oscillation"] = ("no quantizer of weights", "add ds_quant.linear.weight")
+    elif (named := linear.weight.named_format) and named.elements != "integer":
+        what = f"weights in {linear.weight.format}, whose thresholds are not evenly spaced"
+        missing["oscillation"] = (what, "use bits, mxint8 or nvint4")
+    elif "Y" in linear.rotated_products():
+        what = "a rotation of the output, whose codes are of mixed weights"
+        missing["oscillation"] = (what, 'leave "output" out of linear.rotation.used_for')
     if linear and linear.forward_full_precision_from is not None:
         for kind in _READ_QUANTIZERS:
             what = "linear.forward_full_precision_from, after which layers have other quantizers"

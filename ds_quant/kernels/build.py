@@ -29,7 +29,7 @@ FOLDER = Path(__file__).parent / "csrc"
 DRIVERS = ("adamw.cpp", "elementwise.cpp", "wire.cpp", "products.cpp", "masters.cpp", "formats.cpp")
 STAGES = (
     *("stages.cpp", "elementwise_stages.cpp", "wire_stages.cpp", "products_stages.cpp", "masters_stages.cpp"),
-    "formats_stages.cpp",
+    *("formats_stages.cpp", "wire_formats_stages.cpp"),
 )
 """Compiled once for each instruction set."""
 HEADERS = tuple(sorted(path.name for path in FOLDER.glob("*.h")))

@@ -37,10 +37,8 @@ import torch
 from torch import Tensor
 
 from ds_quant.numerics import integer, rotation
-from ds_quant.numerics.format import codes_by
 from ds_quant.numerics.random import derive_words
 from ds_quant.numerics.wire_blocks import (
-    CodesBy,
     WireFormat,
     code_bytes,
     num_blocks,
@@ -108,16 +106,15 @@ def quantize(
     key: tuple[int, int] | None = None,
     residuals: Residuals | None = None,
     errors: np.ndarray | Tensor | None = None,
-    encode: CodesBy = codes_by,
 ) -> None:
     """Write the parts of the pieces of `tensors` into `message`, as the module docstring defines it.
 
     tensors: 1-D, contiguous, all fp32, bf16 or fp16. message: uint8, 1-D, contiguous. key: two words for stochastic
-    rounding (see `fold_words`), None for nearest. errors: float64 of shape (2,). encode: what finds codes.
+    rounding (see `fold_words`), None for nearest. errors: float64 of shape (2,).
     """
     for number, piece in enumerate(_pieces(parts)):
         y = _own(tensors, piece, number, fmt, residuals)
-        _send(y, piece, number, message, fmt, key, residuals, errors, encode)
+        _send(y, piece, number, message, fmt, key, residuals, errors)
 
 
 @torch.no_grad()
@@ -134,7 +131,6 @@ def reduce(
     key: tuple[int, int] | None = None,
     residuals: Residuals | None = None,
     errors: np.ndarray | Tensor | None = None,
-    encode: CodesBy = codes_by,
 ) -> None:
     """Sum the own pieces and those of the other ranks, times `factor`, as the module docstring defines it.
 
@@ -158,7 +154,7 @@ def reduce(
             written += piece.numel
         else:
             assert message is not None
-            _send(result, piece, number, message, fmt, key, residuals, errors, encode)
+            _send(result, piece, number, message, fmt, key, residuals, errors)
 
 
 @torch.no_grad()
@@ -210,10 +206,9 @@ def _send(
     key: tuple[int, int] | None,
     residuals: Residuals | None,
     errors: np.ndarray | Tensor | None,
-    encode: CodesBy,
 ) -> None:
     subkey = None if key is None else torch.tensor(derive_words(key, piece.stream), device=y.device)
-    scales, codes = to_bytes(y, fmt, subkey, encode)
+    scales, codes = to_bytes(y, fmt, subkey)
     message[piece.scale_at : piece.scale_at + scales.numel()] = scales
     message[piece.codes_at : piece.codes_at + codes.numel()] = codes
     lost = y - values_from(scales, codes, piece.numel, fmt)

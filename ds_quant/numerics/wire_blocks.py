@@ -14,7 +14,6 @@ is the element times the scale, a product in fp32 with no clamp; an e4m3 scale i
 parts.
 """
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -67,10 +66,6 @@ class WireFormat(NamedTuple):
         return FORMATS[self.format].scale if self.format else "float"
 
 
-CodesBy = Callable[[Tensor, Tensor, Format[Integers | Minifloat], Tensor | None], Tensor]
-"""`format.codes_by` of a matrix with elements, or what has its bits."""
-
-
 def num_blocks(numel: int, fmt: WireFormat) -> int:
     """Blocks of a piece of `numel` elements."""
     return -(-numel // fmt.block_size)
@@ -87,10 +82,10 @@ def code_bytes(numel: int, fmt: WireFormat) -> int:
     return packing.code_bytes(numel, fmt.block_size, fmt.bits)
 
 
-def to_bytes(y: Tensor, fmt: WireFormat, key: Tensor | None, encode: CodesBy = codes_by) -> tuple[Tensor, Tensor]:
+def to_bytes(y: Tensor, fmt: WireFormat, key: Tensor | None) -> tuple[Tensor, Tensor]:
     """(scales, codes) of a piece, fp32 [numel] with numel > 0: uint8 [scale_bytes], uint8 [code_bytes].
 
-    key: of stochastic rounding; None: to nearest. encode: counts for formats with a name.
+    key: of stochastic rounding; None: to nearest.
     """
     elements = fmt.elements
     if not fmt.format:
@@ -110,7 +105,7 @@ def to_bytes(y: Tensor, fmt: WireFormat, key: Tensor | None, encode: CodesBy = c
         if fmt.scale_kind == "e8m0":
             # The exponent field of an fp32 number: 0 of 2^-127, which is denormal, and 255 of NaN.
             stored = ((scale.view(torch.int32) >> 23) & 255).to(torch.uint8)
-    codes = encode(y[None], scale[None], elements, key)[0]
+    codes = codes_by(y, scale, elements, key)
     return stored, packing.pack(codes, fmt.block_size, fmt.bits)
 
 

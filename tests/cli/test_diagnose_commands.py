@@ -273,6 +273,15 @@ def test_quantizers_of_a_json_are_put_in_their_place(commands: Commands, llama: 
     (found,) = commands.found("quantization_error")
     assert {row["bits"] for row in found.rows} == {4}
     assert found.settings["quantizers"] == "w4_channel"
+    # Of gradients where there is a backward.
+    config = commands.output.parent / "gradient.json"
+    config.write_text(json.dumps({"ds_quant": {"linear": {"gradient": {"format": "nvfp4", "granularity": "block"}}}}))
+    assert "without meaning" not in commands("gradient-error", llama, "--quantizers", config)
+    (found,) = commands.found("gradient_error")
+    assert {row["quantized"] for row in found.rows} == {"G nvfp4 block for dW+dX (simulated)"}
+    assert "no linear.activation" in commands(
+        "quantization-error", llama, "--quantizers", config, "--overwrite", code=2
+    )
 
 
 @pytest.mark.distributed

@@ -111,6 +111,7 @@ sections = optional(
                 rotation=st.sampled_from(["none", "hadamard"]),
                 hierarchical=st.booleans() | st.integers(2, 16),
             )
+            | optional({"format": st.sampled_from(["fp4_e2m1", "mxfp4", "nvfp4", "nvint4"])}, rotation=st.just("none"))
         }
     ),
 )

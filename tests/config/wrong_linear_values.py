@@ -18,6 +18,16 @@ WRONG_LINEAR_VALUES = [
         )
         for bits in (1, 9, 8.0, "8", True, None)
     ),
+    *(
+        (
+            {"linear": {"weight": {"bits": 4, "format": "nvfp4"} | {key: None}}},
+            f"{LINEAR}.weight.{key}",
+            "null",
+            allowed,
+            "w",
+        )
+        for key, allowed in (("bits", "an integer from 2 to 8"), ("format", '"fp8_e4m3", '))
+    ),
     (
         {"linear": {"weight": {}}},
         f"{LINEAR}.weight.bits",

@@ -109,10 +109,19 @@ WRONG_STATE_AND_WIRE_VALUES = [
         for gradient, key, got, allowed, fix in [
             ({}, "bits", "nothing", '4 or 8, or "format"', "add it"),
             ({"bits": 4, "format": "nvfp4"}, "format", '"nvfp4"', 'absent beside "bits"', "remove one"),
+            ({"bits": None, "format": "nvfp4"}, "bits", "null", "4 or 8", "write"),
+            ({"bits": 4, "format": None}, "format", "null", '"fp4_e2m1", "mxfp4"', "write"),
             ({"format": "mxfp8"}, "format", '"mxfp8"', '"nvint4": those of 8 bits lose more', '"mxfp4"'),
             ({"format": "fp6_e2m3"}, "format", '"fp6_e2m3"', "no codes of 6 bits", "fp4_e2m1"),
             ({"format": "nvfp4", "block_size": 32}, "block_size", "32", 'absent with format "nvfp4"', "remove it"),
             ({"format": "nvint4", "scale_rule": "four_six"}, "scale_rule", '"four_six"', 'with "nvfp4"', "remove it"),
+            (
+                {"format": "nvfp4", "scale_rule": "floor"},
+                "scale_rule",
+                '"floor"',
+                '"four_six" with "nvfp4"',
+                "remove it",
+            ),
             ({"format": "nvfp4", "scale_rule": "up"}, "scale_rule", '"up"', '"floor" or "up" with', "remove it"),
             ({"bits": 4, "scale_rule": "up"}, "scale_rule", '"up"', 'with format "mxfp4"', "remove it"),
         ]

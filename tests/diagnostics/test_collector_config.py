@@ -72,6 +72,9 @@ def test_a_section_of_diagnostics_alone_is_enough():
     [
         ({}, set()),
         ({"linear": W8}, {"quantization_error", "oscillation"}),
+        ({"linear": {"weight": {"format": "mxint8"}}}, {"quantization_error", "oscillation"}),
+        ({"linear": {"weight": {"format": "mxfp8"}}}, {"quantization_error"}),
+        ({"linear": {**W8, **A8, "rotation": {}}}, {"quantization_error", "gradient_error"}),
         ({"linear": A8}, {"quantization_error", "gradient_error"}),
         ({"linear": {**A8, "backward_operands": "original"}}, {"quantization_error"}),
         ({"linear": G8}, {"gradient_error"}),
@@ -96,6 +99,21 @@ def test_without_names_it_is_what_there_are_components_for(section, more):
 def test_a_kind_by_name_without_its_component_is_refused(kind):
     with pytest.raises(ConfigError, match=f'^ds_quant.diagnostics.kinds: got "{kind}"; .* fix: take it out, or '):
         chosen({"kinds": ["outliers", kind]})
+
+
+@pytest.mark.parametrize(
+    ("linear", "message"),
+    [
+        ({"weight": {"format": "nvfp4"}}, "weights in nvfp4, whose .* or use bits, mxint8 or nvint4"),
+        (
+            {**W8, **A8, "rotation": {}},
+            r'rotation of the output, .* or leave "output" out of linear\.rotation\.used_for',
+        ),
+    ],
+)
+def test_oscillation_of_weights_that_have_no_thresholds_of_their_own_is_refused(linear, message):
+    with pytest.raises(ConfigError, match=f'^ds_quant.diagnostics.kinds: got "oscillation"; .*{message}'):
+        chosen({"kinds": ["oscillation"]}, linear=linear)
 
 
 def test_a_kind_by_name_is_all_there_is():

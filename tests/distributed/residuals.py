@@ -27,11 +27,11 @@ ROWS, WIDTH, HIDDEN = 4, 24, 96
 TRAINED, MORE = 3, 3
 CASES = {
     "0": {"stage": 0},
-    "0 bf16": {"stage": 0, "dtype": "bf16"},
+    "0 bf16": {"stage": 0, "dtype": "bf16", "gradient": {"format": "mxfp4", "scale_rule": "up"}},
     "1": {"stage": 1},
-    "BF16_Optimizer": {"stage": 1, "dtype": "bf16", "grad_accum_dtype": "fp32"},
+    "BF16_Optimizer": {"stage": 1, "dtype": "bf16", "grad_accum_dtype": "fp32", "gradient": {"format": "fp4_e2m1"}},
     "2": {"stage": 2, "accumulation": 2, "gradient": {"format": "nvfp4", "scale_rule": "four_six"}},
-    "3": {"stage": 3, "accumulation": 2},
+    "3": {"stage": 3, "accumulation": 2, "gradient": {"format": "nvint4"}},
 }
 LARGE = 512
 
@@ -206,7 +206,7 @@ def skipped(folder):
         "3": {"stage": 3},
         "3 bf16": {"stage": 3, "dtype": "bf16"},
         "2 bf16": {"stage": 2, "dtype": "bf16", "accumulation": 2, "bf16": {"check_grad_overflow": True}},
-        "0 bf16": {"stage": 0, "dtype": "bf16"},
+        "0 bf16": {"stage": 0, "dtype": "bf16", "gradient": {"format": "mxfp4", "scale_rule": "up"}},
     }.items():
         case |= {"gradient": {"rounding": "nearest"}}
         engine = start(**case)

@@ -12,6 +12,7 @@ from native import ACCUMULATION, LR, ROWS, STEPS
 from transformers import LlamaForCausalLM
 
 import ds_quant
+from ds_quant.base.number_formats import FORMATS
 
 pytestmark = pytest.mark.distributed
 
@@ -91,13 +92,27 @@ def test_stages_agree(native):
 
 
 NVFP4 = {"format": "nvfp4", "scale_rule": "four_six"}
+
+
+def each_format():
+    """Every format of the registry in one of three operands."""
+    names = list(FORMATS)
+    for first in range(0, len(names), 3):
+        weight, activation, gradient = (names[(first + number) % len(names)] for number in range(3))
+        groups = {} if FORMATS[gradient].block_size else {"granularity": "token"}
+        yield (
+            f"{weight} {activation} {gradient}",
+            {
+                "weight": {"format": weight},
+                "activation": {"format": activation},
+                "gradient": {"format": gradient, "rounding": "stochastic", **groups},
+                "rotation": {"used_for": ["output"]},
+            },
+        )
+
+
 LINEARS = {
-    "formats": {
-        "weight": {"format": "fp8_e4m3"},
-        "activation": {"format": "mxint8"},
-        "gradient": {"format": "mxfp8", "scale_rule": "up", "rounding": "stochastic"},
-        "rotation": {"used_for": ["output"]},
-    },
+    **dict(each_format()),
     "repairs of 4 bits": {
         "weight": NVFP4,
         "activation": {**NVFP4, "split_mean": True},
@@ -123,7 +138,7 @@ LINEARS = {
         "forward_full_precision_from": STEPS + 1,
     },
 }
-SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("formats", "fp8")]
+QUICK = ("repairs of 4 bits", "outliers, trust and dampening", "int8, then none")
 
 
 def first_loss(section, layers):
@@ -137,10 +152,12 @@ def first_loss(section, layers):
         return sum(model(input_ids=part, labels=part).loss.item() for part in (data[::2], data[1::2])) / 2
 
 
-@pytest.mark.parametrize("name", ["repairs of 4 bits", "outliers, trust and dampening", "int8, then none", *SLOW])
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in LINEARS]
+)
 def test_formats_at_every_stage(tmp_path, name):
     """The stages agree as they do for integers, and a resumed run is the one that went on."""
-    linear, layers = LINEARS[name], 1 if name in ("repairs of 4 bits", "formats") else 2  # they take the longest
+    linear, layers = LINEARS[name], 1 if "rotation" in LINEARS[name] else 2  # they take the longest
     settings = json.loads(CONFIG.read_text())
     settings["ds_quant"]["linear"] = linear
     (tmp_path / "config.json").write_text(json.dumps(settings))

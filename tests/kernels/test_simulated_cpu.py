@@ -10,6 +10,7 @@ from ds_quant.base.number_formats import FORMATS, FOUR_SIX, SCALE_RULES
 from ds_quant.kernels import build, native
 from ds_quant.kernels.simulated import cpu, cpu_formats, ops, reference
 from ds_quant.numerics.format import Format, Group, Integers, ScaleCodec, named_format
+from ds_quant.numerics.integer import expand_scale
 from ds_quant.numerics.random import fold_key
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
@@ -80,7 +81,7 @@ def test_named_formats(name):
         assert_same([cpu.dequantize(got, target)], [reference.dequantize(want, target)])
 
 
-@pytest.mark.parametrize("name", ["fp8_e4m3", "fp8_e5m2", "mxfp6", "nvfp4", "nvint4"])
+@pytest.mark.parametrize("name", FORMATS)
 def test_named_formats_on_each_instruction_set(name):
     """Rows of several pieces, a denormal scale, ties, and numbers that round to -0."""
     x = torch.randn(7, 2100) * torch.rand(7, 1).mul(20).exp()
@@ -94,6 +95,27 @@ def test_named_formats_on_each_instruction_set(name):
             got = cpu_formats.dequantize(want, target, isa)
             assert_same([got], [reference.dequantize(want, target)])
             assert torch.equal(got.signbit(), reference.dequantize(want, target).signbit())
+
+
+@pytest.mark.parametrize("name", [name for name, fmt in FORMATS.items() if fmt.elements == "integer"])
+@pytest.mark.parametrize("quantize", [reference.quantize, cpu.quantize], ids=["definition", "C++"])
+def test_integers_have_no_code_without_its_negative(quantize, name):
+    """-128 or -8 would be the nearest code, or one of two, of what a block's scale makes of some elements."""
+    to = named_format(name)
+    n = to.elements.levels
+    # Of mxint8 blocks whose largest number is just below the next power of two; of nvint4 such whose scale e4m3 rounds
+    # down, so that stochastic rounding may leave 7 for 8.
+    x = torch.randn(64, 320)
+    x[:8, ::32] = -127.9
+    for rounding, key in zip(("nearest", "stochastic"), KEYS, strict=True):
+        q = quantize(x, None, to, rounding, key)
+        steps = x / expand_scale(q)
+        assert (steps < -(n + 0.25)).any(), "nothing that would round to the code"
+        assert int(q.codes.min()) == -n
+        assert int(q.codes.max()) == n
+        if key is None:
+            mirrored = quantize(-x, None, to, rounding, key)
+            assert torch.equal(mirrored.codes, -q.codes)
 
 
 def test_what_is_left_to_the_definitions(monkeypatch):

@@ -9,46 +9,30 @@ import torch
 from kernels.wire_jobs import DTYPES, FORMATS, ISAS, KEY, NAMED, Job, assert_same, check, needs_compiler
 
 from ds_quant.kernels import build, registry, wire
-from ds_quant.kernels.simulated import cpu_formats
 from ds_quant.kernels.wire import compiled, cpu
 from ds_quant.numerics import wire as reference
 from ds_quant.numerics.wire import Parts, Residuals, WireFormat
 
 
 @needs_compiler
-@pytest.mark.parametrize("fmt", FORMATS, ids=str)
+@pytest.mark.parametrize("fmt", [*FORMATS, *NAMED], ids=str)
 def test_formats_dtypes_and_roundings(rng, fmt):
     for dtype, key in itertools.product(DTYPES, (None, KEY)):
         check(Job(rng, fmt, dtype=dtype, key=key), f"{dtype} {key}")
 
 
 @needs_compiler
-@pytest.mark.parametrize("fmt", NAMED, ids=str)
-def test_named_formats_are_encoded_by_the_kernels_of_layers(rng, fmt, monkeypatch):
-    seen, encode = [], cpu_formats.codes_by
-    monkeypatch.setattr(cpu_formats, "codes_by", lambda *given: seen.append(given) or encode(*given))
-    for dtype, key in ((torch.float32, None), (torch.bfloat16, KEY)):
-        job = Job(rng, fmt, numels=(1, 17, 33, 257, 1000), dtype=dtype, key=key)
-        expected = job.run(reference)
-        assert not seen
-        assert_same(job.run(wire), expected, f"{dtype} {key}")
-        # Two calls that quantize and one that requantizes, each piece by itself.
-        assert len(seen) == 3 * len(job.parts.numel)
-        seen.clear()
-
-
-@needs_compiler
 @pytest.mark.parametrize("world_size", [1, 2, 8])
 def test_world_sizes(rng, world_size):
-    for fmt in FORMATS[::5]:
+    for fmt in (*FORMATS[::5], *NAMED[3::2]):
         for _ in range(3):
             check(Job(rng, fmt, world_size=world_size), f"{fmt}")
 
 
 @needs_compiler
 def test_every_length(rng):
-    for fmt in (WireFormat(8, 32), WireFormat(4, 64), WireFormat(4, 128, "hadamard")):
-        job = Job(rng, fmt, numels=range(1, 140), key=KEY, world_size=2)
+    for fmt in (WireFormat(8, 32), WireFormat(4, 64), WireFormat(4, 128, "hadamard"), NAMED[3], NAMED[6]):
+        job = Job(rng, fmt, numels=range(1, 70 if fmt.format else 140), key=KEY, world_size=2)
         # Of one magnitude, so that every element counts in the sums of errors.
         job.tensors = [torch.from_numpy(rng.normal(size=len(job.tensors[0]))).float()]
         check(job, f"{fmt}")
@@ -69,7 +53,7 @@ def test_many_pieces_of_many_tensors(rng):
 @needs_compiler
 @pytest.mark.parametrize("extreme", [0.0, -0.0, 2.0**-149, 1e-44, 2.0**-127, 3.4e38, np.inf, -np.inf, np.nan])
 def test_extremes(rng, extreme):
-    for fmt in (WireFormat(8, 32), WireFormat(4, 32), WireFormat(8, 64, "hadamard")):
+    for fmt in (WireFormat(8, 32), WireFormat(4, 32), WireFormat(8, 64, "hadamard"), *NAMED):
         job = Job(rng, fmt, numels=[320], key=KEY if rng.uniform() < 0.5 else None, some=False)
         job.tensors[0][:] = extreme * torch.from_numpy(rng.choice([-1.0, 0.0, 0.5, 1.0], size=320))
         job.tensors[0][40] = extreme
@@ -107,9 +91,52 @@ def test_ties_and_the_clamp():
 
 
 @needs_compiler
+@pytest.mark.parametrize("fmt", NAMED, ids=str)
+def test_ties_of_named_formats(fmt):
+    """Each value, what lies halfway to the next, and the neighbours of these in fp32, at the scale that values have."""
+    steps = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0] if "fp4" in fmt.format else range(8)).float()
+    halfway = torch.cat((steps, (steps[1:] + steps[:-1]) / 2))
+    near = torch.cat((halfway, *(torch.nextafter(halfway, torch.tensor(to)) for to in (-8.0, 8.0)))).clamp(
+        max=steps[-1]
+    )
+    size = fmt.block_size
+    rows = torch.cat((near, -near)).split(size - 1)
+    filled = [torch.nn.functional.pad(row, (0, size - 1 - len(row))) for row in rows]
+    x = torch.cat([torch.cat((steps[-1:], row)) for row in filled]) * 2.0**-20
+    if fmt.format.startswith("nv"):  # the largest block's part of the scale is then a power of two
+        x = torch.cat((x, torch.full((size,), float(steps[-1]) * 448 * 2.0**-20)))
+    for key in (None, KEY):
+        job = Job(np.random.default_rng(0), fmt._replace(rotation="none"), numels=[len(x)], key=key, some=False)
+        job.tensors[0] = x
+        job.read[0] = torch.zeros(len(x)).bfloat16()
+        check(job, f"{key}")
+
+
+@pytest.mark.parametrize(
+    ("fmt", "dtype", "first"),
+    [
+        (WireFormat(4, 32, "none", "mxfp4"), torch.float8_e8m0fnu, b""),
+        (WireFormat(4, 16, "none", "nvint4"), torch.float8_e4m3fn, np.float32(1.0).tobytes()),
+    ],
+    ids=["e8m0", "e4m3"],
+)
+def test_stored_scales_are_those_of_torchs_dtypes(fmt, dtype, first):
+    """All bytes, of the definition and of the kernels."""
+    stored = torch.arange(256, dtype=torch.uint8)
+    want = stored.view(dtype).float().repeat_interleave(fmt.block_size)
+    codes = torch.full((len(want) // 2,), {"mxfp4": 0x22, "nvint4": 0x11}[fmt.format], dtype=torch.uint8)  # of 1.0
+    message = torch.cat((torch.frombuffer(bytearray(first + stored.numpy().tobytes()), dtype=torch.uint8), codes))
+    parts = Parts(*(np.array([v]) for v in (0, 0, len(want), 0, len(first) + 256)), np.zeros(1, dtype=np.uint64))
+    for module, options in [(reference, {}), *((cpu, {"isa": isa}) for isa in ISAS)]:
+        got = torch.empty(len(want))
+        module.dequantize(message, parts, [got], fmt, **options)
+        torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
+
+
+@needs_compiler
 def test_residuals_in_place(rng):
     """What is read may be what is written."""
-    for fmt in FORMATS[::3]:
+    for fmt in (*FORMATS[::3], *NAMED[4:]):
         job = Job(rng, fmt, some=False)
         results = []
         for module in (reference, cpu):
@@ -124,9 +151,11 @@ def test_residuals_in_place(rng):
 
 
 @needs_compiler
-def test_threads_make_no_difference(rng):
-    for numels in ([300_001], [70_000, 50_000, *[7] * 1000]):
-        job = Job(rng, WireFormat(8, 256), numels=numels, key=KEY, world_size=2)
+@pytest.mark.parametrize("fmt", [WireFormat(8, 256), WireFormat(4, 16, "none", "nvint4")], ids=str)
+def test_threads_make_no_difference(rng, fmt):
+    for numels in ([300_001], [70_000, 50_000, *[7] * 200]):
+        # Of e4m3 scales, several chunks of a piece have one scale in common.
+        job = Job(rng, fmt, numels=numels, key=KEY, world_size=2)
         results, before = [], torch.get_num_threads()
         try:
             for threads in (1, 2):
@@ -184,8 +213,8 @@ def test_no_pieces(rng):
     assert not message.any()
 
 
-def test_a_message_at_an_odd_address(rng):
-    fmt = WireFormat(8, 32, "hadamard")
+@pytest.mark.parametrize("fmt", [WireFormat(8, 32, "hadamard"), *NAMED[2:]], ids=str)
+def test_a_message_at_an_odd_address(rng, fmt):
     job = Job(rng, fmt)
     store = torch.zeros(job.size + 1, dtype=torch.uint8)
     expected = torch.zeros(job.size, dtype=torch.uint8)

@@ -19,13 +19,16 @@ KEY = (0x12345678, 0x9ABCDEF0)
 MAX_BLOCK = 4096
 FORMATS = [WireFormat(*fields) for fields in itertools.product((8, 4), (32, 256, MAX_BLOCK), ("none", "hadamard"))]
 NAMED = [
+    WireFormat(4, 32, "hadamard", "fp4_e2m1"),
     WireFormat(4, 256, "none", "fp4_e2m1"),
+    WireFormat(4, MAX_BLOCK, "none", "fp4_e2m1"),
+    WireFormat(4, 32, "none", "mxfp4"),
     WireFormat(4, 32, "hadamard", "mxfp4", "up"),
     WireFormat(4, 16, "hadamard", "nvfp4"),
     WireFormat(4, 16, "none", "nvfp4", "four_six"),
     WireFormat(4, 16, "none", "nvint4"),
 ]
-"""Those whose elements layers have kernels for."""
+"""One of each format, scale rule, and size of blocks that the kernels treat differently."""
 
 needs_compiler = pytest.mark.skipif(not ISAS, reason=f"no C++ kernels: {build.load().reason}")
 

@@ -90,8 +90,13 @@ def assert_close(x, q, rounding):
     scale = expand_scale(q).double().expand(x.shape)
     group = quantize(x, 8, granularity=q.granularity, block_size=q.block_size)
     absmax = expand_scale(group).double().expand(x.shape) * 127
-    # Symmetric: x / scale, scale and the product are each rounded once, 2^-24 of absmax at most. Asymmetric adds the
-    # zero point, its sum with the steps and its subtraction. 8 of them bound both.
-    bound = scale * (0.5 if rounding == "nearest" else 1) + 8 * 2.0**-24 * absmax + TINY
+    # With u = 2^-24, in units of u * absmax and to first order. Symmetric: x / scale and the product are rounded once
+    # each, both at absmax at most: 2, and one for what is of second order.
+    # Asymmetric: the code minus the zero point may pass 2^24 and be rounded, as is its product, at absmax + scale; no
+    # scale is above 2/3 of absmax: 1 + 2 * 5/3 < 5. Where the clamp cuts the code of the largest element, the error is
+    # that of the zero point, 1, of these two, which are at the largest element, 2, and what n scales lack of the range:
+    # the difference and the quotient are rounded, at 2 absmax at most: 4. So 7, and one for second order.
+    roundings = 3 if q.zero_point is None else 8
+    bound = scale * (0.5 if rounding == "nearest" else 1) + roundings * 2.0**-24 * absmax + TINY
     error = (dequantize(q).double() - x.double()).abs()
     assert (error <= bound).all()

@@ -49,7 +49,7 @@ def run(options: argparse.Namespace) -> None:
         raise CommandError(f"report: got no {' and no '.join(missing)}; allowed: both installed; {fix}")
     output = common.output_folder(options)
     # What is wrong with the checkpoints or the text would be the reason of every diagnostic.
-    for _ in common.subjects(options):
+    for _ in common.subjects(options, with_backward=True):
         pass
     left_out: dict[str, str] = {}
     for name in NAMES:

@@ -108,31 +108,34 @@ class Subject(NamedTuple):
         return replace(found, settings={**self.settings, **found.settings})
 
 
-def subjects(options: argparse.Namespace) -> Iterator[Subject]:
+def subjects(options: argparse.Namespace, *, with_backward: bool = False) -> Iterator[Subject]:
     """The checkpoints one after the other, each loaded when the one before may be forgotten.
+
+    with_backward: what is run is a forward and a backward.
 
     Raises:
         ConfigError, CommandError: something is missing, broken or does not fit together.
     """
     check_positive(options, "batch_size", "batches")
-    models = load_all(options)
+    models = load_all(options, with_backward=with_backward)
     text = _text(options)
     for loaded in models:
         yield Subject(loaded, _batches(loaded, text, options), {**model_settings(loaded, options), "text": text.source})
 
 
-def load_all(options: argparse.Namespace) -> Iterator[LoadedModel]:
+def load_all(options: argparse.Namespace, *, with_backward: bool = False) -> Iterator[LoadedModel]:
     """The checkpoints as the options say, all inspected at the start, each loaded in its turn.
 
     Raises:
         ConfigError: something is missing, broken or does not fit together.
     """
-    return _loaded([open_model(checkpoint) for checkpoint in options.checkpoints], options)
+    return _loaded([open_model(checkpoint) for checkpoint in options.checkpoints], options, with_backward)
 
 
-def _loaded(opened: list[OpenedModel], options: argparse.Namespace) -> Iterator[LoadedModel]:
+def _loaded(opened: list[OpenedModel], options: argparse.Namespace, with_backward: bool) -> Iterator[LoadedModel]:
+    asked = {"quantizers": options.quantizers, "dtype": DTYPES[options.dtype], "device": options.device}
     for one in opened:
-        loaded = load_opened(one, quantizers=options.quantizers, dtype=DTYPES[options.dtype], device=options.device)
+        loaded = load_opened(one, **asked, with_backward=with_backward)
         for note in loaded.notes:
             print(note)
         loaded.model.config.use_cache = False

@@ -80,7 +80,7 @@ def run(options: argparse.Namespace) -> None:
         raise CommandError("--by_layer: got no checkpoint; allowed: beside --checkpoints; name one, or leave it out")
     on_wire = options.used_for == "wire"
     record = recorded_tensors.record_gradients if on_wire else recorded_tensors.record
-    for subject in common.subjects(options) if options.checkpoints else ():
+    for subject in common.subjects(options, with_backward=True) if options.checkpoints else ():
         found |= record(subject, by_layer=options.by_layer)
     if on_wire:  # messages know no rows
         found = {what: [x.reshape(1, -1) for x in tensors] for what, tensors in found.items()}

@@ -51,7 +51,7 @@ def measure(options: argparse.Namespace) -> list[Measurement]:
     asked: list[GradientConfig | None] = [GradientConfig.parse(item) for item in options.gradient or []]
     wire = None if options.wire is None else GradientCommunicationConfig.parse(options.wire)
     found = []
-    for subject in common.subjects(options):
+    for subject in common.subjects(options, with_backward=True):
         model, trained = subject.loaded.model, subject.loaded.trained
         if options.quantizers == "trained" and subject.loaded.linear is None and trained is not None:
             convert(model, trained)  # quantizers of gradients alone, which a forward does without

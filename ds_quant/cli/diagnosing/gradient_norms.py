@@ -47,7 +47,7 @@ def measure(options: argparse.Namespace) -> list[Measurement]:
     for checkpoint in options.checkpoints:
         folder = resolve(Path(checkpoint)).parent
         histories[folder] = _history(folder, options)
-    for subject in common.subjects(options):
+    for subject in common.subjects(options, with_backward=True):
         recorder = GradientNormRecorder()
         with attach(subject.loaded.model, [recorder]):
             common.run_through(subject.loaded.model, subject.batches, backward=True)

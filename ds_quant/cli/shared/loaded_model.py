@@ -70,10 +70,15 @@ def load_model(
 
 
 def load_opened(
-    opened: OpenedModel, *, quantizers: str | Path, dtype: torch.dtype | None, device: str | None
+    opened: OpenedModel,
+    *,
+    quantizers: str | Path,
+    dtype: torch.dtype | None,
+    device: str | None,
+    with_backward: bool = False,
 ) -> LoadedModel:
-    """As :func:`load_model`, of a folder that was opened before."""
-    linear, notes = choose(opened, quantizers)
+    """As :func:`load_model`, of a folder that was opened before. with_backward: as for :func:`choose`."""
+    linear, notes = choose(opened, quantizers, with_backward=with_backward)
     where = device_named(device)
     state = None
     if not opened.exported:

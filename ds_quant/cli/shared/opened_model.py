@@ -68,11 +68,15 @@ def open_model(folder: str | Path) -> OpenedModel:
     return OpenedModel(path, config, model_config, checkpoint, linear_section(checkpoint, None), exported=False)
 
 
-def choose(opened: OpenedModel, quantizers: str | Path) -> tuple[LinearConfig | None, list[str]]:
+def choose(
+    opened: OpenedModel, quantizers: str | Path, *, with_backward: bool = False
+) -> tuple[LinearConfig | None, list[str]]:
     """The quantizers to put in force, and what a user should know about them.
 
+    with_backward: those of gradients in a JSON count as well.
+
     Raises:
-        ConfigError: a JSON that is broken or quantizes nothing that a forward goes through, or any for an export.
+        ConfigError: a JSON that is broken or quantizes nothing that a pass goes through, or any for an export.
     """
     if opened.exported and quantizers != "trained":
         fix = "name the checkpoint it was exported from"
@@ -87,15 +91,20 @@ def choose(opened: OpenedModel, quantizers: str | Path) -> tuple[LinearConfig | 
         return _at_step_of(opened.path, trained)
     section = QuantConfig.load(str(quantizers))
     linear = section.linear
-    if linear is None or not (linear.weight or linear.activation):
-        got = "no linear.weight and no linear.activation"
-        raise fail(f"{quantizers}: ds_quant", got, "quantizers that a forward goes through", 'another JSON, or "off"')
+    used = ("weight", "activation", *(("gradient",) if with_backward else ()))
+    if linear is None or not any(getattr(linear, operand) for operand in used):
+        got, passes = (
+            " and ".join(f"no linear.{operand}" for operand in used),
+            "a pass" if with_backward else "a forward",
+        )
+        raise fail(f"{quantizers}: ds_quant", got, f"quantizers that {passes} goes through", 'another JSON, or "off"')
     unused = [name for name in ("optimizer", "communication") if getattr(section, name) is not None]
-    unused += ["linear.gradient"] if linear.gradient is not None else []
+    unused += ["linear.gradient"] if linear.gradient is not None and not with_backward else []
     if linear.forward_full_precision_from is not None:
         unused.append("linear.forward_full_precision_from")
         linear = _without_end(linear)
-    return linear, [f"{quantizers}: without meaning in an evaluation: {', '.join(unused)}"] if unused else []
+    place = "here" if with_backward else "in an evaluation"
+    return linear, [f"{quantizers}: without meaning {place}: {', '.join(unused)}"] if unused else []
 
 
 def _at_step_of(path: Path, trained: LinearConfig) -> tuple[LinearConfig | None, list[str]]:

@@ -1,70 +1,12 @@
-// Gradients to codes and back, block by block, all of a block in L1. Compiled once for each instruction set, with
-// DS_QUANT_ISA its name and -ffp-contract=off. numerics/wire.py has the definition.
+// Gradients to integers with fp32 scales and back, block by block, all of a block in L1. Compiled once for each
+// instruction set, with DS_QUANT_ISA its name and -ffp-contract=off. numerics/wire.py has the definition.
 //
 // A loop takes whole vectors and leaves the rest to itself with shorter ones, so the rest has the same bits.
 #include "absmax.h"
-#include "convert.h"
-#include "hadamard.h"
 #include "random.h"
-#include "simd.h"
-#include "wire.h"
+#include "wire_elements.h"
 
 namespace {
-
-float load_float(const uint8_t* from) {
-    float x;
-    std::memcpy(&x, from, sizeof x);
-    return x;
-}
-
-int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-
-// ---- elements and residuals ----------------------------------------------------------------------------------------
-
-template <class V>
-void add_residual(const float* x, const uint16_t* residual, float scale, float* to, int64_t n) {
-    int64_t i = 0;
-    for (; i + V::width <= n; i += V::width) {
-        auto r = V::mul(from_bf16<V>(V::load_u16(residual + i)), V::set(scale));
-        V::store(to + i, V::add(V::load(x + i), r));
-    }
-    if constexpr (V::width > 1) add_residual<typename V::Rest>(x + i, residual + i, scale, to + i, n - i);
-}
-
-template <class V>
-void store_residual(const float* lost, uint16_t* to, float inverse, int64_t n) {
-    int64_t i = 0;
-    for (; i + V::width <= n; i += V::width) {
-        auto bits = to_bf16<V>(V::mul(V::load(lost + i), V::set(inverse)));
-        auto is_finite = V::greater_int(V::set_int(0x7f80), V::bit_and(bits, V::set_int(0x7fff)));
-        V::store_u16(to + i, V::select(is_finite, bits, V::set_int(0)));
-    }
-    if constexpr (V::width > 1) store_residual<typename V::Rest>(lost + i, to + i, inverse, n - i);
-}
-
-uint16_t* residual_at(const int64_t* addresses, int64_t piece, int64_t element) {
-    return addresses && addresses[piece] ? reinterpret_cast<uint16_t*>(addresses[piece]) + element : nullptr;
-}
-
-// What a block's elements are before they are quantized or summed: in memory, or made in `buffer`.
-const float* own_elements(
-    const WireCall& c, const Signs& signs, int64_t piece, int64_t element, int64_t n, float* buffer) {
-    auto dtype = static_cast<Dtype>(c.dtype);
-    auto* from = reinterpret_cast<const char*>(c.data[piece]) + element * itemsize(dtype);
-    const uint16_t* residual = residual_at(c.read, piece, element);
-    auto* x = reinterpret_cast<const float*>(from);
-    if (dtype != FLOAT32) {
-        load(dtype, from, buffer, n);
-        x = buffer;
-    }
-    if (residual) {
-        add_residual<Widest>(x, residual, c.residual_scale, buffer, n);
-        x = buffer;
-    }
-    if (!c.rotated) return x;
-    rotate(x, buffer, n, signs);
-    return buffer;
-}
 
 // ---- to codes ------------------------------------------------------------------------------------------------------
 
@@ -273,16 +215,6 @@ void decode_block(const WireCall& c, const Place& at, float* to, int64_t n) {
     decode_run<Wide, 4, true>(codes, scale, to + half, n - half);
 }
 
-// Has `fill` write n fp32 numbers, and brings them into the tensor.
-template <class Fill>
-void put_out(const WireCall& c, const Signs& signs, Dtype dtype, char* to, int64_t n, const Fill& fill) {
-    if (dtype == FLOAT32 && !c.rotated) return fill(reinterpret_cast<float*>(to));
-    alignas(64) float buffer[MAX_BLOCK];
-    fill(buffer);
-    if (c.rotated) unrotate(buffer, n, signs);
-    store(dtype, buffer, to, n);
-}
-
 void reduce(const WireCall& c, const Signs& signs, int64_t piece, int64_t begin, int64_t end, double* errors) {
     alignas(64) float buffer[MAX_BLOCK], result[MAX_BLOCK];
     auto dtype = static_cast<Dtype>(c.result_dtype);
@@ -313,7 +245,7 @@ void dequantize(const WireCall& c, const Signs& signs, int64_t piece, int64_t be
     }
 }
 
-const WireStages STAGES = {quantize, reduce, dequantize};
+const WireStages STAGES = {quantize, reduce, dequantize, nullptr, nullptr};
 
 }  // namespace
 

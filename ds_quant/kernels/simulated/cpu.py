@@ -45,11 +45,6 @@ def quantize(
     return reference.quantize(x, factor, to, rounding, subkey)
 
 
-@ops.codes_by.by("cpu")
-def codes_by(x: Tensor, scale: Tensor, to: Format[Integers | Minifloat], key: Tensor | None) -> Tensor:
-    return cpu_formats.codes_by(x, scale, to, key)
-
-
 @ops.dequantize.by("cpu")
 def dequantize(q: Quantized, dtype: torch.dtype) -> Tensor:
     codes, scale, zero_point, granularity, size, elements = q

@@ -54,12 +54,6 @@ def quantize(
     return quantize.on(x.device)(x, factor, to, rounding, subkey)
 
 
-@operation(FAMILY, reference=reference.codes_by, backends_only=True)
-def codes_by(x: Tensor, scale: Tensor, to: Format[Integers | Minifloat], key: Tensor | None) -> Tensor:
-    """`numerics.format.codes_by` of a matrix with elements: what a message needs, which knows its scales."""
-    return codes_by.on(x.device)(x, scale, to, key)
-
-
 @operation(FAMILY, reference=reference.dequantize, backends_only=True)
 def dequantize(q: Quantized, dtype: torch.dtype) -> Tensor:
     """`numerics.integer.dequantize`."""

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ds_quant.numerics.format import Format, Integers, codes_by, quantize_to
+from ds_quant.numerics.format import Format, Integers, quantize_to
 from ds_quant.numerics.integer import Quantized, dequantize
 from ds_quant.numerics.minifloat import Minifloat
 
@@ -15,7 +15,7 @@ def quantize(
     return quantize_to(x if factor is None else x.float() * factor, to, rounding=rounding, key=subkey)
 
 
-__all__ = ["codes_by", "dequantize", "finish", "quantize"]
+__all__ = ["dequantize", "finish", "quantize"]
 
 
 def finish(

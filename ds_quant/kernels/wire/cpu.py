@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from ds_quant.base.number_formats import FORMATS, FOUR_SIX
 from ds_quant.kernels import native
 from ds_quant.kernels.wire import ops
 from ds_quant.numerics.wire import Parts, Residuals, WireFormat
@@ -24,9 +25,10 @@ class _Call(ctypes.Structure):
     _fields_ = (
         ("num_pieces", ctypes.c_int64),
         *((name, ctypes.c_void_p) for name in ("data", "numel", "scale_at", "codes_at", "stream", "read", "write")),
-        *((name, ctypes.c_void_p) for name in ("result", "message", "received", "errors")),
+        *((name, ctypes.c_void_p) for name in ("result", "message", "received", "errors", "largest")),
         *((name, ctypes.c_int64) for name in ("message_bytes", "block_size")),
-        *((name, ctypes.c_int32) for name in ("bits", "rotated", "stochastic", "dtype", "result_dtype")),
+        *((name, ctypes.c_int32) for name in ("bits", "elements", "scale_kind", "scale_rule")),
+        *((name, ctypes.c_int32) for name in ("rotated", "stochastic", "dtype", "result_dtype")),
         *((name, ctypes.c_int32) for name in ("num_ranks", "own_rank")),
         ("key", ctypes.c_uint32 * 2),
         *((name, ctypes.c_float) for name in ("factor", "residual_scale", "residual_inverse")),
@@ -34,6 +36,9 @@ class _Call(ctypes.Structure):
 
 
 _QUANTIZE, _REDUCE, _DEQUANTIZE = range(3)
+_ELEMENTS = {"e2m1": 1, "integer": 2}
+_SCALE_KINDS = {"float": 0, "e8m0": 1, "e4m3": 2}
+_SCALE_RULES = {"floor": 0, "up": 1, FOUR_SIX: 2}
 
 
 @ops.quantize.by("cpu")
@@ -127,6 +132,9 @@ def _run(
         stream=stream.ctypes.data,
         block_size=fmt.block_size,
         bits=fmt.bits,
+        elements=_ELEMENTS[FORMATS[fmt.format].elements] if fmt.format else 0,
+        scale_kind=_SCALE_KINDS[fmt.scale_kind],
+        scale_rule=_SCALE_RULES[fmt.scale_rule],
         rotated=fmt.rotation == "hadamard",
         dtype=native.DTYPES[dtype],
     )

@@ -3,7 +3,6 @@
 What is asked for is checked here, before anything is written: ValueError. Autograd sees nothing.
 """
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,7 +12,6 @@ from torch import Tensor
 
 from ds_quant.base.errors import argument_error
 from ds_quant.kernels.registry import Family, Operation, operation
-from ds_quant.kernels.simulated import ops as simulated
 from ds_quant.kernels.wire.checks import Check
 from ds_quant.numerics import wire as reference
 from ds_quant.numerics.wire import Parts, Residuals, WireFormat
@@ -115,10 +113,5 @@ def dequantize(message: Tensor, parts: Parts, tensors: Sequence[Tensor], fmt: Wi
 
 
 def _serving(asked: Operation, fmt: WireFormat, device: torch.device) -> Callable[..., None]:
-    """Integers have kernels of their own. Formats with a name go by the definition, piece by piece, whose elements are
-    encoded by the kernels of layers in floating point, where a device has those."""
-    if not fmt.format:
-        return asked.on(device)
-    if asked is dequantize:
-        return asked.reference
-    return functools.partial(asked.reference, encode=simulated.codes_by)
+    """Formats with a name have kernels on CPUs alone: elsewhere they go by the definition, piece by piece."""
+    return asked.reference if fmt.format and device.type != "cpu" else asked.on(device)
