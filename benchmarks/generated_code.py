@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from benchmarks import gpus_way
+from benchmarks import generated_fp8, gpus_way
 from ds_quant.kernels.adamw.compiled import adamw_ as compiled_adamw_
 from ds_quant.kernels.launching import Launch
 
@@ -51,7 +51,7 @@ class Graph(NamedTuple):
     kernels: list[str]
     """Inductor's own, by name, in the order of their launches."""
     libraries: list[str]
-    """Products and the like: ``mm``."""
+    """Products and the like: ``mm``; ``_scaled_mm`` of fp8 layers, and the copies that turn its operands: ``clone``."""
     operators: list[str]
     """What stays opaque: ``ds_quant.quantize_operand``."""
     operator_launches: list[str]
@@ -91,8 +91,9 @@ def recording(capability: int = 90, **options: Any) -> Iterator[tuple[list[Graph
 
     def lower(graph: torch.fx.GraphModule, inputs: list[Any], **more: Any) -> Any:
         moved = _move(graph, inputs)
-        launches = [name for node in graph.graph.nodes for name in _launches(node)]
-        with _card(capability, lambda lowered, code: found.append(_read(lowered, code, launches))):
+        ours = [name for node in graph.graph.nodes for name in _launches(node)]
+        torchs = [call for node in graph.graph.nodes for call in generated_fp8.calls(node)]
+        with _card(capability, lambda lowered, code: found.append(_read(lowered, code, ours, torchs))):
             return compile_fx_inner(graph, moved, **more)
 
     def backend(graph: torch.fx.GraphModule, inputs: list[Tensor], **_: Any) -> Any:
@@ -148,13 +149,14 @@ def _empty(node: torch.fx.Node) -> Tensor:
     return torch.empty_strided(fake.shape, fake.stride(), dtype=fake.dtype)
 
 
-def _read(lowered: Any, code: str, launches: list[str]) -> Graph:
+def _read(lowered: Any, code: str, launches: list[str], torchs: list[generated_fp8.Called]) -> Graph:
     """What a generated module calls."""
     calls = r"^ +(?:\w+ = )?(?:(\w+)\.run\(|extern_kernels\.(\w+)\(|torch\.ops\.(\w+\.\w+)\.\w+\()"
     found = re.findall(calls, code, re.MULTILINE)
     kernels, libraries, operators = ([match[number] for match in found if match[number]] for number in range(3))
-    num_bytes: int = lowered.count_bytes()[0]
-    return Graph(kernels, libraries, operators, launches, num_bytes, code)
+    # What an operator is given and gives is in Inductor's count, what it copies for itself is not.
+    num_bytes: int = lowered.count_bytes()[0] + sum(call.copied_bytes for call in torchs)
+    return Graph(kernels, libraries + [call.name for call in torchs], operators, launches, num_bytes, code)
 
 
 @contextmanager

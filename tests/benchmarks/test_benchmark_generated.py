@@ -67,6 +67,41 @@ def test_what_is_fused_and_what_is_not_is_counted():
     assert forward.num_bytes == 2 * (TOKENS * IN + IN * OUT + TOKENS * OUT)
 
 
+FP8_COPIES = {"": ["clone", "ones", "_scaled_mm", "clone", "clone", "ones", "_scaled_mm"]}
+FP8_COPIES[", a scale a tensor"] = [name for name in FP8_COPIES[""] if name != "ones"]
+"""dX takes turned codes of W, dW those of G and X; where one side's scales are in the other's codes, it has ones."""
+
+
+@pytest.mark.parametrize(
+    ("gradient", "scales"),
+    [
+        ("e5m2", ""),
+        ("e4m3", ", a scale a tensor"),
+        pytest.param("e4m3", "", marks=pytest.mark.thorough),
+        pytest.param("e5m2", ", a scale a tensor", marks=pytest.mark.thorough),
+    ],
+)
+def test_a_compiled_fp8_layer_copies_no_scales(gradient, scales):
+    """Three products by torch, and what turns their operands; vectors are passed as they are."""
+    x = torch.empty(2, TOKENS // 2, IN, dtype=BF16, requires_grad=True)
+    layer = generated.linear(f"fp8, {gradient} gradient{scales}", IN, OUT)
+    forward, backward = generate(layer, x)
+    assert (forward.libraries, backward.libraries) == (["_scaled_mm"], FP8_COPIES[scales])
+    for graph, num_products in ((forward, 1), (backward, 2)):
+        assert graph.operators == ["ds_quant.fp8_matmul"] * num_products
+        assert graph.operator_launches == []
+    # Codes of X, W and twice of G are Inductor's: one kernel each, but that it shares one among some.
+    assert len(forward.kernels) + len(backward.kernels) <= (12 if scales else 7)
+    x, w, y = TOKENS * IN, IN * OUT, TOKENS * OUT
+    # As for int8, and copies of one way of W, G and X, which are read and written. Sums for the bias read G once more.
+    least = (3 * x + 3 * w + (x + w + 2 * y), 6 * y + 2 * y + 3 * w + 3 * x + 2 * w + 2 * (w + y + x))
+    # At most one of a graph's operands is read once more than that, or written in two types.
+    most = (2 * x, 2 * (w + y))
+    if not scales:
+        for graph, expected, more in zip((forward, backward), least, most, strict=True):
+            assert 0 < graph.num_bytes - expected <= more + 6 * 4 * (TOKENS + IN + OUT)
+
+
 def test_codes_of_a_norm():
     """Fused, the codes take one launch and half the bytes."""
     (operator,) = generated.norm_to_codes("as an operator", TOKENS, IN)
@@ -97,4 +132,5 @@ def test_tables(capsys):
     assert benchmark.main(["generated", "--hidden", "64", "--tokens", "64"]) == 0
     printed = capsys.readouterr().out
     assert printed.count("int8, stochastic") == 2
+    assert printed.count("fp8, e5m2 gradient") == 4
     assert "AdamW step of a parameter of 64x64" in printed
