@@ -8,7 +8,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ds_quant.kernels import fp8_units
 from ds_quant.kernels.fp8 import aten, ops
@@ -29,6 +29,8 @@ def calls(node: torch.fx.Node) -> list[Called]:
     """Those of a node of a graph of fake tensors, if it is a product of an fp8 layer."""
     if node.target is not torch.ops.ds_quant.fp8_matmul.default:
         return []
+    from torch.utils._python_dispatch import _disable_current_modes
+
     exact = (fp8_units._EXACT,) * len(fp8_units.PAIRS)
     units = fp8_units.Fp8Units("cuda", exact, exact)
     with (

@@ -1,19 +1,18 @@
 """What Inductor generates for a GPU around an int8 layer: nothing but calls of its kernels, which are counted too."""
 
-import importlib.util
-
 import benchmark
 import pytest
 import torch
 from torch import nn
+from torch._inductor import graph as inductor_graph
+from torch._inductor.fx_passes import joint_graph
+from torch._subclasses import fake_tensor
 
 import ds_quant
-from benchmarks import generated, recipes
+from benchmarks import generated, internals, recipes
 from benchmarks.generated_code import generate
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None, reason="the extra dev has triton for Linux on x86_64 only"
-)
+triton = pytest.importorskip("triton", reason="the extra dev has triton for Linux on x86_64 only")
 BF16 = torch.bfloat16
 MOST_LAUNCHES = 8
 """Of a layer, forward and backward, whichever way it rounds."""
@@ -125,6 +124,48 @@ def test_a_compiled_step_of_adamw_writes_what_it_need_not():
 def test_sizes_that_are_refused(option, capsys):
     assert benchmark.main(["generated", f"--{option}", "8"]) == 2
     assert f"--{option}: got 8; allowed: 16 or more" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("module", "owner", "name"),
+    [
+        (inductor_graph, "GraphLowering", "_compile_to_module_lines"),
+        (fake_tensor, "", "init_gpu_context"),
+        (torch.utils._python_dispatch, "", "_disable_current_modes"),
+    ],
+)
+def test_a_torch_without_what_is_replaced_is_named(module, owner, name, monkeypatch, capsys):
+    monkeypatch.delattr(getattr(module, owner) if owner else module, name)
+    monkeypatch.setattr(torch, "__version__", "2.99.1")
+    assert benchmark.main(["generated", "--hidden", "16", "--tokens", "16"]) == 2
+    told = capsys.readouterr().err
+    gone = ".".join(filter(None, (module.__name__, owner, name)))
+    assert f"generated code: got torch 2.99.1 and triton {triton.__version__} without {gone}; allowed: " in told
+
+
+def test_a_torch_that_does_otherwise_is_named(monkeypatch, capsys):
+    """Of one that was tested, errors are shown as they are."""
+
+    def lazy_init(*_):
+        raise TypeError("lazy_init() takes another number of arguments")
+
+    arguments = ["generated", "--hidden", "16", "--tokens", "16"]
+    monkeypatch.setattr(joint_graph, "lazy_init", lazy_init)
+    monkeypatch.setattr(internals, "TESTED", "2.98")
+    assert benchmark.main(arguments) == 2
+    told = capsys.readouterr().err
+    assert f"generated code: got torch {torch.__version__}" in told
+    assert "where it failed: BackendCompilerFailed: " in told
+    assert "TypeError: lazy_init() takes another number" in told
+    monkeypatch.setattr(internals, "TESTED", ".".join(torch.__version__.split(".")[:2]))
+    with pytest.raises(torch._dynamo.exc.BackendCompilerFailed):
+        benchmark.main(arguments)
+
+
+def test_a_triton_without_its_driver_is_named(monkeypatch, capsys):
+    monkeypatch.delattr(triton.runtime.driver, "_active")
+    assert benchmark.main(["host", "--parts", "calls", "--rounds", "2"]) == 2
+    assert f"triton {triton.__version__} without triton.runtime.driver._active; allowed: " in capsys.readouterr().err
 
 
 @pytest.mark.slow
