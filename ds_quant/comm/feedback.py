@@ -65,7 +65,7 @@ class ErrorFeedback:
         self._older: dict[str, list[Key]] = {}
         """Segments of parameters that this step has cut differently, as they were before: in order."""
         self._found: dict[int, tuple[tuple[Piece, ...], list[_Segment]]] = {}
-        """The segments of a layout's pieces, by the address of these; empty when segments have come or gone."""
+        """The segments of a layout's pieces, by the address of these; empty once segments have gone."""
 
     def slots(self, sent: Iterable[Piece], device: torch.device) -> Slots:
         """Residuals to add to pieces, and where to write what is owed next."""
@@ -194,7 +194,6 @@ class ErrorFeedback:
                     part = segments[offset, numel].latest[begin - offset : end - offset]
                     owed[begin - piece.offset : end - piece.offset] += part.to(device)
             segment = segments[key] = _Segment(owed)
-            self._found.clear()
         segment.in_use = True
         return segment
 
