@@ -15,7 +15,7 @@ import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -31,7 +31,7 @@ from ds_quant.comm.layout import Span
 from ds_quant.comm.reducer import Reducer
 from ds_quant.comm.statistics import Statistics
 from ds_quant.config import GradientCommunicationConfig
-from ds_quant.kernels import wire
+from ds_quant.kernels import registry, wire
 from ds_quant.kernels.compiling import compile_whole
 from ds_quant.kernels.wire import compiled, places
 
@@ -41,6 +41,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "stochastic": {"rounding": "stochastic"},
     "stochastic, error feedback": {"rounding": "stochastic", "error_feedback": True},
 }
+_NAME = "as on a GPU"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -168,12 +169,18 @@ def without_device_work() -> Iterator[list[Any]]:
 
     def cat_elements(tensors: Sequence[Tensor]) -> Tensor:
         cat([element] * len(tensors))
-        return tensors[0].new_empty(sum(tensor.numel() for tensor in tensors))
+        return tensors[0].new_empty(sum(map(Tensor.numel, tensors)))
 
-    with (
-        mock.patch.object(torch, "cat", cat_elements),
-        mock.patch.multiple(wire, quantize=compiled.quantize, reduce=compiled.reduce, dequantize=compiled.dequantize),
-        mock.patch.multiple(compiled, _compiled=lambda function, _: lambda *_: calls.append(function), sent=sent),
-        mock.patch.object(places, "sent", sent),
-    ):
+    with ExitStack() as stack:
+        stack.callback(registry._serving.cache_clear)
+        backends = [registry.Backend(_NAME, ("meta",)), *registry.BACKENDS]
+        stack.enter_context(mock.patch.object(registry, "BACKENDS", backends))
+        for operation in (wire.quantize, wire.reduce, wire.dequantize):
+            ours = {_NAME: operation.implementations["compiled"]}
+            stack.enter_context(mock.patch.dict(operation.implementations, ours))
+        registry._serving.cache_clear()
+        returns_at_once: dict[str, Any] = {"_compiled": lambda function, _: lambda *_: calls.append(function)}
+        stack.enter_context(mock.patch.multiple(compiled, **returns_at_once, sent=sent))
+        stack.enter_context(mock.patch.object(places, "sent", sent))
+        stack.enter_context(mock.patch.object(torch, "cat", cat_elements))
         yield calls

@@ -26,13 +26,18 @@ HELP = "launches and bytes of compiled layers on a GPU, by generated code, witho
 BF16 = torch.bfloat16
 LEVELS = symmetric_levels(8)
 ROUNDINGS = ("nearest", "stochastic")
+FP8 = {
+    f"fp8, {gradient} gradient{scales}": recipes.w8a8g8_fp8(gradient, granularity)
+    for gradient in ("e4m3", "e5m2")
+    for scales, granularity in (("", None), (", a scale a tensor", "tensor"))
+}
 COLUMNS = ["", "Inductor", "libraries", "ours", "together", "MB"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Counts and measures nothing: has Inductor generate the code of compute capability 9.0 for a linear layer and "
-        "an MLP with a norm, forward and backward, in bf16 and in int8, for a norm and the codes of what it gives, and "
+        "an MLP with a norm, forward and backward, in bf16, int8 and fp8, for a norm and the codes that it gives, and "
         "for steps of AdamW under torch.compile; and counts what is launched: Inductor's kernels, calls of libraries, "
         "kernels of ours. Bytes are those that each launch reads and writes, a tensor once."
     )
@@ -51,7 +56,7 @@ def run(options: argparse.Namespace) -> None:
     print(f"torch {torch.__version__}, compute capability 9.0, nothing was run")
     layers = []
     for name, make in (("linear", linear), ("norm, linear, GELU, linear", mlp)):
-        for kind in ("bf16", *(f"int8, {rounding}" for rounding in ROUNDINGS)):
+        for kind in ("bf16", *(f"int8, {rounding}" for rounding in ROUNDINGS), *FP8):
             layers.append(cells(f"{name}: {kind}", layer(make, kind, hidden, tokens)))
     print_table(f"forward and backward, {tokens} tokens, {hidden} features, the MLP's 4 times that", COLUMNS, layers)
     norms = [cells(name, norm_to_codes(name, tokens, hidden)) for name in QUANTIZERS]
@@ -71,10 +76,10 @@ def cells(name: str, graphs: Sequence[Graph]) -> list[str]:
 
 
 def linear(kind: str, in_features: int, out_features: int) -> nn.Module:
-    """A layer with a bias in bf16: "bf16", or "int8, nearest"."""
+    """A layer with a bias in bf16: "bf16", "int8, nearest", or one of FP8."""
     if kind == "bf16":
         return nn.Linear(in_features, out_features, dtype=BF16)
-    section = recipes.w8a8g8("int8", rounding=kind.removeprefix("int8, "))
+    section = FP8.get(kind) or recipes.w8a8g8("int8", rounding=kind.removeprefix("int8, "))
     return QuantLinear(in_features, out_features, dtype=BF16, config=section)
 
 

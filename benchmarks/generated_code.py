@@ -18,12 +18,28 @@ from unittest import mock
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
 
-from benchmarks import gpus_way
+from benchmarks import generated_fp8, gpus_way, internals
 from ds_quant.kernels.adamw.compiled import adamw_ as compiled_adamw_
 from ds_quant.kernels.launching import Launch
 
+_WHAT = "generated code"
+_INTERNALS = {
+    "torch._dynamo.device_interface": [f"CudaInterface.{name}" for name in ("is_available", "Worker.current_device")],
+    "torch._functorch.config": ["force_non_lazy_backward_lowering", "enable_autograd_cache"],
+    "torch._inductor.compile_fx": ["compile_fx", "compile_fx_inner"],
+    "torch._inductor.config": ["fx_graph_cache", "fx_graph_remote_cache", "compile_threads"],
+    "torch._inductor.fx_passes.joint_graph": ["lazy_init"],
+    "torch._inductor.fx_passes.post_grad": ["lazy_init"],
+    "torch._inductor.graph": ["GraphLowering._compile_to_module_lines", "GraphLowering.count_bytes"],
+    "torch._subclasses.fake_tensor": ["FakeTensor", "init_gpu_context"],
+    "torch.cuda": ["_exchange_device", "_maybe_exchange_device"],
+    "torch.fx.passes.fake_tensor_prop": ["FakeTensorProp.propagate_dont_convert_inputs"],
+    "torch.utils._python_dispatch": ["_disable_current_modes", "TorchDispatchMode"],
+    "torch.utils._triton": ["has_triton.cache_clear"],
+    **gpus_way.INTERNALS,
+}
+"""What is replaced here, or asked for."""
 _DEVICE = torch.device("cuda", 0)
 _CARDS = {
     90: types.SimpleNamespace(
@@ -51,7 +67,7 @@ class Graph(NamedTuple):
     kernels: list[str]
     """Inductor's own, by name, in the order of their launches."""
     libraries: list[str]
-    """Products and the like: ``mm``."""
+    """Products and the like: ``mm``; ``_scaled_mm`` of fp8 layers, and the copies that turn its operands: ``clone``."""
     operators: list[str]
     """What stays opaque: ``ds_quant.quantize_operand``."""
     operator_launches: list[str]
@@ -82,7 +98,11 @@ def generate(function: Callable[..., Any], *inputs: Tensor, **options: Any) -> l
 
 @contextmanager
 def recording(capability: int = 90, **options: Any) -> Iterator[tuple[list[Graph], Callable[..., Any]]]:
-    """A list and a backend of torch.compile that adds graphs to it. The `with` block ends where one would run."""
+    """A list and a backend of torch.compile that adds graphs to it. The `with` block ends where one would run.
+
+    Raises CommandError on a torch whose Inductor works otherwise.
+    """
+    internals.require(_WHAT, _INTERNALS)
     from torch._functorch import config as functorch_config
     from torch._inductor import config
     from torch._inductor.compile_fx import compile_fx, compile_fx_inner
@@ -91,21 +111,25 @@ def recording(capability: int = 90, **options: Any) -> Iterator[tuple[list[Graph
 
     def lower(graph: torch.fx.GraphModule, inputs: list[Any], **more: Any) -> Any:
         moved = _move(graph, inputs)
-        launches = [name for node in graph.graph.nodes for name in _launches(node)]
-        with _card(capability, lambda lowered, code: found.append(_read(lowered, code, launches))):
+        ours = [name for node in graph.graph.nodes for name in _launches(node)]
+        torchs = [call for node in graph.graph.nodes for call in generated_fp8.calls(node)]
+        with _card(capability, lambda lowered, code: found.append(_read(lowered, code, ours, torchs))):
             return compile_fx_inner(graph, moved, **more)
 
     def backend(graph: torch.fx.GraphModule, inputs: list[Tensor], **_: Any) -> Any:
         return compile_fx(graph, inputs, inner_compile=lower)
 
     torch.compiler.reset()
-    with (
-        suppress(_Generated),
-        gpus_way.on_cpu(compiled_adamw_),
-        functorch_config.patch(force_non_lazy_backward_lowering=True, enable_autograd_cache=False),
-        config.patch(fx_graph_cache=False, fx_graph_remote_cache=False, compile_threads=1, **options),
-    ):
-        yield found, backend
+    with internals.blamed(_WHAT):
+        with (
+            suppress(_Generated),
+            gpus_way.on_cpu(compiled_adamw_),
+            functorch_config.patch(force_non_lazy_backward_lowering=True, enable_autograd_cache=False),
+            config.patch(fx_graph_cache=False, fx_graph_remote_cache=False, compile_threads=1, **options),
+        ):
+            yield found, backend
+        if not found:
+            raise RuntimeError("Inductor generated no code")
     torch.compiler.reset()
 
 
@@ -131,6 +155,8 @@ def _move(graph: torch.fx.GraphModule, inputs: list[Any]) -> list[Any]:
 def _launches(node: torch.fx.Node) -> list[str]:
     """The kernels that a node launches if it is an operation of int8 layers."""
     called = [each for each in gpus_way.INT8 if node.target is getattr(torch.ops.ds_quant, each.name).default]
+    from torch.utils._python_dispatch import _disable_current_modes
+
     found: list[str] = []
 
     def run(launch: Launch, device: torch.device) -> None:
@@ -148,13 +174,14 @@ def _empty(node: torch.fx.Node) -> Tensor:
     return torch.empty_strided(fake.shape, fake.stride(), dtype=fake.dtype)
 
 
-def _read(lowered: Any, code: str, launches: list[str]) -> Graph:
+def _read(lowered: Any, code: str, launches: list[str], torchs: list[generated_fp8.Called]) -> Graph:
     """What a generated module calls."""
     calls = r"^ +(?:\w+ = )?(?:(\w+)\.run\(|extern_kernels\.(\w+)\(|torch\.ops\.(\w+\.\w+)\.\w+\()"
     found = re.findall(calls, code, re.MULTILINE)
     kernels, libraries, operators = ([match[number] for match in found if match[number]] for number in range(3))
-    num_bytes: int = lowered.count_bytes()[0]
-    return Graph(kernels, libraries, operators, launches, num_bytes, code)
+    # What an operator is given and gives is in Inductor's count, what it copies for itself is not.
+    num_bytes: int = lowered.count_bytes()[0] + sum(call.copied_bytes for call in torchs)
+    return Graph(kernels, libraries + [call.name for call in torchs], operators, launches, num_bytes, code)
 
 
 @contextmanager

@@ -13,11 +13,14 @@ from unittest import mock
 
 import torch
 
+from benchmarks import internals
 from ds_quant.kernels import registry
 from ds_quant.kernels.adamw.ops import adamw_
 from ds_quant.kernels.int8 import ops
 from ds_quant.kernels.launching import Launch
 
+INTERNALS = {"triton.backends.compiler": ["GPUTarget"], "triton.runtime": ["driver._active"]}
+"""Of triton: what `driver` replaces, or asks for."""
 INT8 = (ops.quantize_operand, ops.quantize_gradient, ops.padded_matmul)
 """What an int8 layer calls on a GPU."""
 _NAME = "as on a GPU"
@@ -54,7 +57,8 @@ def launching(run: Callable[[Launch, torch.device], None]) -> Iterator[None]:
 
 @contextmanager
 def driver(capability: int) -> Iterator[None]:
-    """Within it Triton compiles as for a GPU of that compute capability."""
+    """Within it Triton compiles as for a GPU of that compute capability. Raises CommandError on a triton without it."""
+    internals.require("compiling for a GPU that is not there", INTERNALS)
     import triton
     from triton.backends.compiler import GPUTarget
 

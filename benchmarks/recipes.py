@@ -23,6 +23,13 @@ def w8a8g8(backend: str, *, rounding: str = "nearest") -> Section:
     return {**w8a8(backend), "gradient": {"bits": 8, "granularity": "outer", "rounding": rounding}}
 
 
+def w8a8g8_fp8(gradient: str, granularity: str | None = None) -> Section:
+    """All three products in fp8, `gradient` e4m3 or e5m2; by default a scale each for channels, tokens and rows."""
+    scales = {} if granularity is None else {"granularity": granularity}
+    e4m3 = {"format": "fp8_e4m3", **scales}
+    return {"weight": e4m3, "activation": e4m3, "gradient": {"format": f"fp8_{gradient}", **scales}, "backend": "fp8"}
+
+
 def named_format(name: str, *, rounding: str = "nearest") -> Section:
     """All operands of all three products in one of the formats with blocks. `rounding` is that of the gradient."""
     gradient = {"format": name, "rounding": rounding, "used_for": ["weight", "input"]}

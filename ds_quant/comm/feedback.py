@@ -64,21 +64,22 @@ class ErrorFeedback:
         self._segments: dict[str, dict[Key, _Segment]] = {}
         self._older: dict[str, list[Key]] = {}
         """Segments of parameters that this step has cut differently, as they were before: in order."""
+        self._found: dict[int, tuple[tuple[Piece, ...], list[_Segment]]] = {}
+        """The segments of a layout's pieces, by the address of these; empty once segments have gone."""
 
     def slots(self, sent: Iterable[Piece], device: torch.device) -> Slots:
         """Residuals to add to pieces, and where to write what is owed next."""
-        read: list[Tensor | None] = []
-        write: list[Tensor | None] = []
-        for piece in sent:
-            segment = self._claim(piece, device)
-            read.append(segment.latest)
-            if self.transactional:
-                if segment.pending is None:
-                    segment.pending = torch.empty_like(segment.committed)
-                segment.is_pending = True
-                write.append(segment.pending)
-            else:
-                write.append(segment.committed)
+        segments = self._claim_all(sent, device)
+        committed: list[Tensor | None] = [segment.committed for segment in segments]
+        if not self.transactional:
+            return Slots(committed, committed)
+        for segment in segments:
+            if segment.pending is None:
+                segment.pending = torch.empty_like(segment.committed)
+        write = [segment.pending for segment in segments]
+        read = [segment.pending if segment.is_pending else segment.committed for segment in segments]
+        for segment in segments:
+            segment.is_pending = True
         return Slots(read, write)
 
     def settle(self, owned: Iterable[Piece]) -> list[Tensor | None]:
@@ -109,6 +110,7 @@ class ErrorFeedback:
             for key in [key for key in self._older.get(name, ()) if not segments[key].in_use]:
                 if any(_overlap(key, other) for other, segment in segments.items() if segment.in_use):
                     del segments[key]
+                    self._found.clear()
             for segment in segments.values():
                 segment.in_use = False
         self._older.clear()
@@ -119,6 +121,7 @@ class ErrorFeedback:
             older = set(self._older.get(name, ()))
             for key in [key for key, segment in segments.items() if segment.in_use and older and key not in older]:
                 del segments[key]  # new in this step: the older segments still hold its residuals
+                self._found.clear()
             for segment in segments.values():
                 segment.is_pending = segment.in_use = False
         self._older.clear()
@@ -127,6 +130,7 @@ class ErrorFeedback:
         """Forget all residuals."""
         self._segments.clear()
         self._older.clear()
+        self._found.clear()
 
     @property
     def num_bytes(self) -> int:
@@ -159,6 +163,19 @@ class ErrorFeedback:
             loaded.setdefault(name, {})[int(offset), owed.numel()] = _Segment(owed)
         self._segments = loaded
         self._older.clear()
+        self._found.clear()
+
+    def _claim_all(self, pieces: Iterable[Piece], device: torch.device) -> list[_Segment]:
+        """The segments of just these pieces. Those of a layout are looked up once: it may have hundreds."""
+        known = self._found.get(id(pieces))
+        if known is not None and known[0] is pieces:
+            for segment in known[1]:
+                segment.in_use = True
+            return known[1]
+        segments = [self._claim(piece, device) for piece in pieces]
+        if isinstance(pieces, tuple):
+            self._found[id(pieces)] = pieces, segments
+        return segments
 
     def _claim(self, piece: Piece, device: torch.device) -> _Segment:
         """The segment of just this piece, made of what older ones owe where it is new."""

@@ -24,7 +24,7 @@ from typing import Any, Generic, NamedTuple, ParamSpec, TypeVar
 import torch
 
 from ds_quant.base.log import warn
-from ds_quant.kernels import native
+from ds_quant.kernels import native, operators
 from ds_quant.kernels.choice import CHOICES, REFERENCE, VARIABLE, check_choice
 from ds_quant.kernels.spans import span
 
@@ -115,9 +115,7 @@ class Operation(Generic[P, R]):
         if shapes is not None:
             schema = torch.library.infer_schema(function, mutates_args=())
             # It runs outside of compilation, and so comes back to the function.
-            name = f"ds_quant::{self.name}"
-            self.operator = torch.library.custom_op(name, self.__call__, mutates_args=(), schema=schema)
-            self.operator.register_fake(shapes)
+            self.operator = operators.define(self, shapes, schema=schema)
         _declared.setdefault(family, []).append(self)
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:

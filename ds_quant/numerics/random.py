@@ -34,6 +34,10 @@ START = (0x243F6A88, 0x85A308D3)
 INCREMENT = (0x9E3779B9, 0xC2B2AE35)
 HIGH_WORD_MULTIPLIER = 0x1E3779B1
 
+_INCREMENTS = [
+    np.array([(number + 1) * increment & MASK for increment in INCREMENT], np.uint32)[:, None] for number in range(12)
+]
+
 Word = TypeVar("Word", int, Tensor)
 
 
@@ -122,10 +126,16 @@ def derive_words(key: tuple[int, int], stream: int) -> tuple[int, int]:
 
 def derive_many(key: tuple[int, int], streams: np.ndarray) -> np.ndarray:
     """`derive_words` for each of `streams`, uint64 [num_streams]: int64 [2, num_streams]."""
-    # Arrays of int64 go through the same arithmetic as ints and tensors do.
-    low: Any = (streams & np.uint64(MASK)).astype(np.int64)
-    high: Any = (streams >> np.uint64(32)).astype(np.int64)
-    return np.stack(_absorb(_absorb(key, 10, low), 11, high))
+    # Both halves in one array, whose words wrap around by themselves: it takes a third of the time of `_absorb`.
+    halves: Any = np.array(key, np.uint32)[:, None]
+    for number, words in ((10, streams), (11, streams >> np.uint64(32))):
+        halves = (halves + _INCREMENTS[number]) ^ words.astype(np.uint32)
+        halves ^= halves >> 16
+        halves *= np.uint32(0x21F0AAAD)
+        halves ^= halves >> 15
+        halves *= np.uint32(0x735A2D97)
+        halves ^= halves >> 15
+    return halves.astype(np.int64)
 
 
 def random_bits(

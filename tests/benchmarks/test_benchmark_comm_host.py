@@ -1,10 +1,13 @@
 """The host time of an all-reduce: all of its ways are taken, and all gradients are in it."""
 
+from unittest import mock
+
 import benchmark
 import pytest
 import torch.distributed as dist
 
 from benchmarks import comm_host
+from ds_quant.kernels.wire import ops
 
 
 @pytest.fixture
@@ -20,6 +23,13 @@ def test_all_settings_are_measured(no_group):
     # 1 ms is what is promised of a GPU's host; this one may be a tenth as fast, and has five buckets. On meta tensors a
     # read by the host raises, so that nothing waits either.
     assert all(0 < each.milliseconds < 50 for each in found.values())
+    # What is asked for is checked there, as on a GPU.
+    bucket = [comm_host.bucket_of([10_000])]
+    with comm_host.fake_group(4), comm_host.without_device_work():
+        checks = mock.Mock(wraps=ops.Check)
+        with mock.patch.object(ops, "Check", checks):
+            comm_host.all_reduces(bucket, comm_host.SETTINGS["nearest"])()
+    assert [call.args[0] for call in checks.call_args_list] == ["quantize", "reduce", "dequantize"]
     # Of each of the five buckets: quantize, two for the sum and its message, dequantize; the more for shorter blocks.
     assert all(5 * 4 <= each.compiled_calls <= 5 * 10 for each in found.values())
 

@@ -306,3 +306,40 @@ def test_stochastic_rounding_is_owed_too():
     # results 3.
     step = (2 + 3) / 7 * (1 + 2 / 7)
     assert float((total - STEPS * exact).abs().max()) <= step * (1 + STEPS * 2**-9)
+
+
+@pytest.mark.parametrize("transactional", [True, False])
+def test_the_pieces_of_a_layout_owe_what_they_owe_one_by_one(transactional):
+    """A layout's pieces, a tuple, are looked up once; lists are looked up in every call."""
+    cuts = [
+        (A, B),
+        (B._replace(numel=2), B._replace(offset=6, numel=1), A),
+        tuple(cut_evenly([Span("a", 0, 0, 0, 6), Span("b", 4, 0, 6, 3)], WireFormat(8, 32), 2)),
+    ]
+    assert len({(*map(repr, pieces),) for pieces in cuts}) == 3
+    by_layout, by_piece = (ErrorFeedback(transactional=transactional) for _ in range(2))
+    # As many writes as commits: a cut that is gone comes back, and so does one that a step has used in part.
+    draws = torch.randint(1000, (200,)).tolist()
+    actions = ["write"] * 6 + ["commit"] * 6 + ["rollback"] * 2 + ["save", "load", "reset"]
+    saved = by_piece.state_dict()
+    for number, draw in enumerate(draws):
+        action = actions[draw % len(actions)]
+        if action == "write":
+            pieces = cuts[draw % 3]
+            values = [float(number + index) for index in range(len(pieces))]
+            for feedback, given in ((by_layout, pieces), (by_piece, [*pieces])):
+                write(feedback, given, *values)
+        elif action == "save":
+            saved = copy.deepcopy(by_piece.state_dict())
+        elif action == "load":
+            for feedback in (by_layout, by_piece):
+                feedback.load_state_dict(saved)
+        elif action != "rollback" or transactional:
+            for feedback in (by_layout, by_piece):
+                getattr(feedback, action)()
+        context = f"draws {draws}, after number {number}, {action}"
+        for pieces in cuts:
+            assert read(by_layout, *pieces) == read(by_piece, *pieces), context
+        left, right = by_layout.state_dict(), by_piece.state_dict()
+        assert list(left) == list(right), context
+        assert all(torch.equal(left[name], right[name]) for name in right), context

@@ -98,15 +98,15 @@ def test_places_are_kept_with_the_layout(rng, monkeypatch):
     parts = Parts(*(column.copy() for column in parts))
     for column in parts:
         column.setflags(write=False)
-    before = len(places._kept)
+    before = len(places._kept.entries)
     kept = places.places_of(parts, fmt, device)
     assert places.places_of(parts, fmt, device) is kept
     assert places.places_of(parts, WireFormat(4, 32), device) is not kept
-    assert len(places._kept) == before + 2
+    assert len(places._kept.entries) == before + 2
     made.clear()
     del parts, column
     gc.collect()
-    assert len(places._kept) == before
+    assert len(places._kept.entries) == before
 
 
 def test_errors_are_added_up_on_the_device(rng, uncompiled):

@@ -1,5 +1,6 @@
 """What the operations on the wire refuse."""
 
+import gc
 import itertools
 
 import numpy as np
@@ -8,7 +9,8 @@ import torch
 from kernels.wire_jobs import NUMELS, Job
 
 from ds_quant.kernels import wire
-from ds_quant.numerics.wire import Residuals, WireFormat
+from ds_quant.kernels.wire.checks import Check
+from ds_quant.numerics.wire import Parts, Residuals, WireFormat
 
 FMT = WireFormat(8, 32)
 
@@ -113,3 +115,51 @@ def test_refused(rng, operation, name):
     assert "allowed: " in str(e.value)
     assert torch.equal(job.background, before[0])
     assert torch.equal(job.tensors[0].view(torch.int32), before[1].view(torch.int32))
+
+
+def test_what_is_known_of_a_layout_hides_no_wrong_argument(rng):
+    job = Job(rng, FMT, some=False)
+    parts = Parts(*(column.copy() for column in job.parts))
+    for column in parts:
+        column.setflags(write=False)
+    residuals = job.residuals()
+    for _ in range(2):
+        wire.quantize(job.tensors, parts, job.background, FMT, residuals=residuals)
+    known = Check("quantize", parts, FMT).known
+    assert Check("quantize", parts, FMT).known is known
+    assert len(known.columns) == 2
+
+    message, tensors = job.background[:-4], [job.tensors[0][:-1]]
+    with pytest.raises(ValueError, match=rf"parts\.codes_at.*within the {job.size - 4} bytes"):
+        wire.dequantize(message, parts, job.tensors, FMT)
+    with pytest.raises(ValueError, match=r"parts\.start\[8\]"):
+        wire.quantize(tensors, parts, job.background, FMT)
+    with pytest.raises(ValueError, match=r"parts\.source\[0\]"):
+        wire.quantize([], parts, job.background, FMT)
+    wrong = residuals._replace(write=[*residuals.write[:-1], torch.zeros(NUMELS[-1])])
+    with pytest.raises(ValueError, match=r"residuals\.write\[8\]"):
+        wire.quantize(job.tensors, parts, job.background, FMT, residuals=wrong)
+    with pytest.raises(ValueError, match=r"fmt\)"):
+        wire.quantize(job.tensors, parts, job.background, WireFormat(8, 48))
+
+    # Another residual may get the address of one that is gone.
+    del residuals, wrong
+    gc.collect()
+    assert len(known.columns) == 1
+    assert set(known.columns) == {(torch.device("cpu"), *map(id, job.read))}
+    with pytest.raises(ValueError, match=r"residuals\.read\[8\]"):
+        wire.quantize(
+            *(job.tensors, parts, job.background, FMT),
+            residuals=Residuals([*job.read[:-1], job.read[-1].float()], [None] * 9, 1.0, 1.0),
+        )
+
+
+def test_one_that_has_become_writable_is_looked_at_again(rng):
+    job = Job(rng, FMT)
+    for column in job.parts:
+        column.setflags(write=False)
+    wire.dequantize(job.background, job.parts, job.tensors, FMT)
+    job.parts.start.setflags(write=True)
+    job.parts.start[-1] += 1
+    with pytest.raises(ValueError, match=r"parts\.start\[8\]"):
+        wire.dequantize(job.background, job.parts, job.tensors, FMT)

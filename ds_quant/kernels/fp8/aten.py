@@ -39,13 +39,17 @@ def fp8_matmul(
         other = ops.fp8_matmul.after("aten", a.device)
         return other(a, b, row_scale=row_scale, column_scale=column_scale, bias=bias, dtype=dtype)
     num_columns = b.shape[0]
-    if a.device.type == "cuda":
+    if wants_aligned(a.device):
         a, b = aligned(a), aligned(b, rows=True)
         if units.scales(a.dtype, b.dtype) and dtype == torch.bfloat16 and (bias is None or bias.dtype == dtype):
             return scaled(a, b, row_scale, column_scale, bias)[:, :num_columns].contiguous()
     one = _one(a.device)
     sums = torch._scaled_mm(a, b.t(), one, one, out_dtype=torch.float32)[:, :num_columns]
     return reference.finish(sums, row_scale, column_scale, bias, dtype).contiguous()
+
+
+def wants_aligned(device: torch.device) -> bool:
+    return device.type == "cuda"
 
 
 def aligned(x: Tensor, *, rows: bool = False) -> Tensor:
@@ -58,21 +62,25 @@ def aligned(x: Tensor, *, rows: bool = False) -> Tensor:
 
 def scaled(a: Tensor, b: Tensor, row_scale: Tensor | None, column_scale: Tensor | None, bias: Tensor | None) -> Tensor:
     """bf16 [M, N'] of `aligned` a and b, whose scales and bias may be for the first of its N' rows only."""
-    by_row, by_column = (_one(a.device) if scale is None else scale for scale in (row_scale, column_scale))
-    if by_row.numel() == 1 and by_column.numel() == 1:
-        by_row, by_column = by_row.reshape(()), by_column.reshape(())
+    if all(scale is None or scale.numel() == 1 for scale in (row_scale, column_scale)):
+        by_row, by_column = (
+            _one(a.device) if scale is None else scale.reshape(()) for scale in (row_scale, column_scale)
+        )
     else:
-        by_row, by_column = _of_rows(by_row, a)[:, None], _of_rows(by_column, b)[None]
+        by_row, by_column = _of_rows(row_scale, a)[:, None], _of_rows(column_scale, b)[None]
     bias = None if bias is None else _of_rows(bias, b)
     return torch._scaled_mm(a, b.t(), by_row, by_column, bias=bias, out_dtype=torch.bfloat16)
 
 
-def _of_rows(vector: Tensor, matrix: Tensor) -> Tensor:
+def _of_rows(vector: Tensor | None, matrix: Tensor) -> Tensor:
     """One number for each row, contiguous; zeros for those that were padded."""
     count = matrix.shape[0]
+    if vector is None:
+        return torch.ones(count, device=matrix.device)
     if vector.numel() == 1:
         return vector.reshape(1).expand(count).contiguous()
-    return F.pad(vector, (0, count - vector.numel())).contiguous()
+    missing = count - vector.numel()
+    return (F.pad(vector, (0, missing)) if missing else vector).contiguous()
 
 
 @functools.cache

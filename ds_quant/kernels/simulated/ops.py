@@ -5,9 +5,12 @@ Elsewhere, inside of torch.compile, and where DS_QUANT_KERNELS=reference, they a
 give the same bits.
 """
 
+import functools
+
 import torch
 from torch import Tensor
 
+from ds_quant.kernels import operators
 from ds_quant.kernels.registry import Family, operation
 from ds_quant.kernels.simulated import reference
 from ds_quant.numerics import rotation
@@ -75,7 +78,11 @@ def finish(
     return finish.on(products.device)(products, row_scale, column_scale, bias, dtype)
 
 
-@torch.library.custom_op("ds_quant::rotate_rows", mutates_args=())
+def _in_fp32(x: Tensor, block_size: int, key: Tensor | None = None) -> Tensor:
+    return x.new_empty(x.shape, dtype=torch.float32)
+
+
+@functools.partial(operators.define, fake=_in_fp32)
 def rotate_rows(x: Tensor, block_size: int, key: Tensor | None = None) -> Tensor:
     """`numerics.rotation.rotate_rows` of x [rows, features], fp32, bf16 or fp16, in fp32.
 
@@ -84,20 +91,10 @@ def rotate_rows(x: Tensor, block_size: int, key: Tensor | None = None) -> Tensor
     return rotation.rotate_rows(x.detach().float(), block_size, key).contiguous()
 
 
-@rotate_rows.register_fake
-def _(x: Tensor, block_size: int, key: Tensor | None = None) -> Tensor:
-    return x.new_empty(x.shape, dtype=torch.float32)
-
-
-@torch.library.custom_op("ds_quant::token_mean", mutates_args=())
+@functools.partial(operators.define, fake=lambda x: x.new_empty(x.shape[1:], dtype=torch.float32))
 def token_mean(x: Tensor) -> Tensor:
     """fp32 [features]: the mean of x [tokens, features], fp32, bf16 or fp16; zeros of no tokens.
 
     An operator of its own in graphs, whose sums would have another order.
     """
     return x.detach().float().sum(0) / max(x.shape[0], 1)
-
-
-@token_mean.register_fake
-def _(x: Tensor) -> Tensor:
-    return x.new_empty(x.shape[1:], dtype=torch.float32)

@@ -1,6 +1,8 @@
 """What the operations on the wire refuse: ValueError, before anything is written."""
 
+import weakref
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -8,6 +10,7 @@ from torch import Tensor
 
 from ds_quant.base.errors import argument_error
 from ds_quant.base.number_formats import FORMATS, WIRE_FORMATS, scale_rules
+from ds_quant.kernels.wire.kept import KeptOfParts
 from ds_quant.numerics.integer import DTYPES
 from ds_quant.numerics.wire import Parts, Residuals, WireFormat, code_bytes, scale_bytes
 from ds_quant.numerics.wire_blocks import BITS, BLOCK_SIZES, ROTATIONS
@@ -32,11 +35,41 @@ def _is_known(fmt: WireFormat) -> bool:
     return has_size and fmt.scale_rule in scale_rules(fmt.format)
 
 
+MAX_COLUMNS = 4
+"""Of residuals that are known to fit a layout: what is owed, and what this step writes, of two feedbacks."""
+
+
+class _Known(NamedTuple):
+    """Of parts that are right by themselves."""
+
+    num_elements: int
+    ends: list[tuple[int, int]]
+    """Numbers of tensors, from the lowest on, and elements that each must have at least."""
+    num_bytes: int
+    """Bytes that a message must have at least."""
+    columns: dict[tuple, list[weakref.ref]]
+    """Residuals that fit, by their device and addresses, while all of them are alive."""
+
+
+def _end(begin: np.ndarray, length: np.ndarray) -> np.ndarray:
+    """begin + length, or the largest int64."""
+    largest = np.iinfo(np.int64).max
+    return np.where(begin > largest - length, largest, begin + length)
+
+
+_known = KeptOfParts[_Known]()
+
+
 class Check:
-    """The arguments of one call. Pieces are checked together: there may be thousands."""
+    """The arguments of one call. Pieces are checked together, and once for a layout: there may be thousands."""
 
     def __init__(self, where: str, parts: Parts, fmt: WireFormat) -> None:
-        self.where, self.parts = where, parts
+        self.where, self.parts, self.fmt = where, parts, fmt
+        self.known = _known.get(parts, fmt, self._parts)
+        self.count = len(parts.numel)
+
+    def _parts(self) -> _Known:
+        where, parts, fmt = self.where, self.parts, self.fmt
         if not _is_known(fmt):
             allowed = (
                 f"bits 8 or 4, block_size a power of two from 32 to 4096, rotation {' or '.join(ROTATIONS)}; or with 4 "
@@ -49,13 +82,24 @@ class Check:
                 got = f"{column.dtype} of shape {column.shape}" if isinstance(column, np.ndarray) else type(column)
                 allowed = f"a numpy array, {dtype.__name__}, 1-D, as long as numel"
                 raise argument_error(f"{where}(parts.{name})", got, allowed, "make all columns of Parts so")
-        self.count = len(parts.numel)
         self._piece("numel", parts.numel <= 0, parts.numel, "more than 0", "leave out empty pieces")
         self._piece("scale_at", (parts.scale_at < 0) | (parts.scale_at % 4 != 0), parts.scale_at, "multiples of 4")
         self._piece("codes_at", parts.codes_at < 0, parts.codes_at, "0 or more")
-        # Both count for arrays as for ints.
-        self.scale_bytes: np.ndarray = scale_bytes(parts.numel, fmt)  # type: ignore[arg-type, assignment]
-        self.code_bytes: np.ndarray = code_bytes(parts.numel, fmt)  # type: ignore[arg-type, assignment]
+        self._piece("source", parts.source < 0, parts.source, "0 or more", "number the tensors of the call")
+        self._piece("start", parts.start < 0, parts.start, "0 or more", "cut the pieces again")
+        sources, number = np.unique(parts.source, return_inverse=True)
+        ends = np.zeros(len(sources), np.int64)
+        np.maximum.at(ends, number, _end(parts.start, parts.numel))
+        num_bytes = max(int(_end(at, needed).max(initial=0)) for _, at, needed in self._places())
+        ends_of = list(zip(sources.tolist(), ends.tolist(), strict=True))
+        return _Known(int(parts.numel.sum()), ends_of, num_bytes, {})
+
+    def _places(self) -> list[tuple[str, np.ndarray, np.ndarray]]:
+        """Where scales and codes of each piece begin, and how many bytes they take."""
+        parts = self.parts
+        # Both functions count for arrays as for ints.
+        needed: Any = (scale_bytes(parts.numel, self.fmt), code_bytes(parts.numel, self.fmt))  # type: ignore[arg-type]
+        return [("scale_at", parts.scale_at, needed[0]), ("codes_at", parts.codes_at, needed[1])]
 
     def _piece(self, name: str, is_wrong: np.ndarray, got: np.ndarray, allowed: str, fix: str = "") -> None:
         if is_wrong.any():
@@ -77,12 +121,13 @@ class Check:
                 raise argument_error(
                     f"{self.where}(tensors[{number}])", _described(tensor), "1-D, contiguous", "pass a flat view"
                 )
-        outside = (parts.source < 0) | (parts.source >= len(tensors))
-        self._piece("source", outside, parts.source, f"0 to {len(tensors) - 1}", "number the tensors of the call")
-        if not self.count:
+        ends = self.known.ends
+        if all(source < len(tensors) and end <= tensors[source].numel() for source, end in ends):
             return
+        outside = parts.source >= len(tensors)
+        self._piece("source", outside, parts.source, f"0 to {len(tensors) - 1}", "number the tensors of the call")
         lengths = np.array([tensor.numel() for tensor in tensors], dtype=np.int64)[parts.source]
-        beyond = (parts.start < 0) | (parts.start > lengths - parts.numel)
+        beyond = parts.start > lengths - parts.numel
         self._piece("start", beyond, parts.start, "pieces within their tensor", "cut the pieces again")
 
     def message(self, message: Tensor) -> None:
@@ -109,7 +154,7 @@ class Check:
             self._fits("received", received.shape[1])
 
     def output(self, output: Tensor) -> None:
-        expected = int(self.parts.numel.sum())
+        expected = self.known.num_elements
         is_right = isinstance(output, Tensor) and output.dtype in DTYPES and output.numel() == expected
         if not is_right or not self._is_tensor(output, output.dtype, 1):
             allowed = f"float32, bfloat16 or float16 of shape ({expected},), contiguous, on {self.device}"
@@ -146,8 +191,12 @@ class Check:
                 f"{where})", f"{len(column)} entries", f"{self.count}, one a piece", "put None for none"
             )
         device, dtype = self.device, torch.bfloat16
+        # Each step has the tensors of the one before the last, and looking at hundreds is most of what a call costs.
+        columns, key = self.known.columns, (device, *map(id, column))
+        if key in columns:
+            return
         for number, (residual, numel) in enumerate(zip(column, self.parts.numel.tolist(), strict=True)):
-            # In order of their price, without a call: this is most of what a call with many pieces costs.
+            # In order of their price, without a call.
             if residual is None or (
                 isinstance(residual, Tensor)
                 and residual.dtype is dtype
@@ -158,6 +207,9 @@ class Check:
                 continue
             allowed = f"None, or bfloat16 of shape ({numel},), contiguous, on {device}"
             raise argument_error(f"{where}[{number}])", _described(residual), allowed, "make it so")
+        if len(columns) >= MAX_COLUMNS:
+            columns.clear()
+        columns[key] = [weakref.ref(each, lambda _: columns.pop(key, None)) for each in column if each is not None]
 
     def _is_tensor(self, tensor: object, dtype: torch.dtype, dim: int) -> bool:
         return (
@@ -169,7 +221,7 @@ class Check:
         )
 
     def _fits(self, name: str, num_bytes: int) -> None:
-        allowed = f"parts within the {num_bytes} bytes of `{name}`"
-        for column, needed in (("scale_at", self.scale_bytes), ("codes_at", self.code_bytes)):
-            at = getattr(self.parts, column)
-            self._piece(column, at > num_bytes - needed, at, allowed)
+        if self.known.num_bytes <= num_bytes:
+            return
+        for column, at, needed in self._places():
+            self._piece(column, at > num_bytes - needed, at, f"parts within the {num_bytes} bytes of `{name}`")

@@ -34,7 +34,7 @@ from ds_quant.kernels.wire.rows import (
     total_to_message,
     total_to_output,
 )
-from ds_quant.numerics.random import derive_many
+from ds_quant.numerics.random import derive_many, derive_words
 from ds_quant.numerics.wire import Parts, Residuals, WireFormat
 
 AddMessages = Callable[[WireFormat, Places, Tensor, int, int, Tensor], None]
@@ -171,11 +171,9 @@ def _send(
 
 def _words(key: tuple[int, int], parts: Parts, device: torch.device) -> Tensor:
     """The pieces' keys, int64 [2, num_pieces], as many as the columns of their places."""
-    words = derive_many(key, parts.stream)
-    missing = max(0, 2 - len(parts.stream))
-    if missing:  # np.pad is slow, and seldom needed
-        words = np.pad(words, ((0, 0), (0, missing)))
-    return sent(words, device)
+    if len(parts.stream) == 1:  # a tenth of the time that arrays take
+        return sent(np.array([(word, 0) for word in derive_words(key, int(parts.stream[0]))]), device)
+    return sent(derive_many(key, parts.stream), device)
 
 
 def _slices(tensors: Sequence[Tensor], kept: Kept) -> list[Tensor]:

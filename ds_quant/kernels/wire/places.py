@@ -1,13 +1,9 @@
 """Where the blocks of a call lie, kept on the device: what `compiled` hands to the functions of `rows`.
 
 A number for each block, of its piece, and a few for each piece. Everything else about a block is computed where it is
-needed. Layouts are used again in every step, so that their places are made once: they are kept for `Parts` that nobody
-can write to, as those of a layout, until these are gone.
+needed. Layouts are used again in every step, so that their places are made once (see `kept`).
 """
 
-import threading
-import weakref
-from collections import OrderedDict
 from typing import NamedTuple
 
 import numpy as np
@@ -15,9 +11,8 @@ import torch
 from torch import Tensor
 
 from ds_quant.kernels.transfers import sent
+from ds_quant.kernels.wire.kept import KeptOfParts
 from ds_quant.numerics.wire import Parts, WireFormat
-
-MAX_KEPT = 1024
 
 
 class Places(NamedTuple):
@@ -46,38 +41,14 @@ class Kept(NamedTuple):
     numel: int
 
 
-_kept: OrderedDict[tuple, tuple[tuple[weakref.ref, ...], Kept]] = OrderedDict()
-# A column may be collected while the lock is held, and its callback takes it again.
-_lock = threading.RLock()
+_kept = KeptOfParts[Kept]()
 
 
 def places_of(parts: Parts, fmt: WireFormat, device: torch.device) -> Kept:
     """The places of `parts` on `device`, made where they are not kept. Nothing waits for the device."""
-    if any(column.flags.writeable or not column.flags.owndata for column in parts):
-        return _make(parts, fmt, device)
     # Kept for each stream: another one could read what is not written yet.
     stream = None if device.type in ("cpu", "meta") else torch.accelerator.current_stream(device).stream_id
-    key = (*map(id, parts), fmt.block_size, fmt.bits, device, stream)
-    with _lock:
-        entry = _kept.get(key)
-        if entry is not None and all(ref() is column for ref, column in zip(entry[0], parts, strict=True)):
-            _kept.move_to_end(key)
-            return entry[1]
-    made = _make(parts, fmt, device)
-    refs = tuple(weakref.ref(column, lambda _: _forget(key)) for column in parts)
-    with _lock:
-        _kept[key] = refs, made
-        while len(_kept) > MAX_KEPT:
-            _kept.popitem(last=False)
-    return made
-
-
-def _forget(key: tuple) -> None:
-    with _lock:
-        entry = _kept.get(key)
-        # Another layout may have got the same addresses since.
-        if entry is not None and any(ref() is None for ref in entry[0]):
-            del _kept[key]
+    return _kept.get(parts, (fmt.block_size, fmt.bits, device, stream), lambda: _make(parts, fmt, device))
 
 
 def _make(parts: Parts, fmt: WireFormat, device: torch.device) -> Kept:
