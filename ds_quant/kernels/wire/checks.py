@@ -192,6 +192,7 @@ class Check:
             )
         device, dtype = self.device, torch.bfloat16
         # Each step has the tensors of the one before the last, and looking at hundreds is most of what a call costs.
+        # None of them may be given another shape or memory in place.
         columns, key = self.known.columns, (device, *map(id, column))
         if key in columns:
             return
