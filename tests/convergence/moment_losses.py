@@ -19,7 +19,7 @@ BASELINE = "baseline"
 RECIPES = {
     "adam8": "8 bits",
     "m4v8": "m 4, v 8 bits",
-    "adam4": "4 bits, experimental",
+    "adam4": "4 bits, v with map log",
     "paper_m8_tensor": "m 8 bits, linear per tensor",
     "paper_m4_tensor": "m 4 bits, linear per tensor",
     "paper_v8_tensor": "v 8 bits, linear per tensor",
