@@ -65,7 +65,7 @@ def clients(folder):
     return run(folder, "moment_clients")
 
 
-def num_bytes(numel, bits, scales):
+def num_bytes(numel, bits, scales=1):
     """Of codes and scales; 8 bits in blocks of 256, 4 bits in blocks of 128, each of which starts at a byte."""
     block = {8: 256, 4: 128}[bits]
     codes = numel if bits == 8 else numel // block * (block // 2) + (numel % block + 1) // 2
