@@ -14,6 +14,8 @@ from pathlib import Path
 
 from conftest import ROOT, free_port
 
+from ds_quant.base.process_group import RANK_VARIABLES
+
 PROGRAMS = ROOT / "tests" / "distributed"
 UNDER_DS_QUANT = ROOT / "ds_quant" / "__main__.py"
 """What `python -m ds_quant` runs, as a program of `run_ranks`."""
@@ -157,9 +159,16 @@ def _rank_server():
     return server
 
 
+def outer_environment():
+    """That of this process, without what makes it a rank: some tests run programs of one rank within it, which leave
+    that behind, and what is started later would take it for its launcher's."""
+    ranks = (*RANK_VARIABLES, "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    return {name: value for name, value in os.environ.items() if name not in ranks}
+
+
 def _environment(env=None):
     return {
-        **os.environ,
+        **outer_environment(),
         "DS_ACCELERATOR": "cpu",
         "OMP_NUM_THREADS": "1",
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",

@@ -88,11 +88,12 @@ def test_the_weight_is_the_nearest_bf16(rng):
 @pytest.mark.parametrize("split", [True, False])
 def test_stochastic_rounding_is_right_on_average(split, rng):
     """The mean of n draws of a rounding with steps s is within 5 s / (2 sqrt(n)) of the value: 5 sigma at most."""
-    value = float(rng.uniform(1, 2))
+    step = 2.0**-15 if split else 2.0**-7
+    # Between two numbers, and not so near to one that the other may never be drawn.
+    value = 1 + step * float(rng.integers(1 / step) + rng.uniform(0.1, 0.9))
     values = torch.full((100_000,), value)
     key = fold_words(int(rng.integers(2**40)))
     drawn = join_master(*split_master(values, key)) if split else round_weight(values, key)
-    step = 2.0**-15 if split else 2.0**-7
     assert drawn.unique().numel() == 2
     error = drawn.double().mean().item() - values[0].item()
     assert abs(error) < 5 * step / 2 / 100_000**0.5

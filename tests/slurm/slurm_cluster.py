@@ -21,7 +21,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, free_port
-from helpers.launching import WITHOUT_COMPILER
+from helpers.launching import WITHOUT_COMPILER, outer_environment
 
 NODES = ("n1", "n2", "n3", "n4")
 _SYSTEM = "/usr/sbin:/sbin"
@@ -168,7 +168,7 @@ class Cluster:
 
     def environment(self, **more: str) -> dict[str, str]:
         """What a user's shell on the login node has."""
-        kept = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "SBATCH"))}
+        kept = {name: value for name, value in outer_environment().items() if not name.startswith(("SLURM", "SBATCH"))}
         return {
             **kept,
             "SLURM_CONF": str(self.folder / "slurm.conf"),
