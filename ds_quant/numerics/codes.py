@@ -49,6 +49,7 @@ from torch import Tensor
 
 from ds_quant.base.code_maps import MAP_BITS
 from ds_quant.numerics import log_codes
+from ds_quant.numerics.integer import goes_up
 
 MAPS = ("float", "power", "linear", "dynamic")
 """The maps that this module defines: one scale to a block."""
@@ -227,7 +228,7 @@ def _decode_power(codes: Tensor, code_map: CodeMap) -> Tensor:
 def _encode_power(x: Tensor, code_map: CodeMap, draws: Tensor | None) -> Tensor:
     magnitude = x.abs() if code_map.signed else x.clamp(min=0.0)
     low = _power_code_below(magnitude, code_map)
-    codes = low + _goes_up(magnitude, _magnitude(low, code_map), _magnitude(low + 1, code_map), draws)
+    codes = low + goes_up(magnitude, _magnitude(low, code_map), _magnitude(low + 1, code_map), draws)
     return (_signed_like(x, codes) if code_map.signed else codes).to(code_map.dtype)
 
 
@@ -270,13 +271,7 @@ def _encode_dynamic(x: Tensor, code_map: CodeMap, draws: Tensor | None) -> Tenso
 def encode_by_table(x: Tensor, table: Tensor, draws: Tensor | None) -> Tensor:
     """Indices, int64, into a table of increasing fp32 values, two or more, by the rules of the module docstring."""
     low = (torch.searchsorted(table, x.contiguous(), right=True) - 1).clamp(0, len(table) - 2)
-    return low + _goes_up(x, table[low], table[low + 1], draws)
-
-
-def _goes_up(x: Tensor, low: Tensor, high: Tensor, draws: Tensor | None) -> Tensor:
-    """Whether `x` is rounded to `high` rather than `low`, two neighbouring values."""
-    rest = x - low
-    return rest > high - x if draws is None else draws * (high - low) < rest
+    return low + goes_up(x, table[low], table[low + 1], draws)
 
 
 def _make_log(bits: int, signed: bool) -> CodeMap:

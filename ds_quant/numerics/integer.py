@@ -227,6 +227,12 @@ def nearest_sqrt(x: Tensor) -> Tensor:
     return x.double().sqrt().float() if x.device.type == "cpu" else x.sqrt()
 
 
+def goes_up(x: Tensor, low: Tensor, high: Tensor, draws: Tensor | None) -> Tensor:
+    """Whether `x` is rounded to `high` rather than `low`, two neighbouring values."""
+    rest = x - low
+    return rest > high - x if draws is None else draws * (high - low) < rest
+
+
 def divide_to_fit(extent: Tensor, levels: float) -> Tensor:
     """extent / levels; where that is denormal, at least so large that `levels` scales cover the extent."""
     scale = divide(extent, levels)

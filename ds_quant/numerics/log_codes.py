@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ds_quant.numerics.integer import divide, nearest_sqrt
+from ds_quant.numerics.integer import divide, goes_up, nearest_sqrt
 
 NAME = "log"
 SCALES = 2
@@ -72,10 +72,7 @@ def encode(x: Tensor, by_element: Spacing, draws: Tensor | None) -> Tensor:
     guess = guess - (by_element.value(guess) > x).float()
     guess = guess + (by_element.value(guess + 1) <= x).float()
     low = guess.clamp(0.0, HIGHEST - 1.0)
-    low_value, high_value = by_element.value(low), by_element.value(low + 1)
-    rest = x - low_value
-    up = rest > high_value - x if draws is None else draws * (high_value - low_value) < rest
-    return (low + up).to(torch.uint8)
+    return (low + goes_up(x, by_element.value(low), by_element.value(low + 1), draws)).to(torch.uint8)
 
 
 def decode(codes: Tensor, high: Tensor, low: Tensor, by_element: Spacing) -> Tensor:

@@ -254,6 +254,17 @@ def _encode(x, scale, offset, key, FORMAT: tl.constexpr):
 
 
 @triton.jit
+def _goes_up(x, low, high, offset, key, FORMAT: tl.constexpr):
+    """Whether `x` is rounded to `high` rather than `low`, two neighbouring values."""
+    rest = x - low
+    if FORMAT.stochastic:
+        up = _draws(offset, key).to(tl.float32) * (1.0 / 65536) * (high - low) < rest
+    else:
+        up = rest > high - x
+    return up
+
+
+@triton.jit
 def _encode_power(x, magnitude, offset, key, FORMAT: tl.constexpr):
     """The roots may be off by some ulp and flush denormals: the guess is then off by one, and corrected."""
     SQUARINGS: tl.constexpr = FORMAT.squarings
@@ -265,13 +276,7 @@ def _encode_power(x, magnitude, offset, key, FORMAT: tl.constexpr):
     low = tl.where(_magnitude(low, FORMAT) > magnitude, low - 1.0, low)
     low = tl.where(_magnitude(low + 1.0, FORMAT) <= magnitude, low + 1.0, low)
     low = tl.minimum(tl.maximum(low, 0.0), LAST)
-    low_value = _magnitude(low, FORMAT)
-    high_value = _magnitude(low + 1.0, FORMAT)
-    rest = magnitude - low_value
-    if FORMAT.stochastic:
-        up = _draws(offset, key).to(tl.float32) * (1.0 / 65536) * (high_value - low_value) < rest
-    else:
-        up = rest > high_value - magnitude
+    up = _goes_up(magnitude, _magnitude(low, FORMAT), _magnitude(low + 1.0, FORMAT), offset, key, FORMAT)
     codes = tl.where(up, low + 1.0, low)
     return (tl.where(x < 0, -codes, codes) if FORMAT.signed else codes).to(tl.int32)
 
@@ -332,13 +337,7 @@ def _encode_log(x, most, spacing, offset, key, FORMAT: tl.constexpr):
     guess = tl.where(_log_value(guess, spacing) > x, guess - 1.0, guess)
     guess = tl.where(_log_value(guess + 1.0, spacing) <= x, guess + 1.0, guess)
     guess = tl.minimum(tl.maximum(guess, 0.0), 14.0)
-    below = _log_value(guess, spacing)
-    above = _log_value(guess + 1.0, spacing)
-    rest = x - below
-    if FORMAT.stochastic:
-        up = _draws(offset, key).to(tl.float32) * (1.0 / 65536) * (above - below) < rest
-    else:
-        up = rest > above - x
+    up = _goes_up(x, _log_value(guess, spacing), _log_value(guess + 1.0, spacing), offset, key, FORMAT)
     return tl.where(up, guess + 1.0, guess).to(tl.int32)
 
 

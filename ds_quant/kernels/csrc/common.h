@@ -9,12 +9,22 @@ inline int64_t itemsize(int32_t dtype) { return dtype == FLOAT32 ? 4 : 2; }
 
 namespace {
 
+inline uint32_t bits_of(float x) {
+    uint32_t bits;
+    __builtin_memcpy(&bits, &x, sizeof bits);
+    return bits;
+}
+
+inline float float_of(uint32_t bits) {
+    float x;
+    __builtin_memcpy(&x, &bits, sizeof x);
+    return x;
+}
+
 // The symmetric scale of numerics/integer.py, from the bits of a group's largest magnitude.
 inline float scale_of(uint32_t absmax, float levels) {
     if (absmax >= 0x7f800000) return __builtin_nanf("");
-    float extent;
-    __builtin_memcpy(&extent, &absmax, sizeof extent);
-    float scale = extent / levels;
+    float extent = float_of(absmax), scale = extent / levels;
     // A denormal quotient may be rounded to less than what the largest element needs.
     return scale < 0x1p-126f && scale * levels < extent ? scale + 0x1p-149f : scale;
 }

@@ -15,18 +15,6 @@ namespace {
 
 constexpr int64_t PIECE = 1024;
 
-ALWAYS_INLINE uint32_t bits_of(float x) {
-    uint32_t bits;
-    std::memcpy(&bits, &x, sizeof bits);
-    return bits;
-}
-
-ALWAYS_INLINE float float_of(uint32_t bits) {
-    float x;
-    std::memcpy(&x, &bits, sizeof x);
-    return x;
-}
-
 // To the nearest whole number, ties to even, of magnitudes below 2^22: the sum has units of 1.
 ALWAYS_INLINE float rounded(float x) { return (x + 0x1.8p23f) - 0x1.8p23f; }
 

@@ -87,10 +87,11 @@ struct Moment {
         if (at.last_is_single && n == at.length) at.codes[n - 1] &= 0x0f;
     }
 
+    // Both scales of map LOG, of which `fit_log` sets the second where there is something to code.
     void set_scale(int64_t block, uint32_t absmax) const {
         uint32_t special = absmax < INFINITE ? 0 : QUIET_NAN;
         uint32_t bits = is_scale(absmax) ? absmax : special;
-        std::memcpy(scale + block, &bits, sizeof bits);
+        for (int64_t i = 0; i < scales(); ++i) std::memcpy(scale + block * scales() + i, &bits, sizeof bits);
     }
 
     // The scales of a whole block of map LOG, and its codes, one to a byte.
@@ -99,18 +100,12 @@ struct Moment {
         uint8_t* to) const {
         Draws draws{{key[0], key[1]}, static_cast<uint64_t>(element)};
         float* ends = scale + 2 * block;
-        if (is_scale(absmax)) {
-            stages.fit_log(x, n, absmax, ends);
-            return stages.encode_log(x, ends, stochastic ? &draws : nullptr, to, n);
+        if (!is_scale(absmax)) {
+            std::memset(to, 0, n);
+            return;
         }
-        set_special_ends(block, absmax);
-        std::memset(to, 0, n);
-    }
-
-    // Of a block of map LOG in which there is nothing to code.
-    void set_special_ends(int64_t block, uint32_t absmax) const {
-        uint32_t both = absmax < INFINITE ? 0 : QUIET_NAN, special[2] = {both, both};
-        std::memcpy(scale + 2 * block, special, sizeof special);
+        stages.fit_log(x, n, absmax, ends);
+        stages.encode_log(x, ends, stochastic ? &draws : nullptr, to, n);
     }
 
     // fp32 values of n elements; a pointer to them, in memory or in `buffer`.
@@ -141,12 +136,8 @@ struct Moment {
         if (!stage) return store_blocks(stages, element, n, x, maxima);
         int64_t block = element / block_size;
         for (int64_t i = 0; i < n / block_size; ++i) {
-            if (is_scale(maxima[i])) {
-                if (!is_log()) set_scale(block + i, maxima[i]);
-                continue;
-            }
-            if (is_log()) set_special_ends(block + i, maxima[i]);
-            else set_scale(block + i, maxima[i]);
+            set_scale(block + i, maxima[i]);
+            if (is_scale(maxima[i])) continue;
             maxima[i] = 0;
             std::memset(x + i * block_size, 0, sizeof(float) * block_size);
         }
@@ -163,12 +154,11 @@ struct Moment {
         for (int64_t i = 0; i < n; i += block_size, ++block) {
             int64_t length = std::min(block_size, n - i);
             uint32_t absmax = maxima ? *maxima++ : stages.absmax(x + i, length);
-            if (is_log()) {
-                store_log(stages, block, element + i, x + i, length, absmax, codes_to + i);
-                continue;
-            }
             set_scale(block, absmax);
-            encode(stages, element + i, x + i, length, absmax, codes_to + i);
+            if (is_log())
+                store_log(stages, block, element + i, x + i, length, absmax, codes_to + i);
+            else
+                encode(stages, element + i, x + i, length, absmax, codes_to + i);
         }
         // Not block by block: a processor waits where it reads at once, in wider pieces, what has just been written.
         if (format.bits == 4)

@@ -19,6 +19,16 @@ float load_float(const uint8_t* from) {
 
 int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
+// Adds what the lanes of two vectors add up to.
+template <class V>
+ALWAYS_INLINE void add_lanes(typename V::F first, typename V::F second, double sums[2]) {
+    float lanes[2][V::width];
+    V::store(lanes[0], first);
+    V::store(lanes[1], second);
+    for (int k = 0; k < 2; ++k)
+        for (float lane : lanes[k]) sums[k] += lane;
+}
+
 // ---- elements and residuals ----------------------------------------------------------------------------------------
 
 template <class V>

@@ -3,7 +3,7 @@
 #pragma once
 
 #include "random.h"
-#include "simd.h"
+#include "wire_elements.h"
 #include "wire_scales.h"
 
 namespace {
@@ -113,13 +113,7 @@ ALWAYS_INLINE void encode_from(const NamedEncoding& e, int64_t i, int64_t end, f
             sum = V::add(sum, V::mul(steps, steps));
         }
     }
-    if constexpr (with_lost) {
-        float lanes[2][V::width];
-        V::store(lanes[0], lost_sum);
-        V::store(lanes[1], sum);
-        for (int k = 0; k < 2; ++k)
-            for (float lane : lanes[k]) sums[k] += lane;
-    }
+    if constexpr (with_lost) add_lanes<V>(lost_sum, sum, sums);
     if constexpr (V::width > 1)
         if (i < end) encode_from<typename V::Rest, elements, stochastic, with_lost>(e, i, end, of_block, sums);
 }

@@ -9,18 +9,6 @@
 
 namespace {
 
-ALWAYS_INLINE uint32_t bits_of(float x) {
-    uint32_t bits;
-    std::memcpy(&bits, &x, sizeof bits);
-    return bits;
-}
-
-ALWAYS_INLINE float float_of(uint32_t bits) {
-    float x;
-    std::memcpy(&x, &bits, sizeof x);
-    return x;
-}
-
 constexpr uint32_t INFINITE = 0x7f800000;
 constexpr float LARGEST_E4M3 = 448.0f, SMALLEST_E4M3 = 0x1p-9f, LARGEST_WITH_ROOM = 256.0f;
 constexpr uint8_t E4M3_NAN = 0x7f, E8M0_NAN = 0xff;

@@ -53,13 +53,7 @@ struct Encoder {
     }
 
     void add_to(double sums[2]) const {
-        if constexpr (with_lost) {
-            float lanes[2][V::width];
-            V::store(lanes[0], lost_sum);
-            V::store(lanes[1], sum);
-            for (int k = 0; k < 2; ++k)
-                for (float lane : lanes[k]) sums[k] += lane;
-        }
+        if constexpr (with_lost) add_lanes<V>(lost_sum, sum, sums);
     }
 };
 
