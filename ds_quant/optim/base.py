@@ -123,8 +123,9 @@ class QuantizedOptimizer(torch.optim.Optimizer):
             if not data.is_contiguous():
                 data = param.contiguous()
                 strided.append((param, data))
-            item = shared.item(param, data, grad.contiguous(), options)
-            counters.append(self.state[param]["step"])
+            state = self.state[param]
+            item = shared.item(param, data, grad.contiguous(), state, options)
+            counters.append(state["step"])
             if isinstance(data, MasterTensor):
                 parts.setdefault(param.device, []).extend(master_items(data, item, shared.key(item.step)))
             else:
@@ -233,19 +234,19 @@ class Step:
             found = self._keys[step] = fold_words(self._optimizer.seed, step, rank=self._optimizer.rank)
         return found
 
-    def item(self, param: Tensor, data: Tensor, grad: Tensor, options: GroupOptions) -> Item:
+    def item(self, param: Tensor, data: Tensor, grad: Tensor, state: dict[str, Any], options: GroupOptions) -> Item:
         """What is to be done of `param`, whose values are those of `data`, contiguous as `grad` is."""
-        state = self._optimizer.state[param]
         step = self.ready(state, options, param)
+        own_key = self.key(step)
         states: list[State] = []
         keys: list[tuple[int, int] | None] = []
         stream = 0
         for name, is_stochastic in options.stochastic:
             stored, key = state[name], None
             if type(stored) is QuantizedState:
-                stream = stored.stream
-                key = self.key(step) if is_stochastic else None
-                stored = stored.blocks
+                stream, stored = stored.stream, stored.blocks
+                if is_stochastic:
+                    key = own_key
             states.append(stored)
             keys.append(key)
         return Item(data, grad, states, keys, stream, step, options)
@@ -261,9 +262,10 @@ class Step:
                 step = options.step
             step = state["step"] = torch.tensor(float(step or 0.0), dtype=torch.float32)
         shape, device = options.shape(param), param.device
+        numel = shape.numel()
         for (name, _), wanted in zip(options.stochastic, options.formats(param), strict=True):
             stored = state.get(name)
-            if not _fits(stored, wanted, shape.numel(), device):
+            if not _fits(stored, wanted, numel, device):
                 state[name] = self._mended(stored, wanted, name, shape, device, state)
         return int(step.item()) + 1
 

@@ -27,7 +27,9 @@ class StepInParts:
             for masters in group["params"]:
                 # No method of the masters makes it: they would be expanded to fp32, all at once.
                 no_gradient = torch.empty(0, dtype=masters.dtype, device=masters.device)
-                self._items[id(masters)] = self._shared.item(masters, masters, no_gradient, options)
+                self._items[id(masters)] = self._shared.item(
+                    masters, masters, no_gradient, optimizer.state[masters], options
+                )
         self._options = [_copied(group) for group in optimizer.param_groups]
 
     def step(self, masters: MasterTensor, number: int, grad: Tensor) -> None:

@@ -47,7 +47,7 @@ def _run(
     where: str, works: Sequence[AdamWWork], isa: str | None, masters: Sequence[MastersWork] | None = None
 ) -> list[int]:
     """Do the works, of which `masters` are more if given. Returns the numbers of those that are left to others."""
-    formats: dict[tuple, int] = {}
+    formats: dict[tuple, tuple[int, bool]] = {}
     pack = _ENTRY.pack
     rows, others = [], []
     low_bits, param_key = 0, None
@@ -58,10 +58,14 @@ def _run(
             first_map, codes, scale, block_size = in_memory(exp_avg)
             second_map, sq_codes, sq_scale, sq_block_size = in_memory(exp_avg_sq)
             kind = (param.dtype, grad.dtype, first_map, second_map)
-            if kind not in formats and not (has_map("AdamW", first_map) and has_map("AdamW", second_map)):
-                others.append(number)
-                continue
-            if second_map and second_map.scales > 1 and not _in_one_pass(block_size, sq_block_size):
+            found = formats.get(kind)
+            if found is None:
+                if not (has_map("AdamW", first_map) and has_map("AdamW", second_map)):
+                    others.append(number)
+                    continue
+                has_two_scales = second_map is not None and second_map.scales > 1
+                found = formats[kind] = (len(formats), has_two_scales)
+            if found[1] and not _in_one_pass(block_size, sq_block_size):
                 others.append(number)
                 continue
             if masters is not None:
@@ -75,7 +79,7 @@ def _run(
                     *(key or _NO_KEY),
                     *(sq_key or _NO_KEY),
                     *(param_key or _NO_KEY),
-                    formats.setdefault(kind, len(formats)),
+                    found[0],
                     (key is not None) | (sq_key is not None) << 1 | (param_key is not None) << 2,
                 )
             )

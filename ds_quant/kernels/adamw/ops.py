@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from ds_quant.kernels.adamw import reference
-from ds_quant.kernels.adamw.work import AdamWWork, MastersWork, check_masters, check_work
+from ds_quant.kernels.adamw.work import AdamWWork, MastersWork, fault_of_masters, fault_of_work
 from ds_quant.kernels.registry import Family, operation
 from ds_quant.kernels.transfers import refuse_capture
 
@@ -29,7 +29,9 @@ def adamw_(works: Sequence[AdamWWork]) -> None:
     device = _device_of("adamw_", works)
     if device is not None:
         for number, work in enumerate(works):
-            check_work(f"adamw_(works[{number}]", work)
+            fault = fault_of_work(work)
+            if fault:
+                raise fault.error(f"adamw_(works[{number}]")
         adamw_.on(device)(works)
 
 
@@ -42,7 +44,9 @@ def adamw_masters_(works: Sequence[MastersWork]) -> None:
     device = _device_of("adamw_masters_", [work.step for work in works])
     if device is not None:
         for number, work in enumerate(works):
-            check_masters(f"adamw_masters_(works[{number}]", work)
+            fault = fault_of_masters(work)
+            if fault:
+                raise fault.error(f"adamw_masters_(works[{number}]")
         adamw_masters_.on(device)(works)
 
 

@@ -1,5 +1,6 @@
 """What a fused step is asked to do: one entry for each parameter."""
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -8,12 +9,13 @@ from torch import Tensor
 
 from ds_quant.base.errors import argument_error
 from ds_quant.numerics.adam import AdamWScalars, Moment
+from ds_quant.numerics.codes import CodeMap
 from ds_quant.numerics.integer import DTYPES
 from ds_quant.numerics.packing import code_bytes
 
 MOST_DRAWN = 1 << 32
 """Masters that one key rounds."""
-_FP32 = (torch.float32,)
+_FP32, _WEIGHTS, _LOW_BITS = (torch.float32,), (torch.bfloat16,), (torch.int8,)
 
 
 class AdamWWork(NamedTuple):
@@ -46,45 +48,73 @@ class MastersWork(NamedTuple):
     """Of stochastic rounding, with no subkey to derive: element i draws number i, below 2^32. None: nearest."""
 
 
-def check_work(where: str, work: AdamWWork) -> None:
-    """Raises ValueError if a tensor of what `where` names, "adamw_(works[3]", is not as `AdamWWork` has it."""
-    param = work.param
+class Fault(NamedTuple):
+    """What is wrong with a work. It is found without a word for works that are right: a step has hundreds of them."""
+
+    name: str
+    """Of the attribute, such as "exp_avg.codes"."""
+    got: str
+    allowed: str
+    remedy: str
+
+    def error(self, work: str) -> ValueError:
+        """What to raise; `work` names the work, such as "adamw_(works[3]"."""
+        return argument_error(f"{work}{self.name})", self.got, self.allowed, self.remedy)
+
+
+def fault_of_work(work: AdamWWork) -> Fault | None:
+    """The first tensor that is not as `AdamWWork` has it."""
+    param, grad = work.param, work.grad
     numel, device = param.numel(), param.device
-    _check(where, "param", param, numel, DTYPES, device)
-    _check(where, "grad", work.grad, numel, DTYPES, device)
-    for name, moment in (("exp_avg", work.exp_avg), ("exp_avg_sq", work.exp_avg_sq)):
+    if param.dtype not in DTYPES or not param.is_contiguous():
+        return _fault(".param", param, numel, DTYPES, device)
+    if not _is_as(grad, numel, DTYPES, device):
+        return _fault(".grad", grad, numel, DTYPES, device)
+    for name, moment in ((".exp_avg", work.exp_avg), (".exp_avg_sq", work.exp_avg_sq)):
         if isinstance(moment, Tensor):
-            _check(where, name, moment, numel, _FP32, device)
+            if not _is_as(moment, numel, _FP32, device):
+                return _fault(name, moment, numel, _FP32, device)
             continue
         codes, scale, count, size, code_map = moment
         if count != numel or size < 1 or (size & (size - 1) and numel % size):
             got = f"{count} elements in blocks of {size}"
             allowed = f"{numel} elements, in blocks of a power of two or a divisor of that"
-            raise argument_error(f"{where}.{name})", got, allowed, "quantize it so")
-        num_bytes = code_bytes(numel, size, code_map.bits)
-        _check(where, f"{name}.codes", codes, num_bytes, (code_map.stored_dtype,), device)
-        _check(where, f"{name}.scale", scale, -(-numel // size) * code_map.scales, _FP32, device)
+            return Fault(name, got, allowed, "quantize it so")
+        num_bytes, dtypes, num_scales = _stored(numel, size, code_map)
+        if not _is_as(codes, num_bytes, dtypes, device):
+            return _fault(f"{name}.codes", codes, num_bytes, dtypes, device)
+        if not _is_as(scale, num_scales, _FP32, device):
+            return _fault(f"{name}.scale", scale, num_scales, _FP32, device)
+    return None
 
 
-def check_masters(where: str, work: MastersWork) -> None:
-    """Raises ValueError likewise where one is not as `MastersWork` has it."""
-    weight = work.step.param
-    numel = weight.numel()
-    _check(where, "step.param", weight, numel, (torch.bfloat16,), weight.device)
-    if work.low_bits is not None:
-        _check(where, "low_bits", work.low_bits, numel, (torch.int8,), weight.device)
+def fault_of_masters(work: MastersWork) -> Fault | None:
+    """The first thing that is not as `MastersWork` has it."""
+    weight, low_bits = work.step.param, work.low_bits
+    numel, device = weight.numel(), weight.device
+    if not _is_as(weight, numel, _WEIGHTS, device):
+        return _fault(".step.param", weight, numel, _WEIGHTS, device)
+    if low_bits is not None and not _is_as(low_bits, numel, _LOW_BITS, device):
+        return _fault(".low_bits", low_bits, numel, _LOW_BITS, device)
     if work.key is not None and numel > MOST_DRAWN:
         got = f"{numel} elements that are rounded stochastically"
-        raise argument_error(f"{where})", got, f"{MOST_DRAWN}", "step them in parts, with a key for each")
-    check_work(f"{where}.step", work.step)
+        return Fault("", got, f"{MOST_DRAWN}", "step them in parts, with a key for each")
+    fault = fault_of_work(work.step)
+    return fault and fault._replace(name=f".step{fault.name}")
 
 
-def _check(
-    where: str, name: str, tensor: Tensor, numel: int, dtypes: Sequence[torch.dtype], device: torch.device
-) -> None:
-    if tensor.numel() == numel and tensor.dtype in dtypes and tensor.device == device and tensor.is_contiguous():
-        return
+@functools.lru_cache(maxsize=4096)
+def _stored(numel: int, block_size: int, code_map: CodeMap) -> tuple[int, tuple[torch.dtype], int]:
+    """Elements and dtype of a moment's codes, and elements of its scales. Kept, as models have the same sizes often."""
+    num_scales = -(-numel // block_size) * code_map.scales
+    return code_bytes(numel, block_size, code_map.bits), (code_map.stored_dtype,), num_scales
+
+
+def _is_as(tensor: Tensor, numel: int, dtypes: Sequence[torch.dtype], device: torch.device) -> bool:
+    return tensor.numel() == numel and tensor.dtype in dtypes and tensor.device == device and tensor.is_contiguous()
+
+
+def _fault(name: str, tensor: Tensor, numel: int, dtypes: Sequence[torch.dtype], device: torch.device) -> Fault:
     layout = "contiguous" if tensor.is_contiguous() else "not contiguous"
     got = f"{tensor.numel()} elements, {tensor.dtype}, {tensor.device}, {layout}"
-    allowed = f"{numel} elements, {' or '.join(map(str, dtypes))}, {device}, contiguous"
-    raise argument_error(f"{where}.{name})", got, allowed, "make it so")
+    return Fault(name, got, f"{numel} elements, {' or '.join(map(str, dtypes))}, {device}, contiguous", "make it so")
