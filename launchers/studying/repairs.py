@@ -170,6 +170,7 @@ GRADIENT = {
     ),
 }
 
+_LOG: Values = {"bits": 4, "map": "log"}
 MOMENTS = {
     "m4_block": Repair("m", "m4_tensor", "signed squares in blocks of 128", {"optimizer": {"exp_avg": {"bits": 4}}}),
     "m8_block": Repair("m", "m8_tensor", "float codes in blocks of 256", {"optimizer": {"exp_avg": {"bits": 8}}}),
@@ -182,6 +183,18 @@ MOMENTS = {
         "v8_tensor",
         "both moments at 4 bits, as above",
         {"optimizer": {"exp_avg": {"bits": 4}, "exp_avg_sq": {"bits": 4}}},
+    ),
+    "v4_log": Repair(
+        "v",
+        "v8_tensor",
+        "logarithms in blocks of 128, two scales, at 4 bits",
+        {"optimizer": {"exp_avg_sq": dict(_LOG)}},
+    ),
+    "m4v4_log": Repair(
+        "v",
+        "v8_tensor",
+        "both moments at 4 bits, v as above",
+        {"optimizer": {"exp_avg": {"bits": 4}, "exp_avg_sq": dict(_LOG)}},
     ),
 }
 
@@ -239,6 +252,12 @@ COMBINED = {
         "w4a4g4_naive",
         "the same with m in 4 and v in 8 bits",
         {**_all4(*_BLOCKS, dict(_STOCHASTIC)), "optimizer": {"exp_avg": {"bits": 4}, "exp_avg_sq": {"bits": 8}}},
+    ),
+    "w4a4g4_block32_m4v4": Repair(
+        "combined",
+        "w4a4g4_naive",
+        "the same with m and v in 4 bits, v in logarithms",
+        {**_all4(*_BLOCKS, dict(_STOCHASTIC)), "optimizer": {"exp_avg": {"bits": 4}, "exp_avg_sq": dict(_LOG)}},
     ),
     "w4a4g4_block32_g": Repair(
         "combined", "w4a4g4_naive", "W, A, G in blocks of 32, G stochastic", _all4(*_BLOCKS, dict(_BLOCK_GRADIENT))
