@@ -2,6 +2,7 @@
 
     python launchers/study.py run                 the first budget at the smallest size: tuning, then all rows, 3 seeds
     python launchers/study.py run --rows w4_channel w4_block32 --sizes 0.7m 2m --families llama gpt2 --seeds 0-7
+    sbatch slurm/sweep.sh study                   the same, or any of these options, as jobs of Slurm
     python launchers/study.py plan                what `run` with the same options would train
     python launchers/study.py tables              docs/study.md and its pictures, from docs/results/study/runs.csv
     python launchers/study.py repeat              one row of each table trained again and compared; or --rows, --seeds

@@ -75,7 +75,7 @@ def _sweep(options: argparse.Namespace) -> int:
     if speed is not None or more or not options.dry_run:
         for config in configs:
             sample = plan.arguments(Entry(config, seeds[0], str(sweep_dir), ""), more)
-            needed[config.name] = hours.tokens(sample, _world_size())
+            needed[config.name] = hours.tokens(sample, slurm.world_size())
     if options.dry_run:
         planned = plan.entries(configs, seeds, sweep_dir, _living_if_known(sweep_dir / "plans"))
         _print(planned, needed, speed, max_parallel)
@@ -118,7 +118,7 @@ def _submit(
         expected.setdefault(entry.config.name, []).append(entry.seed)
     command = [sys.executable, "launchers/collect.py", str(sweep_dir), "--expect"]
     command += [f"{name}={','.join(map(str, seeds))}" for name, seeds in expected.items()]
-    collection = slurm.submit_collection(shlex.join(command), arrays, own, sweep_dir / "logs")
+    collection = slurm.submit_after(shlex.join(command), arrays, own, sweep_dir / "logs")
     print(f"submitted: job {collection} collects into {sweep_dir}/collected.md when they have ended")
 
 
@@ -179,14 +179,6 @@ def _positive(name: str, text: str, *, whole: bool = False) -> float:
             f"{name}: got {text!r}; allowed: {'whole numbers' if whole else 'numbers'} above 0; correct it"
         )
     return value
-
-
-def _world_size() -> int:
-    """The number of ranks of a run; 1 if not known yet."""
-    gpus = os.environ.get("SLURM_GPUS_ON_NODE") or os.environ.get("SLURM_GPUS_PER_NODE") or "1"
-    ranks = os.environ.get("RANKS_PER_NODE") or gpus.rpartition(":")[2]
-    nodes = os.environ.get("SLURM_JOB_NUM_NODES") or "1"
-    return max(int(ranks), 1) * int(nodes) if ranks.isdigit() and nodes.isdigit() else 1
 
 
 @contextmanager

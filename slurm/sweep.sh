@@ -4,6 +4,7 @@
 #     sbatch slurm/sweep.sh                                      every config in ds_configs/ and its paper/, seeds 0 to 2
 #     CONFIGS="paper_*" sbatch slurm/sweep.sh                    the matrix of the paper alone
 #     CONFIGS="baseline w8a8*" SEEDS=0-4 sbatch --nodes=2 --gpus-per-node=8 --time=24:00:00 slurm/sweep.sh
+#     sbatch --time=2:00:00 slurm/sweep.sh study --rows w8a8 w4_channel   runs of docs/study.md, into its CSV
 #     bash slurm/sweep.sh --dry-run --tokens-per-second 400000   the plan, without a cluster
 #
 # This job takes only seconds. It submits a job array, with the same sbatch options, and a job that collects the results
@@ -26,5 +27,8 @@ fi
 cd "$root"
 if [[ -x .venv/bin/python ]]; then
   PATH=$PWD/.venv/bin:$PATH
+fi
+if [[ ${1:-} == study ]]; then
+  exec python launchers/study.py submit "${@:2}"
 fi
 exec python launchers/sweep.py "$@"

@@ -7,6 +7,7 @@ from typing import Any
 import ds_quant
 from ds_quant.base.commit import commit
 from ds_quant.cli import report
+from ds_quant.cli.shared import processors
 from ds_quant.comm.reducer import describe_wire
 from ds_quant.comm.weight_difference import describe_weights
 from ds_quant.optim.kinds import kind_of
@@ -60,6 +61,7 @@ def summarize(
         "zero_stage": trainer.deepspeed.zero_optimization_stage(),
         "world_size": training.world_size,
         "device": training.device.type,
+        "processor": processors.kind(training.device),
         "seed": training.seed,
         "config": config.content,
         "versions": report.versions(),

@@ -6,7 +6,8 @@ bring the text. `plan` says which runs are to be done, `training` does them, `re
 is committed, `verdicts` judges paired gaps, and `tables` and `pictures` turn the CSV into docs/study.md. `smoke` is the
 same with a few short runs and limits that were measured.
 
-`commands` has a function for each command, `arguments` their flags. Beside the runs: `post_training` (quantizers put
+`commands` has a function for each command, `arguments` their flags, `asked` the runs that they mean. `cluster` does the
+runs as jobs of Slurm. Beside the runs: `post_training` (quantizers put
 in after training), `isolation` (outliers or sharpness, with what is changed in `arms` and the layers' `products`),
 `memory` (peaks of whole steps), `fits` (lines through gaps), `repeating` (runs done again, on kinds of `processors`).
 """

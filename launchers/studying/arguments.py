@@ -27,6 +27,12 @@ def parser(description: str, handlers: Mapping[str, Callable[[argparse.Namespace
 
     more = "0 1 2, then 3-7 where effects are small"
     _add_choices(add("run", "train what is missing"), seeds=more)
+    command = add("submit", "train it as jobs of Slurm: sbatch slurm/sweep.sh study ...")
+    _add_choices(command, seeds=more)
+    command.add_argument("--max-parallel", type=int, default=8, help="concurrent runs (default: 8)")
+    # Of the jobs that go on where the first one has begun.
+    command.add_argument("--chain", help=argparse.SUPPRESS)
+    command.add_argument("--resources", default="", help=argparse.SUPPRESS)
     _add_choices(add("plan", "print it, train nothing"), seeds=more)
     command = add("tables", "docs/study.md and its pictures from the CSV")
     command.add_argument("--csv", type=Path, default=results.PATH, help="default: docs/results/study/runs.csv")

@@ -137,13 +137,18 @@ def write_config(key: Key, row: Row, settings: Settings) -> Path:
 
 def command(key: Key, row: Row, settings: Settings) -> list[str]:
     """The command that trains it, from its last checkpoint if it has one. Writes the DeepSpeed JSON that it names."""
+    return [sys.executable, str(PRETRAIN), *pretrain_arguments(key, row, settings)]
+
+
+def pretrain_arguments(key: Key, row: Row, settings: Settings) -> list[str]:
+    """That command without the program. Writes the DeepSpeed JSON."""
     size = protocol.SIZES[key.size]
     out, config = folder(key, row, settings), write_config(key, row, settings)
     total = steps(key, settings)
     every = -(-total // _EVALUATIONS)
     overrides = {**size.overrides(key.family), **_understood(row.overrides, key.family)}
     return [
-        *(sys.executable, str(PRETRAIN), "--deepspeed", str(config), "--output_dir", str(out)),
+        *("--deepspeed", str(config), "--output_dir", str(out)),
         *("--preset", "tiny" if key.family == "llama" else "tiny-gpt2", "--train_shards", str(settings.corpus)),
         *("--config_overrides", ",".join(f"{name}={value}" for name, value in overrides.items())),
         *("--context_length", str(size.context_length), "--global_batch_size", str(size.batch)),
@@ -167,6 +172,15 @@ def _understood(overrides: dict[str, str], family: str) -> dict[str, str]:
 def import_path() -> str:
     """PYTHONPATH of the programs that are started: this checkout first."""
     return os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
+def environment(device: str) -> dict[str, str]:
+    """What runs have in their environment beside what is there."""
+    found = {"OMP_NUM_THREADS": "1", "PYTHONPATH": import_path()}
+    if device == "cpu":
+        # No row compiles anything on a CPU, and importing torch's compiler is a fifth of the start.
+        found |= {"DS_ACCELERATOR": "cpu", "TORCHDYNAMO_DISABLE": "1"}
+    return found
 
 
 def chosen(names: Sequence[str], known: Iterable[str], flag: str) -> list[str]:

@@ -2,30 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
-_WITH = " with "
-_FIRST = "AVX512 VNNI"
-"""Of the lines of the CSV that tell a processor and not its instructions: all of them were made with these."""
-
-
-def named(device: str, processor: str) -> str:
-    """What the column `processor` has: its name, and the instructions or the CUDA that products are computed with."""
-    import torch
-
-    if device == "cuda":
-        return f"{processor}{_WITH}CUDA {torch.version.cuda}"
-    # As torch itself chooses among its kernels, also where ATEN_CPU_CAPABILITY tells it to.
-    instructions = torch.backends.cpu.get_cpu_capability()
-    if instructions == "AVX512" and _has_vnni():
-        instructions = _FIRST
-    return f"{processor}{_WITH}{instructions}"
+from ds_quant.cli.shared import processors
 
 
 def kind(processor: str) -> str:
     """The kind that the column `processor` means."""
-    return processor if _WITH in processor else f"{processor}{_WITH}{_FIRST}"
+    # Lines of the CSV that tell no instructions were all made with these.
+    return processor if processors.WITH in processor else f"{processor}{processors.WITH}{processors.VNNI}"
 
 
 def where(device: str) -> dict[str, Any]:
@@ -35,11 +20,4 @@ def where(device: str) -> dict[str, Any]:
     from ds_quant.cli.shared.tables import environment
 
     found = environment(torch.device(device))
-    return {**found, "processor": named(device, found["processor"])}
-
-
-def _has_vnni() -> bool:
-    try:
-        return "avx512_vnni" in Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        return False
+    return {**found, "processor": processors.kind(torch.device(device))}

@@ -46,7 +46,7 @@ class Result:
     """Of the held-out domain."""
     dtype: str
     processor: str
-    """As `processors.named` has it; `processors.kind` reads it."""
+    """Its kind; `processors.kind` reads older lines, too."""
     torch: str
     deepspeed: str
     commit: str
@@ -116,12 +116,16 @@ def of_run(key: Key, row: Row, settings: Settings, where: Mapping[str, Any]) -> 
     size = protocol.SIZES[key.size]
     steps = run.steps or 0
     loss, lowest = _number(run.final_eval_loss), _number(run.best_eval_loss)
+    # None where a run ended itself.
+    summary = files.read_summary(folder / "summary.json")[0] or {}
+    planned = size.parameters(key.family, settings.index.vocab_size)
+    parameters = summary["model"]["num_parameters"] if summary else planned
     diverged = run.state == runs.DIVERGED or protocol.has_diverged(loss, lowest)
     return Result(
         key=key,
         fingerprint=plan.fingerprint(row),
         text=settings.text,
-        parameters=_parameters(folder) or size.parameters(key.family, settings.index.vocab_size),
+        parameters=parameters,
         steps=steps,
         tokens=steps * size.tokens_per_step,
         state=runs.DIVERGED if diverged else runs.DONE,
@@ -129,7 +133,9 @@ def of_run(key: Key, row: Row, settings: Settings, where: Mapping[str, Any]) -> 
         lowest=lowest,
         other_loss=math.nan,
         dtype=settings.dtype,
-        **{name: str(where[name]) for name in ("processor", "torch", "deepspeed", "commit", "date")},
+        # Of a cluster, the run's own machine.
+        processor=str(summary.get("processor", where["processor"])),
+        **{name: str(where[name]) for name in ("torch", "deepspeed", "commit", "date")},
     )
 
 
@@ -153,12 +159,6 @@ def _result(line: Mapping[str, str]) -> Result:
 
 def _number(value: float | None) -> float:
     return value if value is not None and math.isfinite(value) else math.nan
-
-
-def _parameters(folder: Path) -> int | None:
-    """As the run counted them; None where it ended itself before it wrote its summary."""
-    summary, _ = files.read_summary(folder / "summary.json")
-    return None if summary is None else int(summary["model"]["num_parameters"])
 
 
 def best_rate(found: Iterable[Result], size: str, family: str, ratio: float) -> float | None:

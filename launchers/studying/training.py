@@ -44,6 +44,10 @@ class Training:
         known = results.read(self.csv)
         return [key for key in keys if key not in known or not self._is_of_these(known[key])]
 
+    def waiting(self, keys: Sequence[Key]) -> list[Key]:
+        """The missing ones that have not ended; figures of the others go into the CSV."""
+        return [key for key in self.missing(keys) if not self._keep(key, told=False)]
+
     def _is_of_these(self, result: Result) -> bool:
         row, settings = self.rows[result.key.row], self.settings
         told = (result.fingerprint, result.text, result.dtype)
@@ -56,8 +60,8 @@ class Training:
             CommandError: another process does runs in the same folder.
         """
         failed: list[Key] = []
-        with _alone(self.settings.runs), self._stopping():
-            waiting = [key for key in self.missing(keys) if not self._keep(key, told=False)]
+        with alone(self.settings.runs), self._stopping():
+            waiting = self.waiting(keys)
             going: dict[Key, subprocess.Popen[bytes]] = {}
             total = len(waiting)
             try:
@@ -85,10 +89,6 @@ class Training:
     def _start(self, key: Key) -> subprocess.Popen[bytes]:
         settings = self.settings
         command = plan.command(key, self.rows[key.row], settings)
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": plan.import_path()}
-        if settings.device == "cpu":
-            # No row compiles anything on a CPU, and importing torch's compiler is a fifth of the start.
-            environment |= {"DS_ACCELERATOR": "cpu", "TORCHDYNAMO_DISABLE": "1"}
         log = self._log(key)
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("ab") as file:
@@ -98,7 +98,7 @@ class Training:
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
-                env=environment,
+                env={**os.environ, **plan.environment(settings.device)},
                 start_new_session=True,
             )
 
@@ -142,8 +142,12 @@ def _stop(processes: Collection[subprocess.Popen[bytes]]) -> None:
 
 
 @contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Two calls at once would both start what is missing."""
+def alone(folder: Path) -> Iterator[None]:
+    """Two calls at once would both start what is missing.
+
+    Raises:
+        CommandError: another call has it.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("w") as file:
         try:

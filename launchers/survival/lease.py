@@ -54,7 +54,11 @@ class Lease:
                 _wait_for_the_dead(output_dir, generation, patience, say)
             lease = cls(output_dir, (generation or 0) + 1)
             try:
+                # By itself: a file in its place is a FileExistsError, too, and would be asked about for ever.
                 output_dir.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise not_writable(output_dir, error) from error
+            try:
                 with lease._path.open("x") as file:
                     file.write(json.dumps(lease._owner()))
             except FileExistsError:

@@ -13,6 +13,8 @@ from collecting import runs
 from ds_quant.cli.shared.errors import CommandError
 from sweeping.matrix import Config
 
+Task = tuple[tuple[str, int], list[str]]
+"""Config and seed, which tell runs apart, and pretrain.py's arguments."""
 QUEUED = "queued"
 """The run has a job that has not started yet."""
 # A diverged run would diverge again. The cause of a failure may be gone; whoever submits again must know.
@@ -78,17 +80,18 @@ def arguments(entry: Entry, more: Sequence[str]) -> list[str]:
 
 def write(path: Path, planned: Iterable[Entry], more: Sequence[str]) -> int:
     """Write the runs to start, numbered as tasks of a job array; returns their number."""
-    tasks = [
-        {"config": entry.config.name, "seed": entry.seed, "arguments": arguments(entry, more)}
-        for entry in planned
-        if entry.to_run
-    ]
+    return write_tasks(path, [(entry.key, arguments(entry, more)) for entry in planned if entry.to_run])
+
+
+def write_tasks(path: Path, runs_to_start: Sequence[Task]) -> int:
+    """Write tasks for `tasks` to read; returns their number."""
+    content = [{"config": name, "seed": seed, "arguments": words} for (name, seed), words in runs_to_start]
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"tasks": tasks}, indent=1) + "\n")
-    return len(tasks)
+    path.write_text(json.dumps({"tasks": content}, indent=1) + "\n")
+    return len(content)
 
 
-def tasks(path: Path) -> list[tuple[tuple[str, int], list[str]]]:
+def tasks(path: Path) -> list[Task]:
     """Config and seed, and pretrain.py's arguments, of each task that `write` wrote.
 
     Raises:

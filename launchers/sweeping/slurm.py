@@ -55,7 +55,7 @@ def living(plans: Path) -> tuple[dict[tuple[str, int], str], list[str]]:
     """
     found: dict[tuple[str, int], str] = {}
     arrays: dict[str, None] = {}
-    known: dict[Path, list[tuple[tuple[str, int], list[str]]]] = {}
+    known: dict[Path, list[plan.Task]] = {}
     # Array, index, state, and last the comment, which contains a path.
     for line in _run("squeue", "--me", "--noheader", "--array", "--format=%F|%K|%t|%k").splitlines():
         array, index, state, comment = line.split("|", 3)
@@ -113,7 +113,7 @@ def submit_array(path: Path, count: int, max_parallel: int, options: Sequence[st
     longest = re.search(r"^MaxArraySize\s*=\s*([0-9]+)", _run("scontrol", "show", "config"), re.MULTILINE)
     if longest and count >= int(longest[1]):
         raise CommandError(
-            f"CONFIGS x SEEDS: got {count} runs to start; allowed: below {longest[1]} at a time (Slurm's "
+            f"sweep: got {count} runs to start; allowed: below {longest[1]} at a time (Slurm's "
             "MaxArraySize); submit part of them, and the rest later"
         )
     logs.mkdir(parents=True, exist_ok=True)
@@ -128,15 +128,24 @@ def submit_array(path: Path, count: int, max_parallel: int, options: Sequence[st
     )
 
 
-def submit_collection(command: str, after: Sequence[str], options: Sequence[str], logs: Path) -> str:
+def submit_after(command: str, after: Sequence[str], options: Sequence[str], logs: Path, *, minutes: int = 30) -> str:
     """Submit a command to run when the jobs `after` have ended in any way; returns its id. Raises CommandError."""
     logs.mkdir(parents=True, exist_ok=True)
     return _submit(
         *([f"--dependency=afterany:{':'.join(after)}"] if after else []),
-        *("--job-name=collect", "--nodes=1", "--ntasks=1", "--time=30", f"--output={logs.resolve()}/%j-collect.out"),
+        *("--job-name=collect", "--nodes=1", "--ntasks=1", f"--time={minutes}"),
+        f"--output={logs.resolve()}/%j-collect.out",
         *(option for option in options if option.startswith(_ACCOUNTING)),
         f"--wrap={command}",
     )
+
+
+def world_size() -> int:
+    """The number of ranks of a run that gets the resources of this job; 1 if not known yet."""
+    gpus = os.environ.get("SLURM_GPUS_ON_NODE") or os.environ.get("SLURM_GPUS_PER_NODE") or "1"
+    ranks = os.environ.get("RANKS_PER_NODE") or gpus.rpartition(":")[2]
+    nodes = os.environ.get("SLURM_JOB_NUM_NODES") or "1"
+    return max(int(ranks), 1) * int(nodes) if ranks.isdigit() and nodes.isdigit() else 1
 
 
 def _submit(*arguments: str) -> str:

@@ -7,8 +7,8 @@ import random
 
 import numpy as np
 import pytest
+from helpers.study_results import ROWS, a_result
 from scipy import stats
-from study_results import ROWS, a_result
 from studying import fits, protocol
 from studying.results import Result
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.study_results import ROWS, a_result
 from scipy import stats
-from study_results import ROWS, a_result
 from studying import isolation, plan, results
 from studying.arms import ARMS, CLIP, clipped, rescale, rotated, spread, train_on
 from studying.isolation import Measured, measures

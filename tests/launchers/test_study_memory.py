@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from study_results import ROWS
+from helpers.study_results import ROWS
 from studying import memory, protocol, results
 from studying.memory import CASES, Measured
 

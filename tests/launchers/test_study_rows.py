@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 from conftest import ROOT
-from study_results import ROWS
+from helpers.study_results import ROWS
 from studying import plan, protocol, repairs, rows, texts, wiki_markup
 from sweeping import paper
 from transformers import AutoConfig, AutoModelForCausalLM

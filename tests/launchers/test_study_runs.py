@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from study_results import ROWS, a_result
+from helpers.study_results import ROWS, a_result
 from studying import commands, plan, protocol, results
 from studying.plan import Key, Settings
 from studying.training import Training
@@ -77,8 +77,11 @@ def test_mistakes_are_said(tmp_path: Path, token_shards: Path) -> None:
         (["--at-once", "0"], "--at-once: got 0"),
         (["--seeds", "x"], "SEEDS: got 'x'"),
     ):
-        with pytest.raises(CommandError, match=message):
-            commands.run([*flags, *wrong], description="")
+        for command in ("plan", "run"):
+            with pytest.raises(CommandError, match=message):
+                commands.run([command, *flags[1:], *wrong], description="")
+    with pytest.raises(CommandError, match=r"study\.py submit: got no Slurm job around it"):
+        commands.run(["submit", *flags[1:]], description="")
 
 
 def test_a_plan_names_what_is_missing(tmp_path: Path, token_shards: Path, capsys: pytest.CaptureFixture[str]) -> None:

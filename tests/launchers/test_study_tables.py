@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
-from study_results import a_result
+from helpers.study_results import a_result
 from studying import commands, isolation, memory, post_training, results, rows, tables
 from studying.results import Result
 

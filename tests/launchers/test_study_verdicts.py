@@ -9,8 +9,8 @@ import statistics
 from typing import Any
 
 import pytest
+from helpers.study_results import ROWS, a_result
 from scipy import stats
-from study_results import ROWS, a_result
 from studying import protocol, results, smoke, verdicts
 from studying.plan import Key
 from studying.results import Result

@@ -8,13 +8,16 @@ import re
 import shlex
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from helpers.study_results import a_result
 from slurm_cluster import Cluster, running, wait_for
 from slurm_runs import FLAGS, write_corpus
+from studying import commands, plan, processors, results, rows
+from studying.plan import Key, Settings
 from sweeping import slurm
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
@@ -183,3 +186,95 @@ def test_ranks_are_those_of_the_gpus(cluster: Cluster, tmp_path: Path) -> None:
     assert "1 nodes (n1) with 2 ranks each" in log.read_text()
     assert log.read_text().count("got the unknown flag --nonsense") == 2, "one rank says it, and it is tried twice"
     assert "gave up: it ended twice before it took its output folder" in log.read_text()
+
+
+@pytest.mark.slow
+def test_the_study_tunes_and_goes_on(cluster: Cluster, tmp_path: Path, token_shards: Path) -> None:
+    """One of three learning rates is left to tune. The row follows, and cannot make its folder at first."""
+    path, study, ratio = tmp_path / "runs.csv", tmp_path / "study", 0.02
+    text = Settings(study, token_shards).text
+    made_up = [a_result("baseline", 0, 9.0, text=text, rate=rate) for rate in (0.002, 0.008)]
+    # By their key alone: what they have beside it is not asked for.
+    results.write(path, [replace(one, key=replace(one.key, ratio=ratio)) for one in made_up])
+    flags = ("--rows", "w8a8", "--seeds", "0", "--ratio", str(ratio), "--runs", str(study), "--csv", str(path))
+    chain = StudyChain(cluster, study, (*flags, "--corpus", str(token_shards)))
+    key = Key("0.7m", "llama", ratio, 0.004, "w8a8", 0)
+    folder = plan.folder(key, rows.all_rows()["w8a8"], Settings(study, token_shards))
+    folder.parent.mkdir(parents=True)
+    folder.touch()
+    code, printed = chain.run()
+    assert code == "1:0", printed
+    assert [line for line in printed.splitlines() if "as job array" in line or "not done" in line] == [
+        *re.findall(r"submitted: 1 runs as job array [0-9]+, logs in .*", printed),
+        f"not done: {plan.shown(key)}",
+    ]
+    assert printed.count("as job array") == 2, "the tuning, then the row, and no third time"
+    assert {one.row for one in results.read(path)} == {"baseline"}
+
+    folder.unlink()
+    code, printed = chain.run()
+    assert code == "0:0", printed
+    assert printed.count("as job array") == 1
+    found = results.read(path)
+    assert {(one.rate, one.row) for one in found} == {
+        (0.002, "baseline"),
+        (0.004, "baseline"),
+        (0.004, "w8a8"),
+        (0.008, "baseline"),
+    }
+    assert found[key].steps == plan.steps(key, Settings(study, token_shards))
+    assert found[key].processor == processors.where("cpu")["processor"]
+    assert found[key].loss != found[replace(key, row="baseline")].loss
+    # The same without Slurm has the same losses.
+    here = tmp_path / "here.csv"
+    results.write(here, [one for at, one in found.items() if at.rate != key.rate])
+    places = {str(study): str(tmp_path / "here"), str(path): str(here)}
+    assert commands.run(["run", *(places.get(word, word) for word in chain.flags)], description="") == 0
+    assert {at: one.loss for at, one in results.read(here).items()} == {at: one.loss for at, one in found.items()}
+    # What is done is left alone.
+    code, printed = chain.run()
+    assert (code, printed.count("as job array")) == ("0:0", 0), printed
+
+
+@dataclass(frozen=True)
+class StudyChain:
+    """`sbatch slurm/sweep.sh study`, to the end of the last job."""
+
+    cluster: Cluster
+    study: Path
+    flags: tuple[str, ...]
+
+    def run(self) -> tuple[str, str]:
+        """The exit code of the last job, and what all of them printed."""
+        log = self.study.parent / "driver.out"
+        log.unlink(missing_ok=True)
+        job: object = self.cluster.submit(
+            *(f"--output={log}", "--nodes=1", "--time=7", "slurm/sweep.sh", "study", *self.flags), PYTHONPATH=str(ROOT)
+        )
+        printed = ""
+        while True:
+            ended = self.cluster.wait_for_job(job, 200, self.explain)
+            said = log.read_text()
+            printed += said
+            behind = re.search(r"submitted: job ([0-9]+) goes on", said)
+            if behind is None:
+                return ended["ExitCode"], printed
+            job, log = behind[1], self.study / "logs" / f"{behind[1]}-collect.out"
+
+    def explain(self) -> str:
+        logs = sorted(self.study.glob("logs/*"))
+        return "\n".join(path.read_text(errors="replace")[-3000:] for path in logs) + self.cluster.log()
+
+
+def test_the_study_is_refused(cluster: Cluster, tmp_path: Path, token_shards: Path) -> None:
+    log = tmp_path / "job.out"
+    flags = ("--runs", str(tmp_path / "study"), "--corpus", str(token_shards), "--csv", str(tmp_path / "runs.csv"))
+    for more, environment, said in (
+        ((), {"RANKS_PER_NODE": "2"}, "got 2 ranks a run; allowed: 1"),
+        (("--rows", "w5"), {}, "--rows: got 'w5'"),
+    ):
+        job = cluster.submit(f"--output={log}", "slurm/sweep.sh", "study", *flags, *more, **environment)
+        assert cluster.wait_for_job(job, 60)["ExitCode"] == "2:0"
+        assert said in log.read_text()
+        log.unlink()
+    assert not list(tmp_path.glob("study/plans/*"))

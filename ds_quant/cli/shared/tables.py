@@ -5,13 +5,13 @@ from __future__ import annotations
 import csv
 import datetime
 import os
-import platform
 from collections.abc import Iterable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ds_quant.base.commit import commit
+from ds_quant.cli.shared import processors
 from ds_quant.cli.shared.errors import CommandError
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ def environment(device: torch.device) -> dict[str, Any]:
     found: dict[str, Any] = {
         "date": datetime.date.today().isoformat(),
         "commit": commit() or "unknown",
-        "processor": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu(),
+        "processor": processors.name(device),
         "cpu_instructions": torch.backends.cpu.get_cpu_capability(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
@@ -84,12 +84,3 @@ def escaped(text: str) -> str:
     for mark in ("\\", "|", "<", "*", "`"):
         text = text.replace(mark, f"\\{mark}")
     return text
-
-
-def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
