@@ -1,5 +1,6 @@
 """Writes config-reference.md from the models of the section: `python docs/config_reference.py`."""
 
+import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,7 @@ def page() -> str:
 
 def table(section: type[Section]) -> str:
     """A heading and a row for each key."""
-    lines = [f"## `{section.where}`", "", section.__doc__ or "", "", "| key | values | default | meaning |"]
+    lines = [f"## `{section.where}`", "", inspect.cleandoc(section.__doc__ or ""), "", "| key | values | default | meaning |"]
     lines.append("| --- | --- | --- | --- |")
     for name, field in section.model_fields.items():
         cells = (f"`{name}`", values(section, name), default(field), field.description or "")

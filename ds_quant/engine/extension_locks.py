@@ -5,10 +5,12 @@ import time
 from collections.abc import Callable, Collection
 from pathlib import Path
 
-from torch.utils.cpp_extension import get_default_build_root
+from torch.utils import cpp_extension
 
 from ds_quant.config import ConfigError
 
+FILES_ARE_LOCKS = hasattr(cpp_extension, "FileBaton")
+"""Whether builders wait until the file is gone. From torch 2.14 on it stays, and its lock ends with its process."""
 STALE_SECONDS = 60.0
 """A build whose folder has not changed for this long, and whose lock no process holds, is taken for dead."""
 
@@ -16,7 +18,7 @@ STALE_SECONDS = 60.0
 def _locks() -> list[Path]:
     # TORCH_EXTENSIONS_DIR holds the extensions themselves, the default root a folder for each Python and CUDA version.
     chosen = os.environ.get("TORCH_EXTENSIONS_DIR")
-    root, pattern = (Path(chosen), "*/lock") if chosen else (Path(get_default_build_root()), "*/*/lock")
+    root, pattern = (Path(chosen), "*/lock") if chosen else (Path(cpp_extension.get_default_build_root()), "*/*/lock")
     return sorted(root.glob(pattern)) if root.is_dir() else []
 
 
@@ -55,7 +57,7 @@ def check_extension_locks(op_names: Collection[str], say: Callable[[str], None] 
     Raises:
         ConfigError: names the lock and the command that removes it.
     """
-    for lock in _locks():
+    for lock in _locks() if FILES_ARE_LOCKS else ():
         if lock.parent.name not in op_names:
             continue
         told = False

@@ -6,6 +6,7 @@ goes back to the generators' states. What is extended is the place where both of
 """
 
 import functools
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +14,10 @@ from torch.utils import checkpoint
 
 from ds_quant.linear.step_key import step_keys
 
-_GENERATOR = "_checkpoint_without_reentrant_generator"
+_GENERATORS = ("_checkpoint_without_reentrant_generator_impl", "_checkpoint_without_reentrant_generator")
+"""Of torch from 2.14 on, where the second one is left to old callers and calls the first, and of those before."""
+_COMPOSABLE = "torch.distributed._composable.checkpoint_activation"
+"""Takes the generator over by name when it is imported."""
 
 
 class Again:
@@ -42,15 +46,18 @@ def follow() -> None:
         ImportError: this version of torch keeps its functions elsewhere.
     """
     follow_reentrant(checkpoint.CheckpointFunction)
-    original = getattr(checkpoint, _GENERATOR, None)
-    if original is None:
-        raise ImportError(f"ds_quant: torch.utils.checkpoint has no {_GENERATOR}; fix: install a supported torch")
+    name = next((name for name in _GENERATORS if hasattr(checkpoint, name)), None)
+    if name is None:
+        raise ImportError(f"ds_quant: torch.utils.checkpoint has no {_GENERATORS[-1]}; fix: install a supported torch")
+    original = getattr(checkpoint, name)
 
     @functools.wraps(original)
     def generator(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         return original(Again(fn), *args, **kwargs)
 
-    setattr(checkpoint, _GENERATOR, generator)
+    for module in (checkpoint, sys.modules.get(_COMPOSABLE)):
+        if getattr(module, name, None) is original:
+            setattr(module, name, generator)
 
 
 @functools.cache

@@ -7,6 +7,7 @@ import threading
 import time
 
 import pytest
+from torch.utils import cpp_extension
 
 import ds_quant
 from ds_quant.config import ConfigError
@@ -14,6 +15,12 @@ from ds_quant.engine import extension_locks
 from ds_quant.engine.extension_locks import STALE_SECONDS, check_extension_locks
 
 OPS = {"deepspeed_shm_comm", "fused_adam"}
+
+
+@pytest.fixture(autouse=True)
+def files_are_locks(monkeypatch):
+    """As torch has it up to 2.13, whichever is installed."""
+    monkeypatch.setattr(extension_locks, "FILES_ARE_LOCKS", True)
 
 
 @pytest.fixture
@@ -38,6 +45,26 @@ def test_a_stale_lock_is_named_with_its_fix(lock):
     with pytest.raises(ConfigError, match="rm "):
         ds_quant.enable()
     lock.unlink()
+    check_extension_locks(OPS)
+
+
+def test_files_stay_where_they_are_no_locks(lock, monkeypatch):
+    make_old(lock)
+    monkeypatch.setattr(extension_locks, "FILES_ARE_LOCKS", False)
+    check_extension_locks(OPS)
+
+
+@pytest.mark.slow
+def test_torch_itself_leaves_nothing_that_is_refused(tmp_path, monkeypatch):
+    """Whichever torch is installed: after a build of its own."""
+    monkeypatch.undo()
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    source = "#include <torch/extension.h>\nPYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {}\n"
+    cpp_extension.load_inline("fused_adam", source)
+    lock = tmp_path / "fused_adam" / "lock"
+    assert lock.exists() != extension_locks.FILES_ARE_LOCKS
+    if lock.exists():
+        make_old(lock)
     check_extension_locks(OPS)
 
 

@@ -76,7 +76,9 @@ def test_sums_are_exact(rng, shape, layout, use):
     assert_same(kernels.int_mm(laid_out(a, layout[0]), laid_out(b, layout[1])), exact(a, b))
 
 
-@pytest.mark.parametrize("tile", kernels.TILES, ids=str)
+@pytest.mark.parametrize(
+    "tile", dict.fromkeys([*kernels.TILES, *kernels.AMPERE_TILES, *kernels.BLACKWELL_TILES]), ids=str
+)
 def test_tiles_of_the_table(rng, tile, use):
     use(tile)
     for (m, n, k), layout in (

@@ -21,6 +21,13 @@ def require_triton():
     assert importlib.util.find_spec("triton"), "triton is missing: pip install -e '.[dev]'"
 
 
+def has_triton_from(*version):
+    """Whether Triton is that new: its compilers take other registers and instructions."""
+    import triton
+
+    return tuple(map(int, triton.__version__.split(".")[: len(version)])) >= version
+
+
 def run_in_interpreter(file):
     """Run the tests of a file; all must pass."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", file]

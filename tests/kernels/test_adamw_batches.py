@@ -6,12 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from offline_triton import accesses, compiler, require_triton, resources, run_in_interpreter
+from offline_triton import accesses, compiler, has_triton_from, require_triton, resources, run_in_interpreter
 from works import make_work
 
 FORMATS = {"8/8": (("float", 8), ("float", 8)), "m4v8": (("power", 4), ("float", 8)), "4/4": (("power", 4),) * 2}
-MOST_REGISTERS = 72
-"""A thread of a program that has whole blocks: 7 programs of 4 warps to a multiprocessor."""
+MOST_REGISTERS = {True: 88, False: 72}
+"""A thread of a program that has whole blocks, from Triton 3.8 on and before: 5 and 7 programs of 4 warps to a
+multiprocessor."""
 GPT2 = [(50257 * 768,), (1024 * 768,), *[(768,)] * 2] + 12 * [
     *((768,), (768,), (768 * 2304,), (2304,), (768 * 768,), (768,)),
     *((768,), (768,), (768 * 3072,), (3072,), (3072 * 768,), (768,)),
@@ -104,7 +105,7 @@ def test_compiled_offline(name, target, monkeypatch, tmp_path):
             assert (used["STACK"], used["LOCAL"]) == (0, 0)
             if launch is tails:
                 continue
-            assert used["REG"] <= MOST_REGISTERS
+            assert used["REG"] <= MOST_REGISTERS[has_triton_from(3, 8)]
             seen = accesses(code["ptx"])
             wide = "v4.b32" if dtypes[0] == torch.float32 else "v2.b32"
             assert seen[f"ld.{wide}"] == 2 * seen[f"st.{wide}"] == 4

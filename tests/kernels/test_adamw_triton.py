@@ -5,15 +5,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from offline_triton import accesses, compiler, require_triton, resources, run_in_interpreter
+from offline_triton import accesses, compiler, has_triton_from, require_triton, resources, run_in_interpreter
 
 from ds_quant.kernels.adamw.work import AdamWWork
 from ds_quant.numerics import code_map, fold_key, quantize_blockwise
 from ds_quant.numerics.adam import adamw_scalars
 
 HERE = Path(__file__).parent
-MOST_REGISTERS = 64
-"""A thread of a program that has whole blocks: 8 programs of 4 warps to a multiprocessor."""
+MOST_REGISTERS = {True: 72, False: 64}
+"""A thread of a program that has whole blocks, from Triton 3.8 on and before: 7 and 8 programs of 4 warps to a
+multiprocessor."""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -76,7 +77,7 @@ def test_compiles(name, capability, compile_for, tmp_path):
     used, ptx = resources(code["cubin"], tmp_path), code["ptx"]
     seen = accesses(ptx)
     print(name, f"sm_{capability}", used, dict(seen))
-    assert used["REG"] <= MOST_REGISTERS
+    assert used["REG"] <= MOST_REGISTERS[has_triton_from(3, 8)]
     assert (used["STACK"], used["LOCAL"]) == (0, 0)
     # Parameters, gradients and 32-bit moments four at a time, 8-bit codes four and 4-bit codes eight at a time.
     num_full = 2 * layouts.count(None)

@@ -7,7 +7,7 @@ The sums are exact while they stay within int32: up to K = 131072 with codes fro
 operands, which is not checked. A caller splits longer contractions. The rest is fp32 in the order of
 `numerics.products.epilogue`, with no product fused into a sum (`enable_fp_fusion=False`): results are meant to be the
 definition's, bit for bit. The tests show so in Triton's interpreter, and that what is compiled for sm_80 and sm_90 uses
-the integer tensor cores and spills nothing.
+the integer tensor cores and spills nothing, with Triton 3.7 and 3.8.
 
 A program computes one tile of the result. Neighbouring programs share rows and columns of tiles, to find their
 operands in the L2 cache.
@@ -30,6 +30,8 @@ What is passed is not checked here. Importing this module needs triton.
 # What a Triton function is passed has no type that mypy knows.
 # mypy: disallow-incomplete-defs=False
 
+import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -59,6 +61,15 @@ class Tile(NamedTuple):
 TILES = (Tile(128, 256, 64, 8, 4), Tile(128, 128, 128, 8, 3), Tile(64, 128, 128, 4, 3), Tile(64, 64, 128, 4, 4))
 ROCM_TILES = (TILES[0]._replace(num_stages=3), *TILES[1:])
 """A program has 64 KiB of LDS there, and operands of one step fewer than there are stages lie in it."""
+AMPERE_TILES = (Tile(128, 128, 64, 8, 4), *TILES[2:])
+"""For Triton from 3.8 on, which reads operands of sm_8x's tensor cores into registers one step ahead: that takes nearly
+twice as many, and the largest tile would spill up to 3 KB a thread.
+"""
+BLACKWELL_TILES = (Tile(256, 128, 64, 8, 4), *TILES[1:])
+"""For Triton from 3.8 on, which uses the tensor memory of sm_100 and sm_103 for int8. Where a program takes its sums
+out of it, a thread spills 2 registers, once; with the first of TILES 16.
+"""
+_IS_NEW = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 8)
 ENOUGH_PROGRAMS = 128
 """About as many as an A100 (108) and an H100 (132) have multiprocessors."""
 BAND = tl.constexpr(8)
@@ -126,7 +137,7 @@ def launch(
     """The launch that fills `result` [M, N], contiguous, which has elements."""
     a, b = _readable(a), _readable(b.t())
     (num_rows, length), num_columns = a.shape, b.shape[0]
-    tile = choose_tile(num_rows, num_columns)
+    tile = choose_tile(num_rows, num_columns, tiles_of(a.device))
     constants = (
         *(is_one(row_scale), is_one(column_scale)),
         *(tile.m, tile.n, tile.k),
@@ -141,14 +152,30 @@ def launch(
     return Launch(kernel, (num_programs,), (*arguments, *constants), options)
 
 
-def choose_tile(num_rows: int, num_columns: int) -> Tile:
+def choose_tile(num_rows: int, num_columns: int, tiles: Sequence[Tile] = TILES) -> Tile:
     """The first that gives enough programs and is less than twice as high and as wide as the result; else the last."""
-    tiles = ROCM_TILES if torch.version.hip else TILES
     for tile in tiles:
         num_programs = ceil_div(num_rows, tile.m) * ceil_div(num_columns, tile.n)
         if num_programs >= ENOUGH_PROGRAMS and tile.m < 2 * num_rows and tile.n < 2 * num_columns:
             return tile
     return tiles[-1]
+
+
+def tiles_of(device: torch.device) -> tuple[Tile, ...]:
+    """Those that are compiled without spills for a device, the largest first."""
+    if torch.version.hip:
+        return ROCM_TILES
+    return _tiles_of_gpu(device) if device.type == "cuda" else TILES
+
+
+@functools.cache
+def _tiles_of_gpu(device: torch.device) -> tuple[Tile, ...]:
+    return tiles_for(torch.cuda.get_device_capability(device)[0])
+
+
+def tiles_for(major: int) -> tuple[Tile, ...]:
+    """The same for NVIDIA's GPUs of compute capability `major`.x, by the Triton that is installed."""
+    return {8: AMPERE_TILES, 10: BLACKWELL_TILES}.get(major, TILES) if _IS_NEW else TILES
 
 
 def _readable(operand: Tensor) -> Tensor:
