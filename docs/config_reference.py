@@ -55,7 +55,13 @@ def page() -> str:
 
 def table(section: type[Section]) -> str:
     """A heading and a row for each key."""
-    lines = [f"## `{section.where}`", "", inspect.cleandoc(section.__doc__ or ""), "", "| key | values | default | meaning |"]
+    lines = [
+        f"## `{section.where}`",
+        "",
+        inspect.cleandoc(section.__doc__ or ""),
+        "",
+        "| key | values | default | meaning |",
+    ]
     lines.append("| --- | --- | --- | --- |")
     for name, field in section.model_fields.items():
         cells = (f"`{name}`", values(section, name), default(field), field.description or "")
