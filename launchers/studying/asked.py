@@ -21,6 +21,7 @@ Measure = Callable[[Sequence[Key], Mapping[str, Row], Settings, Path, Path], Non
 
 
 def keys(options: argparse.Namespace, size: str, family: str, rate: float) -> list[Key]:
+    """Runs of the rows, seeds and multiples of the tuned `rate` that were asked for, the baseline's among them."""
     known = all_rows()
     names = plan.chosen(options.rows or list(known), known, "--rows")
     # Nothing is told of a row without its baseline.
@@ -52,7 +53,29 @@ def more_seeds(options: argparse.Namespace, training: Training, size: str, famil
 
 
 def tuning(size: str, family: str, ratio: float, rates: Sequence[float]) -> list[Key]:
+    """Runs of the baseline with these learning rates."""
     return plan.keys([BASELINE], seeds=[0], rates=rates, size=size, family=family, ratio=ratio)
+
+
+def tuned(
+    training: Training, size: str, family: str, ratio: float, left: Callable[[Sequence[Key]], Sequence[Key]]
+) -> tuple[list[Key], float | None]:
+    """The runs that tune the learning rate, and the one of the lowest loss; None while `left` leaves some of them over.
+
+    There are more of them while the best rate is at an end.
+    """
+    found, rates = [], list(protocol.RATES)
+    while True:
+        found += tuning(size, family, ratio, rates)
+        if left(found):
+            return found, None
+        known = list(results.read(training.csv).values())
+        rate = results.tuned_rate(known, size, family, ratio)
+        if rate is not None:
+            return found, rate
+        best = results.best_rate(known, size, family, ratio)
+        assert best is not None
+        rates = [best / 2, best * 2]
 
 
 def _check(options: argparse.Namespace) -> None:
@@ -66,6 +89,7 @@ def _check(options: argparse.Namespace) -> None:
 
 
 def training_of(options: argparse.Namespace) -> Training:
+    """What does the runs, with the study's own text made if it is not there. Raises CommandError for mistakes."""
     _check(options)
     if options.at_once < 1:
         raise CommandError(f"--at-once: got {options.at_once}; allowed: 1 or more; correct it")
@@ -98,6 +122,7 @@ def other_domain_text(options: argparse.Namespace) -> Path | None:
 def measure_other_domain(
     options: argparse.Namespace, training: Training, keys: Sequence[Key], measure: Measure = other_domain.measure
 ) -> None:
+    """Call `measure` with the text of the held-out domain, where there is one."""
     text = other_domain_text(options)
     if text is not None:
         measure(keys, training.rows, training.settings, training.csv, text)

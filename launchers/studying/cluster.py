@@ -20,7 +20,7 @@ from sweeping import plan as sweep_plan
 from sweeping import slurm
 
 from ds_quant.cli.shared.errors import CommandError
-from studying import asked, plan, protocol, results
+from studying import asked, plan, protocol
 from studying.plan import Key
 from studying.training import Training, alone
 
@@ -83,7 +83,7 @@ def _next_runs(options: argparse.Namespace, training: Training) -> tuple[list[Ke
     every: list[Key] = []
     for size in plan.chosen(options.sizes, protocol.SIZES, "--sizes"):
         for family in plan.chosen(options.families, protocol.FAMILIES, "--families"):
-            tuning, rate = _tuned(training, size, family, plan.ratio_of(options.ratio))
+            tuning, rate = asked.tuned(training, size, family, plan.ratio_of(options.ratio), training.waiting)
             every += tuning
             if rate is None:
                 continue
@@ -92,22 +92,6 @@ def _next_runs(options: argparse.Namespace, training: Training) -> tuple[list[Ke
             if options.seeds is None and not training.waiting(keys):
                 every += asked.more_seeds(options, training, size, family, rate)
     return every, training.waiting(every)
-
-
-def _tuned(training: Training, size: str, family: str, ratio: float) -> tuple[list[Key], float | None]:
-    """The runs that tune the learning rate as far as they are known, and the rate once they have ended."""
-    keys, rates = [], list(protocol.RATES)
-    while True:
-        keys += asked.tuning(size, family, ratio, rates)
-        if training.waiting(keys):
-            return keys, None
-        known = list(results.read(training.csv).values())
-        rate = results.tuned_rate(known, size, family, ratio)
-        if rate is not None:
-            return keys, rate
-        best = results.best_rate(known, size, family, ratio)
-        assert best is not None
-        rates = [best / 2, best * 2]
 
 
 def _start(keys: Sequence[Key], training: Training, path: Path, resources: Sequence[str], max_parallel: int) -> str:

@@ -28,7 +28,6 @@ from studying import (
 )
 from studying.plan import Key, Settings
 from studying.rows import BASELINE, all_rows
-from studying.training import Training
 
 
 def run(argv: list[str], *, description: str) -> int:
@@ -55,9 +54,10 @@ def _train(options: argparse.Namespace) -> int:
     failed: list[Key] = []
     for size in plan.chosen(options.sizes, protocol.SIZES, "--sizes"):
         for family in plan.chosen(options.families, protocol.FAMILIES, "--families"):
-            rate, lost = _tuned(training, size, family, plan.ratio_of(options.ratio))
-            failed += lost
-            if rate is not None:
+            tuning, rate = asked.tuned(training, size, family, plan.ratio_of(options.ratio), training.run)
+            if rate is None:
+                failed += training.missing(tuning)
+            else:
                 keys = asked.keys(options, size, family, rate)
                 failed += training.run(keys)
                 if options.seeds is None and not training.stopped:
@@ -176,19 +176,3 @@ def _smoke(options: argparse.Namespace) -> int:
     settings = Settings(runs=(options.runs / "smoke").resolve(), corpus=asked.own_corpus(options.runs).resolve())
     seeds = None if options.seeds is None else matrix.seeds(options.seeds)
     return smoke.run(settings, all_rows(), processors.where("cpu"), seeds, at_once=options.at_once)
-
-
-def _tuned(training: Training, size: str, family: str, ratio: float) -> tuple[float | None, list[Key]]:
-    """The learning rate of the lowest loss, and the runs that failed on the way to it."""
-    rates = list(protocol.RATES)
-    while True:
-        failed = training.run(asked.tuning(size, family, ratio, rates))
-        if failed:
-            return None, failed
-        known = list(results.read(training.csv).values())
-        rate = results.tuned_rate(known, size, family, ratio)
-        if rate is not None:
-            return rate, []
-        best = results.best_rate(known, size, family, ratio)
-        assert best is not None
-        rates = [best / 2, best * 2]
