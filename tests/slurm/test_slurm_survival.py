@@ -55,8 +55,8 @@ def test_a_time_limit_signals_a_killed_rank_and_preemption(
     cluster: Cluster, corpus: Path, reference: Path, tmp_path: Path
 ) -> None:
     # Two jobs at a time, to each of which two things happen. The limit is set when there is a checkpoint: with a limit
-    # of a minute from the beginning the warning, which may come half a minute early, could precede the first step.
-    limited = submit(cluster, corpus, tmp_path / "limited", "--nodes=2", "--time=10", "--signal=B:USR1@30", "-wn1,n2")
+    # of two minutes from the beginning the warning could precede the first step.
+    limited = submit(cluster, corpus, tmp_path / "limited", "--nodes=2", "--time=10", "--signal=B:USR1@90", "-wn1,n2")
     signalled = submit(cluster, corpus, tmp_path / "signalled", "--nodes=2", "--time=10", "-wn3,n4")
     with frozen({limited: 0, signalled: 0}) as ranks:
         cluster.run("scontrol", "update", f"jobid={limited.id}", f"timelimit={minutes_with_time_to_stop(limited)}")
@@ -187,9 +187,12 @@ def has_restarted(job: Job) -> bool:
 
 
 def minutes_with_time_to_stop(job: Job) -> int:
-    """The least time limit that leaves a job 20 seconds and more; Slurm has limits in minutes."""
-    hours, minutes, seconds = map(int, job.cluster.job(job.id)["RunTime"].split(":"))
-    return hours * 60 + minutes + (2 if seconds > 40 else 1)
+    """A time limit that leaves a job a minute or more. Slurm has limits in minutes and looks at them every 30 seconds.
+
+    The warning, which is to come 90 seconds before, then comes at once, and 30 seconds before the end at the latest.
+    """
+    hours, minutes, _ = map(int, job.cluster.job(job.id)["RunTime"].split(":"))
+    return hours * 60 + minutes + 2
 
 
 def _living(pids: list[int]) -> list[int]:
