@@ -11,6 +11,7 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
+from packaging.version import Version
 
 from benchmarks import gpus_way
 
@@ -25,7 +26,7 @@ def has_triton_from(*version):
     """Whether Triton is that new: its compilers take other registers and instructions."""
     import triton
 
-    return tuple(map(int, triton.__version__.split(".")[: len(version)])) >= version
+    return Version(triton.__version__).release >= version
 
 
 def run_in_interpreter(file):

@@ -126,12 +126,30 @@ def test_compiles_for_amd(name, compile_for, monkeypatch):
         assert 64 * compiled.metadata.num_warps <= 1024  # threads
 
 
-def test_table():
-    from ds_quant.kernels.int8.triton import AMPERE_TILES, BLACKWELL_TILES, TILES, choose_tile
+def test_tiles_of_gpus(monkeypatch):
+    """By what is installed and where a launch is; `test_compiles` tells which of them spill, on each Triton."""
+    from ds_quant.kernels.int8 import triton
+    from ds_quant.kernels.int8.triton import AMPERE_TILES, BLACKWELL_TILES, TILES, choose_tile, tiles_for
 
     for tiles in (AMPERE_TILES, BLACKWELL_TILES):
-        assert choose_tile(4096, 4096, tiles) == tiles[0]
+        assert choose_tile(4096, 4096, tiles) == tiles[0] != TILES[0]
         assert choose_tile(1, 1, tiles) == TILES[-1]
+    assert has_triton_from(3, 8) == triton._IS_NEW
+    monkeypatch.setattr(triton, "_IS_NEW", False)
+    assert [tiles_for(major) for major in (8, 9, 10, 12)] == [TILES] * 4
+    monkeypatch.setattr(triton, "_IS_NEW", True)
+    assert [tiles_for(major) for major in (8, 9, 10, 12)] == [AMPERE_TILES, TILES, BLACKWELL_TILES, TILES]
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
+    assert triton.tiles_of(torch.device("cuda", 93)) == AMPERE_TILES
+    monkeypatch.setattr(triton, "tiles_of", lambda device: AMPERE_TILES)
+    launch = launch_of("NT", 4096, 4096, 64)
+    assert launch.options["num_stages"] == AMPERE_TILES[0].num_stages
+    assert launch.grid == ((4096 // AMPERE_TILES[0].m) * (4096 // AMPERE_TILES[0].n),)
+
+
+def test_table():
+    from ds_quant.kernels.int8.triton import TILES, choose_tile
+
     names = dict(zip(SIZES, TILES, strict=True))
     for name, size in SIZES.items():
         assert f"{names[name].m}x{names[name].n}" == name

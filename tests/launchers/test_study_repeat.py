@@ -9,6 +9,7 @@ import statistics
 from pathlib import Path
 
 import pytest
+import torch
 from helpers.study_results import ROWS, a_result
 from scipy import stats
 from studying import commands, plan, processors, repeating, results
@@ -16,6 +17,7 @@ from studying.plan import Key, Settings
 from studying.post_training import Evaluated
 from studying.results import Result
 
+from ds_quant.cli.shared import processors as shared_processors
 from ds_quant.cli.shared.errors import CommandError
 
 GROUP = ("0.7m", "llama", 1.0, 0.002)
@@ -49,7 +51,7 @@ def test_a_limit_is_the_interval_of_one_more_seed() -> None:
 
 def test_kinds_of_processors() -> None:
     name = processors.where("cpu")["processor"]
-    assert " with " in name
+    assert name.startswith(f"{shared_processors.name(torch.device('cpu'))} with ")
     assert processors.kind(name) == name
     assert processors.kind("AMD EPYC") == "AMD EPYC with AVX512 VNNI", "lines from before the kind was told"
 

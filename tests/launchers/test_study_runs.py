@@ -54,6 +54,7 @@ def test_a_killed_run_goes_on_and_a_finished_one_is_left(
     assert result.loss == summary["final_eval_loss"]
     assert result.steps == tiny.steps("gpt2", 320, 0.2) == summary["steps"]
     assert (result.state, result.parameters) == ("done", tiny.parameters("gpt2", 320))
+    assert result.processor == summary["processor"] != where["processor"], "the run's own machine"
 
     # A finished run is never run again: neither what the CSV has, nor what only its folder has.
     told = len(said)

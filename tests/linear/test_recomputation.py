@@ -1,5 +1,8 @@
 """Layers that are called several times: other random bits each time, and the same ones when computed again."""
 
+import sys
+import types
+
 import pytest
 import torch
 from deepspeed.runtime.activation_checkpointing.checkpointing import CheckpointFunction
@@ -7,6 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import ds_quant
+from ds_quant.linear import recomputation
 from ds_quant.linear.convert import convert, step_key_of
 from ds_quant.linear.recomputation import follow_reentrant
 
@@ -193,3 +197,27 @@ def test_an_engine_tells_forwards_of_one_micro_step_apart(single_rank, way):
 def test_evaluation_draws_the_same_bits_each_time():
     model = built(STOCHASTIC).eval()
     assert torch.equal(model(rows()), model(rows()))
+
+
+OLD = "_checkpoint_without_reentrant_generator"
+
+
+@pytest.mark.parametrize("names", [(f"{OLD}_impl", OLD), (OLD,)], ids=["2.14", "2.13"])
+def test_the_generator_of_each_torch_is_followed(names, monkeypatch):
+    """The one that checkpointing calls, also where another module has taken it over by name."""
+
+    def generator(fn, *args):
+        return fn
+
+    torchs, taken = (types.SimpleNamespace(**dict.fromkeys(names, generator)) for _ in range(2))
+    torchs.CheckpointFunction = type("CheckpointFunction", (), {"forward": generator})
+    monkeypatch.setattr(recomputation, "checkpoint", torchs)
+    monkeypatch.setitem(sys.modules, recomputation._COMPOSABLE, taken)
+    recomputation.follow.__wrapped__()
+    for module in (torchs, taken):
+        assert isinstance(getattr(module, names[0])(len), recomputation.Again)
+        assert all(getattr(module, name)(len) is len for name in names[1:]), "it calls the first one"
+    delattr(torchs, names[0])
+    if len(names) == 1:
+        with pytest.raises(ImportError, match=f"has no {OLD}"):
+            recomputation.follow.__wrapped__()

@@ -11,7 +11,6 @@ if TYPE_CHECKING:
 
 WITH = " with "
 VNNI = "AVX512 VNNI"
-_CPUS = Path("/proc/cpuinfo")
 
 
 def name(device: torch.device) -> str:
@@ -21,7 +20,7 @@ def name(device: torch.device) -> str:
 
         return torch.cuda.get_device_name(device)
     try:
-        lines = _CPUS.read_text(encoding="utf-8").splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return platform.processor() or platform.machine()
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
@@ -32,17 +31,12 @@ def kind(device: torch.device) -> str:
     """The name with the instructions, or the CUDA, that torch computes products with: "AMD EPYC with AVX2"."""
     import torch
 
+    from ds_quant.kernels.integer_units import cpu_flags
+
     if device.type == "cuda":
         return f"{name(device)}{WITH}CUDA {torch.version.cuda}"
     # As torch itself chooses among its kernels, also where ATEN_CPU_CAPABILITY tells it to.
     instructions = torch.backends.cpu.get_cpu_capability()
-    if instructions == "AVX512" and _has_vnni():
+    if instructions == "AVX512" and "avx512_vnni" in cpu_flags():
         instructions = VNNI
     return f"{name(device)}{WITH}{instructions}"
-
-
-def _has_vnni() -> bool:
-    try:
-        return "avx512_vnni" in _CPUS.read_text(encoding="utf-8")
-    except OSError:
-        return False

@@ -37,6 +37,7 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from packaging.version import Version
 from torch import Tensor
 
 from ds_quant.kernels.int8 import ops, triton_quantize
@@ -69,7 +70,7 @@ BLACKWELL_TILES = (Tile(256, 128, 64, 8, 4), *TILES[1:])
 """For Triton from 3.8 on, which uses the tensor memory of sm_100 and sm_103 for int8. Where a program takes its sums
 out of it, a thread spills 2 registers, once; with the first of TILES 16.
 """
-_IS_NEW = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 8)
+_IS_NEW = Version(triton.__version__).release >= (3, 8)
 ENOUGH_PROGRAMS = 128
 """About as many as an A100 (108) and an H100 (132) have multiprocessors."""
 BAND = tl.constexpr(8)
