@@ -98,9 +98,8 @@ def _start(keys: Sequence[Key], training: Training, path: Path, resources: Seque
     settings = training.settings
     tasks = [(_name(key, training), plan.pretrain_arguments(key, training.rows[key.row], settings)) for key in keys]
     count = sweep_plan.write_tasks(path, tasks)
-    # Jobs get the environment of the one that submits them.
-    os.environ.update(plan.environment(settings.device))
-    return slurm.submit_array(path, count, max_parallel, resources, settings.runs / "logs")
+    own = plan.environment(settings.device)
+    return slurm.submit_array(path, count, max_parallel, resources, settings.runs / "logs", environment=own)
 
 
 def _tried(plans: Path, chain: str) -> set[Name]:

@@ -108,8 +108,19 @@ def options_of(shown: str) -> list[str]:
     return options
 
 
-def submit_array(path: Path, count: int, max_parallel: int, options: Sequence[str], logs: Path) -> str:
-    """Submit the tasks of a plan as a job array; returns its id. Raises CommandError."""
+def submit_array(
+    path: Path,
+    count: int,
+    max_parallel: int,
+    options: Sequence[str],
+    logs: Path,
+    *,
+    environment: Mapping[str, str] | None = None,
+) -> str:
+    """Submit the tasks of a plan as a job array; returns its id.
+
+    `environment` is what the runs have beside what is in this process's. Raises CommandError.
+    """
     longest = re.search(r"^MaxArraySize\s*=\s*([0-9]+)", _run("scontrol", "show", "config"), re.MULTILINE)
     if longest and count >= int(longest[1]):
         raise CommandError(
@@ -125,6 +136,7 @@ def submit_array(path: Path, count: int, max_parallel: int, options: Sequence[st
         *options,
         "slurm/sweep_task.sbatch",
         str(path.resolve()),
+        environment=environment,
     )
 
 
@@ -148,8 +160,10 @@ def world_size() -> int:
     return max(int(ranks), 1) * int(nodes) if ranks.isdigit() and nodes.isdigit() else 1
 
 
-def _submit(*arguments: str) -> str:
-    return _run("sbatch", "--parsable", *arguments, environment=outside(os.environ)).strip().split(";")[0]
+def _submit(*arguments: str, environment: Mapping[str, str] | None = None) -> str:
+    # Jobs get the environment of the sbatch that submits them.
+    own = {**outside(os.environ), **(environment or {})}
+    return _run("sbatch", "--parsable", *arguments, environment=own).strip().split(";")[0]
 
 
 def outside(environment: Mapping[str, str]) -> dict[str, str]:

@@ -227,3 +227,18 @@ def test_tokens_with_a_batch_cut_for_many_ranks() -> None:
     assert hours.tokens(flags, 4) == hours.tokens(flags, 1) == 10 * 32 * 128
     with pytest.raises(CommandError, match=r"pretrain.py refuses .*32"):
         hours.tokens(flags, 5)
+
+
+def test_the_runs_of_an_array_are_given_an_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, line in {"scontrol": ":", "sbatch": f'env > {tmp_path}/given; echo "7;cluster"'}.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{line}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("OMP_NUM_THREADS", "8")
+    monkeypatch.setenv("SLURM_JOB_ID", "3")
+    own = {"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"}
+    assert slurm.submit_array(tmp_path / "plan", 2, 1, [], tmp_path / "logs", environment=own) == "7"
+    given = (tmp_path / "given").read_text().splitlines()
+    assert {f"{name}={value}" for name, value in own.items()} <= set(given)
+    assert "SLURM_JOB_ID=3" not in given
+    assert "TORCHDYNAMO_DISABLE" not in os.environ, "this process keeps its own"
