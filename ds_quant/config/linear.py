@@ -20,7 +20,7 @@ _PRODUCTS = {"output": "Y", "input": "dX", "weight": "dW"}
 class RotationConfig(Section):
     """A randomized Hadamard rotation of both operands of a product, along what it contracts, before they are quantized.
 
-    It spreads outliers over a block and cancels in the product.
+    It spreads outliers over a block and cancels in the product. An operand that is not quantized is rotated, too.
     """
 
     where: ClassVar[str] = f"{SECTION}.linear.rotation"
@@ -32,8 +32,8 @@ class RotationConfig(Section):
         Field(strict=False),
         Allowed('a list of "output", "input", "weight" or some of them, each once'),
     ] = None
-    """Products whose operands are rotated: the output, the input gradient, the weight gradient. Null (default): all
-    whose two operands are quantized."""
+    """Products whose operands are rotated: the output, the input gradient, the weight gradient; each with at least one
+    operand that is quantized. Null (default): all whose two operands are quantized."""
     signs: Literal["fixed", "drawn"] = "fixed"
     """Of the matrix: the same for all products, steps and ranks, or `drawn` for each product and call."""
 
@@ -111,6 +111,8 @@ class LinearConfig(Section):
         yield from self._folding_rules()
         if self.gradient and self.gradient.rounding == MS_EDEN:
             yield from self._eden_rules(self.gradient)
+        if self.gradient and self.gradient.split_qkv:
+            yield from self._fused_rules(self.gradient)
         if self.forward_full_precision_from is not None:
             yield from self._full_precision_rules(self.forward_full_precision_from)
         if self.backend == "int8":
@@ -154,14 +156,19 @@ class LinearConfig(Section):
         """Those of ("Y", "dX", "dW") whose operands are rotated."""
         if not self.rotation:
             return ()
-        found = self._products_of_two() if self.rotation.used_for is None else self.rotation.used_for
+        found = self._products_with(2) if self.rotation.used_for is None else self.rotation.used_for
         return tuple(name for product, name in _PRODUCTS.items() if product in found)
 
-    def _products_of_two(self) -> list[str]:
-        """The products whose two operands are quantized."""
-        gradients = self.gradient.used_for if self.gradient and self.backward_operands == "quantized" else ()
-        others = {"output": self.weight and self.activation, "input": self.weight, "weight": self.activation}
-        return [name for name, other in others.items() if other and (name == "output" or name in gradients)]
+    def _products_with(self, count: int) -> list[str]:
+        """The products that have `count` quantized operands or more."""
+        gradients = self.gradient.used_for if self.gradient else ()
+        backward = self.backward_operands == "quantized"
+        found = {
+            "output": (bool(self.weight), bool(self.activation)),
+            "input": ("input" in gradients, bool(self.weight) and backward),
+            "weight": ("weight" in gradients, bool(self.activation) and backward),
+        }
+        return [name for name, operands in found.items() if sum(operands) >= count]
 
     def _rotation_rules(self, rotation: RotationConfig) -> Iterator[Rule]:
         if self.backend != "simulated":
@@ -172,19 +179,21 @@ class LinearConfig(Section):
                 if (value := getattr(self.weight, key)) is not None:
                     allowed = "absent with a rotated output, whose codes are of mixed weights"
                     yield f"weight.{key}", value, allowed, 'remove it, or leave "output" out of rotation.used_for'
-        of_two = self._products_of_two()
-        missing = [name for name in rotation.used_for or () if name not in of_two]
-        if missing or not of_two:
-            allowed = "products whose two operands are quantized" + (f" ({', '.join(of_two)})" if of_two else ": none")
-            fix = "take out the others, or quantize their operands" if of_two else "remove rotation, or quantize more"
-            yield "rotation.used_for", list(rotation.used_for or ()), allowed, fix
+        quantized = self._products_with(1)
+        if rotation.used_for is None and not self._products_with(2):
+            allowed = f"with products that quantize one operand alone, a list of some of them: {', '.join(quantized)}"
+            yield "rotation.used_for", None, allowed, "write it, or remove rotation"
+        elif not set(rotation.used_for or ()) <= set(quantized):
+            allowed = f"products with an operand that is quantized ({', '.join(quantized)})"
+            yield "rotation.used_for", list(rotation.used_for or ()), allowed, "take out the others, or quantize more"
         rotated = self.rotated_products()
         mixed = "whose scales lie on an axis that rotation mixes"
         if "Y" in rotated and self.activation and self.activation.granularity == "channel":
             allowed = f'"tensor", "token" or "block" with a rotated output, not one {mixed}'
             yield "activation.granularity", "channel", allowed, "use one of them, or leave the output out of rotation"
         for product, name, granularity in (("dX", "input", "channel"), ("dW", "weight", "token")):
-            if product in rotated and self.gradient and self.gradient.granularity == granularity:
+            used = product in rotated and self.gradient and name in self.gradient.used_for
+            if used and self.gradient and self.gradient.granularity == granularity:
                 allowed = f'"outer", "tensor" or "block" with a rotated {name} gradient, not one {mixed}'
                 fix = f'use one of them, or leave "{name}" out of rotation'
                 yield "gradient.granularity", granularity, allowed, fix
@@ -203,6 +212,16 @@ class LinearConfig(Section):
         if self.forward_full_precision_from is not None:
             allowed = '"nearest" or "stochastic" with forward_full_precision_from, which ends all rotation'
             yield "gradient.rounding", MS_EDEN, allowed, "use one of them, or remove forward_full_precision_from"
+
+    def _fused_rules(self, gradient: GradientConfig) -> Iterator[Rule]:
+        got = list(gradient.split_qkv)
+        if self.backend != "simulated":
+            fix = 'remove it, or use backend "simulated"'
+            yield "gradient.split_qkv", got, f'absent with backend "{self.backend}"', fix
+        mixed = [name for name in gradient.used_for if _PRODUCTS[name] in self.rotated_products()]
+        if mixed:
+            allowed = f"absent with a rotation for {', '.join(mixed)}"
+            yield "gradient.split_qkv", got, allowed, "remove one of the two"
 
     def _folding_rules(self) -> Iterator[Rule]:
         if self.backward_operands == "original" or not self.gradient or self.gradient.granularity != "outer":

@@ -8,7 +8,16 @@ from pydantic import BeforeValidator, Field, WithJsonSchema
 from ds_quant.base.number_formats import FORMATS, FOUR_SIX, MS_EDEN, NamedFormat
 from ds_quant.config.deepspeed_json import SECTION
 from ds_quant.config.section import Allowed, BlockSection, Rule, allowed_values, bits_or_format
-from ds_quant.config.values import Bits, FormatName, GradientRounding, LinearBlock, Rounding, exact_int, not_null
+from ds_quant.config.values import (
+    Bits,
+    FormatName,
+    GradientRounding,
+    LinearBlock,
+    Patterns,
+    Rounding,
+    exact_int,
+    not_null,
+)
 
 # Null is no value of either, only what their absence is to Python.
 _BITS_SCHEMA = WithJsonSchema({"type": "integer", "minimum": 2, "maximum": 8})
@@ -180,6 +189,9 @@ class GradientConfig(OperandConfig):
     split_mean: bool = False
     """Take the mean over tokens off before quantizing, and add its part in full precision (Averis). Backend `simulated`
     only, and for weight gradients only where that of the activation is, too."""
+    split_qkv: Patterns = ()
+    """Shell patterns on the names of layers that give queries, keys and values in one, such as `*.c_attn`: each third
+    of the output features has scales of its own. With granularity `tensor` or `token`, and backend `simulated`."""
 
     def rules(self) -> Iterator[Rule]:
         yield from super().rules()
@@ -188,6 +200,9 @@ class GradientConfig(OperandConfig):
             yield "used_for", list(self.used_for), allowed_values(GradientConfig, "used_for"), fix
         if self.rounding == MS_EDEN:
             yield from self._eden_rules()
+        if self.split_qkv and self.granularity not in ("tensor", "token"):
+            allowed = f'absent with granularity "{self.granularity}", whose scales are not of many features'
+            yield "split_qkv", list(self.split_qkv), allowed, 'remove it, or use granularity "token" or "tensor"'
 
     def _eden_rules(self) -> Iterator[Rule]:
         with_eden = f'with rounding "{MS_EDEN}"'

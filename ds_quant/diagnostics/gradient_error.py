@@ -13,14 +13,17 @@ import torch
 from torch import Tensor, nn
 
 from ds_quant.base.errors import fail
+from ds_quant.base.patterns import check_patterns
 from ds_quant.comm.reducer import wire_format
 from ds_quant.config import GradientCommunicationConfig, GradientConfig, LinearConfig
 from ds_quant.diagnostics.measurement import Measurement, Row
 from ds_quant.diagnostics.recorder import Recorder, is_transposed, zeros
-from ds_quant.linear import outlier_channels, token_means
+from ds_quant.linear import fused_outputs, outlier_channels, token_means
+from ds_quant.linear.fused_outputs import parts_of
 from ds_quant.linear.modules import QuantizedModule, describe
 from ds_quant.linear.recipe import STREAM_ACTIVATION, STREAM_GRAD_WEIGHT, Plan, Quantizer, plan_of
-from ds_quant.linear.rotated import quantize_rotated, rotation_of
+from ds_quant.linear.rotated import rotate_operand, rotation_of
+from ds_quant.linear.shapes import out_features
 from ds_quant.numerics import wire
 from ds_quant.numerics.integer import Quantized, dequantize, integer_values
 from ds_quant.numerics.random import fold_key, fold_words
@@ -41,13 +44,12 @@ def quantized_weight_gradient(x: Tensor, grad_output: Tensor, plan: Plan, key: T
 
 def _product_of_quantized(x: Tensor, grad_output: Tensor, plan: Plan, key: Tensor | None) -> Tensor:
     if rotation := rotation_of(plan, "dW", key, x.device):
-        assert plan.activation is not None
-        assert plan.grad_weight is not None
         sides = (
             (grad_output, plan.grad_weight, plan.stream + STREAM_GRAD_WEIGHT),
-            (x, plan.activation, plan.stream + STREAM_ACTIVATION),
+            (x, None if plan.original_operands else plan.activation, plan.stream + STREAM_ACTIVATION),
         )
-        a, b = (dequantize(quantize_rotated(t.t(), q, key, stream, rotation)) for t, q, stream in sides)
+        found = [rotate_operand(t.t(), q, key, stream, rotation) for t, q, stream in sides]
+        a, b = (each.float() if isinstance(each, Tensor) else dequantize(each) for each in found)
         return torch.mm(a, b.t())
     operand: Tensor | Quantized = x
     if plan.activation and not plan.original_operands:
@@ -59,9 +61,12 @@ def _product_of_quantized(x: Tensor, grad_output: Tensor, plan: Plan, key: Tenso
             assert isinstance(operand, Quantized)
             g = g * operand.scale.reshape(-1, 1)
         stream = plan.stream + STREAM_GRAD_WEIGHT
-        turned = plan.grad_weight.turned  # blocks of consecutive tokens
-        g = dequantize(plan.grad_weight(g.t() if turned else g, key, stream))
-        g = g.t() if turned else g
+        if plan.grad_weight.parts > 1:
+            g = fused_outputs.quantize(g, plan.grad_weight, key, stream).dense(torch.float32)
+        else:
+            turned = plan.grad_weight.turned  # blocks of consecutive tokens
+            g = dequantize(plan.grad_weight(g.t() if turned else g, key, stream))
+            g = g.t() if turned else g
     if isinstance(operand, Quantized):
         operand = integer_values(operand) if folds else dequantize(operand)
     return torch.mm(g.t(), operand.float())
@@ -176,7 +181,9 @@ class GradientErrorRecorder(Recorder):
             nothing = Plan(None, None, None, None, True, is_transposed(module), 0)
             return nothing, "not quantized"
         stream = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "little")
-        return plan_of(config, transposed=is_transposed(module), stream=stream), describe(config)
+        transposed = is_transposed(module)
+        parts = parts_of(config, name, out_features(module, transposed=transposed))
+        return plan_of(config, transposed=transposed, stream=stream, parts=parts), describe(config)
 
     def observe_grad_output(self, name: str, module: nn.Module, x: Tensor, grad_output: Tensor) -> None:
         plan = self._plans.get(name)
@@ -202,6 +209,8 @@ class GradientErrorRecorder(Recorder):
                 "a quantizer of gradients",
                 'name one, such as {"bits": 8}, or train with ds_quant.linear.gradient',
             )
+        if self.gradient is not None:
+            check_patterns("gradient.split_qkv", "linear module", self.gradient.split_qkv, list(self._plans))
         self._check_seen(sum(float(sums[-1]) for sums in self._sums.values()))
         rows: list[Row] = [
             {"layer": name, "quantized": self._texts[name], **gradient_error(sums)._asdict()}

@@ -15,11 +15,13 @@ from ds_quant.base.patterns import check_patterns, matches
 from ds_quant.config import ConfigError, LinearConfig
 from ds_quant.linear.coverage import Coverage, coverage
 from ds_quant.linear.depth import in_end_blocks
-from ds_quant.linear.experts import fused_experts, shape_of, shared_patterns
+from ds_quant.linear.experts import fused_experts, shared_patterns
+from ds_quant.linear.fused_outputs import parts_of
 from ds_quant.linear.heads import output_heads
 from ds_quant.linear.linear_classes import check_included, is_linear, obstacle, quantized_class, register_module
 from ds_quant.linear.modules import QuantizedModule, describe
 from ds_quant.linear.recipe import NUM_STREAMS
+from ds_quant.linear.shapes import out_features, shape_of
 from ds_quant.linear.shared_inputs import SharedInputs
 from ds_quant.linear.step_key import CountForwards, StepKey
 
@@ -92,7 +94,9 @@ def convert(
             f"which leave none of {len(candidates)} linear layers; allowed: at least one; fix: widen the patterns"
             + ('; "exclude": [] quantizes output heads, too' if config.exclude is None and heads else "")
         )
-    _convert_modules(model, _passing(chosen, filter, len(candidates), bool(done)), done, config)
+    passing = _passing(chosen, filter, len(candidates), bool(done))
+    _check_split_qkv({**done, **passing}, config)
+    _convert_modules(model, passing, done, config)
     write_to_model_config(model, {"linear": config.model_dump(mode="json", exclude_unset=True)})
     return [name for name, module in candidates.items() if isinstance(module, QuantizedModule)]
 
@@ -143,7 +147,7 @@ def _convert_modules(
         if index < 0 or index in taken:
             index = max(taken, default=-1) + 1
         taken.add(index)
-        module.configure_quantization(config, step_key, index, shared_inputs)
+        module.configure_quantization(config, step_key, index, shared_inputs, name=name)
     if not done:
         model.__dict__[_PLACES] = places
         if _draws_random_bits(config) or config.forward_full_precision_from is not None:
@@ -178,6 +182,17 @@ def _check_patterns(
     if config.include != LinearConfig.model_fields["include"].default:
         names = dict.fromkeys([*linears, *experts, *(name.rpartition(".")[0] for name in experts)])
         check_patterns("ds_quant.linear.include", "linear module", config.include, list(names))
+
+
+def _check_split_qkv(modules: dict[str, nn.Module], config: LinearConfig) -> None:
+    """Refuse, before anything is converted, patterns that match no quantized layer, or one that has no equal parts."""
+    if not (config.gradient and config.gradient.split_qkv):
+        return
+    check_patterns("ds_quant.linear.gradient.split_qkv", "quantized module", config.gradient.split_qkv, list(modules))
+    for name, module in modules.items():
+        found = type(module) if isinstance(module, QuantizedModule) else quantized_class(module, config.include_classes)
+        assert found is not None
+        parts_of(config, name, out_features(module, transposed=found.transposed))
 
 
 def _draws_random_bits(config: LinearConfig) -> bool:

@@ -5,10 +5,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from ds_quant.linear.experts import fused_experts, shape_of, shared_patterns, starred
+from ds_quant.linear.experts import fused_experts, shared_patterns, starred
 from ds_quant.linear.heads import output_heads
 from ds_quant.linear.linear_classes import is_linear, obstacle
 from ds_quant.linear.modules import QuantizedModule
+from ds_quant.linear.shapes import shape_of
 
 
 @dataclass

@@ -8,23 +8,13 @@ attention projections have three, too.
 import re
 from collections.abc import Iterable
 
-import torch
 from torch import nn
 
 from ds_quant.linear.linear_classes import is_linear
+from ds_quant.linear.shapes import shape_of
 
 _EXPERT = re.compile(r"experts?(?![a-z])|Experts?(?![a-z])")
 _NO_EXPERTS = (nn.Embedding, nn.EmbeddingBag, nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.LayerNorm)
-
-
-def shape_of(parameter: torch.Tensor) -> tuple[int, ...]:
-    """The shape of a whole parameter: ZeRO-3 leaves an empty tensor behind and keeps the shape beside it.
-
-    A lazy parameter, which has none yet, is taken for empty.
-    """
-    if nn.parameter.is_lazy(parameter):
-        return ()
-    return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def starred(name: str) -> str:

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from ds_quant.linear.experts import shape_of
 from ds_quant.linear.linear_classes import is_linear
+from ds_quant.linear.shapes import shape_of
 
 HEAD_NAMES = ("lm_head", "score", "classifier", "qa_outputs", "ctc_head", "v_head", "value_head", "reward_head")
 """Names of heads, at the end of a module's name. Other than lm_head, outside of repeated layers only."""

@@ -15,9 +15,11 @@ from torch import Tensor, nn
 from ds_quant.base.number_formats import FOUR_SIX
 from ds_quant.config import ActivationConfig, GradientConfig, LinearConfig, WeightConfig
 from ds_quant.linear import recomputation
+from ds_quant.linear.fused_outputs import parts_of
 from ds_quant.linear.int8 import Int8Linear
 from ds_quant.linear.operands import input_ways, quantize_input, quantize_weight, weight_ways
 from ds_quant.linear.recipe import NUM_STREAMS, Codes, Plan, plan_of
+from ds_quant.linear.shapes import out_features
 from ds_quant.linear.shared_inputs import ArrivingInput, SharedInputs
 from ds_quant.linear.simulated import SimulatedLinear
 from ds_quant.linear.step_key import StepKey
@@ -41,15 +43,25 @@ class QuantizedModule(nn.Module):
     _weight_codes: WeightCodes
 
     def configure_quantization(
-        self, config: LinearConfig, step_key: StepKey, index: int = 0, shared_inputs: SharedInputs | None = None
+        self,
+        config: LinearConfig,
+        step_key: StepKey,
+        index: int = 0,
+        shared_inputs: SharedInputs | None = None,
+        *,
+        name: str = "",
     ) -> None:
         """Set what is quantized. `index` numbers the layers of a model, so that each draws its own random bits.
 
-        Layers that are given the same `shared_inputs` quantize an input that they share once.
+        Layers that are given the same `shared_inputs` quantize an input that they share once. `name`: in the model.
+
+        Raises:
+            ConfigError: `gradient.split_qkv` names the layer, and its features do not make three equal parts.
         """
         self.quant_config = config
         self.step_key = step_key
-        self._quant_plan = plan_of(config, transposed=self.transposed, stream=NUM_STREAMS * index)
+        parts = parts_of(config, name, out_features(self, transposed=self.transposed))
+        self._quant_plan = plan_of(config, transposed=self.transposed, stream=NUM_STREAMS * index, parts=parts)
         self._full_forward_plan = self._quant_plan.full_forward
         step_key.full_forward_from = config.forward_full_precision_from
         if self._quant_plan.stochastic or config.forward_full_precision_from is not None:
@@ -197,6 +209,8 @@ def describe(config: LinearConfig, *, quantizes_forward: bool = True) -> str:
             text += " asymmetric"
         if isinstance(operand, ActivationConfig) and operand.range == "full":
             text += " full range"
+        if isinstance(operand, GradientConfig) and operand.split_qkv:
+            text += f" with q, k and v apart in {', '.join(operand.split_qkv)}"
         if not isinstance(operand, WeightConfig) and operand.split_mean:
             text += " less its mean"
         if isinstance(operand, ActivationConfig) and operand.outlier_share is not None:

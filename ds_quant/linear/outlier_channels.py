@@ -51,6 +51,10 @@ class WithOutliers(NamedTuple):
     channels: Tensor
     """int64 [k], increasing."""
 
+    @property
+    def device(self) -> torch.device:
+        return self.channels.device
+
     def dense(self, dtype: torch.dtype) -> Tensor:
         """[rows, features] in dtype, dequantized."""
         outliers = kernels.dequantize(self.outliers, dtype)

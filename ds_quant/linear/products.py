@@ -8,10 +8,13 @@ from torch import Tensor
 
 from ds_quant.kernels.fp8 import ops as fp8_ops
 from ds_quant.kernels.simulated import ops as kernels
+from ds_quant.linear.fused_outputs import InParts
 from ds_quant.linear.outlier_channels import WithOutliers
 from ds_quant.numerics.integer import Quantized, integer_values
 
 _NARROW = (torch.bfloat16, torch.float16)
+_WITHOUT_FACTORS = (InParts, WithOutliers)
+"""Several scales for each row: they are dequantized before they are multiplied."""
 
 
 class Operand(NamedTuple):
@@ -21,19 +24,17 @@ class Operand(NamedTuple):
     was folded into the other one.
     """
 
-    value: Tensor | Quantized | WithOutliers
+    value: Tensor | Quantized | WithOutliers | InParts
     contracted: int
     scaled: bool = True
 
     @property
     def value_device(self) -> torch.device:
-        if isinstance(self.value, WithOutliers):
-            return self.value.channels.device
         return self.value.codes.device if isinstance(self.value, Quantized) else self.value.device
 
     @property
     def scale_is_contracted(self) -> bool:
-        if isinstance(self.value, WithOutliers):  # two scales for each row
+        if isinstance(self.value, _WITHOUT_FACTORS):
             return True
         if not isinstance(self.value, Quantized) or not self.scaled:
             return False
@@ -45,14 +46,14 @@ class Operand(NamedTuple):
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """[rows, contracted] in dtype, dequantized."""
-        if isinstance(self.value, WithOutliers):
+        if isinstance(self.value, _WITHOUT_FACTORS):
             return self._contracted_last(self.value.dense(dtype))
         value = kernels.dequantize(self.value, dtype) if isinstance(self.value, Quantized) else self.value.to(dtype)
         return self._contracted_last(value)
 
     def factors(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """[rows, contracted]: what is multiplied before any scale is applied. Other dtypes than fp32 must hold it."""
-        assert not isinstance(self.value, WithOutliers)
+        assert not isinstance(self.value, _WITHOUT_FACTORS)
         if not isinstance(self.value, Quantized):
             value = self.value.to(dtype)
         elif dtype == torch.float32:
@@ -72,7 +73,7 @@ class Operand(NamedTuple):
         """Dtypes of 16 bits that hold the factors."""
         if isinstance(self.value, Quantized):
             return _NARROW if self.value.zero_point is None else ()
-        assert not isinstance(self.value, WithOutliers)
+        assert not isinstance(self.value, _WITHOUT_FACTORS)
         return (self.value.dtype,) if self.value.dtype in _NARROW else ()
 
     def scale(self) -> Tensor | None:

@@ -68,6 +68,8 @@ class Quantizer(NamedTuple):
     trust_distance: float = 0.0
     """Of W, and so is the next: what its gradient loses and gains, see `weight_gradients`."""
     dampening: float = 0.0
+    parts: int = 1
+    """Of G: how many parts of its features have scales of their own, see `fused_outputs`."""
 
     @property
     def levels(self) -> float:
@@ -167,8 +169,11 @@ def _elements(operand: OperandConfig) -> dict[str, Any]:
     return {"bits": named.bits, "format_name": operand.format, "scale_rule": operand.scale_rule or "floor"}
 
 
-def plan_of(config: LinearConfig, *, transposed: bool, stream: int) -> Plan:
-    """The plan of a layer whose weight is [in, out] if `transposed`. It draws from `stream` and the next three."""
+def plan_of(config: LinearConfig, *, transposed: bool, stream: int, parts: int = 1) -> Plan:
+    """The plan of a layer whose weight is [in, out] if `transposed`. It draws from `stream` and the next three.
+
+    parts: in how many its output gradient is cut, see `fused_outputs`.
+    """
     w, a, g = config.weight, config.activation, config.gradient
     weight = activation = grad_input = grad_weight = None
     if w:
@@ -204,6 +209,7 @@ def plan_of(config: LinearConfig, *, transposed: bool, stream: int) -> Plan:
                 block_size=g.block_size,
                 split_mean=g.split_mean,
                 fold=outer,
+                parts=parts,
                 **_elements(g),
             )
         if "weight" in g.used_for:
@@ -215,6 +221,7 @@ def plan_of(config: LinearConfig, *, transposed: bool, stream: int) -> Plan:
                 block_size=g.block_size,
                 split_mean=g.split_mean,
                 fold=outer,
+                parts=parts,
                 turned=columns == "block",
                 **_elements(g),
             )

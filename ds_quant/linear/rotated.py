@@ -6,7 +6,8 @@ With R orthogonal (`numerics.rotation`, the same for both operands) and Q the qu
 
 and R cancels but for what Q loses. Both operands of such a product are quantized for it alone, from their values, as
 matrices [free, contracted]: scales are one for each row, for blocks of what is contracted, or for all, and so nothing
-is folded. For dW codes of X^T R are made in the forward and held in place of those of X.
+is folded. For dW codes of X^T R are made in the forward and held in place of those of X. Where one of the two is not
+quantized, it is rotated in fp32 and rounded to its dtype.
 
 Signs of R are the same for all products, steps and ranks; or they are drawn for each product and call, from the layer's
 own key, so that what Q loses is other in every step. Gradients rounded by MS-EDEN (`numerics.eden`) need these.
@@ -52,6 +53,15 @@ def rotation_of(plan: Plan, product: str, key: Tensor | None, device: torch.devi
         return Rotation(plan.rotation_block, None)
     assert key is not None
     return Rotation(plan.rotation_block, kernels.subkey_of(key, _SIGNS | (plan.stream + _NUMBER[product]), device))
+
+
+def rotate_operand(
+    x: Tensor, quantizer: Quantizer | None, key: Tensor | None, stream: int, rotation: Rotation
+) -> Tensor | Quantized:
+    """x [free, contracted], rotated: Quantized, or a Tensor in x's dtype where there is no quantizer."""
+    if quantizer is None:
+        return rotation.of_rows(x).to(x.dtype)
+    return quantize_rotated(x, quantizer, key, stream, rotation)
 
 
 def quantize_rotated(x: Tensor, quantizer: Quantizer, key: Tensor | None, stream: int, rotation: Rotation) -> Quantized:

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ds_quant.kernels.simulated import ops as kernels
-from ds_quant.linear import outlier_channels, token_means
+from ds_quant.linear import fused_outputs, outlier_channels, token_means
 from ds_quant.linear.outlier_channels import WithOutliers
 from ds_quant.linear.products import Operand, product
 from ds_quant.linear.recipe import (
@@ -37,7 +37,7 @@ from ds_quant.linear.recipe import (
     Plan,
     Quantizer,
 )
-from ds_quant.linear.rotated import quantize_rotated, rotation_of
+from ds_quant.linear.rotated import quantize_rotated, rotate_operand, rotation_of
 from ds_quant.linear.weight_gradients import adjusted
 from ds_quant.numerics.integer import Quantized
 
@@ -61,13 +61,12 @@ class SimulatedLinear(torch.autograd.Function):
             w = weight.t() if plan.transposed else weight  # [out, in]
             x2 = x.reshape(-1, x.shape[-1])
             centred, x_mean = token_means.split(x2, plan.activation)
-            qx, qw = _forward_operands(centred, w, plan, local_key, replicated_key)
-            a = Operand(x2 if qx is None else qx, 1)
-            b = Operand(w if qw is None else qw, 1)
+            x_value, w_value = _forward_operands(centred, w, plan, local_key, replicated_key)
+            a, b = Operand(x_value, 1), Operand(w_value, 1)
             has_bias, bias_dtype = bias is not None, None if bias is None else bias.dtype
             bias = token_means.as_bias(x_mean, b, bias, rotation_of(plan, "Y", local_key, x.device))
             cast_bias = None if bias is None else bias.to(dtype)
-            if qx is None and qw is None:
+            if not (plan.activation or plan.weight):
                 y = F.linear(x, w.to(dtype), cast_bias)
             elif plan.activation and plan.activation.full_range and dtype == torch.float32:
                 y = F.linear(a.dense(dtype).reshape(x.shape), b.dense(dtype), cast_bias)
@@ -79,7 +78,7 @@ class SimulatedLinear(torch.autograd.Function):
         ctx.plan, ctx.dtype, ctx.x_shape, ctx.loss_share = plan, dtype, x.shape, loss_share
         ctx.has_bias, ctx.bias_dtype = has_bias, bias_dtype
         wants_weight = ctx.needs_input_grad[1]
-        qx = _for_weight_gradient(centred, qx, plan, local_key) if wants_weight else None
+        qx = _for_weight_gradient(centred, x_value, plan, local_key) if wants_weight else None
         if qx is None:
             ctx.x_rebuild = x_mean = None
             x_saved: tuple[Tensor | None, ...] = (x2 if wants_weight else None, None, None)
@@ -124,33 +123,33 @@ class SimulatedLinear(torch.autograd.Function):
 
 def _forward_operands(
     x: Tensor, w: Tensor, plan: Plan, local_key: Tensor | None, replicated_key: Tensor | None
-) -> tuple[Quantized | WithOutliers | None, Quantized | None]:
-    """X [tokens, in] and W [out, in] for Y; None where they are not quantized."""
+) -> tuple[Tensor | Quantized | WithOutliers, Tensor | Quantized]:
+    """X [tokens, in] and W [out, in] for Y."""
     x_stream, w_stream = plan.stream + STREAM_ACTIVATION, plan.stream + STREAM_WEIGHT
     if rotation := rotation_of(plan, "Y", local_key, x.device):
-        assert plan.activation is not None
-        assert plan.weight is not None
-        qx = quantize_rotated(x, plan.activation, local_key, x_stream, rotation)
-        return qx, quantize_rotated(w, plan.weight, replicated_key, w_stream, rotation)
+        return (
+            rotate_operand(x, plan.activation, local_key, x_stream, rotation),
+            rotate_operand(w, plan.weight, replicated_key, w_stream, rotation),
+        )
     return (
-        _quantized_input(x, plan.activation, local_key, x_stream) if plan.activation else None,
-        _quantized(w, plan.weight, replicated_key, w_stream) if plan.weight else None,
+        _quantized_input(x, plan.activation, local_key, x_stream) if plan.activation else x,
+        _quantized(w, plan.weight, replicated_key, w_stream) if plan.weight else w,
     )
 
 
 def _for_weight_gradient(
-    x: Tensor, qx: Quantized | WithOutliers | None, plan: Plan, key: Tensor | None
+    x: Tensor, in_forward: Tensor | Quantized | WithOutliers, plan: Plan, key: Tensor | None
 ) -> Quantized | WithOutliers | None:
-    """X as dW contracts it: [in, tokens] where that is rotated, else [tokens, in]; None where it is not quantized.
-
-    qx: X in the forward.
-    """
+    """X as dW contracts it: [in, tokens] where that is rotated, else [tokens, in]; None where it is not quantized."""
     if plan.activation is None or plan.original_operands:
         return None
     stream = plan.stream + STREAM_ACTIVATION
     if rotation := rotation_of(plan, "dW", key, x.device):
         return quantize_rotated(x.t(), plan.activation, key, stream, rotation)
-    return _quantized(x, plan.activation, key, stream) if "Y" in plan.rotated else qx
+    if "Y" in plan.rotated:
+        return _quantized(x, plan.activation, key, stream)
+    assert not isinstance(in_forward, Tensor)
+    return in_forward
 
 
 def _input_gradient_operands(
@@ -158,14 +157,11 @@ def _input_gradient_operands(
 ) -> tuple[Operand, Operand]:
     """G [tokens, out] and W [out, in] for dX."""
     g_stream, w_stream = plan.stream + STREAM_GRAD_INPUT, plan.stream + STREAM_WEIGHT
+    weight = None if plan.original_operands else plan.weight
     if rotation := rotation_of(plan, "dX", local_key, g.device):
-        assert plan.grad_input is not None
-        assert plan.weight is not None
-        gq = quantize_rotated(g, plan.grad_input, local_key, g_stream, rotation)
-        return Operand(gq, 1), Operand(quantize_rotated(w.t(), plan.weight, replicated_key, w_stream, rotation), 1)
-    other: Tensor | Quantized = w
-    if plan.weight and not plan.original_operands:
-        other = _quantized(w, plan.weight, replicated_key, w_stream)
+        a = rotate_operand(g, plan.grad_input, local_key, g_stream, rotation)
+        return Operand(a, 1), Operand(rotate_operand(w.t(), weight, replicated_key, w_stream, rotation), 1)
+    other = _quantized(w, weight, replicated_key, w_stream) if weight else w
     return _gradient_product(g, other, plan.grad_input, local_key, g_stream, 1)
 
 
@@ -175,9 +171,9 @@ def _weight_gradient_operands(
     """G [tokens, out] and X, as `_for_weight_gradient` left it, for dW."""
     stream = plan.stream + STREAM_GRAD_WEIGHT
     if rotation := rotation_of(plan, "dW", key, g.device):
-        assert plan.grad_weight is not None
-        gq = quantize_rotated(g.t(), plan.grad_weight, key, stream, rotation)
-        return Operand(gq, 1), Operand(x, 1)
+        a = rotate_operand(g.t(), plan.grad_weight, key, stream, rotation)
+        b = rotate_operand(x.t(), None, key, stream, rotation) if isinstance(x, Tensor) else x
+        return Operand(a, 1), Operand(b, 1)
     return _gradient_product(g, x, plan.grad_weight, key, stream, 0)
 
 
@@ -192,6 +188,8 @@ def _gradient_product(
     """The two operands of dX (G contracted over dimension 1) or dW (over dimension 0)."""
     if quantizer is None:
         return Operand(g, contracted), Operand(other, 0)
+    if quantizer.parts > 1:
+        return Operand(fused_outputs.quantize(g, quantizer, key, stream), contracted), Operand(other, 0)
     if quantizer.turned:  # blocks of consecutive tokens, which are contracted
         return Operand(_quantized(g.t(), quantizer, key, stream), 1), Operand(other, 0)
     if not (quantizer.fold and isinstance(other, Quantized)):

@@ -243,6 +243,33 @@ WRONG_LINEAR_VALUES = [
         "change that",
     ),
     *(
+        (
+            {"linear": {**linear, "gradient": {"bits": 4, "split_qkv": ["*.c_attn"], **gradient}}},
+            f"{LINEAR}.gradient.split_qkv",
+            got,
+            allowed,
+            fix,
+        )
+        for linear, gradient, got, allowed, fix in (
+            ({}, {}, '["*.c_attn"]', 'absent with granularity "outer"', 'granularity "token" or "tensor"'),
+            ({}, {"granularity": "block"}, '["*.c_attn"]', 'absent with granularity "block"', "remove it"),
+            (
+                {"backend": "int8"},
+                {"granularity": "tensor"},
+                '["*.c_attn"]',
+                'absent with backend "int8"',
+                'backend "simulated"',
+            ),
+            (
+                {"rotation": {"used_for": ["input"]}},
+                {"granularity": "token"},
+                '["*.c_attn"]',
+                "absent with a rotation for input",
+                "remove one of the two",
+            ),
+        )
+    ),
+    *(
         ({"linear": {**W8A8G8, "rotation": {}, **linear}}, f"{LINEAR}.{key}", got, allowed, fix)
         for linear, key, got, allowed, fix in (
             ({"rotation": {"block_size": 8}}, "rotation.block_size", "8", "16, 32, 64 or 128", "write"),
@@ -256,11 +283,18 @@ WRONG_LINEAR_VALUES = [
             ),
             ({"backend": "int8"}, "rotation", "{}", 'absent with backend "int8"', "remove it"),
             (
-                {"rotation": {"used_for": ["input"]}, "backward_operands": "original"},
+                {"rotation": {"used_for": ["input", "weight"]}, "gradient": None, "backward_operands": "original"},
                 "rotation.used_for",
-                '["input"]',
-                "whose two operands are quantized (output)",
+                '["input", "weight"]',
+                "products with an operand that is quantized (output)",
                 "take out the others",
+            ),
+            (
+                {"activation": None, "gradient": None},
+                "rotation.used_for",
+                "null",
+                "that quantize one operand alone, a list of some of them: output, input",
+                "write it",
             ),
             (
                 {"activation": {"bits": 8, "granularity": "channel"}},

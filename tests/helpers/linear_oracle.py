@@ -178,13 +178,15 @@ def expected(x, w, bias, g, config, dtype):
         return product(Side.quantized(folded, gradient, name, transposed=transposed), other, dtype, integer=integer)
 
     if "input" in rotated:
-        dx = rotated_product((g, gradient), (w.t(), weight), config, dtype)
+        how = gradient if "input" in used else None, None if original else weight
+        dx = rotated_product((g, how[0]), (w.t(), how[1]), config, dtype)
     elif "input" in used:
         dx = with_gradient(other_w, bool(weight) and not original, "row", False)
     else:
         dx = product(Side.plain(g), other_w, dtype, integer=integer)
     if "weight" in rotated:
-        dw = rotated_product((g.t(), gradient), (x.t(), activation), config, dtype)
+        how = gradient if "weight" in used else None, None if original else activation
+        dw = rotated_product((g.t(), how[0]), (x.t(), how[1]), config, dtype)
     elif "weight" in used:
         dw = with_gradient(other_x, bool(activation) and not original, "column", True)
     else:
@@ -200,9 +202,13 @@ def rotated_products(config):
 
 
 def rotated_product(left, right, config, dtype, bias=None):
-    """Of two pairs (matrix [free, contracted], its configuration), which are rotated and then quantized."""
+    """Of two pairs (matrix [free, contracted], its configuration or None), which are rotated and then quantized."""
     sides = []
     for matrix, how in (left, right):
+        if not how:
+            rotated = rotate_rows(matrix.float(), config["rotation"].get("block_size", 16))
+            sides.append(Side.plain(rotated.to(matrix.dtype)))
+            continue
         in_blocks = "format" in how and FORMATS[how["format"]].block_size
         granularity = how.get("granularity", "block" if in_blocks else "row")
         granularity = granularity if granularity in ("block", "tensor") else "row"

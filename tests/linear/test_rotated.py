@@ -41,6 +41,37 @@ def test_the_three_products(dtype, layout):
             check_products(config, dtype, layout)
 
 
+@pytest.mark.parametrize("layout", ["linear", "conv1d"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_other_operand_in_full_precision(dtype, layout):
+    four, blocks = {"bits": 4}, {"bits": 4, "granularity": "block", "block_size": 16}
+    one_sided = (
+        ({"weight": four}, ["output", "input"]),
+        ({"weight": blocks, "backward_operands": "original"}, ["output"]),
+        ({"activation": four}, ["output", "weight"]),
+        ({"activation": blocks, "gradient": four, "backward_operands": "original"}, ["input", "output"]),
+        ({"gradient": four}, ["input", "weight"]),
+        ({"gradient": {**blocks, "used_for": ["weight"]}}, ["weight"]),
+        ({"weight": four, "activation": four, "gradient": {**four, "granularity": "tensor"}}, ["output", "weight"]),
+        ({"weight": blocks, "activation": NV, "gradient": NV, "backward_operands": "original"}, ALL),
+    )
+    for config, used_for in one_sided:
+        check_products({**config, "rotation": {"block_size": 32, "used_for": used_for}}, dtype, layout)
+
+
+def test_it_changes_what_a_lone_operand_loses():
+    x, w, bias, g = random_case(torch.float32, int(torch.randint(2**31, ()).item()))
+    for config, product, used_for in (
+        ({"weight": {"bits": 4}}, 0, "output"),
+        ({"activation": {"bits": 4}, "backward_operands": "original"}, 0, "output"),
+        ({"gradient": {"bits": 4}, "weight": {"bits": 8}, "backward_operands": "original"}, 1, "input"),
+        ({"gradient": {"bits": 4}}, 2, "weight"),
+    ):
+        rotated = run({**config, "rotation": {"used_for": [used_for]}}, x, w, bias, g, "linear")
+        plain = run(config, x, w, bias, g, "linear")
+        assert [n for n in range(3) if not torch.equal(rotated[n], plain[n])] == [product]
+
+
 @pytest.mark.parametrize("used_for", ALL)
 def test_one_product_alone(used_for):
     """The others are what they were, bit for bit, whatever the forward quantizes."""
