@@ -19,7 +19,7 @@ from ds_quant.config.deepspeed_json import (
 )
 from ds_quant.config.diagnostics import DiagnosticsConfig
 from ds_quant.config.linear import ExcludeBlocksConfig, LinearConfig, RotationConfig
-from ds_quant.config.operands import ActivationConfig, GradientConfig, WeightConfig
+from ds_quant.config.operands import ActivationConfig, GradientConfig, OscillationResetConfig, WeightConfig
 from ds_quant.config.optimizer import MasterConfig, MomentConfig, OptimizerConfig
 from ds_quant.config.quant_config import QuantConfig, json_schema
 
@@ -37,6 +37,7 @@ __all__ = [
     "MasterConfig",
     "MomentConfig",
     "OptimizerConfig",
+    "OscillationResetConfig",
     "QuantConfig",
     "RotationConfig",
     "WeightCommunicationConfig",

@@ -7,7 +7,7 @@ from pydantic import BeforeValidator, Field, WithJsonSchema
 
 from ds_quant.base.number_formats import FORMATS, FOUR_SIX, MS_EDEN, NamedFormat
 from ds_quant.config.deepspeed_json import SECTION
-from ds_quant.config.section import Allowed, BlockSection, Rule, allowed_values, bits_or_format
+from ds_quant.config.section import Allowed, BlockSection, Rule, Section, allowed_values, bits_or_format
 from ds_quant.config.values import (
     Bits,
     FormatName,
@@ -92,6 +92,26 @@ class OperandConfig(BlockSection):
             yield "block_size", getattr(self, "block_size", None), allowed, "remove it"
 
 
+class OscillationResetConfig(Section):
+    """Weights that swing between two codes are set to their code's value every so many steps (OsciReset)."""
+
+    where: ClassVar[str] = f"{SECTION}.linear.weight.oscillation_reset"
+
+    every: Annotated[int, Field(ge=2), Allowed("an integer, 2 or more: steps")] = 200
+    """Optimizer steps from one reset to the next."""
+    watched_steps: Annotated[int, Field(ge=1), Allowed("an integer, 1 or more: steps")] = 50
+    """So many of them, up to the reset, are watched; fewer than `every`."""
+    ratio: Annotated[float, Field(gt=1, allow_inf_nan=False), Allowed("a number above 1")] = 16.0
+    """Weights are reset whose quantized value has moved so many times as far as they have."""
+    first_step: Annotated[int, Field(ge=0), Allowed("an integer, 0 or more: a step")] = 0
+    """No reset before this step."""
+
+    def rules(self) -> Iterator[Rule]:
+        if self.watched_steps >= self.every:
+            allowed = f"fewer than every, {self.every}"
+            yield "watched_steps", self.watched_steps, allowed, "lower it, or raise every"
+
+
 class WeightConfig(OperandConfig):
     """How the weight of a linear is quantized."""
 
@@ -114,15 +134,19 @@ class WeightConfig(OperandConfig):
     dampening: Annotated[float, Field(gt=0, allow_inf_nan=False), Allowed("a number above 0")] | None = None
     """lambda of lambda * sum (w - Q(w))^2, which is added to the loss by its gradient: weights are pulled to the values
     of their codes (Nagel et al. 2022). Absent: none."""
+    oscillation_reset: OscillationResetConfig | None = None
+    """Weights that swing between two codes are set to their code's value, at ZeRO stages 0 to 2. Absent: none are."""
 
     def rules(self) -> Iterator[Rule]:
         yield from super().rules()
         if self.block_rows != 1 and self.format not in ("nvfp4", "nvint4"):
             yield "block_rows", self.block_rows, '1, or 16 with format "nvfp4" or "nvint4"', "remove it"
-        for key, value in (("trust_distance", self.trust_distance), ("dampening", self.dampening)):
+        for key in ("trust_distance", "dampening", "oscillation_reset"):
+            value = getattr(self, key)
             if value is not None and self.rounding == "stochastic":
                 allowed = 'absent with rounding "stochastic", whose weights have no code of their own'
-                yield key, value, allowed, "remove one of the two"
+                got = value.model_dump(exclude_unset=True) if isinstance(value, Section) else value
+                yield key, got, allowed, "remove one of the two"
         if self.trust_distance is not None and self.named_format and self.named_format.elements != "integer":
             allowed = f'absent with format "{self.format}", whose values are not evenly spaced'
             yield "trust_distance", self.trust_distance, allowed, "remove it, or use bits, mxint8 or nvint4"

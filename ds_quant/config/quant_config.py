@@ -13,6 +13,7 @@ from ds_quant.config.communication import CommunicationConfig
 from ds_quant.config.deepspeed_json import SECTION, TRIPWIRE, has_tripwire, misspelt_section, read_deepspeed_config
 from ds_quant.config.diagnostics import DiagnosticsConfig
 from ds_quant.config.linear import LinearConfig
+from ds_quant.config.operands import OscillationResetConfig
 from ds_quant.config.optimizer import OptimizerConfig
 from ds_quant.config.section import Rule, Section
 
@@ -38,9 +39,23 @@ class QuantConfig(Section):
         if self.communication and self.communication.weight and self.communication.weight.mode == "codes":
             yield from self._weight_rules()
         weight = self.communication.weight if self.communication else None
+        if self.linear and self.linear.weight and self.linear.weight.oscillation_reset:
+            yield from self._reset_rules(self.linear.weight.oscillation_reset)
         if self.optimizer and self.optimizer.master and weight and weight.mode == "difference":
             allowed = '"codes" with optimizer.master, whose masters are in the weights that a replica would replace'
             yield "communication.weight.mode", "difference", allowed, "remove optimizer.master, or use mode codes"
+
+    def _reset_rules(self, reset: OscillationResetConfig) -> Iterator[Rule]:
+        got = reset.model_dump(exclude_unset=True)
+        problems = {
+            "optimizer.master, whose masters are in the weights": self.optimizer and self.optimizer.master,
+            "communication.weight, after which a rank holds most weights in few bits": self.communication
+            and self.communication.weight,
+        }
+        for problem, is_there in problems.items():
+            if is_there:
+                key = problem.partition(",")[0]
+                yield "linear.weight.oscillation_reset", got, f"absent with {problem}", f"remove it, or {key}"
 
     def _weight_rules(self) -> Iterator[Rule]:
         """What a gather of codes needs: layers that see W in no other way, and find the same codes again."""

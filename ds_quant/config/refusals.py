@@ -162,6 +162,14 @@ REFUSALS = (
         "train in bf16 or fp32, or remove dampening",
     ),
     Refusal(
+        "zero_optimization.stage",
+        is_three,
+        ("linear.weight.oscillation_reset",),
+        "0, 1 or 2",
+        "at stage 3 a rank has no whole weights between steps, whose scales it needs",
+        "use stage 1 or 2 if the model fits, or remove oscillation_reset",
+    ),
+    Refusal(
         "sparse_gradients",
         is_on,
         ("communication",),

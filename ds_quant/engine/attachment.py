@@ -11,6 +11,7 @@ from ds_quant.engine.diagnostics import Diagnostics, second_moments
 from ds_quant.engine.masters import Masters
 from ds_quant.engine.micro_steps import MicroSteps
 from ds_quant.engine.moments import Moments
+from ds_quant.engine.oscillation_reset import OscillationReset
 from ds_quant.engine.parameter_methods import restore_methods
 from ds_quant.engine.parts import Part
 from ds_quant.engine.preparation import Prepared
@@ -68,6 +69,9 @@ def _linear_parts(engine: Any, prepared: Prepared, micro_steps: MicroSteps) -> l
     step_key = step_key_of(engine.module)
     if step_key is not None:
         parts.append(Steps(engine, step_key, micro_steps))
+    weight = prepared.quant.linear and prepared.quant.linear.weight
+    if weight and weight.oscillation_reset and engine.optimizer is not None:
+        parts.append(OscillationReset(engine, weight.oscillation_reset))
     backend = prepared.quant.linear and prepared.quant.linear.backend
     if backend == "int8":
         parts.append(Weights(engine))

@@ -16,6 +16,7 @@ from ds_quant.engine.engine_class import MixedIn, mix_in
 from ds_quant.engine.masters import Masters
 from ds_quant.engine.micro_steps import MicroSteps
 from ds_quant.engine.moments import Moments
+from ds_quant.engine.oscillation_reset import OscillationReset
 from ds_quant.engine.parts import Loading, Part
 from ds_quant.engine.release import Release
 from ds_quant.engine.seams import check_live
@@ -34,6 +35,7 @@ ORDER: tuple[type[Part], ...] = (
     Communication,
     WeightCommunication,
     WeightFetches,
+    OscillationReset,
     Diagnostics,
 )
 """The order in which every hook calls the parts.

@@ -6,6 +6,7 @@ ties, ZeRO-3's attributes, hooks and `state_dict` keys are none the wiser.
 
 import json
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -150,8 +151,9 @@ def _convert_modules(
         module.configure_quantization(config, step_key, index, shared_inputs, name=name)
     if not done:
         model.__dict__[_PLACES] = places
-        if _draws_random_bits(config) or config.forward_full_precision_from is not None:
-            model.register_forward_pre_hook(CountForwards(step_key))
+        needs_engine = _needs_engine(config)
+        if _draws_random_bits(config) or needs_engine:
+            model.register_forward_pre_hook(CountForwards(step_key, needs_engine))
     elif modules:
         say(f"{len(modules)} linear modules that are new since the model was converted: {', '.join(modules)}")
 
@@ -199,6 +201,16 @@ def _draws_random_bits(config: LinearConfig) -> bool:
     operands = (config.weight, config.activation, config.gradient)
     drawn = config.rotation is not None and config.rotation.signs == "drawn"
     return drawn or any(x is not None and x.rounding != "nearest" for x in operands)
+
+
+def _needs_engine(config: LinearConfig) -> dict[str, Any]:
+    """The keys that only an engine applies, which knows optimizer steps, and their values."""
+    reset = config.weight and config.weight.oscillation_reset
+    found = {
+        "forward_full_precision_from": config.forward_full_precision_from,
+        "weight.oscillation_reset": reset.model_dump(exclude_unset=True) if reset else None,
+    }
+    return {key: value for key, value in found.items() if value is not None}
 
 
 def _check_agreement(done: dict[str, QuantizedModule], config: LinearConfig) -> None:

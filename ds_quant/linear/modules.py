@@ -201,6 +201,8 @@ def describe(config: LinearConfig, *, quantizes_forward: bool = True) -> str:
             text += f" trusted within {operand.trust_distance:.3g}"
         if isinstance(operand, WeightConfig) and operand.dampening is not None:
             text += f" dampened by {operand.dampening:.3g}"
+        if isinstance(operand, WeightConfig) and operand.oscillation_reset is not None:
+            text += f" reset where it swings every {operand.oscillation_reset.every} steps"
         if operand.scale_rule == "up":
             text += " scales up"
         if operand.scale_rule == FOUR_SIX:

@@ -8,6 +8,8 @@ checkpointing rounds exactly as it did the first time (`recomputation` sees to t
 
 import itertools
 import weakref
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -221,23 +223,29 @@ def _(number: int, device: torch.device) -> Tensor:
 
 
 class CountForwards:
-    """Forward pre-hook of a model that no engine drives: every training forward is a step of its own."""
+    """Forward pre-hook of a model that no engine drives: every training forward is a step of its own.
 
-    def __init__(self, step_key: StepKey):
+    needs_engine: keys of `linear` that only an engine applies, and their values; with some, training is refused.
+    """
+
+    needs_engine: Mapping[str, Any] = MappingProxyType({})  # also of what version 0.1 has pickled
+
+    def __init__(self, step_key: StepKey, needs_engine: dict[str, Any]):
         self.step_key = step_key
+        self.needs_engine = needs_engine
 
     def __call__(self, module: torch.nn.Module, args: tuple) -> None:
         if module.training and torch.is_grad_enabled():
-            if self.step_key.full_forward_from is not None:
-                raise _needs_engine(self.step_key.full_forward_from)
+            for key, value in self.needs_engine.items():
+                raise _needs_engine(key, value)
             self.step_key.advance()
         self.step_key.begin_forward()
 
 
-def _needs_engine(step: int) -> ConfigError:
+def _needs_engine(key: str, value: Any) -> ConfigError:
     return fail(
-        "ds_quant.linear.forward_full_precision_from",
-        step,
+        f"ds_quant.linear.{key}",
+        value,
         "training with an engine of DeepSpeed, which counts optimizer steps and has them in its checkpoints",
         "pass the model to ds_quant.initialize, or remove the key",
     )

@@ -46,7 +46,7 @@ def test_defaults():
     assert quant.enabled is True
     operand = {"symmetric": True, "rounding": "nearest", "format": None, "scale_rule": None}
     block = {"block_size": 128}
-    pulls = {"trust_distance": None, "dampening": None}
+    pulls = {"trust_distance": None, "dampening": None, "oscillation_reset": None}
     weight = {"bits": 8, "granularity": "channel", "block_rows": 1, **pulls, **block, **operand}
     assert vars(quant.linear.weight) == weight
     assert vars(quant.linear.activation) == {
@@ -63,6 +63,7 @@ def test_defaults():
         "granularity": "outer",
         "used_for": ("weight", "input"),
         "split_mean": False,
+        "split_qkv": (),
         **block,
         **operand,
     }

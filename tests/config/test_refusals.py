@@ -24,6 +24,7 @@ OTHER_PARTS = (
     ("optimizer.master",),
     ("optimizer.release_gradients",),
     ("linear.weight.dampening",),
+    ("linear.weight.oscillation_reset",),
 )
 """Of rows that have tests of their own, since another part stands for the same path."""
 
@@ -123,6 +124,16 @@ def test_rows_of_dampening(path, value, passing):
     check(path, value, PARTS["linear.weight"])
     with pytest.raises(ConfigError, match=r"fp16: got .*with ds_quant.linear.weight.dampening .*; fix: train in bf16"):
         check(path, value, section)
+
+
+def test_rows_of_oscillation_reset():
+    section = {"linear": {"weight": {"bits": 4, "oscillation_reset": {}}}}
+    for stage in (0, 1, 2):
+        check("zero_optimization.stage", stage, section)
+    check("zero_optimization.stage", 3, PARTS["linear.weight"])
+    said = r"stage: got 3; allowed: 0, 1 or 2 with ds_quant.linear.weight.oscillation_reset .*; fix: use stage 1 or 2"
+    with pytest.raises(ConfigError, match=said):
+        check("zero_optimization.stage", 3, section)
 
 
 CODES = PARTS["linear.weight"] | {"communication": {"weight": {"mode": "codes"}}}

@@ -121,6 +121,24 @@ WRONG_LINEAR_VALUES = [
             ),
             ("trust_distance", "0.3", {"trust_distance": 0.3}, {"rotation": {}}, "a rotated output", "leave"),
             ("dampening", "2.5", {"dampening": 2.5}, {"rotation": {}}, "a rotated output", "leave"),
+            *(
+                (f"oscillation_reset.{key}", got, {"oscillation_reset": reset}, {}, allowed, fix)
+                for key, got, reset, allowed, fix in (
+                    ("every", "1", {"every": 1}, "an integer, 2 or more", "write"),
+                    ("watched_steps", "50", {"every": 50}, "fewer than every, 50", "lower it"),
+                    ("ratio", "1", {"ratio": 1}, "a number above 1", "write"),
+                    ("first_step", "-1", {"first_step": -1}, "0 or more", "write"),
+                )
+            ),
+            (
+                "oscillation_reset",
+                '{"every": 90}',
+                {"oscillation_reset": {"every": 90}, "rounding": "stochastic"},
+                {},
+                "no code of their own",
+                "one of the two",
+            ),
+            ("oscillation_reset", "{}", {"oscillation_reset": {}}, {"rotation": {}}, "a rotated output", "leave"),
         )
     ),
     (
@@ -142,6 +160,19 @@ WRONG_LINEAR_VALUES = [
             "change that",
         )
         for key in ("trust_distance", "dampening")
+    ),
+    *(
+        (
+            {"linear": {"weight": {"bits": 4, "oscillation_reset": {}}}, **more},
+            f"{LINEAR}.weight.oscillation_reset",
+            "{}",
+            f"absent with {problem}",
+            f"remove it, or {problem}",
+        )
+        for more, problem in (
+            ({"optimizer": {"exp_avg": {"bits": 8}, "master": {"bits": 16}}}, "optimizer.master"),
+            ({"communication": {"weight": {"mode": "difference", "bits": 8}}}, "communication.weight"),
+        )
     ),
     *(
         (

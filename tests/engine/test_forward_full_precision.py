@@ -199,11 +199,14 @@ def test_compiled_as_one_graph_twice(name):
         assert counter.frame_count == (1 if step < SWITCH else 2)
 
 
-def test_a_model_without_an_engine_is_refused_in_training_alone():
-    net = Net()
-    ds_quant.convert(net, switched(LINEARS["simulated"]))
+@pytest.mark.parametrize("key", ["forward_full_precision_from", "weight.oscillation_reset"])
+def test_a_model_without_an_engine_is_refused_in_training_alone(key):
+    net, linear, got = Net(), switched(LINEARS["simulated"]), "2"
+    if key == "weight.oscillation_reset":
+        linear, got = {"weight": {"bits": 4, "oscillation_reset": {"every": 9, "watched_steps": 3}}}, '{"every": 9'
+    ds_quant.convert(net, linear)
     x = torch.randn(3, 32)
-    with pytest.raises(ConfigError, match=r"forward_full_precision_from: got 2; allowed: training with an engine"):
+    with pytest.raises(ConfigError, match=rf"{key}: got {got}.*; allowed: training with an engine"):
         net(x)
     with torch.no_grad():
         net(x)

@@ -21,12 +21,13 @@ ORDER = [
     "Communication",
     "WeightCommunication",
     "WeightFetches",
+    "OscillationReset",
     "Diagnostics",
 ]
 """Written down once more: what `quant_engine.ORDER` must be."""
-BELOW_STAGE_3 = [name for name in ORDER if name not in ("WeightFetches", "Release")]
-"""The parts that one engine has: that of stage 3 stands in for WeightCommunication, and gradients that are released
-cannot be accumulated."""
+BELOW_STAGE_3 = [name for name in ORDER if name not in ("WeightFetches", "Release", "OscillationReset")]
+"""The parts that one engine has: that of stage 3 stands in for WeightCommunication, gradients that are released cannot
+be accumulated, and weights that are reset have masters in fp32."""
 HOOKS = [name for name in vars(Part) if name.startswith(("before_", "after_"))]
 
 

@@ -102,7 +102,9 @@ def choose(
     unused += ["linear.gradient"] if linear.gradient is not None and not with_backward else []
     if linear.forward_full_precision_from is not None:
         unused.append("linear.forward_full_precision_from")
-        linear = _without_end(linear)
+    if linear.weight and linear.weight.oscillation_reset:
+        unused.append("linear.weight.oscillation_reset")
+    linear = _without_steps(linear)
     place = "here" if with_backward else "in an evaluation"
     return linear, [f"{quantizers}: without meaning {place}: {', '.join(unused)}"] if unused else []
 
@@ -111,7 +113,7 @@ def _at_step_of(path: Path, trained: LinearConfig) -> tuple[LinearConfig | None,
     """What the training's forward quantized at the step at which the weights were saved."""
     end = trained.forward_full_precision_from
     if end is None:
-        return trained, []
+        return _without_steps(trained), []
     step, where = step_of(path), f"{LinearConfig.where}.forward_full_precision_from"
     if step is None:
         got, allowed = f"{end}, and no file that tells the step", "a checkpoint of the Trainer, or a run's final model"
@@ -119,12 +121,16 @@ def _at_step_of(path: Path, trained: LinearConfig) -> tuple[LinearConfig | None,
     if step >= end:
         note = f"{short_name(path)}: saved at step {step}, after {where} {end}: evaluated without quantizers"
         return None, [note]
-    return _without_end(trained), [f"{short_name(path)}: saved at step {step}, before {where} {end}: quantized"]
+    return _without_steps(trained), [f"{short_name(path)}: saved at step {step}, before {where} {end}: quantized"]
 
 
-def _without_end(linear: LinearConfig) -> LinearConfig:
-    """Quantized whatever the step: an evaluation has none of its own."""
-    return linear.model_copy(update={"forward_full_precision_from": None})
+def _without_steps(linear: LinearConfig) -> LinearConfig:
+    """Without what happens at steps of a training, of which an evaluation has none: quantized, and nothing reset."""
+    if linear.forward_full_precision_from is not None:
+        linear = linear.model_copy(update={"forward_full_precision_from": None})
+    if linear.weight and linear.weight.oscillation_reset:
+        linear = linear.model_copy(update={"weight": linear.weight.model_copy(update={"oscillation_reset": None})})
+    return linear
 
 
 # ---- the folder
