@@ -25,7 +25,7 @@ def keys(options: argparse.Namespace, size: str, family: str, rate: float) -> li
     known = all_rows()
     names = plan.chosen(options.rows or list(known), known, "--rows")
     # Nothing is told of a row without its baseline.
-    names = [BASELINE, *(name for name in names if name != BASELINE)]
+    names = [BASELINE, *(name for name in names if name != BASELINE and known[name].is_of(family))]
     return plan.keys(
         names,
         seeds=protocol.SEEDS if options.seeds is None else matrix.seeds(options.seeds),
@@ -80,9 +80,14 @@ def tuned(
 
 def _check(options: argparse.Namespace) -> None:
     """Mistakes end it before hours of tuning, not after."""
-    plan.chosen(options.rows or [], all_rows(), "--rows")
+    known = all_rows()
+    rows = plan.chosen(options.rows or [], known, "--rows")
     plan.chosen(options.sizes, protocol.SIZES, "--sizes")
-    plan.chosen(options.families, protocol.FAMILIES, "--families")
+    families = plan.chosen(options.families, protocol.FAMILIES, "--families")
+    for name in rows:
+        if not any(known[name].is_of(family) for family in families):
+            allowed = ", ".join(known[name].families)
+            raise CommandError(f"--rows: got {name!r} for {', '.join(families)}; allowed: {allowed}; add --families")
     plan.ratio_of(options.ratio)
     if options.seeds is not None:
         matrix.seeds(options.seeds)

@@ -23,6 +23,8 @@ class Repair:
     """The row that it repairs; empty for a combination that the paper did not run."""
     what: str
     section: Values
+    families: tuple[str, ...] = ()
+    """Those whose models have what it acts on; empty: all."""
 
 
 def _linear(*, backward: str = "original", exclude: list[str] | None = None, **operands: Values) -> Values:
@@ -39,6 +41,11 @@ def _block(bits: int, size: int, **more: Any) -> Values:
     return {"bits": bits, "granularity": "block", "block_size": size, **more}
 
 
+def _rotated(section: Values, size: int, *used_for: str, **more: Any) -> Values:
+    rotation: Values = {"block_size": size, **({"used_for": list(used_for)} if used_for else {}), **more}
+    return {"linear": {**section["linear"], "rotation": rotation}}
+
+
 _HEADS = ["lm_head"]
 LAST = "@LAST@"
 """Stands for the number of a model's last block."""
@@ -46,6 +53,9 @@ LAST = "@LAST@"
 _LAST = ["lm_head", f"*.{LAST}.*"]
 _BOTH = ("weight", "input")
 _MX: Values = {"format": "mxfp4", "scale_rule": "up"}
+_RESET = {"every": 32, "watched_steps": 16, "ratio": 8, "first_step": 104}
+"""The first step is as late as the authors' in 162 steps."""
+_BLOCK_GRADIENT_WEIGHT = _block(4, 32, rounding="stochastic", used_for=["weight"])
 
 WEIGHT = {
     "w4_block32": Repair("W", "w4_channel", "blocks of 32", _linear(weight=_block(4, 32))),
@@ -79,6 +89,24 @@ WEIGHT = {
         "per channel, dampened by 0.01",
         _linear(weight={"bits": 4, "granularity": "channel", "dampening": 0.01}),
     ),
+    "w4_channel_reset": Repair(
+        "W",
+        "w4_channel",
+        "per channel, weights that swing 8 times as far in 16 steps reset every 32 steps from step 104 on",
+        _linear(weight={"bits": 4, "granularity": "channel", "oscillation_reset": _RESET}),
+    ),
+    "w4_channel_hadamard": Repair(
+        "W",
+        "w4_channel",
+        "per channel, Y rotated by matrices of 128",
+        _rotated(_linear(weight={"bits": 4, "granularity": "channel"}), 128, "output"),
+    ),
+    "w4_block32_hadamard": Repair(
+        "W",
+        "w4_channel",
+        "blocks of 32, Y rotated by matrices of 32",
+        _rotated(_linear(weight=_block(4, 32)), 32, "output"),
+    ),
     "w4_mxfp4": Repair("W", "w4_channel", "MXFP4, scales rounded up", _linear(weight=dict(_MX))),
 }
 
@@ -105,6 +133,24 @@ ACTIVATION = {
         "a4_token",
         "per token, a tenth of the channels in 8 bits",
         _linear(activation={"bits": 4, "granularity": "token", "outlier_share": 0.1}),
+    ),
+    "a4_token_split_mean": Repair(
+        "A",
+        "a4_token",
+        "per token, without the mean of the tokens",
+        _linear(activation={"bits": 4, "granularity": "token", "split_mean": True}),
+    ),
+    "a4_token_hadamard": Repair(
+        "A",
+        "a4_token",
+        "per token, Y rotated by matrices of 128",
+        _rotated(_linear(activation={"bits": 4, "granularity": "token"}), 128, "output"),
+    ),
+    "a4_block32_hadamard": Repair(
+        "A",
+        "a4_token",
+        "blocks of 32, Y rotated by matrices of 32",
+        _rotated(_linear(activation=_block(4, 32)), 32, "output"),
     ),
     "a4_nvfp4": Repair("A", "a4_token", "NVFP4", _linear(activation={"format": "nvfp4"})),
     "a4_nvfp4_four_six": Repair(
@@ -144,6 +190,19 @@ GRADIENT = {
         "outer, stochastic, output layer in full precision",
         _linear(gradient=_gradient(4, "outer", "weight"), exclude=_HEADS),
     ),
+    "g4_block32": Repair("G", "g4_token", "blocks of 32, stochastic", _linear(gradient=_BLOCK_GRADIENT_WEIGHT)),
+    "g4_block32_hadamard": Repair(
+        "G",
+        "g4_token",
+        "blocks of 32, stochastic, dW rotated by matrices of 128 with drawn signs",
+        _rotated(_linear(gradient=_BLOCK_GRADIENT_WEIGHT), 128, "weight", signs="drawn"),
+    ),
+    "g4_block32_ms_eden": Repair(
+        "G",
+        "g4_token",
+        "blocks of 32, MS-EDEN, dW rotated as above",
+        _rotated(_linear(gradient={**_BLOCK_GRADIENT_WEIGHT, "rounding": "ms_eden"}), 128, "weight", signs="drawn"),
+    ),
     "g4_block32_both": Repair(
         "G",
         "g4_token",
@@ -168,6 +227,18 @@ GRADIENT = {
         "MXFP4, scales rounded up, stochastic, for dX and dW",
         _linear(gradient={**_MX, "rounding": "stochastic", "used_for": list(_BOTH)}),
     ),
+}
+
+# Of the paper's own way with GPT-2, in some of its runs.
+GRADIENT |= {
+    f"g{bits}_token_qkv": Repair(
+        "G",
+        f"g{bits}_token",
+        "per token, nearest, queries, keys and values apart",
+        _linear(gradient={**_gradient(bits, "token", "weight", rounding="nearest"), "split_qkv": ["*.c_attn"]}),
+        families=("gpt2",),
+    )
+    for bits in (8, 4)
 }
 
 _LOG: Values = {"bits": 4, "map": "log"}
@@ -215,11 +286,6 @@ _BLOCK_GRADIENT = _block(4, 32, rounding="stochastic", used_for=list(_BOTH))
 
 
 _EDEN = {**_BLOCK_GRADIENT, "rounding": "ms_eden"}
-
-
-def _rotated(section: Values, size: int, *used_for: str, **more: Any) -> Values:
-    rotation: Values = {"block_size": size, **({"used_for": list(used_for)} if used_for else {}), **more}
-    return {"linear": {**section["linear"], "rotation": rotation}}
 
 
 COMBINED = {
@@ -285,6 +351,16 @@ COMBINED = {
         "w4a4g4_naive",
         "the same, G by MS-EDEN in place of stochastic rounding",
         _rotated(_all4(*_BLOCKS, dict(_EDEN)), 128, "input", "weight", signs="drawn"),
+    ),
+    "w4a4g4_block32_split_mean": Repair(
+        "combined",
+        "w4a4g4_naive",
+        "blocks of 32 as above, A and G without the mean of the tokens",
+        _all4(
+            _block(4, 32),
+            {**_block(4, 32), "split_mean": True},
+            {**_BLOCK_GRADIENT, "split_mean": True},
+        ),
     ),
     "w4a4g4_nvint4": Repair(
         "combined",

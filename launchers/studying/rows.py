@@ -36,6 +36,12 @@ class Row:
     """Changes to the model's configuration."""
     outcome: str = ""
     """What the paper found."""
+    families: tuple[str, ...] = ()
+    """Those that it is trained with; empty: all."""
+
+    def is_of(self, family: str) -> bool:
+        """Whether models of that family are trained with it."""
+        return not self.families or family in self.families
 
     @property
     def own(self) -> list[Any]:
@@ -102,7 +108,8 @@ def _repairs(baseline: str) -> list[Row]:
         content = json.loads(baseline)
         content["zero_optimization"] = {TRIPWIRE: TRIPWIRE_VALUE, **content["zero_optimization"]}
         content["ds_quant"] = repair.section
-        rows.append(Row(name, REPAIR, repair.component, repair.what, _text(content), repairs=repair.of))
+        text, families = _text(content), repair.families
+        rows.append(Row(name, REPAIR, repair.component, repair.what, text, repairs=repair.of, families=families))
     return rows
 
 

@@ -68,7 +68,8 @@ def text(
         )
         lines += ["", *_rates(baseline), ""]
         for scale in sorted(protocol.SCALES, key=lambda scale: (scale != 1, scale)):
-            judged = verdicts.judge(rows, found, (size, family, ratio, scale * rate))
+            own = [row for row in rows if row.is_of(family)]
+            judged = verdicts.judge(own, found, (size, family, ratio, scale * rate))
             if any(entry.seeds for entry in judged if entry.row.name != BASELINE):
                 # At other rates there are only the rows that were asked for.
                 title = [] if scale == 1 else [f"At {scale:g} times that rate:", ""]

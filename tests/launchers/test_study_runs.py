@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import dataclasses
 import json
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from helpers.study_results import ROWS, a_result
-from studying import commands, plan, protocol, results
+from studying import asked, commands, plan, protocol, results
 from studying.plan import Key, Settings
 from studying.training import Training
 
@@ -72,6 +73,7 @@ def test_mistakes_are_said(tmp_path: Path, token_shards: Path) -> None:
     flags = ["plan", "--runs", str(tmp_path), "--corpus", str(token_shards), "--csv", str(tmp_path / "runs.csv")]
     for wrong, message in (
         (["--rows", "w5"], "--rows: got 'w5'; allowed: baseline"),
+        (["--rows", "w8a8", "g4_token_qkv"], "--rows: got 'g4_token_qkv' for llama; allowed: gpt2; add --families"),
         (["--sizes", "1m"], "--sizes: got '1m'"),
         (["--families", "bert"], "--families: got 'bert'"),
         (["--ratio", "-1"], "--ratio: got '-1'"),
@@ -102,3 +104,11 @@ def test_a_plan_names_what_is_missing(tmp_path: Path, token_shards: Path, capsys
     ]
     with path.open() as file:
         assert next(csv.reader(file)) == list(results.COLUMNS)
+
+
+def test_rows_of_one_family_are_asked_of_it_alone() -> None:
+    options = argparse.Namespace(rows=None, seeds="0", scales=[1.0], ratio="1")
+    for family in protocol.FAMILIES:
+        names = {key.row for key in asked.keys(options, "0.7m", family, 0.002)}
+        assert ("g4_token_qkv" in names) == (family == "gpt2")
+        assert "w8a8" in names
