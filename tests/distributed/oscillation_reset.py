@@ -31,6 +31,7 @@ CASES = {
     "1 bf16": {"stage": 1, "dtype": "bf16", "weight": {"format": "nvfp4"}},
     "BF16_Optimizer": {"stage": 1, "dtype": "bf16", "grad_accum_dtype": "fp32", "weight": FOUR},
     "2 bf16": {"stage": 2, "dtype": "bf16", "accumulation": 2, "weight": {"format": "mxfp4"}},
+    "2 offloaded": {"stage": 2, "weight": FOUR, "offload": True},
     "2 int8": {"stage": 2, "dtype": "bf16", "weight": FOUR, "backend": "int8", "activation": {"bits": 8}},
 }
 
@@ -46,7 +47,17 @@ class Net(nn.Module):
         return (self.head(self.down(torch.tanh(self.up(x)))) - x.roll(1, 0)).float().square().mean()
 
 
-def start(stage, weight, dtype="fp32", accumulation=1, grad_accum_dtype=None, reset=True, first_step=0, **linear):
+def start(
+    stage,
+    weight,
+    dtype="fp32",
+    accumulation=1,
+    grad_accum_dtype=None,
+    reset=True,
+    first_step=0,
+    offload=False,
+    **linear,
+):
     weight = dict(weight)
     if reset:
         keys = {"every": EVERY, "watched_steps": WATCHED, "ratio": RATIO, "first_step": first_step}
@@ -59,6 +70,9 @@ def start(stage, weight, dtype="fp32", accumulation=1, grad_accum_dtype=None, re
         "bf16": {"enabled": dtype == "bf16"},
         "ds_quant": {"linear": {"weight": weight, "exclude": ["head"], **linear}},
     }
+    if offload:
+        config["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
+        config["zero_force_ds_cpu_optimizer"] = False
     if grad_accum_dtype:
         config["data_types"] = {"grad_accum_dtype": grad_accum_dtype}
     torch.manual_seed(0)
