@@ -78,6 +78,19 @@ def test_the_forward_of_the_step_at_which_weights_were_saved(model, tmp_path):
     assert "without meaning in an evaluation: linear.forward_full_precision_from" in loaded.notes[0]
 
 
+def test_nothing_is_reset_in_an_evaluation(model, tmp_path):
+    """Which has no steps: of the model's own quantizers, and of others."""
+    reset = {"every": 30, "watched_steps": 9}
+    config = json.loads((model / "config.json").read_text())
+    trained = {**W8A8, "weight": {**W8A8["weight"], "oscillation_reset": reset}}
+    write_json(model / "config.json", config | {"ds_quant": {"linear": trained}})
+    assert loaded_model.load_model(model).linear == LinearConfig.parse(W8A8)
+    other = write_json(tmp_path / "w4.json", section({"weight": {"bits": 4, "oscillation_reset": reset}}))
+    loaded = loaded_model.load_model(model, quantizers=other)
+    assert loaded.linear == LinearConfig.parse({"weight": {"bits": 4}})
+    assert "without meaning in an evaluation: linear.weight.oscillation_reset" in loaded.notes[0]
+
+
 @pytest.fixture(scope="module")
 def zero_3(tmp_path_factory):
     """A W8A8 run of two ranks at ZeRO-3 that has gathered its weights for its checkpoints."""
