@@ -148,6 +148,7 @@ SEAMS: tuple[tuple[str, str, str], ...] = (
     ("deepspeed.runtime.engine", "DeepSpeedEngine.compile", "refused with diagnostics"),
     ("deepspeed.utils", "safe_get_local_optimizer_state", "a diagnostic: the second moments of stage 3"),
     ("deepspeed.utils.tensor_fragment", "tensor_fragment.get_hp_fragment_address", "the same of stages 1 and 2"),
+    ("deepspeed.utils.tensor_fragment", "tensor_fragment.get_hp_fragment", "the masters of a weight on a rank"),
     ("deepspeed.comm.torch", "build_shm_op", "a dry run starts without it"),
     ("deepspeed.runtime.pipe.module", "PipelineModule", "refused"),
     ("deepspeed.ops", "__compatible_ops__", "the ops whose build may have left a lock"),
