@@ -7,8 +7,8 @@ In the last `watched_steps` of each `every` steps, with w the master of a weight
 
 A weight that learns moves by about as much as its quantized value. One that swings around the threshold between two
 codes hardly moves, and its quantized value jumps. Where quantized_distance >= ratio * distance, and the weight moved at
-all, its master becomes Q(w) at the end of the watch. Q(w) of the others stays as it is, as a scale's largest element is
-a value of its own.
+all, its master becomes Q(w) at the end of the watch. Q(w) of the others stays as it is wherever the largest element of
+a scale is a value of its own, as with symmetric integers.
 
 A rank watches the elements whose masters it has, 16 bytes each, between the first and the last step of a watch. Which
 elements swing is exchanged as one byte each. Moments stay as they are. There the method is started late in a training
@@ -23,7 +23,7 @@ from deepspeed import comm as dist
 from torch import Tensor, nn
 
 from ds_quant.base.errors import fail
-from ds_quant.base.log import say
+from ds_quant.base.log import say, warn
 from ds_quant.config.operands import OscillationResetConfig
 from ds_quant.engine.parts import Loading, Part
 from ds_quant.engine.rank_files import Kind, read_tensors, save_tensors
@@ -98,10 +98,16 @@ class OscillationReset(Part):
         if path is None:
             return
         self._watches = {}
-        for name, module in self._modules.items() if loaded else ():
-            begun = self._begin(module)
-            kept = {part: loaded[f"{name}.{part}"].to(begun.last.device) for part in _KEPT}
-            self._watches[name] = begun._replace(**kept)
+        if not loaded:
+            return
+        begun = {name: self._begin(module) for name, module in self._modules.items()}
+        sizes = {f"{name}.{part}": watch.last.shape for name, watch in begun.items() for part in _KEPT}
+        if {key: tensor.shape for key, tensor in loaded.items()} != sizes:
+            warn(f"{path} is of other weights, or of other parts of them on this rank: {WATCHED.without}")
+            return
+        for name, watch in begun.items():
+            kept = {part: loaded[f"{name}.{part}"].to(watch.last.device) for part in _KEPT}
+            self._watches[name] = watch._replace(**kept)
 
     def _position(self) -> int | None:
         """Steps since the last reset, 0 for the step of one; None where none is due."""

@@ -161,7 +161,7 @@ def reset(case):
 
 
 def resume(case, folder):
-    """From the middle of a watch, from before it, and from the middle without the rank's file."""
+    """From the middle of a watch, from before it, and from the middle by other layers and without the rank's file."""
     report, last = {}, 2 * EVERY
     engine = start(**case)
     train(engine, 0, EVERY + 1)
@@ -178,6 +178,10 @@ def resume(case, folder):
     fresh.load_checkpoint(folder, "between")
     found = train(fresh, EVERY + 1, last + 1)[-3:]
     report["again"] = everywhere([same(a, b) for a, b in zip(found, want, strict=True)])
+    other = start(**case, exclude=["head", "down"])
+    other.load_checkpoint(folder, "watching")
+    train(other, last - 2, last + 1)
+    report["other layers share"] = part_of(other).last_share
     dist.barrier()
     if dist.get_rank() == 0:
         for file in Path(folder, "watching").glob("ds_quant_oscillation_*"):

@@ -50,6 +50,12 @@ def test_without_what_was_watched_the_reset_is_left_out(report, case):
 
 
 @pytest.mark.parametrize("case", RESUMED)
+def test_what_other_layers_have_watched_is_left_out(report, case):
+    assert report[case]["resumed"]["other layers share"] is None
+    assert "is of other weights, or of other parts of them on this rank: a watch" in report["printed"]
+
+
+@pytest.mark.parametrize("case", RESUMED)
 def test_no_reset_before_the_first_step(report, case):
     found = report[case]["resumed"]
     assert found["too early"] is None
