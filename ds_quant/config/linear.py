@@ -173,13 +173,12 @@ class LinearConfig(Section):
     def _rotation_rules(self, rotation: RotationConfig) -> Iterator[Rule]:
         if self.backend != "simulated":
             reason = f'absent with backend "{self.backend}", whose products share their operands'
-            yield "rotation", rotation.model_dump(exclude_unset=True), reason, 'remove it, or use backend "simulated"'
+            yield "rotation", rotation, reason, 'remove it, or use backend "simulated"'
         if self.weight and "Y" in self.rotated_products():
             for key in ("trust_distance", "dampening", "oscillation_reset"):
                 if (value := getattr(self.weight, key)) is not None:
                     allowed = "absent with a rotated output, whose codes are of mixed weights"
-                    got = value.model_dump(exclude_unset=True) if isinstance(value, Section) else value
-                    yield f"weight.{key}", got, allowed, 'remove it, or leave "output" out of rotation.used_for'
+                    yield f"weight.{key}", value, allowed, 'remove it, or leave "output" out of rotation.used_for'
         quantized = self._products_with(1)
         if rotation.used_for is None and not self._products_with(2):
             allowed = f"with products that quantize one operand alone, a list of some of them: {', '.join(quantized)}"

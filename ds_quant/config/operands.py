@@ -145,8 +145,7 @@ class WeightConfig(OperandConfig):
             value = getattr(self, key)
             if value is not None and self.rounding == "stochastic":
                 allowed = 'absent with rounding "stochastic", whose weights have no code of their own'
-                got = value.model_dump(exclude_unset=True) if isinstance(value, Section) else value
-                yield key, got, allowed, "remove one of the two"
+                yield key, value, allowed, "remove one of the two"
         if self.trust_distance is not None and self.named_format and self.named_format.elements != "integer":
             allowed = f'absent with format "{self.format}", whose values are not evenly spaced'
             yield "trust_distance", self.trust_distance, allowed, "remove it, or use bits, mxint8 or nvint4"

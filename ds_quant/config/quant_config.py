@@ -35,7 +35,7 @@ class QuantConfig(Section):
     def rules(self) -> Iterator[Rule]:
         if self.enabled and not (self.linear or self.optimizer or self.communication or self.diagnostics):
             keys = "at least one of linear, optimizer, communication or diagnostics"
-            yield "", self.model_dump(exclude_unset=True), keys, "it quantizes nothing, and measures nothing: say what"
+            yield "", self, keys, "it quantizes nothing, and measures nothing: say what"
         if self.communication and self.communication.weight and self.communication.weight.mode == "codes":
             yield from self._weight_rules()
         weight = self.communication.weight if self.communication else None
@@ -46,7 +46,6 @@ class QuantConfig(Section):
             yield "communication.weight.mode", "difference", allowed, "remove optimizer.master, or use mode codes"
 
     def _reset_rules(self, reset: OscillationResetConfig) -> Iterator[Rule]:
-        got = reset.model_dump(exclude_unset=True)
         problems = {
             "optimizer.master, whose masters are in the weights": self.optimizer and self.optimizer.master,
             "communication.weight, after which a rank holds most weights in few bits": self.communication
@@ -55,7 +54,7 @@ class QuantConfig(Section):
         for problem, is_there in problems.items():
             if is_there:
                 key = problem.partition(",")[0]
-                yield "linear.weight.oscillation_reset", got, f"absent with {problem}", f"remove it, or {key}"
+                yield "linear.weight.oscillation_reset", reset, f"absent with {problem}", f"remove it, or {key}"
 
     def _weight_rules(self) -> Iterator[Rule]:
         """What a gather of codes needs: layers that see W in no other way, and find the same codes again."""

@@ -62,7 +62,8 @@ NOTHING = _Nothing()
 """What a rule got where a key is missing."""
 
 Rule = tuple[str, Any, str, str]
-"""A broken rule: the key (empty for the whole object), what was got, what is allowed, the fix."""
+"""A broken rule: the key (empty for the whole object), what was got (a section as it was written), what is allowed, the
+fix."""
 
 
 class Section(BaseModel):
@@ -91,10 +92,14 @@ class Section(BaseModel):
 
     @model_validator(mode="after")
     def _check_rules(self) -> Self:
-        if broken := list(self.rules()):
+        if broken := [(key, _as_written(got), *rest) for key, got, *rest in self.rules()]:
             text = "; ".join(problem(*rule) for rule in broken)
             raise PydanticCustomError("rules", "{text}", {"text": text, "broken": broken})
         return self
+
+
+def _as_written(got: Any) -> Any:
+    return got.model_dump(exclude_unset=True) if isinstance(got, Section) else got
 
 
 def _section_of(owner: type[Section], field: str) -> type[Section] | None:

@@ -88,4 +88,4 @@ def flat_block_size(data: dict[str, Any]) -> int:
 
 
 def nothing(section: Section, keys: str) -> Rule:
-    return "", section.model_dump(exclude_unset=True), f"at least one of {keys}", "it quantizes nothing: say what"
+    return "", section, f"at least one of {keys}", "it quantizes nothing: say what"

@@ -6,6 +6,7 @@ A row stays here when it does not help: its figures are part of the answer.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,6 +45,21 @@ def _block(bits: int, size: int, **more: Any) -> Values:
 def _rotated(section: Values, size: int, *used_for: str, **more: Any) -> Values:
     rotation: Values = {"block_size": size, **({"used_for": list(used_for)} if used_for else {}), **more}
     return {"linear": {**section["linear"], "rotation": rotation}}
+
+
+def _hadamard(component: str, granularity: str, section: Callable[[Values], Values]) -> dict[str, Repair]:
+    """One operand of the forward in 4 bits, with both rotated before; `section` of its values."""
+    letter = component.lower()
+    of = f"{letter}4_{granularity}"
+    whole, blocks = section({"bits": 4, "granularity": granularity}), section(_block(4, 32))
+    return {
+        f"{of}_hadamard": Repair(
+            component, of, f"per {granularity}, Y rotated by matrices of 128", _rotated(whole, 128, "output")
+        ),
+        f"{letter}4_block32_hadamard": Repair(
+            component, of, "blocks of 32, Y rotated by matrices of 32", _rotated(blocks, 32, "output")
+        ),
+    }
 
 
 _HEADS = ["lm_head"]
@@ -95,18 +111,7 @@ WEIGHT = {
         "per channel, weights that swing 8 times as far in 16 steps reset every 32 steps from step 104 on",
         _linear(weight={"bits": 4, "granularity": "channel", "oscillation_reset": _RESET}),
     ),
-    "w4_channel_hadamard": Repair(
-        "W",
-        "w4_channel",
-        "per channel, Y rotated by matrices of 128",
-        _rotated(_linear(weight={"bits": 4, "granularity": "channel"}), 128, "output"),
-    ),
-    "w4_block32_hadamard": Repair(
-        "W",
-        "w4_channel",
-        "blocks of 32, Y rotated by matrices of 32",
-        _rotated(_linear(weight=_block(4, 32)), 32, "output"),
-    ),
+    **_hadamard("W", "channel", lambda values: _linear(weight=values)),
     "w4_mxfp4": Repair("W", "w4_channel", "MXFP4, scales rounded up", _linear(weight=dict(_MX))),
 }
 
@@ -140,18 +145,7 @@ ACTIVATION = {
         "per token, without the mean of the tokens",
         _linear(activation={"bits": 4, "granularity": "token", "split_mean": True}),
     ),
-    "a4_token_hadamard": Repair(
-        "A",
-        "a4_token",
-        "per token, Y rotated by matrices of 128",
-        _rotated(_linear(activation={"bits": 4, "granularity": "token"}), 128, "output"),
-    ),
-    "a4_block32_hadamard": Repair(
-        "A",
-        "a4_token",
-        "blocks of 32, Y rotated by matrices of 32",
-        _rotated(_linear(activation=_block(4, 32)), 32, "output"),
-    ),
+    **_hadamard("A", "token", lambda values: _linear(activation=values)),
     "a4_nvfp4": Repair("A", "a4_token", "NVFP4", _linear(activation={"format": "nvfp4"})),
     "a4_nvfp4_four_six": Repair(
         "A", "a4_token", "NVFP4, 4/6 scales", _linear(activation={"format": "nvfp4", "scale_rule": "four_six"})

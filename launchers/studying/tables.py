@@ -67,8 +67,8 @@ def text(
             f"{one.steps} steps), {one.dtype}. Tuned learning rate: {rate:g}."
         )
         lines += ["", *_rates(baseline), ""]
+        own = [row for row in rows if row.is_of(family)]
         for scale in sorted(protocol.SCALES, key=lambda scale: (scale != 1, scale)):
-            own = [row for row in rows if row.is_of(family)]
             judged = verdicts.judge(own, found, (size, family, ratio, scale * rate))
             if any(entry.seeds for entry in judged if entry.row.name != BASELINE):
                 # At other rates there are only the rows that were asked for.
