@@ -138,7 +138,7 @@ def _train(trainer: PretrainTrainer, args: Arguments, config: DeepSpeedJson, res
     trainer.guard = Guard(control, lease, run.request, args.data.max_loss_rise)
     written = metrics.MetricsCallback(output_dir / "metrics.csv", tokens_per_step, lambda: not lease.lost())
     trainer.add_callback(trainer.guard)
-    trainer.add_callback(Watchdog(control.timeout_seconds, lambda idle: give_up(lease, control, idle)))
+    trainer.add_callback(Watchdog(control.timeout_seconds, lambda idle: give_up(lease, control, control.stuck(idle))))
     trainer.add_callback(written)
     if resume is not None:
         trainer.add_callback(RestoreProgress(trainer, resume))

@@ -107,6 +107,13 @@ class Control:
             f"rank {self.rank}, step {self.step}: no progress for {seconds:.0f} s (--ddp_timeout). {left}"
         )
 
+    def gone(self, rank: int) -> Interrupted:
+        """The error of a run that still waits for a rank whose process has ended."""
+        return Interrupted(
+            f"rank {self.rank}, step {self.step}: the process of rank {rank} has ended, or its node does not answer, "
+            "and this rank would wait for it"
+        )
+
     def lost(self, error: BaseException) -> Interrupted:
         """The error of a run whose ranks have lost contact, with what is known about the remaining ranks."""
         said = (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -14,8 +14,9 @@ from ds_quant import ConfigError
 from ds_quant.cli.shared.terminal import complain
 from survival import disk, status
 from survival.control import Control
-from survival.errors import Failed, Fenced, LaunchError, RunEnded, mistake
+from survival.errors import Diverged, Failed, Fenced, Interrupted, LaunchError, RunEnded, Stopped, mistake
 from survival.lease import Lease, not_writable
+from survival.lifeline import Lifeline
 from survival.signals import StopAtOnce
 
 _SEEN_SECONDS = 90.0
@@ -63,11 +64,15 @@ def _see(lease: Lease) -> None:
 def ending(lease: Lease, control: Control) -> Iterator[None]:
     """Write the final state to status.json, release the folder, and then let any error propagate.
 
-    Errors of broken connections are raised as Interrupted, those of a full disk as Failed.
+    Errors of broken connections are raised as Interrupted, those of a full disk as Failed. If the process of another
+    rank ends and this one does not notice, it ends as well.
     """
+    lifeline = Lifeline(control, lambda rank: give_up(lease, control, control.gone(rank)))
     try:
+        lifeline.connect()
         yield
         control.agree()
+        lifeline.close()
         _write(lease, control, status.DONE)
     except StopAtOnce as stop:
         _write(lease, control, status.STOPPED, str(stop), retry=True)
@@ -76,11 +81,14 @@ def ending(lease: Lease, control: Control) -> Iterator[None]:
         _write(lease, control, status.FAILED, "interrupted from the keyboard", retry=True)
         raise
     except Fenced:
+        lifeline.close()
         raise
     except (LaunchError, ConfigError) as error:
         _write(lease, control, status.FAILED, str(error))
         raise
     except RunEnded as end:
+        if isinstance(end, (Stopped, Diverged)):
+            lifeline.close()  # all ranks end the same way, each in its time
         _write(lease, control, end.state, str(end), retry=end.retry)
         raise
     except Exception as error:
@@ -95,9 +103,8 @@ def ending(lease: Lease, control: Control) -> Iterator[None]:
             lease.release()
 
 
-def give_up(lease: Lease, control: Control, seconds: float) -> None:
-    """Report a run that makes no progress. The watchdog calls this and then ends the process."""
-    stuck = control.stuck(seconds)
+def give_up(lease: Lease, control: Control, stuck: Interrupted) -> None:
+    """Report a run that can make no progress. Threads call this, which then end the process."""
     complain(str(stuck), everywhere=True)
     _write(lease, control, stuck.state, str(stuck), retry=stuck.retry)
     if control.rank == 0:
