@@ -5,6 +5,8 @@ from typing import Any
 
 from torch import Tensor
 
+from ds_quant.engine.oscillation_reset import OscillationReset
+
 _PLACES = {
     "weights": ("bit16_groups_flat", "bf16_groups_flat", "fp16_groups_flat", "fp16_partitioned_groups_flat"),
     "masters": (
@@ -26,7 +28,7 @@ _PLACES = {
 
 
 def memory_parts(engine: Any) -> dict[str, list[Tensor]]:
-    """Tensors by what they are for. A tensor may occur twice; gradients that are not there now are left out."""
+    """Tensors by what they are for; those of `oscillation_reset` count as moments. A tensor may occur twice; gradients that are not there now are left out."""
     wrapper = engine.optimizer
     parts: dict[str, list[Tensor]] = {role: [] for role in ("weights", "masters", "moments", "gradients")}
     parts["communication"] = []
@@ -48,6 +50,9 @@ def memory_parts(engine: Any) -> dict[str, list[Tensor]]:
     inner = getattr(wrapper, "optimizer", wrapper)
     for state in inner.state.values():
         parts["moments"] += _tensors(state)
+    for part in getattr(engine, "ds_quant_parts", ()):
+        if isinstance(part, OscillationReset):
+            parts["moments"] += part.watched()
     return parts
 
 

@@ -68,6 +68,10 @@ class OscillationReset(Part):
                 _check(name, module.weight, engine)
                 self._modules[name] = module
 
+    def watched(self) -> list[Tensor]:
+        """All that a watch holds; nothing between two of them."""
+        return [tensor for watch in self._watches.values() for tensor in watch]
+
     def after_step(self, *, is_whole: bool) -> None:
         if not is_whole:
             return

@@ -85,10 +85,19 @@ def make_engine(job: Job) -> Any:
         model.gradient_checkpointing_enable()
     model.train()
     config = copy.deepcopy(job.config)
+    _watch_oscillation(config)
     if "optimizer" in config:
         return initialize(model=model, model_parameters=list(model.parameters()), config=config)[0]
     # As the Trainer does; fused as it does by default.
     return initialize(model=model, optimizer=torch.optim.AdamW(model.parameters(), fused=True), config=config)[0]
+
+
+def _watch_oscillation(config: dict[str, Any]) -> None:
+    """Have `oscillation_reset` watch from the first step on: it holds most then, and exchanges nothing yet."""
+    weight = (config.get("ds_quant", {}).get("linear") or {}).get("weight") or {}
+    if weight.get("oscillation_reset"):
+        every = 10 * (WARM_STEPS + 1)
+        weight["oscillation_reset"] |= {"every": every, "watched_steps": every - 1, "first_step": 0}
 
 
 def run_job(job: Job, ledger: Ledger, offloaded: tuple[str, ...] = ()) -> Outcome:

@@ -81,6 +81,24 @@ def test_gradients_of_weights_that_oscillate(tmp_path, capsys):
     assert row["temporaries"] >= (1 + 4 * 4) * 512 * 2048
 
 
+def test_weights_that_are_watched_for_oscillation(tmp_path, capsys):
+    """`oscillation_reset` holds 16 bytes of each master that a rank has, which are foreseen."""
+    raw = json.loads((CONFIGS / "baseline.json").read_text())
+    rows = {}
+    for name, reset in (("without", None), ("with", {"every": 100, "watched_steps": 10, "first_step": 5000})):
+        raw["ds_quant"] = {"linear": {"weight": {"bits": 4, "oscillation_reset": reset}}}
+        (tmp_path / f"{name}.json").write_text(json.dumps(raw))
+    paths = f"{tmp_path}/without.json,{tmp_path}/with.json"
+    given = ["--configs", paths, "--ranks", 1, "--stages", 2, "--models", MODEL, "--reduce_bucket_size", 500_000]
+    assert memory.run(arguments(*given, "--table", "--output", tmp_path / "out")) == 0, capsys.readouterr().out
+    for row in json.loads((tmp_path / "out" / "memory.json").read_text())["rows"]:
+        rows[row["config"]] = row
+        assert abs(row["peak_error"]) <= 1e-5
+    quantized = 2 * (2 * 64 * 64 + 2 * 32 * 64 + 3 * 64 * 96)
+    assert rows["with"]["moments"] - rows["without"]["moments"] == 16 * quantized
+    assert rows["with"]["wire_bytes"] == rows["without"]["wire_bytes"]
+
+
 @pytest.mark.parametrize(("config", "stage"), [("baseline", 1), ("w8a8_adam8_comm8", 2), ("wire8", 1), ("wire8", 3)])
 def test_traffic_is_what_others_count(config, stage, tmp_path):
     """The bytes of the planner's ledger, against DeepSpeed's comms logger and ds_quant's own statistics."""
