@@ -18,8 +18,7 @@ from ds_quant.base.log import say
 from ds_quant.engine.micro_steps import MicroSteps
 from ds_quant.engine.parts import Loading, Part
 from ds_quant.linear import recomputation
-from ds_quant.linear.convert import remove_forward_counter
-from ds_quant.linear.step_key import SEED_MASK, StepKey
+from ds_quant.linear.step_key import SEED_MASK, StepKey, remove_forward_counter
 
 
 def seed_of_first_rank(engine: Any, seed: int) -> int:

@@ -2,13 +2,11 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from ds_quant.config import LinearConfig
 from ds_quant.linear.modules import QuantizedModule
-from ds_quant.linear.step_key import StepKey
 
 
 class QuantConv1D(QuantizedModule, Conv1D):
@@ -24,7 +22,7 @@ class QuantConv1D(QuantizedModule, Conv1D):
 
     def __init__(self, nf: int, nx: int, *, config: LinearConfig | dict[str, Any]):
         super().__init__(nf, nx)
-        self.configure_quantization(LinearConfig.parse(config), StepKey(torch.initial_seed()))
+        self.configure_alone(config)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.quantized_forward(x)

@@ -6,7 +6,6 @@ ties, ZeRO-3's attributes, hooks and `state_dict` keys are none the wiser.
 
 import json
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import torch
 from torch import nn
@@ -24,7 +23,7 @@ from ds_quant.linear.modules import QuantizedModule, describe
 from ds_quant.linear.recipe import NUM_STREAMS
 from ds_quant.linear.shapes import out_features, shape_of
 from ds_quant.linear.shared_inputs import SharedInputs
-from ds_quant.linear.step_key import CountForwards, StepKey
+from ds_quant.linear.step_key import StepKey, count_forwards, remove_forward_counter
 
 __all__ = [
     "Coverage",
@@ -33,7 +32,6 @@ __all__ = [
     "coverage",
     "linear_modules",
     "register_module",
-    "remove_forward_counter",
     "step_key_of",
     "write_to_model_config",
 ]
@@ -58,7 +56,8 @@ def convert(
     Args:
         model: any module. Layers of type nn.Linear, transformers' Conv1D, subclasses that compute the same (see
             `linear_classes`) or a registered class take part. What is new in a model that was converted before, such
-            as a head that was resized, is converted as the rest is.
+            as a head that was resized, is converted as the rest is. Quantized layers that were made directly take their
+            part in the model's random bits and steps.
         linear_config: `QuantConfig.linear`, or the JSON object of `ds_quant.linear`.
         filter: called with (name, module) of each layer that the patterns chose; False leaves it as it is.
 
@@ -97,9 +96,15 @@ def convert(
         )
     passing = _passing(chosen, filter, len(candidates), bool(done))
     _check_split_qkv({**done, **passing}, config)
-    _convert_modules(model, passing, done, config)
+    joining = {name: module for name, module in candidates.items() if name in passing or _is_alone(module)}
+    _convert_modules(model, joining, {name: done[name] for name in done if name not in joining}, config)
     write_to_model_config(model, {"linear": config.model_dump(mode="json", exclude_unset=True)})
     return [name for name, module in candidates.items() if isinstance(module, QuantizedModule)]
+
+
+def _is_alone(module: nn.Module) -> bool:
+    """Whether a quantized module was made directly and no model has taken it in yet."""
+    return isinstance(module, QuantizedModule) and module.is_alone
 
 
 # On a module that the filter of `convert` has left as it is, for the next call, which is usually that of `initialize`.
@@ -140,9 +145,12 @@ def _convert_modules(
     taken = {module._quant_plan.stream // NUM_STREAMS for module in done.values()}
     places = model.__dict__.get(_PLACES, {}) if done else {name: place for place, name in enumerate(modules)}
     for name, module in modules.items():
-        quantized = quantized_class(module, config.include_classes)
-        assert quantized is not None
-        module.__class__ = quantized
+        if isinstance(module, QuantizedModule):
+            remove_forward_counter(module)
+        else:
+            quantized = quantized_class(module, config.include_classes)
+            assert quantized is not None
+            module.__class__ = quantized
         assert isinstance(module, QuantizedModule)
         index = places.get(name, -1)
         if index < 0 or index in taken:
@@ -151,9 +159,7 @@ def _convert_modules(
         module.configure_quantization(config, step_key, index, shared_inputs, name=name)
     if not done:
         model.__dict__[_PLACES] = places
-        needs_engine = _needs_engine(config)
-        if _draws_random_bits(config) or needs_engine:
-            model.register_forward_pre_hook(CountForwards(step_key, needs_engine))
+        count_forwards(model, step_key, config)
     elif modules:
         say(f"{len(modules)} linear modules that are new since the model was converted: {', '.join(modules)}")
 
@@ -195,22 +201,6 @@ def _check_split_qkv(modules: dict[str, nn.Module], config: LinearConfig) -> Non
         found = type(module) if isinstance(module, QuantizedModule) else quantized_class(module, config.include_classes)
         assert found is not None
         parts_of(config, name, out_features(module, transposed=found.transposed))
-
-
-def _draws_random_bits(config: LinearConfig) -> bool:
-    operands = (config.weight, config.activation, config.gradient)
-    drawn = config.rotation is not None and config.rotation.signs == "drawn"
-    return drawn or any(x is not None and x.rounding != "nearest" for x in operands)
-
-
-def _needs_engine(config: LinearConfig) -> dict[str, Any]:
-    """The keys that only an engine applies, which knows optimizer steps, and their values."""
-    reset = config.weight and config.weight.oscillation_reset
-    found = {
-        "forward_full_precision_from": config.forward_full_precision_from,
-        "weight.oscillation_reset": reset.model_dump(exclude_unset=True) if reset else None,
-    }
-    return {key: value for key, value in found.items() if value is not None}
 
 
 def _check_agreement(done: dict[str, QuantizedModule], config: LinearConfig) -> None:
@@ -269,10 +259,3 @@ def check_still_converted(model: nn.Module, names: Iterable[str]) -> None:
             f"ds_quant.linear: got {len(lost)} quantized modules replaced by something else after conversion (first: "
             f"{lost[0]!r}); allowed: none; fix: turn off what replaces modules, such as tensor parallelism"
         )
-
-
-def remove_forward_counter(model: nn.Module) -> None:
-    """Stop a converted model from counting its own forwards, once an engine tells it the step."""
-    for key, hook in list(model._forward_pre_hooks.items()):
-        if isinstance(hook, CountForwards):
-            del model._forward_pre_hooks[key]

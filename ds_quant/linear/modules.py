@@ -22,7 +22,7 @@ from ds_quant.linear.recipe import NUM_STREAMS, Codes, Plan, plan_of
 from ds_quant.linear.shapes import out_features
 from ds_quant.linear.shared_inputs import ArrivingInput, SharedInputs
 from ds_quant.linear.simulated import SimulatedLinear
-from ds_quant.linear.step_key import StepKey
+from ds_quant.linear.step_key import StepKey, count_forwards
 from ds_quant.linear.weight_codes import WeightCodes
 
 
@@ -41,6 +41,8 @@ class QuantizedModule(nn.Module):
     _full_forward_plan: Plan
     _shared_inputs: SharedInputs
     _weight_codes: WeightCodes
+    is_alone = False
+    """Whether it was made directly and :func:`ds_quant.convert` has not yet made it part of a model."""
 
     def configure_quantization(
         self,
@@ -60,6 +62,7 @@ class QuantizedModule(nn.Module):
         """
         self.quant_config = config
         self.step_key = step_key
+        self.is_alone = False
         parts = parts_of(config, name, out_features(self, transposed=self.transposed))
         self._quant_plan = plan_of(config, transposed=self.transposed, stream=NUM_STREAMS * index, parts=parts)
         self._full_forward_plan = self._quant_plan.full_forward
@@ -69,6 +72,17 @@ class QuantizedModule(nn.Module):
         self._shared_inputs = shared_inputs or SharedInputs()
         self._weight_codes = WeightCodes()
         self._arriving_input: ArrivingInput | None = None
+
+    def configure_alone(self, config: LinearConfig | dict[str, Any]) -> None:
+        """Set what is quantized in a layer that is made directly. Without a model or an engine it counts its own steps.
+
+        Raises:
+            ConfigError: in its first training forward, keys that only an engine applies.
+        """
+        config = LinearConfig.parse(config)
+        self.configure_quantization(config, StepKey(torch.initial_seed()))
+        self.is_alone = True
+        count_forwards(self, self.step_key, config)
 
     @property
     def _plan_in_force(self) -> Plan:
@@ -176,7 +190,7 @@ class QuantLinear(QuantizedModule, nn.Linear):
         config: LinearConfig | dict,
     ):
         super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
-        self.configure_quantization(LinearConfig.parse(config), StepKey(torch.initial_seed()))
+        self.configure_alone(config)
 
     def forward(self, input: Tensor) -> Tensor:
         return self.quantized_forward(input)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ds_quant.base.errors import ConfigError, fail
+from ds_quant.config import LinearConfig
 from ds_quant.numerics.random import derive_key, derive_words, fold_words
 
 SEED_MASK = 2**63 - 1
@@ -223,7 +224,7 @@ def _(number: int, device: torch.device) -> Tensor:
 
 
 class CountForwards:
-    """Forward pre-hook of a model that no engine drives: every training forward is a step of its own.
+    """Forward pre-hook of a model or a layer that no engine drives: every training forward is a step of its own.
 
     needs_engine: keys of `linear` that only an engine applies, and their values; with some, training is refused.
     """
@@ -240,6 +241,36 @@ class CountForwards:
                 raise _needs_engine(key, value)
             self.step_key.advance()
         self.step_key.begin_forward()
+
+
+def count_forwards(module: torch.nn.Module, step_key: StepKey, config: LinearConfig) -> None:
+    """Until an engine drives it, `module` counts its training forwards, if what `config` says depends on the step."""
+    keys = _engine_keys(config)
+    if keys or _draws_random_bits(config):
+        module.register_forward_pre_hook(CountForwards(step_key, keys))
+
+
+def remove_forward_counter(module: torch.nn.Module) -> None:
+    """Stop a module from counting its own forwards, once an engine, or the model that it is part of, tells the step."""
+    for key, hook in list(module._forward_pre_hooks.items()):
+        if isinstance(hook, CountForwards):
+            del module._forward_pre_hooks[key]
+
+
+def _draws_random_bits(config: LinearConfig) -> bool:
+    operands = (config.weight, config.activation, config.gradient)
+    drawn = config.rotation is not None and config.rotation.signs == "drawn"
+    return drawn or any(x is not None and x.rounding != "nearest" for x in operands)
+
+
+def _engine_keys(config: LinearConfig) -> dict[str, Any]:
+    """The keys that only an engine applies, which knows optimizer steps, and their values."""
+    reset = config.weight and config.weight.oscillation_reset
+    found = {
+        "forward_full_precision_from": config.forward_full_precision_from,
+        "weight.oscillation_reset": reset.model_dump(exclude_unset=True) if reset else None,
+    }
+    return {key: value for key, value in found.items() if value is not None}
 
 
 def _needs_engine(key: str, value: Any) -> ConfigError:

@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 import ds_quant
 from ds_quant.config import ConfigError, LinearConfig
 from ds_quant.linear.convert import convert, step_key_of
+from ds_quant.linear.step_key import remove_forward_counter
 
 WEIGHTS = {
     "none": None,
@@ -179,6 +180,7 @@ def gradients(module, x, key_step):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_stochastic_rounding_follows_the_step_and_nothing_else(backend):
     module = ds_quant.QuantLinear(IN, OUT, config={**W8A8G8, "backend": backend})
+    remove_forward_counter(module)
     x = torch.randn(6, IN)
     state = torch.get_rng_state()
     first = gradients(module, x, (3, 0))
@@ -193,6 +195,7 @@ def test_stochastic_rounding_follows_the_step_and_nothing_else(backend):
 def test_stochastic_weights_round_alike_on_all_ranks():
     config = {"weight": {"bits": 4, "rounding": "stochastic"}}
     module = ds_quant.QuantLinear(IN, OUT, config=config)
+    remove_forward_counter(module)
     x = torch.randn(6, IN)
     step_key_of(module).reseed(1, rank=0)
     first = module(x)
@@ -200,6 +203,87 @@ def test_stochastic_weights_round_alike_on_all_ranks():
     assert torch.equal(first, module(x))
     step_key_of(module).set(1)
     assert not torch.equal(first, module(x))
+
+
+def test_a_layer_alone_counts_its_training_forwards():
+    module = ds_quant.QuantLinear(IN, OUT, config={"weight": {"bits": 4, "rounding": "stochastic"}})
+    conv = ds_quant.QuantConv1D(OUT, IN, config={"weight": {"bits": 4, "rounding": "stochastic"}})
+    x = torch.randn(6, IN)
+    for layer in (module, conv):
+        first, second = layer(x), layer(x)
+        assert not torch.equal(first, second), "the same bits at two steps"
+        step_key_of(layer).set(0)
+        assert torch.equal(first, layer(x))
+        layer.eval()
+        assert torch.equal(layer(x), layer(x)), "an evaluation is no step"
+    nearest = ds_quant.QuantLinear(IN, OUT, config={"weight": {"bits": 4}})
+    assert not nearest._forward_pre_hooks
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_a_layer_alone_draws_the_same_bits_when_it_is_computed_again(use_reentrant):
+    module = ds_quant.QuantLinear(IN, OUT, config=W8A8G8)
+    x = torch.randn(6, IN)
+
+    def gradients(call):
+        step_key_of(module).set(7)
+        module.zero_grad()
+        leaf = x.clone().requires_grad_()
+        call(leaf).square().sum().backward()
+        return torch.cat([module.weight.grad.flatten(), leaf.grad.flatten()])
+
+    again = gradients(lambda leaf: checkpoint(module, leaf, use_reentrant=use_reentrant))
+    assert torch.equal(gradients(module), again)
+
+
+@pytest.mark.parametrize(
+    ("key", "linear"),
+    [
+        ("forward_full_precision_from", {"weight": {"bits": 4}, "forward_full_precision_from": 10}),
+        ("weight.oscillation_reset", {"weight": {"bits": 4, "oscillation_reset": {}}}),
+    ],
+)
+def test_a_layer_alone_refuses_to_train_with_what_only_an_engine_applies(key, linear):
+    module = ds_quant.QuantLinear(IN, OUT, config=linear)
+    with pytest.raises(ConfigError, match=rf"ds_quant.linear.{key}: got .* allowed: training with an engine"):
+        module(torch.randn(6, IN))
+    with torch.no_grad():
+        module.eval()(torch.randn(6, IN))
+
+
+def test_layers_that_were_made_directly_join_their_model():
+    config = {"weight": {"bits": 4, "rounding": "stochastic"}, "forward_full_precision_from": 10, "exclude": []}
+    made = [ds_quant.QuantLinear(IN, IN, config=config) for _ in range(2)]
+    model = nn.Sequential(made[0], nn.Linear(IN, IN), made[1])
+    for layer in (made[1], model[1]):
+        layer.load_state_dict(made[0].state_dict())
+    assert convert(model, config) == ["0", "1", "2"]
+    assert len({layer._quant_plan.stream for layer in model}) == 3, "two layers draw the same bits"
+    assert len({id(layer.step_key) for layer in model}) == 1
+    # As if all had been converted.
+    plain = nn.Sequential(*(nn.Linear(IN, IN) for _ in range(3)))
+    plain.load_state_dict(model.state_dict())
+    convert(plain, config)
+    x = torch.randn(6, IN)
+    step_key_of(plain).reseed(step_key_of(model).seed, 0)
+    for step in (3, 4):
+        step_key_of(model).set(step)
+        step_key_of(plain).set(step)
+        assert torch.equal(model.eval()(x), plain.eval()(x))
+    with pytest.raises(ConfigError, match="forward_full_precision_from"):
+        model.train()(x)
+    # What drives the model drives all of its layers.
+    remove_forward_counter(model)
+    full = x
+    for layer in model:
+        full = nn.functional.linear(full, layer.weight, layer.bias)
+    assert not torch.equal(model(x), full)
+    step_key_of(model).reach(10)
+    assert torch.equal(model(x), full)
+    # A second conversion, as `initialize` makes it, changes nothing.
+    streams = [layer._quant_plan.stream for layer in model]
+    assert convert(model, config) == ["0", "1", "2"]
+    assert [layer._quant_plan.stream for layer in model] == streams
 
 
 def test_stochastic_gradients_are_unbiased():
