@@ -280,7 +280,11 @@ _BLOCK_GRADIENT = _block(4, 32, rounding="stochastic", used_for=list(_BOTH))
 
 
 _EDEN = {**_BLOCK_GRADIENT, "rounding": "ms_eden"}
-
+_NVFP4: tuple[Values, Values, Values] = (
+    {"format": "nvfp4"},
+    {"format": "nvfp4"},
+    {"format": "nvfp4", "rounding": "stochastic", "used_for": list(_BOTH)},
+)
 
 COMBINED = {
     "w8a8g8_stochastic": Repair(
@@ -370,11 +374,19 @@ COMBINED = {
         "combined",
         "w4a4g4_naive",
         "NVFP4, G stochastic",
-        _all4(
-            {"format": "nvfp4"},
-            {"format": "nvfp4"},
-            {"format": "nvfp4", "rounding": "stochastic", "used_for": list(_BOTH)},
-        ),
+        _all4(*_NVFP4),
+    ),
+    "w4a4g4_nvfp4_tiles": Repair(
+        "combined",
+        "w4a4g4_naive",
+        "the same, W in tiles of 16 x 16, dW rotated by matrices of 16 with drawn signs, as arXiv 2509.25149",
+        _rotated(_all4({"format": "nvfp4", "block_rows": 16}, *_NVFP4[1:]), 16, "weight", signs="drawn"),
+    ),
+    "w4a4g4_nvfp4_hadamard": Repair(
+        "combined",
+        "w4a4g4_naive",
+        "NVFP4, G stochastic, all products rotated by matrices of 16",
+        _rotated(_all4(*_NVFP4), 16),
     ),
     "w4a4g4_mxfp4": Repair(
         "combined",
