@@ -1,5 +1,6 @@
 """Gradients of fused queries, keys and values, cut in three: by their definition, and what is refused."""
 
+import deepspeed
 import pytest
 import torch
 from helpers.linear_oracle import Side, assert_within, product
@@ -159,3 +160,43 @@ def test_how_layers_describe_themselves():
     model = Attention("linear")
     ds_quant.convert(model, section({}))
     assert model.c_attn.describe() == "G4 token with q, k and v apart in *c_attn for dW+dX (simulated)"
+
+
+@pytest.mark.parametrize("layout", ["linear", "conv1d"])
+def test_every_zero_stage_trains_alike(layout, single_rank):
+    def losses(stage, linear):
+        config = {
+            "train_micro_batch_size_per_gpu": TOKENS,
+            "optimizer": {"type": "AdamW", "params": {"lr": 1e-2, "torch_adam": True}},
+            # Below it stage 3 partitions nothing, and layers have their whole weights at all times.
+            "zero_optimization": {"ds_quant_required": True, "stage": stage, "stage3_param_persistence_threshold": 0},
+            "ds_quant": {"linear": linear},
+        }
+        torch.manual_seed(0)
+        with deepspeed.zero.Init(config_dict_or_path=config, enabled=stage == 3):
+            model = Attention(layout)
+        for parameter in model.parameters():
+            with deepspeed.zero.GatheredParameters(parameter, modifier_rank=0, enabled=stage == 3):
+                generator = torch.Generator().manual_seed(parameter.numel())
+                parameter.data.copy_(torch.randn(parameter.shape, generator=generator) / 6)
+        engine = ds_quant.initialize(model=model, model_parameters=model.parameters(), config=config)[0]
+        found = []
+        for step in range(4):
+            loss = engine(torch.randn(TOKENS, IN, generator=torch.Generator().manual_seed(step))).square().mean()
+            engine.backward(loss)
+            engine.step()
+            found.append(loss.item())
+        engine.destroy()
+        return found
+
+    ds_quant.enable()
+    try:
+        split = section({"used_for": ["weight", "input"], "rounding": "stochastic"}, exclude=["c_proj"])
+        whole = {**split, "gradient": {key: split["gradient"][key] for key in split["gradient"] if key != "split_qkv"}}
+        # Sums of few numbers may be added in another order, which a draw near its threshold would enlarge.
+        expected = pytest.approx(losses(0, split), rel=1e-4)
+        for stage in (1, 2, 3):
+            assert losses(stage, split) == expected
+        assert losses(3, whole) != expected
+    finally:
+        ds_quant.disable()
