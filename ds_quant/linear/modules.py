@@ -174,6 +174,9 @@ class QuantizedModule(nn.Module):
 class QuantLinear(QuantizedModule, nn.Linear):
     """nn.Linear with quantized products. Made by :func:`ds_quant.convert`, or directly.
 
+    One that is made directly counts its own training forwards as steps, until `convert` or `initialize` takes it into a
+    model. Keys that only an engine applies are refused in training before that.
+
     Args:
         in_features: as in nn.Linear, and so are out_features, bias, device and dtype.
         config: what to quantize; `ds_quant.QuantConfig.load(...).linear` or the JSON object.
