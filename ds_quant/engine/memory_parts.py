@@ -28,7 +28,10 @@ _PLACES = {
 
 
 def memory_parts(engine: Any) -> dict[str, list[Tensor]]:
-    """Tensors by what they are for; those of `oscillation_reset` count as moments. A tensor may occur twice; gradients that are not there now are left out."""
+    """Tensors by what they are for. A tensor may occur twice; gradients that are not there now are left out.
+
+    What `oscillation_reset` holds counts as moments.
+    """
     wrapper = engine.optimizer
     parts: dict[str, list[Tensor]] = {role: [] for role in ("weights", "masters", "moments", "gradients")}
     parts["communication"] = []

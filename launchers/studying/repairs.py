@@ -379,7 +379,7 @@ COMBINED = {
     "w4a4g4_nvfp4_tiles": Repair(
         "combined",
         "w4a4g4_naive",
-        "the same, W in tiles of 16 x 16, dW rotated by matrices of 16 with drawn signs, as arXiv 2509.25149",
+        "NVFP4, G stochastic, W in tiles of 16 x 16, dW rotated by matrices of 16 with drawn signs (arXiv 2509.25149)",
         _rotated(_all4({"format": "nvfp4", "block_rows": 16}, *_NVFP4[1:]), 16, "weight", signs="drawn"),
     ),
     "w4a4g4_nvfp4_hadamard": Repair(
