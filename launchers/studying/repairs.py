@@ -323,6 +323,24 @@ COMBINED = {
         "the same with m and v in 4 bits, v in logarithms",
         {**_all4(*_BLOCKS, dict(_STOCHASTIC)), "optimizer": {"exp_avg": {"bits": 4}, "exp_avg_sq": dict(_LOG)}},
     ),
+    "w4a4g4_block32_m4v8_no_head": Repair(
+        "combined",
+        "w4a4g4_naive",
+        "W, A in blocks of 32, m in 4, v in 8 bits, output layer in full precision: recommended until 2026-11-30",
+        {
+            "linear": {
+                "weight": _block(4, 32),
+                "activation": _block(4, 32),
+                "gradient": dict(_STOCHASTIC),
+                "backend": "simulated",
+                "backward_operands": "quantized",
+            },
+            "optimizer": {
+                "exp_avg": {"bits": 4, "map": "power", "block_size": 128},
+                "exp_avg_sq": {"bits": 8, "map": "float", "block_size": 256},
+            },
+        },
+    ),
     "w4a4g4_block32_g": Repair(
         "combined", "w4a4g4_naive", "W, A, G in blocks of 32, G stochastic", _all4(*_BLOCKS, dict(_BLOCK_GRADIENT))
     ),

@@ -165,7 +165,7 @@ def test_what_is_recommended_is_made_of_rows_that_were_measured(name):
         assert quant.linear == load(linear).linear
         return
     # Of the study, whose rows quantize the output layer, too.
-    row = QuantConfig.load(json.loads(all_rows()["w4a4g4_block32"].config)).linear
+    row = QuantConfig.load(json.loads(all_rows()["w4a4g4_nvfp4"].config)).linear
     assert row.exclude == ()
     assert quant.linear == row.model_copy(update={"exclude": None})
 
