@@ -51,6 +51,7 @@ def layers() -> dict[str, Call]:
                 }
                 for tokens, features in ((512, 768), (16, 16)):
                     module = ds_quant.QuantLinear(features, features, dtype=dtype, config=section)
+                    module._forward_pre_hooks.clear()  # they count steps, as a model does once for all of its layers
                     size = f"{tokens} tokens, {features} → {features}"
                     calls[f"{backend}, {rounding}, {name}: {size}"] = _layer(module, tokens, features, dtype)
         calls[f"nn.Linear, {name}: 512 tokens, 768 → 768"] = _layer(nn.Linear(768, 768, dtype=dtype), 512, 768, dtype)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from benchmarks import choices, recipes
 from benchmarks.generated_code import Graph, generate, recording
+from benchmarks.single_layers import as_in_a_model
 from ds_quant import QuantLinear
 from ds_quant.cli.shared.errors import CommandError
 from ds_quant.cli.shared.tables import print_table
@@ -80,7 +81,7 @@ def linear(kind: str, in_features: int, out_features: int) -> nn.Module:
     if kind == "bf16":
         return nn.Linear(in_features, out_features, dtype=BF16)
     section = FP8.get(kind) or recipes.w8a8g8("int8", rounding=kind.removeprefix("int8, "))
-    return QuantLinear(in_features, out_features, dtype=BF16, config=section)
+    return as_in_a_model(QuantLinear(in_features, out_features, dtype=BF16, config=section))
 
 
 def mlp(kind: str, in_features: int, out_features: int) -> nn.Module:

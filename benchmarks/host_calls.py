@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from benchmarks import comm_host, gpus_way, recipes
+from benchmarks.single_layers import as_in_a_model
 from ds_quant import QuantAdamW, QuantLinear, weights_changed
 from ds_quant.kernels.compiling import compiled_with
 from ds_quant.kernels.int8 import ops, triton_quantize
@@ -72,7 +73,8 @@ def layers(ranks: int) -> Iterator[Part]:
     base = "nn.Linear"
     modules: dict[str, nn.Module] = {base: nn.Linear(SIZE, SIZE)}
     for rounding in ("nearest", "stochastic"):
-        modules[f"int8, {rounding}"] = QuantLinear(SIZE, SIZE, config=recipes.w8a8g8("int8", rounding=rounding))
+        section = recipes.w8a8g8("int8", rounding=rounding)
+        modules[f"int8, {rounding}"] = as_in_a_model(QuantLinear(SIZE, SIZE, config=section))
     made = {name: _forward_backward(module, module) for name, module in modules.items()}
     with _as_on_a_gpu():
         for name, module in modules.items():

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import recipes, timing, torchao_float8, torchao_int8
+from benchmarks.single_layers import as_in_a_model
 from ds_quant import QuantLinear, weights_changed
 
 L = TypeVar("L", bound=nn.Module)
@@ -141,7 +142,7 @@ def _linear(
     if section is None:
         layer = nn.Linear(in_features, out_features, **options)
     else:
-        layer = QuantLinear(in_features, out_features, **options, config=section)
+        layer = as_in_a_model(QuantLinear(in_features, out_features, **options, config=section))
     return _filled(layer, operands)
 
 

@@ -13,6 +13,7 @@ from benchmarks.device_timing import Timer, host_waits, launches
 from benchmarks.gpu_check import fp8, fusion
 from benchmarks.gpu_check.recording import Record
 from benchmarks.linear_contenders import Layer, Operands
+from benchmarks.single_layers import as_in_a_model
 from ds_quant import QuantConv1D, QuantLinear
 from ds_quant.cli.shared import process_memory
 
@@ -80,7 +81,7 @@ def _layer(kind: str, operands: Operands, dtype: torch.dtype, section: recipes.S
         module = QuantLinear(in_features, out_features, bias=has_bias, config=section)
     else:
         module = QuantConv1D(out_features, in_features, config=section)
-    module = module.to(device=operands.x.device, dtype=dtype)
+    module = as_in_a_model(module).to(device=operands.x.device, dtype=dtype)
     with torch.no_grad():
         module.weight.copy_(operands.weight if kind == "linear" else operands.weight.t())
         if operands.bias is not None:

@@ -11,6 +11,7 @@ from torch._subclasses import fake_tensor
 import ds_quant
 from benchmarks import generated, internals, recipes
 from benchmarks.generated_code import generate
+from benchmarks.single_layers import as_in_a_model
 
 triton = pytest.importorskip("triton", reason="the extra dev has triton for Linux on x86_64 only")
 BF16 = torch.bfloat16
@@ -34,7 +35,7 @@ def test_a_compiled_layer_has_no_kernels_beside_its_own(kind, rounding):
     section["activation"]["rounding"] = rounding
     sizes = (IN, OUT) if kind is ds_quant.QuantLinear else (OUT, IN)
     x = torch.empty(2, TOKENS // 2, IN, dtype=BF16, requires_grad=True)
-    forward, backward = generate(kind(*sizes, config=section).to(BF16), x)
+    forward, backward = generate(as_in_a_model(kind(*sizes, config=section)).to(BF16), x)
     num_fused = int(rounding == "nearest")
     assert (len(forward.kernels), backward.kernels) == (num_fused, [])
     for graph in (forward, backward):

@@ -13,6 +13,7 @@ import ds_quant
 from benchmarks.roofline import AFTER
 from ds_quant.kernels import choice, launching, registry
 from ds_quant.kernels.int8 import ops, triton, triton_quantize
+from ds_quant.linear.step_key import remove_forward_counter
 from ds_quant.linear.weight_codes import weights_changed
 from ds_quant.numerics import products as reference
 from ds_quant.numerics.random import fold_key
@@ -212,6 +213,7 @@ def test_layers(monkeypatch, launches, kind, granularity, rounding, expected):
             config[name]["granularity"] = "tensor"
     torch.manual_seed(0)
     module = kind(*((50, 21) if kind is ds_quant.QuantLinear else (21, 50)), config=config)
+    remove_forward_counter(module)  # both draw the bits of one step
     x, g = torch.randn(2, 19, 50), torch.randn(2, 19, 21)
     results = []
     for backend in ("", "interpreted"):
