@@ -323,7 +323,7 @@ COMBINED = {
         "the same with m and v in 4 bits, v in logarithms",
         {**_all4(*_BLOCKS, dict(_STOCHASTIC)), "optimizer": {"exp_avg": {"bits": 4}, "exp_avg_sq": dict(_LOG)}},
     ),
-    "w4a4g4_block32_m4v8_no_head": Repair(
+    "w4a4g4_block32_no_head_m4v8": Repair(
         "combined",
         "w4a4g4_naive",
         "W, A in blocks of 32, m in 4, v in 8 bits, output layer in full precision: recommended until 2026-11-30",

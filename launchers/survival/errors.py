@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
+
 from ds_quant.cli.shared.errors import CommandError
 
 LaunchError = CommandError
@@ -48,3 +51,12 @@ class Stopped(RunEnded):
     state = "stopped"
     retry = True
     exit_status = 75  # EX_TEMPFAIL of sysexits.h: try again
+
+
+def end_process(report: Callable[[], None]) -> None:
+    """Report, and end this process as interrupted, whatever the report meets. For threads beside one that is stuck."""
+    try:
+        report()
+    finally:
+        # The main thread waits inside a library, where an exception cannot reach it.
+        os._exit(Interrupted.exit_status)

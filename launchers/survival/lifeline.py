@@ -9,6 +9,7 @@ happens, and rank 0 tells the others. A rank that is stopped or busy keeps its c
 from __future__ import annotations
 
 import contextlib
+import functools
 import hmac
 import os
 import secrets
@@ -21,13 +22,12 @@ from dataclasses import dataclass
 
 from ds_quant.cli.shared.terminal import complain
 from survival.control import Control
-from survival.errors import Interrupted
+from survival.errors import end_process
 
 GRACE_SECONDS = 30.0
 """Time for this rank's own error, which says more: it comes at once as a rule, and then takes a roll call."""
 _CONNECT_SECONDS = 10.0
 _LONGEST_LINE = 200
-_GOODBYE = b"goodbye"
 
 
 @dataclass(eq=False)
@@ -118,12 +118,8 @@ class Lifeline:
                 elif key.data is not None:
                     self._receive(key.data)
             if self._lost is not None and time.monotonic() >= self._deadline and not self._closing.is_set():
-                try:
-                    self._gone(self._lost)
-                finally:
-                    # The main thread waits inside a library, where an exception cannot reach it.
-                    os._exit(Interrupted.exit_status)
-        self._tell(_GOODBYE)
+                end_process(functools.partial(self._gone, self._lost))
+        self._tell(b"goodbye")
         for key in list(self._selector.get_map().values()):
             key.fileobj.close()  # type: ignore[union-attr]
         self._selector.close()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import functools
 import threading
 import time
 from collections.abc import Callable
@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from survival.errors import Interrupted
+from survival.errors import end_process
 
 _SPARE_SECONDS = 5.0
 """The time-outs of collectives come first, because their messages say what was waited for."""
@@ -60,8 +60,4 @@ class Watchdog(TrainerCallback):
         while not self._ended.wait(pause):
             idle = time.monotonic() - self._last
             if idle > self._timeout + _SPARE_SECONDS:
-                try:
-                    self._give_up(idle)
-                finally:
-                    # The main thread waits inside a library, where an exception cannot reach it.
-                    os._exit(Interrupted.exit_status)
+                end_process(functools.partial(self._give_up, idle))
