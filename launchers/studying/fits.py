@@ -1,9 +1,10 @@
 """Whether gaps grow with the size of the model and with tokens per parameter: straight lines through paired gaps.
 
 gap = a + slope * log2(x), by least squares over every pair of runs; x is the parameters of the baseline, or its tokens
-a parameter: the slope is what a doubling adds, in nats a token. Its 95% interval is Student's t with the deviation of
-the pairs from the line, as if they were normal and spread alike everywhere. A row with a run that diverged somewhere
-has no line: what it would have lost there is not known.
+a parameter: the slope is what a doubling adds, in nats a token. Where a row ran with different numbers of tokens at
+different sizes, gap = a + b * log2(parameters) + c * log2(tokens) tells both apart. 95% intervals are Student's t with
+the deviation of the pairs from the line or plane, as if they were normal and spread alike everywhere. A row with a run
+that diverged somewhere has none: what it would have lost there is not known.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 from ds_quant.cli.shared.spreads import t_quantile
 from ds_quant.cli.shared.tables import markdown_table
@@ -24,12 +27,16 @@ GROWS, SHRINKS, NOT_TOLD = "grows", "shrinks", "not told"
 
 @dataclass(frozen=True)
 class Slope:
-    """Of a line through `num_points` points."""
+    """Of a line or a plane through `num_points` points."""
 
     num_points: int
     mean: float
     half_width: float
     """The 95% interval is mean - half_width to mean + half_width."""
+
+    def interval(self) -> str:
+        """As text."""
+        return f"{self.mean - self.half_width:+.4f} to {self.mean + self.half_width:+.4f}"
 
     @property
     def verdict(self) -> str:
@@ -52,8 +59,22 @@ def slope(points: Sequence[tuple[float, float]]) -> Slope | None:
     return Slope(count, mean, t_quantile(count - 2) * math.sqrt(left / (count - 2) / square))
 
 
+def plane(points: Sequence[tuple[float, float, float]]) -> tuple[Slope, Slope] | None:
+    """Slopes over x and over y of the plane through (x, y, z) by least squares; None where the points fix none."""
+    values = np.array(points, dtype=np.float64).reshape(-1, 3)
+    inputs = np.column_stack([np.ones(len(values)), values[:, :2]])
+    degrees = len(values) - inputs.shape[1]
+    if degrees < 1 or np.linalg.matrix_rank(inputs) < inputs.shape[1]:
+        return None
+    found = np.linalg.lstsq(inputs, values[:, 2], rcond=None)[0]
+    variance = np.square(values[:, 2] - inputs @ found).sum() / degrees
+    errors = np.sqrt(variance * np.linalg.inv(inputs.T @ inputs).diagonal())
+    slopes = [Slope(len(values), float(found[i]), t_quantile(degrees) * float(errors[i])) for i in (1, 2)]
+    return slopes[0], slopes[1]
+
+
 def text(found: Sequence[Result], rows: Sequence[Row]) -> list[str]:
-    """A table for each family and budget with two sizes or more, and for each size with two budgets or more."""
+    """A table for each family and budget with two sizes or more, each size with two budgets, and of both together."""
     tuned = {}
     for size, family, ratio in sorted({(r.key.size, r.key.family, r.key.ratio) for r in found}):
         rate = tuned_rate(found, size, family, ratio)
@@ -72,6 +93,7 @@ def text(found: Sequence[Result], rows: Sequence[Row]) -> list[str]:
             title = f"**Does the gap grow with tokens per parameter?** {family}, {size}"
             names = [f"D/N {ratio:g}" for ratio in ratios]
             lines += _table(title, "D/N", groups, names, found, rows, lambda one: one.tokens / one.parameters)
+        lines += _planes(family, [(*group, rate) for group, rate in tuned.items() if group[1] == family], found, rows)
     return ["### Growth", "", *lines] if lines else []
 
 
@@ -99,12 +121,37 @@ def _table(
         line = slope(points)
         if line is not None:
             gaps = ["" if entry.gap is None else f"{entry.gap.mean:+.4f}" for entry in entries]
-            interval = f"{line.mean - line.half_width:+.4f} to {line.mean + line.half_width:+.4f}"
-            lines.append([row.name, *gaps, str(line.num_points), f"{line.mean:+.4f}", interval, line.verdict])
+            lines.append([row.name, *gaps, str(line.num_points), f"{line.mean:+.4f}", line.interval(), line.verdict])
     if not lines:
         return []
     header = ["row", *(f"gap, {name}" for name in names), "runs", f"a doubling of {unit}", "95% interval", ""]
     return [title, "", *markdown_table(header, lines), "", *_counted(unit, lines)]
+
+
+def _planes(
+    family: str, groups: Sequence[tuple[str, str, float, float]], found: Sequence[Result], rows: Sequence[Row]
+) -> list[str]:
+    points: dict[str, list[tuple[float, float, float]]] = {row.name: [] for row in rows}
+    diverged = set()
+    for group in groups:
+        base = next(r for r in found if verdicts.group_of(r) == group and r.key.row == BASELINE)
+        place = math.log2(base.parameters), math.log2(base.tokens)
+        for entry in verdicts.judge(rows, found, group):
+            points[entry.row.name] += [(*place, gap) for gap in entry.gaps]
+            if entry.num_diverged:
+                diverged.add(entry.row.name)
+    lines = []
+    for row in rows:
+        slopes = None if row.name == BASELINE or row.name in diverged else plane(points[row.name])
+        if slopes is not None:
+            cells = [cell for one in slopes for cell in (f"{one.mean:+.4f}", one.interval(), one.verdict)]
+            lines.append([row.name, str(slopes[0].num_points), *cells])
+    if not lines:
+        return []
+    header = ["row", "runs"]
+    for what in ("parameters", "tokens"):
+        header += [f"a doubling of {what}", "95% interval", ""]
+    return [f"**Size and length apart**: {family}", "", *markdown_table(header, lines), ""]
 
 
 def _counted(unit: str, lines: Iterable[Sequence[str]]) -> list[str]:

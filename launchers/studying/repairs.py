@@ -62,6 +62,14 @@ def _hadamard(component: str, granularity: str, section: Callable[[Values], Valu
     }
 
 
+def _quantized_backward(component: str, granularity: str, operand: str) -> Repair:
+    """One operand of the forward in 4 bits, and the same codes in the backward product that reads it."""
+    operands: Values = {operand: {"bits": 4, "granularity": granularity}}
+    of = f"{component.lower()}4_{granularity}"
+    what = f"per {granularity}, the same codes in the backward pass"
+    return Repair(component, of, what, _linear(backward="quantized", **operands))
+
+
 _HEADS = ["lm_head"]
 LAST = "@LAST@"
 """Stands for the number of a model's last block."""
@@ -112,6 +120,7 @@ WEIGHT = {
         _linear(weight={"bits": 4, "granularity": "channel", "oscillation_reset": _RESET}),
     ),
     **_hadamard("W", "channel", lambda values: _linear(weight=values)),
+    "w4_channel_quantized_backward": _quantized_backward("W", "channel", "weight"),
     "w4_mxfp4": Repair("W", "w4_channel", "MXFP4, scales rounded up", _linear(weight=dict(_MX))),
 }
 
@@ -146,6 +155,7 @@ ACTIVATION = {
         _linear(activation={"bits": 4, "granularity": "token", "split_mean": True}),
     ),
     **_hadamard("A", "token", lambda values: _linear(activation=values)),
+    "a4_token_quantized_backward": _quantized_backward("A", "token", "activation"),
     "a4_nvfp4": Repair("A", "a4_token", "NVFP4", _linear(activation={"format": "nvfp4"})),
     "a4_nvfp4_four_six": Repair(
         "A", "a4_token", "NVFP4, 4/6 scales", _linear(activation={"format": "nvfp4", "scale_rule": "four_six"})

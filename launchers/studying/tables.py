@@ -9,7 +9,7 @@ from ds_quant.base.whole_folder import write_whole
 from ds_quant.cli.shared.errors import CommandError
 from ds_quant.cli.shared.spreads import Gap
 from ds_quant.cli.shared.tables import markdown_table
-from studying import fits, isolation, memory, post_training, processors, protocol, verdicts
+from studying import fits, isolation, memory, overview, post_training, processors, protocol, verdicts
 from studying.plan import Key
 from studying.post_training import Evaluated
 from studying.results import Result, tuned_rate
@@ -52,16 +52,18 @@ def text(
     """
     if not found:
         return "No run has ended yet.\n"
-    lines = [_about(found), ""]
+    lines = []
+    at_tuned_rates = {}
     for size, family, ratio in groups(found):
         rate = tuned_rate(found, size, family, ratio)
+        title = f"{family}, {size}, D/N {ratio:g}"
+        lines += [f"### {title}", ""]
         if rate is None:
-            lines += [f"### {family}, {size}, D/N {ratio:g}", "", "The learning rate is not tuned yet.", ""]
+            lines += ["The learning rate is not tuned yet.", ""]
             continue
         group = (size, family, ratio, BASELINE)
         baseline = [r for r in found if (r.key.size, r.key.family, r.key.ratio, r.key.row) == group]
         one = baseline[0]
-        lines += [f"### {family}, {size}, D/N {ratio:g}", ""]
         lines.append(
             f"{one.parameters:,} parameters, {one.tokens:,} tokens ({one.tokens / one.parameters:.2f} a parameter, "
             f"{one.steps} steps), {one.dtype}. Tuned learning rate: {rate:g}."
@@ -70,12 +72,15 @@ def text(
         own = [row for row in rows if row.is_of(family)]
         for scale in sorted(protocol.SCALES, key=lambda scale: (scale != 1, scale)):
             judged = verdicts.judge(own, found, (size, family, ratio, scale * rate))
+            if scale == 1:
+                at_tuned_rates[title] = judged
             if any(entry.seeds for entry in judged if entry.row.name != BASELINE):
                 # At other rates there are only the rows that were asked for.
-                title = [] if scale == 1 else [f"At {scale:g} times that rate:", ""]
-                lines += [*title, *_judged(judged, tell_missing=scale == 1)]
+                lines += [] if scale == 1 else [f"At {scale:g} times that rate:", ""]
+                lines += _judged(judged, tell_missing=scale == 1)
             lines += post_training.table(rows, found, evaluated, (size, family, ratio, scale * rate))
         lines += isolation.table(isolated, (size, family, ratio, rate), one.text)
+    lines = [_about(found), "", *overview.table(at_tuned_rates), *lines]
     return "\n".join([*lines, *fits.text(found, rows), *memory.table(peaks)])
 
 
@@ -117,13 +122,14 @@ def _rates(baseline: Sequence[Result]) -> list[str]:
 def _judged(judged: Sequence[Judged], *, tell_missing: bool) -> list[str]:
     by_kind = {kind: [entry for entry in judged if entry.row.kind == kind] for kind in (CONTROL, MATRIX, REPAIR)}
     ran = {entry.row.name: entry for entry in judged if entry.seeds}
-    lines = ["**Controls**", ""]
+    lines = []
     controls = [entry for entry in by_kind[CONTROL] if entry.row.name != BASELINE and entry.seeds]
-    lines += [*markdown_table(["row", "", *_FIGURES], [_cells(entry) for entry in controls]), ""]
-    lines += ["**The paper's matrix**", ""]
-    header = ["row", "", *_FIGURES, "the paper", "agreed"]
-    matrix = [entry for entry in by_kind[MATRIX] if entry.seeds]
-    lines += [*markdown_table(header, [[*_cells(e), e.row.outcome or "not known", _agreed(e)] for e in matrix]), ""]
+    if controls:
+        lines += ["**Controls**", "", *markdown_table(["row", "", *_FIGURES], map(_cells, controls)), ""]
+    matrix = [[*_cells(e), e.row.outcome or "not known", _agreed(e)] for e in by_kind[MATRIX] if e.seeds]
+    if matrix:
+        header = ["row", "", *_FIGURES, "the paper", "agreed"]
+        lines += ["**The paper's matrix**", "", *markdown_table(header, matrix), ""]
     missing = [entry.row.name for entry in by_kind[MATRIX] if not entry.seeds]
     if missing and tell_missing:
         lines += [f"Not run yet: {', '.join(missing)}.", ""]
@@ -133,7 +139,8 @@ def _judged(judged: Sequence[Judged], *, tell_missing: bool) -> list[str]:
         lines += ["**Repairs**", "", *markdown_table(header, [_repair_cells(entry, ran) for entry in repairs]), ""]
     missing = [entry.row.name for entry in by_kind[REPAIR] if not entry.seeds]
     if missing and tell_missing:
-        lines += [f"Repairs not run yet: {', '.join(missing)}.", ""]
+        summary = f"<details><summary>{len(missing)} repairs were not run yet</summary>"
+        lines += [f"{summary}{', '.join(missing)}</details>", ""]
     return lines
 
 
@@ -151,18 +158,7 @@ def _repair_cells(entry: Judged, ran: dict[str, Judged]) -> list[str]:
     name, what, *figures = _cells(entry)
     of = ran.get(entry.row.repairs)
     before = "" if of is None else (_mean(of.gap) or of.verdict)
-    return [name, entry.row.repairs, what, *figures, before, _repaired(entry, of)]
-
-
-def _repaired(entry: Judged, of: Judged | None) -> str:
-    """Empty where nothing is to be repaired, as far as is known."""
-    if of is None or of.verdict not in (verdicts.DEGRADED, verdicts.DIVERGED):
-        return ""
-    if entry.gap is None or entry.num_diverged:
-        return "no"
-    if entry.seeds < len(protocol.SEEDS):
-        return "too few seeds"
-    return "yes" if entry.gap.mean < protocol.REPAIRED_WITHIN else "no"
+    return [name, entry.row.repairs, what, *figures, before, verdicts.repaired(entry, of)]
 
 
 def _agreed(entry: Judged) -> str:

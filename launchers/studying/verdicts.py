@@ -88,6 +88,17 @@ def judge(rows: Iterable[Row], found: Sequence[Result], group: tuple[str, str, f
     return judged
 
 
+def repaired(entry: Judged, of: Judged | None) -> str:
+    """Whether `entry` repairs `of`, in words; empty where nothing is to be repaired, as far as is known."""
+    if of is None or of.verdict not in (DEGRADED, DIVERGED):
+        return ""
+    if entry.gap is None or entry.num_diverged:
+        return "no"
+    if entry.seeds < len(protocol.SEEDS):
+        return "too few seeds"
+    return "yes" if entry.gap.mean < protocol.REPAIRED_WITHIN else "no"
+
+
 def needs_more_seeds(judged: Judged) -> bool:
     """Whether the protocol asks for MORE_SEEDS: SEEDS are done, and the effect is small."""
     if judged.gap is None or judged.num_diverged or judged.gap.num_pairs < len(protocol.SEEDS):

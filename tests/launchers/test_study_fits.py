@@ -27,6 +27,28 @@ def test_a_slope_is_that_of_least_squares() -> None:
     assert fits.slope([(1.0, 1.0), (1.0, 2.0), (1.0, 3.0)]) is None
 
 
+def test_a_plane_is_that_of_least_squares() -> None:
+    rng = np.random.default_rng()
+    values = rng.normal(size=(9, 3))
+    x, y, z = values.T
+    found = fits.plane([(float(a), float(b), float(c)) for a, b, c in values])
+    assert found is not None
+    # By Frisch and Waugh: the slope over x is that of what x and z are without 1 and y.
+    without = np.column_stack([np.ones(9), y])
+    rest_of_x, rest_of_z = (v - without @ np.linalg.lstsq(without, v, rcond=None)[0] for v in (x, z))
+    expected = float(rest_of_x @ rest_of_z / (rest_of_x @ rest_of_x))
+    left = rest_of_z - expected * rest_of_x
+    error = np.sqrt(left @ left / 6 / (rest_of_x @ rest_of_x))
+    assert found[0].mean == pytest.approx(expected)
+    assert found[0].half_width == pytest.approx(stats.t.ppf(0.975, 6) * error, rel=1e-3)
+    swapped = fits.plane([(float(b), float(a), float(c)) for a, b, c in values])
+    assert swapped is not None
+    assert swapped[1].mean == pytest.approx(found[0].mean)
+    assert fits.plane([]) is None
+    assert fits.plane([(1.0, 1.0, 0.0), (2.0, 2.0, 1.0), (3.0, 3.0, 1.0), (4.0, 4.0, 1.0)]) is None, "one line"
+    assert fits.plane([(1.0, 1.0, 0.0), (2.0, 1.0, 1.0), (1.0, 2.0, 1.0)]) is None, "no deviation"
+
+
 @pytest.mark.parametrize(
     ("mean", "half", "expected"), [(0.2, 0.1, "grows"), (-0.2, 0.1, "shrinks"), (0.1, 0.2, "not told")]
 )
@@ -60,7 +82,7 @@ def test_known_answers_come_back() -> None:
     at = next(number for number, line in enumerate(lines) if "tokens per parameter" in line)
     cells = [
         {c[0]: c[1:] for line in part if line.startswith("| ") for c in [[x.strip() for x in line.split("|")[1:-1]]]}
-        for part in (lines[:at], lines[at:])
+        for part in (lines[:at], lines[at : lines.index("**Size and length apart**: llama")])
     ]
     assert cells[0]["w4_channel"][2:] == ["6", "+0.0500", "+0.0500 to +0.0500", "grows"]
     assert cells[0]["a4_token"][2:] == ["6", "-0.1000", "-0.1000 to -0.1000", "shrinks"]
@@ -72,3 +94,20 @@ def test_known_answers_come_back() -> None:
     # A size whose rate is not tuned yet does not count.
     untuned = [r for r in large if r.key.rate != 0.001]
     assert not any("with size" in line for line in fits.text([*small, *untuned], rows))
+
+
+def test_size_and_length_are_told_apart() -> None:
+    rows, found = list(ROWS.values()), []
+    small, large = (protocol.SIZES[size].parameters("llama", 2048) for size in ("0.7m", "2m"))
+    same_length = small / large
+    for size, ratio, tokens in (("0.7m", 1.0, 1.0), ("0.7m", 4.0, 4.0), ("2m", same_length, 1.0)):
+        # 0.1 a doubling of tokens, and nothing of parameters.
+        found += runs_of(size, ratio, {"a4_token": 0.02 + 0.1 * float(np.log2(tokens)), "w8a8": 0.0})
+    made = fits.text(found, rows)
+    at = made.index("**Size and length apart**: llama")
+    lines = {line.split("|")[1].strip(): line for line in made[at:] if line.startswith("| ")}
+    cells = lines["a4_token"].split("|")
+    assert float(cells[3]) == pytest.approx(0.0, abs=1e-4)
+    assert [cell.strip() for cell in cells[6:9]] == ["+0.1000", "+0.1000 to +0.1000", "grows"]
+    assert "not told" in lines["w8a8"] or "+0.0000 to +0.0000" in lines["w8a8"]
+    assert not any("Size and length" in line for line in fits.text(found[: len(found) // 3 * 2], rows)), "one size"
