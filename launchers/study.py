@@ -6,8 +6,8 @@
     python launchers/study.py plan                what `run` with the same options would train
     python launchers/study.py tables              docs/study.md and its pictures, from docs/results/study/runs.csv
     python launchers/study.py repeat              one row of each table trained again and compared; or --rows, --seeds
-    python launchers/study.py post-training       the baseline's models with quantizers put in after training
-    python launchers/study.py isolate             the same, after their outliers or their sharpness were changed
+    python launchers/study.py post-training       models with quantizers put in after training, or taken out
+    python launchers/study.py isolate             quantized models whose outliers or sharpness were changed
     python launchers/study.py memory              peaks of memory with quantized gradients
     python launchers/study.py smoke               some short runs, against limits that were measured
 

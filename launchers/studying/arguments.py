@@ -39,7 +39,7 @@ def parser(description: str, handlers: Mapping[str, Callable[[argparse.Namespace
     command.add_argument("--page", type=Path, default=PAGE, help="default: docs/study.md")
     command = add("repeat", "train runs of the CSV again and compare")
     _add_choices(command, rows="one of each table", seeds="0")
-    _add_choices(add("post-training", "the baseline's models with the quantizers of rows"), seeds="0 1 2")
+    _add_choices(add("post-training", "models with quantizers put in after training, or taken out"), seeds="0 1 2")
     command = add("isolate", "outliers or sharpness: the baseline's models, changed in one of them, quantized")
     command.set_defaults(rows=[BASELINE], scales=[1.0], at_once=1)
     _add_models(command, seeds="0 1 2")

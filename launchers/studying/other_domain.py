@@ -36,19 +36,31 @@ def measure(keys: Sequence[Key], rows: Mapping[str, Row], settings: Settings, cs
         if key in known
         and known[key].state == runs.DONE
         and known[key].other_loss != known[key].other_loss
-        and (plan.folder(key, rows[key.row], settings) / "model").is_dir()
+        and has_model(key, rows[key.row], settings)
     ]
     for first in range(0, len(waiting), _MOST):
         part = waiting[first : first + _MOST]
-        losses = _losses(part, rows, settings, text)
+        losses = losses_of_runs(part, rows, settings, text)
         known = results.read(csv)
         changed = {key: dataclasses.replace(known[key], other_loss=losses[key]) for key in part}
         results.write(csv, {**known, **changed}.values())
 
 
-def _losses(keys: Sequence[Key], rows: Mapping[str, Row], settings: Settings, text: Path) -> dict[Key, float]:
+def has_model(key: Key, row: Row, settings: Settings) -> bool:
+    """Whether the run's model is still there."""
+    return (plan.folder(key, row, settings) / "model").is_dir()
+
+
+def losses_of_runs(
+    keys: Sequence[Key], rows: Mapping[str, Row], settings: Settings, text: Path, quantizers: str = "trained"
+) -> dict[Key, float]:
+    """Losses of the models of these runs, in nats a token; quantizers: "trained", or "off" for none.
+
+    Raises:
+        CommandError: the evaluation failed.
+    """
     folders = {str(plan.folder(key, rows[key.row], settings)): key for key in keys}
-    found = evaluate([Path(folder) for folder in folders], keys[0], settings, text)
+    found = evaluate([Path(folder) for folder in folders], keys[0], settings, text, (quantizers,))
     # It tells the folder of the weights, which is the run's `model`.
     return {folders[str(Path(row["folder"]).parent)]: loss(row) for row in found}
 

@@ -1,9 +1,14 @@
-"""The baseline's models with a row's quantizers put in after training: what training with them is held against."""
+"""The baseline's models with a row's quantizers put in after training, and the row's own models without them.
+
+The first is what training with the quantizers is held against. The second tells what of a row's gap lies in the weights
+that its training has found; the rest is what the quantizers take in the forward pass.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +21,7 @@ from studying import other_domain, plan, results, verdicts
 from studying.plan import Key, Settings
 from studying.rows import BASELINE, Row
 
-_COLUMNS = (*results.KEY_COLUMNS, "fingerprint", "text", "loss")
+_COLUMNS = (*results.KEY_COLUMNS, "fingerprint", "text", "loss", "without")
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,8 @@ class Evaluated:
     """`plan.Settings.text`, of the training."""
     loss: float
     """Of the held-out domain, in nats a token."""
+    without: float = math.nan
+    """The same of the row's own model, its quantizers taken out; NaN where it has not been there yet."""
 
 
 def path(csv: Path) -> Path:
@@ -48,8 +55,10 @@ def can_be_put_in(row: Row) -> bool:
 def measure(keys: Sequence[Key], rows: Mapping[str, Row], settings: Settings, csv: Path, text: Path) -> None:
     """Evaluate the baseline's models of the seeds in `keys` with the quantizers of their rows, where it is missing.
 
+    And the models of their own runs without quantizers, where they are still there.
+
     Raises:
-        CommandError: a model is in no folder of its run, or the evaluation failed.
+        CommandError: a model of the baseline is in no folder of its run, or the evaluation failed.
     """
     known, trained = read(path(csv)), results.read(csv)
     waiting: dict[Key, list[Key]] = {}
@@ -66,6 +75,18 @@ def measure(keys: Sequence[Key], rows: Mapping[str, Row], settings: Settings, cs
         losses = {str(row["quantizers_from"]): other_domain.loss(row) for row in found}
         for key, file in files.items():
             known[key] = Evaluated(key, plan.fingerprint(rows[key.row]), settings.text, losses[str(file)])
+        _write(path(csv), known.values())
+    own = [
+        key
+        for key in keys
+        if key in known
+        and math.isnan(known[key].without)
+        and (key in trained and trained[key].state == runs.DONE and trained[key].fingerprint == known[key].fingerprint)
+        and other_domain.has_model(key, rows[key.row], settings)
+    ]
+    if own:
+        without = other_domain.losses_of_runs(own, rows, settings, text, quantizers="off")
+        known |= {key: dataclasses.replace(known[key], without=loss) for key, loss in without.items()}
         _write(path(csv), known.values())
 
 
@@ -91,7 +112,7 @@ def table(
     lines = []
     for entry in verdicts.judge(rows, found, group):
         pairs = [
-            (one.loss, base[one.key.seed].other_loss)
+            (one, base[one.key.seed].other_loss)
             for one in evaluated.values()
             if one.key.row == entry.row.name
             and group == (one.key.size, one.key.family, one.key.ratio, one.key.rate)
@@ -99,14 +120,21 @@ def table(
             and one.key.seed in base
             and one.text == base[one.key.seed].text
         ]
-        gap = Gap.of([after - before for after, before in pairs if before == before])
+        gap = _gap([one.loss - before for one, before in pairs])
         if gap is not None:
-            trained = entry.other_gap
-            lines.append([entry.row.name, entry.row.what, *_cells(gap), *_cells(trained)])
+            without = _gap([one.without - before for one, before in pairs])
+            cells = [cell for each in (gap, entry.other_gap, without) for cell in _cells(each)]
+            lines.append([entry.row.name, entry.row.what, *cells])
     if not lines:
         return []
-    header = ["row", "", "seeds", "after training", "95% interval", "seeds", "in training", "95% interval"]
+    header = ["row", ""]
+    for what in ("after training", "in training", "in training, then taken out"):
+        header += ["seeds", what, "95% interval"]
     return ["**Quantized after training, and in training** (held-out domain)", "", *markdown_table(header, lines), ""]
+
+
+def _gap(differences: Sequence[float]) -> Gap | None:
+    return Gap.of([one for one in differences if not math.isnan(one)])
 
 
 def _cells(gap: Gap | None) -> list[str]:
@@ -114,4 +142,6 @@ def _cells(gap: Gap | None) -> list[str]:
 
 
 def _of_line(line: Mapping[str, str]) -> Evaluated:
-    return Evaluated(results.key_of(line), line["fingerprint"], line["text"], float(line["loss"]))
+    return Evaluated(
+        results.key_of(line), line["fingerprint"], line["text"], float(line["loss"]), float(line["without"])
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
@@ -40,15 +41,16 @@ def test_gaps_are_paired_and_stand_beside_those_of_training() -> None:
     runs = [a_run("baseline", seed, 5.0 + seed) for seed in range(3)]
     runs += [a_run("w4_channel", seed, 5.3 + seed) for seed in range(2)]
     fingerprint = plan.fingerprint(ROWS["w4_channel"])
-    evaluated = {
-        key_of("w4_channel", seed): Evaluated(key_of("w4_channel", seed), fingerprint, TEXT, 5.1 + seed)
-        for seed in range(3)
-    }
+    evaluated = {}
+    for seed in range(3):
+        key, without = key_of("w4_channel", seed), 5.2 + seed if seed < 2 else math.nan
+        evaluated[key] = Evaluated(key, fingerprint, TEXT, 5.1 + seed, without)
     evaluated[key_of("a4_token")] = Evaluated(key_of("a4_token"), "of other settings", TEXT, 9.0)
     *_, line, end = post_training.table(list(ROWS.values()), runs, evaluated, GROUP)
     assert [cell.strip() for cell in line.split("|")[3:-1]] == [
         *("3", "+0.1000", "+0.1000 to +0.1000"),
         *("2", "+0.3000", "+0.3000 to +0.3000"),
+        *("2", "+0.2000", "+0.2000 to +0.2000"),
     ]
     assert end == ""
     assert post_training.table(list(ROWS.values()), runs, {}, GROUP) == []
@@ -81,6 +83,38 @@ def test_what_is_missing_is_evaluated_once(tmp_path: Path, monkeypatch: pytest.M
     assert [model for model, _ in asked] == [key_of("baseline", seed) for seed in (0, 1)]
     for _, files in asked:
         assert [Path(file).parent.name.split(".")[0] for file in files] == ["w4_channel", "a4_token"]
+
+
+def test_own_models_are_evaluated_without_their_quantizers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    csv, asked = tmp_path / "runs.csv", []
+    monkeypatch.setattr(Settings, "text", TEXT)
+    settings = Settings(runs=tmp_path / "runs", corpus=tmp_path)
+    rows_of_runs = [("baseline", 0), ("a4_token", 0), ("w4_channel", 0)]
+    results.write(csv, [a_run(row, seed, 5.0) for row, seed in rows_of_runs])
+
+    def model_of(row: str) -> Path:
+        return plan.folder(key_of(row), ROWS[row], settings) / "model"
+
+    for row in ("baseline", "a4_token"):  # that of w4_channel is not there any more
+        model_of(row).mkdir(parents=True)
+
+    def evaluate(folders: Any, key: Key, settings: Settings, text: Path, quantizers: Any) -> list[dict[str, Any]]:
+        asked.append((folders, quantizers))
+        told = {
+            "folder": str(folders[0] / "model"),
+            "perplexity": {"text": {"loss": 5.5 if "off" in quantizers else 5.25}},
+        }
+        return [{"quantizers_from": one, **told} for one in quantizers]
+
+    monkeypatch.setattr(other_domain, "evaluate", evaluate)
+    keys = [key_of(row, seed) for row, seed in rows_of_runs]
+    for _ in range(2):
+        post_training.measure(keys, ROWS, settings, csv, tmp_path)
+        found = {key.row: one for key, one in post_training.read(post_training.path(csv)).items()}
+        assert (found["a4_token"].loss, found["a4_token"].without) == (5.25, 5.5)
+        assert math.isnan(found["w4_channel"].without)
+    assert [folders for folders, quantizers in asked if quantizers == ("off",)] == [[model_of("a4_token").parent]]
+    assert len(asked) == 2, "what is known is not evaluated again"
 
 
 def test_models_that_are_gone_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
