@@ -128,7 +128,7 @@ def steps(key: Key, settings: Settings) -> int:
 def write_config(key: Key, row: Row, settings: Settings) -> Path:
     """Write the row's DeepSpeed JSON beside its runs, if it is not there."""
     config = folder(key, row, settings).parent / "config.json"
-    text = row.config.replace(repairs.LAST, str(protocol.SIZES[key.size].layers - 1))
+    text = repairs.filled_in(row.config, layers=protocol.SIZES[key.size].layers, steps=steps(key, settings))
     if not config.exists() or config.read_text(encoding="utf-8") != text:
         config.parent.mkdir(parents=True, exist_ok=True)
         write_whole(config, text)

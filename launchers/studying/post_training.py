@@ -46,10 +46,11 @@ def path(csv: Path) -> Path:
 
 
 def can_be_put_in(row: Row) -> bool:
-    """Whether a row quantizes weights or activations and nothing else: what it does to the forward pass."""
+    """Whether a row quantizes weights or activations to the end, and nothing else: what it does to the forward pass."""
     linear = (json.loads(row.config).get("ds_quant") or {}).get("linear") or {}
     parts = {part for part in ("weight", "activation", "gradient") if linear.get(part) is not None}
-    return bool(parts) and "gradient" not in parts and not row.overrides
+    stays = "forward_full_precision_from" not in linear
+    return bool(parts) and "gradient" not in parts and stays and not row.overrides
 
 
 def measure(keys: Sequence[Key], rows: Mapping[str, Row], settings: Settings, csv: Path, text: Path) -> None:

@@ -28,6 +28,11 @@ class Repair:
     """Those whose models have what it acts on; empty: all."""
 
 
+def filled_in(config: str, *, layers: int, steps: int) -> str:
+    """A row's JSON with what depends on the run: the number of the last block, and of the step after four fifths."""
+    return config.replace(_LAST_BLOCK, str(layers - 1)).replace(f'"{_FOUR_FIFTHS}"', str(steps * 4 // 5))
+
+
 def _linear(*, backward: str = "original", exclude: list[str] | None = None, **operands: Values) -> Values:
     """As the paper's rows, all layers and original operands in the backward pass, unless it says otherwise."""
     linear: Values = {**operands, "backend": "simulated", "backward_operands": backward, "exclude": exclude or []}
@@ -62,6 +67,10 @@ def _hadamard(component: str, granularity: str, section: Callable[[Values], Valu
     }
 
 
+def _full_at_end(of: Values) -> Values:
+    return {"linear": {**of["linear"], "forward_full_precision_from": _FOUR_FIFTHS}}
+
+
 def _quantized_backward(component: str, granularity: str, operand: str) -> Repair:
     """One operand of the forward in 4 bits, and the same codes in the backward product that reads it."""
     operands: Values = {operand: {"bits": 4, "granularity": granularity}}
@@ -71,10 +80,10 @@ def _quantized_backward(component: str, granularity: str, operand: str) -> Repai
 
 
 _HEADS = ["lm_head"]
-LAST = "@LAST@"
-"""Stands for the number of a model's last block."""
+_LAST_BLOCK = "@LAST@"
+_FOUR_FIFTHS = "@FOUR_FIFTHS@"
 # Of both families: model.layers.N and transformer.h.N.
-_LAST = ["lm_head", f"*.{LAST}.*"]
+_LAST = ["lm_head", f"*.{_LAST_BLOCK}.*"]
 _BOTH = ("weight", "input")
 _MX: Values = {"format": "mxfp4", "scale_rule": "up"}
 _RESET = {"every": 32, "watched_steps": 16, "ratio": 8, "first_step": 104}
@@ -156,6 +165,12 @@ ACTIVATION = {
     ),
     **_hadamard("A", "token", lambda values: _linear(activation=values)),
     "a4_token_quantized_backward": _quantized_backward("A", "token", "activation"),
+    "a4_token_full_at_end": Repair(
+        "A",
+        "a4_token",
+        "per token, in full precision in the last fifth of the steps",
+        _full_at_end(_linear(activation={"bits": 4, "granularity": "token"})),
+    ),
     "a4_nvfp4": Repair("A", "a4_token", "NVFP4", _linear(activation={"format": "nvfp4"})),
     "a4_nvfp4_four_six": Repair(
         "A", "a4_token", "NVFP4, 4/6 scales", _linear(activation={"format": "nvfp4", "scale_rule": "four_six"})
@@ -403,6 +418,12 @@ COMBINED = {
         "w4a4g4_naive",
         "NVFP4, G stochastic",
         _all4(*_NVFP4),
+    ),
+    "w4a4g4_nvfp4_full_at_end": Repair(
+        "combined",
+        "w4a4g4_naive",
+        "NVFP4, G stochastic, W and A in full precision in the last fifth of the steps",
+        _full_at_end(_all4(*_NVFP4)),
     ),
     "w4a4g4_nvfp4_tiles": Repair(
         "combined",

@@ -35,6 +35,7 @@ def test_rows_that_have_something_to_put_in() -> None:
     found = {name for name, row in ROWS.items() if post_training.can_be_put_in(row)}
     assert {"w4_channel", "a4_token", "w8a8", "w4_nvfp4"} <= found
     assert not {"baseline", "baseline_untied", "g8_token", "w8a8g8", "m8_tensor", "w4a4g4_block32"} & found
+    assert "a4_token_full_at_end" not in found
 
 
 def test_gaps_are_paired_and_stand_beside_those_of_training() -> None:
@@ -59,6 +60,7 @@ def test_gaps_are_paired_and_stand_beside_those_of_training() -> None:
 def test_what_is_missing_is_evaluated_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     csv, asked = tmp_path / "runs.csv", []
     monkeypatch.setattr(Settings, "text", TEXT)
+    monkeypatch.setattr(plan, "steps", lambda key, settings: 162)
     settings = Settings(runs=tmp_path / "runs", corpus=tmp_path)
     results.write(csv, [a_run("baseline", 0, 5.0), a_run("baseline", 1, 5.0)])
     # That of seed 1 was trained by `repeat`.
@@ -88,6 +90,7 @@ def test_what_is_missing_is_evaluated_once(tmp_path: Path, monkeypatch: pytest.M
 def test_own_models_are_evaluated_without_their_quantizers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     csv, asked = tmp_path / "runs.csv", []
     monkeypatch.setattr(Settings, "text", TEXT)
+    monkeypatch.setattr(plan, "steps", lambda key, settings: 162)
     settings = Settings(runs=tmp_path / "runs", corpus=tmp_path)
     rows_of_runs = [("baseline", 0), ("a4_token", 0), ("w4_channel", 0)]
     results.write(csv, [a_run(row, seed, 5.0) for row, seed in rows_of_runs])

@@ -29,7 +29,7 @@ def test_every_row_of_the_paper_is_there_as_its_file_has_it() -> None:
 
 @pytest.mark.parametrize("name", ROWS)
 def test_every_row_is_one_that_ds_quant_takes(name: str) -> None:
-    section = json.loads(ROWS[name].config.replace(repairs.LAST, "1")).get("ds_quant")
+    section = json.loads(repairs.filled_in(ROWS[name].config, layers=2, steps=10)).get("ds_quant")
     quant = None if section is None else QuantConfig.model_validate(section)
     if quant is not None and quant.linear is not None:
         for family in filter(ROWS[name].is_of, protocol.FAMILIES):
@@ -38,12 +38,25 @@ def test_every_row_is_one_that_ds_quant_takes(name: str) -> None:
             config = AutoConfig.for_model(family, **values, vocab_size=64, bos_token_id=1, eos_token_id=1)
             model = AutoModelForCausalLM.from_config(config)
             convert(model, quant.linear)
-            model.train("oscillation_reset" not in ROWS[name].config)  # which an engine alone trains with
+            # Which an engine alone trains with.
+            model.train(
+                not any(key in ROWS[name].config for key in ("oscillation_reset", "forward_full_precision_from"))
+            )
             ids = torch.randint(64, (2, 16))
             model(input_ids=ids, labels=ids).loss.backward()
             assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
     others = {plan.fingerprint(row) for row in ROWS.values() if row.name != name}
     assert plan.fingerprint(ROWS[name]) not in others
+
+
+def test_what_depends_on_a_run_is_filled_in() -> None:
+    last = json.loads(repairs.filled_in(ROWS["a4_block32_no_last"].config, layers=6, steps=162))
+    assert last["ds_quant"]["linear"]["exclude"] == ["lm_head", "*.5.*"]
+    for name in ("a4_token_full_at_end", "w4a4g4_nvfp4_full_at_end"):
+        config = json.loads(repairs.filled_in(ROWS[name].config, layers=6, steps=162))
+        assert config["ds_quant"]["linear"]["forward_full_precision_from"] == 129
+    for row in ROWS.values():
+        assert "@" not in repairs.filled_in(row.config, layers=2, steps=162)
 
 
 def test_repairs_have_the_bits_of_what_they_repair() -> None:
