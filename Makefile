@@ -61,11 +61,15 @@ int8: venv
 
 test: lint docs pytest
 
-# All that the protocol of docs/study.md asks for at the smallest size; what was done is not done again.
+# All that the protocol of docs/study.md asks for at the smallest size; what was done is not done again, but for the
+# baseline's models, from which the commands after it start and which a fresh clone does not have.
 study: venv
 	python launchers/study.py run
 	python launchers/study.py run --scales 0.5 2
+	python launchers/study.py repeat --rows baseline --seeds 0-2
 	python launchers/study.py post-training
+	python launchers/study.py adapt
+	python launchers/study.py isolate
 	python launchers/study.py tables
 
 study-smoke: venv

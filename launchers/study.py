@@ -7,6 +7,7 @@
     python launchers/study.py tables              docs/study.md and its pictures, from docs/results/study/runs.csv
     python launchers/study.py repeat              one row of each table trained again and compared; or --rows, --seeds
     python launchers/study.py post-training       models with quantizers put in after training, or taken out
+    python launchers/study.py adapt               models trained on with quantizers, or quantized afterwards
     python launchers/study.py isolate             quantized models whose outliers or sharpness were changed
     python launchers/study.py memory              peaks of memory with quantized gradients
     python launchers/study.py smoke               some short runs, against limits that were measured

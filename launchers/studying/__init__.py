@@ -7,8 +7,8 @@ is committed, `verdicts` judges paired gaps, and `tables` and `pictures` turn th
 same with a few short runs and limits that were measured.
 
 `commands` has a function for each command, `arguments` their flags, `asked` the runs that they mean. `cluster` does the
-runs as jobs of Slurm. Beside the runs: `post_training` (quantizers put in or taken out after training), `isolation`
-(outliers or sharpness, with what is changed in `arms` and the layers' `products`), `memory` (peaks of whole steps),
-`fits` (lines and planes through gaps), `overview` (what failed, and its best repair), `repeating` (runs done again, on
-kinds of `processors`).
+runs as jobs of Slurm. Beside the runs, from their `checkpoints`: `post_training` (quantizers put in or taken out after
+training), `adapting` (models trained on with quantizers), `isolation` (outliers or sharpness, with what is changed in
+`arms` and the layers' `products`), `repeating` (runs done again, on kinds of `processors`). `memory` has peaks of whole
+steps, `fits` lines and planes through gaps, `overview` what failed and its best repair.
 """

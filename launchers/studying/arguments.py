@@ -40,6 +40,10 @@ def parser(description: str, handlers: Mapping[str, Callable[[argparse.Namespace
     command = add("repeat", "train runs of the CSV again and compare")
     _add_choices(command, rows="one of each table", seeds="0")
     _add_choices(add("post-training", "models with quantizers put in after training, or taken out"), seeds="0 1 2")
+    command = add("adapt", "the baseline's models trained on with quantizers, beside quantized after as many steps")
+    _add_rows(command, default="all that quantize weights or activations alone")
+    command.set_defaults(scales=[1.0], at_once=1)
+    _add_models(command, seeds="0 1 2")
     command = add("isolate", "outliers or sharpness: the baseline's models, changed in one of them, quantized")
     command.set_defaults(rows=[BASELINE], scales=[1.0], at_once=1)
     _add_models(command, seeds="0 1 2")
@@ -54,11 +58,15 @@ def parser(description: str, handlers: Mapping[str, Callable[[argparse.Namespace
 
 
 def _add_choices(command: argparse.ArgumentParser, *, rows: str = "all", seeds: str) -> None:
-    command.add_argument("--rows", nargs="+", default=None, metavar="ROW", help=f"default: {rows}")
+    _add_rows(command, default=rows)
     command.add_argument("--scales", nargs="+", type=float, default=[1.0], help="of the tuned learning rate")
     command.add_argument("--other-domain", type=Path, help="with --corpus: text of the held-out domain (.txt, .jsonl)")
     command.add_argument("--at-once", type=int, default=2, help="runs at a time (default: 2)")
     _add_models(command, seeds=seeds)
+
+
+def _add_rows(command: argparse.ArgumentParser, *, default: str) -> None:
+    command.add_argument("--rows", nargs="+", default=None, metavar="ROW", help=f"default: {default}")
 
 
 def _add_models(command: argparse.ArgumentParser, *, seeds: str) -> None:

@@ -10,6 +10,7 @@ from sweeping import matrix
 
 from ds_quant.cli.shared.errors import CommandError
 from studying import (
+    adapting,
     arguments,
     asked,
     cluster,
@@ -39,6 +40,7 @@ def run(argv: list[str], *, description: str) -> int:
         "tables": _write_tables,
         "repeat": _repeat,
         "post-training": _quantize_after_training,
+        "adapt": _adapt,
         "isolate": _isolate,
         "memory": _measure_memory,
         "smoke": _smoke,
@@ -100,6 +102,7 @@ def _write_tables(options: argparse.Namespace) -> int:
         post_training.read(post_training.path(options.csv)),
         isolation.read(isolation.path(options.csv)),
         memory.read(memory.path(options.csv)),
+        adapting.read(adapting.path(options.csv)),
     )
     for size, family, ratio in tables.groups(found):
         rate = results.tuned_rate(found, size, family, ratio)
@@ -125,6 +128,21 @@ def _quantize_after_training(options: argparse.Namespace) -> int:
             if rate is not None:
                 keys = asked.keys(options, size, family, rate)
                 asked.measure_other_domain(options, training, keys, post_training.measure)
+    return 0
+
+
+def _adapt(options: argparse.Namespace) -> int:
+    training, known = asked.training_of(options), list(results.read(options.csv).values())
+    count = 0
+    for size in plan.chosen(options.sizes, protocol.SIZES, "--sizes"):
+        for family in plan.chosen(options.families, protocol.FAMILIES, "--families"):
+            rate = results.tuned_rate(known, size, family, plan.ratio_of(options.ratio))
+            if rate is not None:
+                keys = asked.keys(options, size, family, rate)
+                count += adapting.measure(keys, training.rows, training.settings, training.csv)
+    if not count:
+        allowed = f"sizes whose rate {options.csv} has tuned, and rows of weights or activations"
+        raise CommandError(f"adapt: got no model and row; allowed: {allowed}; correct them")
     return 0
 
 

@@ -16,12 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from corpora import packing, permutation, shards
-
 from ds_quant.cli.shared.errors import CommandError
 from ds_quant.cli.shared.spreads import Gap
 from ds_quant.cli.shared.tables import markdown_table
-from studying import plan, processors, protocol, results
+from studying import checkpoints, plan, processors, results
 from studying.plan import Key, Settings
 from studying.rows import BASELINE, Row
 
@@ -32,11 +30,7 @@ QUANTIZERS = {
     "a4_token": ("activation", "row"),
 }
 """Rows of the paper's matrix: of all linear layers with the output layer, symmetric, to nearest."""
-SEQUENCES = 256
-"""Of the held-out split, as all losses of the study."""
 SHARPNESS_BATCHES, CURVATURE_DIRECTIONS, CURVATURE_SPAN = 4, 4, 0.1
-_ORDER = 1000
-"""Of the training text, for more steps: of no epoch."""
 MEASURES = ("weight_peak", "weight_kurtosis", "activation_peak", "activation_kurtosis", "sharpness", "curvature")
 
 
@@ -93,7 +87,7 @@ def fingerprint() -> str:
     from studying import arms
 
     told = [arms.CLIP, arms.BLOCK, arms.FACTOR, arms.ONE_IN, arms.STEPS, arms.RHO, arms.RATE_DIVISOR, QUANTIZERS]
-    told += [SEQUENCES, SHARPNESS_BATCHES, CURVATURE_DIRECTIONS, CURVATURE_SPAN]
+    told += [checkpoints.SEQUENCES, SHARPNESS_BATCHES, CURVATURE_DIRECTIONS, CURVATURE_SPAN]
     return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:12]
 
 
@@ -122,26 +116,13 @@ def measure(keys: Iterable[Key], rows: Mapping[str, Row], settings: Settings, cs
 
 
 def _measured(key: Key, arm: str, folder: Path, settings: Settings) -> Measured:
-    import torch
-
-    from ds_quant.cli.shared.loaded_model import load_model
     from studying.arms import ARMS, STEPS
 
-    size = protocol.SIZES[key.size]
-    torch.set_num_threads(1)
-    train = shards.PackedShards(settings.index, settings.index.train, size.context_length)
-    held_out = shards.PackedShards(settings.index, settings.index.validation, size.context_length)
-    order = permutation.Permutation(len(train), key.seed, _ORDER)
-    model: Any = load_model(folder, quantizers="off", dtype=torch.float32, device=settings.device).model
-    model.config.use_cache = False
+    model: Any = checkpoints.load(folder, settings)
     change = ARMS[arm].change
     if change is not None:
-        import numpy as np
-
-        places = order(np.arange(STEPS * size.micro_batch) % len(train))
-        change(model, batches(train, places.tolist(), size.micro_batch, model.device), key.rate)
-    even = packing.EvenSubset(held_out, SEQUENCES)
-    figures = measures(model, arm, batches(even, range(len(even)), size.micro_batch, model.device))
+        change(model, checkpoints.more_text(key, settings, STEPS), key.rate)
+    figures = measures(model, arm, checkpoints.held_out_text(key, settings))
     where = processors.where(settings.device)
     told: dict[str, Any] = {**figures, **{name: str(where[name]) for name in ("processor", "commit", "date")}}
     return Measured(key=key, arm=arm, fingerprint=fingerprint(), text=settings.text, **told)
@@ -159,18 +140,12 @@ def measures(model: Any, arm: str, text: Sequence[Any]) -> dict[str, float]:
     operands = ARMS[arm].operands
     seen = {"weight": Outliers(), "activation": Outliers()}
 
-    rows = [len(batch["labels"]) for batch in text]
-
-    @torch.no_grad()
-    def loss() -> float:
-        return sum(float(model(**batch).loss) * count for batch, count in zip(text, rows, strict=True)) / sum(rows)
-
     with products(model, operands, seen=seen), torch.no_grad():
         model(**text[0])
     figures = {f"{name}_peak": found.peak for name, found in seen.items()}
     figures |= {f"{name}_kurtosis": found.kurtosis for name, found in seen.items()}
     with products(model, operands):
-        figures["loss"] = loss()
+        figures["loss"] = checkpoints.loss(model, text)
         some = text[:: max(1, len(text) // SHARPNESS_BATCHES)][:SHARPNESS_BATCHES]
         figures["sharpness"] = sharpness(model, some).scalars["sharpness"]
         found = [
@@ -180,19 +155,8 @@ def measures(model: Any, arm: str, text: Sequence[Any]) -> dict[str, float]:
         figures["curvature"] = sum(found) / len(found)
     for name, (operand, granularity) in QUANTIZERS.items():
         with products(model, operands, Rounded(operand, granularity)):
-            figures[name] = loss()
+            figures[name] = checkpoints.loss(model, text)
     return figures
-
-
-def batches(packed: Any, places: Sequence[int], size: int, device: Any) -> list[dict[str, Any]]:
-    """input_ids and labels, int64 [size, context length] each, of the sequences at `places`."""
-    import torch
-
-    rows = [packed[place] for place in places]
-    return [
-        {name: torch.stack([row[name] for row in rows[at : at + size]]).to(device) for name in ("input_ids", "labels")}
-        for at in range(0, len(rows), size)
-    ]
 
 
 def table(found: Mapping[tuple[Key, str], Measured], group: tuple[str, str, float, float], text: str) -> list[str]:

@@ -9,7 +9,7 @@ from ds_quant.base.whole_folder import write_whole
 from ds_quant.cli.shared.errors import CommandError
 from ds_quant.cli.shared.spreads import Gap
 from ds_quant.cli.shared.tables import markdown_table
-from studying import fits, isolation, memory, overview, post_training, processors, protocol, verdicts
+from studying import adapting, fits, isolation, memory, overview, post_training, processors, protocol, verdicts
 from studying.plan import Key
 from studying.post_training import Evaluated
 from studying.results import Result, tuned_rate
@@ -44,11 +44,12 @@ def text(
     evaluated: Mapping[Key, Evaluated],
     isolated: Mapping[tuple[Key, str], isolation.Measured],
     peaks: Sequence[memory.Measured],
+    adapted: Mapping[Key, adapting.Adapted],
 ) -> str:
     """All tables as Markdown.
 
     evaluated: the baseline's models quantized after training. isolated: changed in one respect before.
-    peaks: memory of whole steps.
+    peaks: memory of whole steps. adapted: the baseline's models trained on with quantizers.
     """
     if not found:
         return "No run has ended yet.\n"
@@ -79,6 +80,7 @@ def text(
                 lines += [] if scale == 1 else [f"At {scale:g} times that rate:", ""]
                 lines += _judged(judged, tell_missing=scale == 1)
             lines += post_training.table(rows, found, evaluated, (size, family, ratio, scale * rate))
+        lines += adapting.table(rows, adapted, (size, family, ratio, rate), one.text)
         lines += isolation.table(isolated, (size, family, ratio, rate), one.text)
     lines = [_about(found), "", *overview.table(at_tuned_rates), *lines]
     return "\n".join([*lines, *fits.text(found, rows), *memory.table(peaks)])

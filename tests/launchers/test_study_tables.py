@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 from helpers.study_results import a_result
-from studying import commands, isolation, memory, post_training, results, rows, tables
+from studying import adapting, commands, isolation, memory, post_training, results, rows, tables
 from studying.results import Result
 
 from ds_quant.cli.shared.errors import CommandError
@@ -55,7 +55,7 @@ def test_tables_say_what_the_csv_has(tmp_path: Path) -> None:
 def test_rows_at_other_rates_are_held_against_the_baseline_there(tmp_path: Path) -> None:
     found = some_results()
     found += [a_result("w8a8", 0, 5.25, rate=0.001), a_result("w8a8", 0, 5.4, rate=0.004)]
-    lines = tables.text(found, list(rows.all_rows().values()), {}, {}, []).splitlines()
+    lines = tables.text(found, list(rows.all_rows().values()), {}, {}, [], {}).splitlines()
     half, double = lines.index("At 0.5 times that rate:"), lines.index("At 2 times that rate:")
     for part, gap in ((lines[:half], "+0.0020"), (lines[half:double], "+0.0500"), (lines[double:], "+0.1000")):
         (line,) = [one for one in part if one.startswith("| w8a8 |")]
@@ -71,7 +71,7 @@ def test_the_committed_page_is_that_of_the_committed_csv(tmp_path: Path) -> None
     copy = page.parent / "results" / "study" / "runs.csv"
     results.write(copy, results.read(results.PATH).values())
     assert copy.read_text() == results.PATH.read_text(), "sorted and in full, as the script writes it"
-    for path in (post_training.path, isolation.path, memory.path):
+    for path in (post_training.path, isolation.path, memory.path, adapting.path):
         path(copy).write_text(path(results.PATH).read_text())
     commands.run(["tables", "--csv", str(copy), "--page", str(page)], description="")
     assert page.read_text() == committed, "run `python launchers/study.py tables`"
@@ -107,7 +107,7 @@ def test_the_first_table_has_what_failed_and_its_best_repair() -> None:
     found = [*some_results(), a_result("a4_token", 0, 5.0), *(a_result("g8_tensor", seed, 6.0) for seed in range(3))]
     # One seed comes behind three, whatever its loss is.
     found += [a_result("w4_nvfp4", 0, 4.0), a_result("g8_outer", 0, 5.9)]
-    made = tables.text(found, list(rows.all_rows().values()), {}, {}, [])
+    made = tables.text(found, list(rows.all_rows().values()), {}, {}, [], {})
     lines = made.partition("### At a glance")[2].partition("### llama")[0].strip().splitlines()[2:]
     told = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     assert told == [
@@ -115,4 +115,4 @@ def test_the_first_table_has_what_failed_and_its_best_repair() -> None:
         ["g8_tensor", "llama, 0.7m, D/N 1", "+0.9000", "g8_outer", "+0.9000", "", "1", "too few seeds"],
         ["v8_tensor", "llama, 0.7m, D/N 1", "diverged", "none", "", "", "", ""],
     ]
-    assert "### At a glance" not in tables.text(found[:5], list(rows.all_rows().values()), {}, {}, [])
+    assert "### At a glance" not in tables.text(found[:5], list(rows.all_rows().values()), {}, {}, [], {})
