@@ -107,12 +107,10 @@ def _write_tables(options: argparse.Namespace) -> int:
     for size, family, ratio in tables.groups(found):
         rate = results.tuned_rate(found, size, family, ratio)
         judged = [] if rate is None else verdicts.judge(rows, found, (size, family, ratio, rate))
-        name = f"{family}-{size}-{ratio:g}.png"
-        if len([entry for entry in judged if entry.seeds]) > 1 and pictures.draw(
-            judged, f"{family}, {size}, D/N {ratio:g}", folder / name
-        ):
-            link = os.path.relpath(folder / name, options.page.parent)
-            made += f"\n![gaps of {family}, {size}, D/N {ratio:g}]({link})\n"
+        title, picture = f"{family}, {size}, D/N {ratio:g}", folder / f"{family}-{size}-{ratio:g}.png"
+        several = len([entry for entry in judged if entry.seeds and entry.row.name != BASELINE]) > 1
+        if several and pictures.draw(judged, title, picture):
+            made += f"\n![gaps of {title}]({os.path.relpath(picture, options.page.parent)})\n"
     changed = tables.write(options.page, made)
     print(f"{'written' if changed else 'unchanged'}: {options.page}")
     return 0

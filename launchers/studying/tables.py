@@ -32,10 +32,10 @@ _AGREES = {
 
 
 def groups(found: Iterable[Result]) -> list[tuple[str, str, float]]:
-    """Each (size, family, ratio) with runs of the baseline, in the protocol's order."""
+    """Each (size, family, ratio) with runs of the baseline: by size, tokens a parameter and family."""
     known = {(r.key.size, r.key.family, r.key.ratio) for r in found if r.key.row == BASELINE}
     sizes = list(protocol.SIZES)
-    return sorted(known, key=lambda group: (group[2], sizes.index(group[0]), protocol.FAMILIES.index(group[1])))
+    return sorted(known, key=lambda group: (sizes.index(group[0]), group[2], protocol.FAMILIES.index(group[1])))
 
 
 def text(
