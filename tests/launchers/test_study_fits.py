@@ -102,12 +102,15 @@ def test_size_and_length_are_told_apart() -> None:
     same_length = small / large
     for size, ratio, tokens in (("0.7m", 1.0, 1.0), ("0.7m", 4.0, 4.0), ("2m", same_length, 1.0)):
         # 0.1 a doubling of tokens, and nothing of parameters.
-        found += runs_of(size, ratio, {"a4_token": 0.02 + 0.1 * float(np.log2(tokens)), "w8a8": 0.0})
+        found += runs_of(size, ratio, {"a4_token": 0.02 + 0.1 * float(np.log2(tokens)), "w8a8": 0.0, "v8_tensor": 0.1})
+    broken = next(number for number, one in enumerate(found) if one.key.row == "v8_tensor")
+    found[broken] = dataclasses.replace(found[broken], state="diverged")
     made = fits.text(found, rows)
     at = made.index("**Size and length apart**: llama")
     lines = {line.split("|")[1].strip(): line for line in made[at:] if line.startswith("| ")}
     cells = lines["a4_token"].split("|")
     assert float(cells[3]) == pytest.approx(0.0, abs=1e-4)
     assert [cell.strip() for cell in cells[6:9]] == ["+0.1000", "+0.1000 to +0.1000", "grows"]
+    assert "v8_tensor" not in lines, "diverged somewhere"
     assert "not told" in lines["w8a8"] or "+0.0000 to +0.0000" in lines["w8a8"]
     assert not any("Size and length" in line for line in fits.text(found[: len(found) // 3 * 2], rows)), "one size"
