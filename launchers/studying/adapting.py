@@ -12,7 +12,7 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,12 +87,11 @@ def measure(keys: Sequence[Key], rows: Mapping[str, Row], settings: Settings, cs
             waiting.setdefault(dataclasses.replace(key, row=BASELINE), []).append(key)
     for model_key, asked in waiting.items():
         folder = plan.finished(model_key, rows[BASELINE], settings) / "model"
+        where = processors.where(settings.device)
+        told: dict[str, Any] = {name: str(where[name]) for name in ("processor", "commit", "date")}
         sections = {key: _section(key, rows[key.row], settings) for key in asked}
         for key, losses in _both_ways(model_key, folder, sections, settings):
-            where: dict[str, Any] = {
-                name: str(processors.where(settings.device)[name]) for name in ("processor", "commit", "date")
-            }
-            known[key] = Adapted(key, fingerprint(rows[key.row]), settings.text, *losses, **where)
+            known[key] = Adapted(key, fingerprint(rows[key.row]), settings.text, *losses, **told)
             _, after, adapted = losses
             print(f"{plan.shown(key)}: quantized after {after:.4f}, trained on with it {adapted:.4f} nats a token")
             ordered = sorted(known.values(), key=lambda one: dataclasses.astuple(one.key))
@@ -101,40 +100,34 @@ def measure(keys: Sequence[Key], rows: Mapping[str, Row], settings: Settings, cs
 
 
 def _section(key: Key, row: Row, settings: Settings) -> dict[str, Any]:
-    config = json.loads(plan.write_config(key, row, settings).read_text(encoding="utf-8"))
-    section: dict[str, Any] = config["ds_quant"]["linear"]
+    section: dict[str, Any] = json.loads(plan.config_text(key, row, settings))["ds_quant"]["linear"]
     return section
 
 
-def _both_ways(model_key: Key, folder: Path, sections: Mapping[Key, dict[str, Any]], settings: Settings) -> Any:
+def _both_ways(
+    model_key: Key, folder: Path, sections: Mapping[Key, dict[str, Any]], settings: Settings
+) -> Iterator[tuple[Key, tuple[float, float, float]]]:
     """(key, losses) of each: continued, quantized after that, trained on with the quantizers."""
+    from ds_quant.linear.convert import convert
     from studying.arms import STEPS
 
     model = checkpoints.load(folder, settings)
     more, held_out = checkpoints.more_text(model_key, settings, STEPS), checkpoints.held_out_text(model_key, settings)
     continued = copy.deepcopy(model)
-    train_on_with(continued, None, more, model_key.rate)
+    _train_on(continued, more, model_key.rate)
     before = checkpoints.loss(continued, held_out)
     for key, section in sections.items():
         after, adapted = copy.deepcopy(continued), copy.deepcopy(model)
-        put_in(after, section)
-        train_on_with(adapted, section, more, model_key.rate)
+        for one in (after, adapted):
+            convert(one, section)
+        _train_on(adapted, more, model_key.rate)
         yield key, (before, checkpoints.loss(after, held_out), checkpoints.loss(adapted, held_out))
 
 
-def put_in(model: Any, section: Mapping[str, Any]) -> None:
-    """Quantize its linear layers by `ds_quant.linear` of a JSON."""
-    from ds_quant.linear.convert import convert
-
-    convert(model, dict(section))
-
-
-def train_on_with(model: Any, section: Mapping[str, Any] | None, text: Sequence[dict[str, Any]], rate: float) -> None:
-    """A step of AdamW for each batch, at a tenth of the training's peak `rate`; None: in full precision."""
+def _train_on(model: Any, text: Sequence[dict[str, Any]], rate: float) -> None:
+    """A step of AdamW for each batch, at a tenth of the training's peak `rate`."""
     from studying import arms
 
-    if section is not None:
-        put_in(model, section)
     model.train()
     arms.train_on(model, text, rate / arms.RATE_DIVISOR, rho=0.0)
     model.eval()

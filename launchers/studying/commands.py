@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Iterator
 
 from sweeping import matrix
 
@@ -119,25 +120,17 @@ def _write_tables(options: argparse.Namespace) -> int:
 def _quantize_after_training(options: argparse.Namespace) -> int:
     if options.corpus and not options.other_domain:
         raise CommandError("--other-domain: got none with --corpus; allowed: text to evaluate on; name a file")
-    training, known = asked.training_of(options), list(results.read(options.csv).values())
-    for size in plan.chosen(options.sizes, protocol.SIZES, "--sizes"):
-        for family in plan.chosen(options.families, protocol.FAMILIES, "--families"):
-            rate = results.tuned_rate(known, size, family, plan.ratio_of(options.ratio))
-            if rate is not None:
-                keys = asked.keys(options, size, family, rate)
-                asked.measure_other_domain(options, training, keys, post_training.measure)
+    training = asked.training_of(options)
+    for keys in _of_tuned_groups(options):
+        asked.measure_other_domain(options, training, keys, post_training.measure)
     return 0
 
 
 def _adapt(options: argparse.Namespace) -> int:
-    training, known = asked.training_of(options), list(results.read(options.csv).values())
-    count = 0
-    for size in plan.chosen(options.sizes, protocol.SIZES, "--sizes"):
-        for family in plan.chosen(options.families, protocol.FAMILIES, "--families"):
-            rate = results.tuned_rate(known, size, family, plan.ratio_of(options.ratio))
-            if rate is not None:
-                keys = asked.keys(options, size, family, rate)
-                count += adapting.measure(keys, training.rows, training.settings, training.csv)
+    training = asked.training_of(options)
+    count = sum(
+        adapting.measure(keys, training.rows, training.settings, training.csv) for keys in _of_tuned_groups(options)
+    )
     if not count:
         allowed = f"sizes whose rate {options.csv} has tuned, and rows of weights or activations"
         raise CommandError(f"adapt: got no model and row; allowed: {allowed}; correct them")
@@ -145,17 +138,23 @@ def _adapt(options: argparse.Namespace) -> int:
 
 
 def _isolate(options: argparse.Namespace) -> int:
-    training, known = asked.training_of(options), list(results.read(options.csv).values())
-    count = 0
+    training = asked.training_of(options)
+    count = sum(
+        isolation.measure(keys, training.rows, training.settings, training.csv) for keys in _of_tuned_groups(options)
+    )
+    if not count:
+        raise CommandError(f"isolate: got no tuned baseline in {options.csv}; allowed: sizes that it has; correct it")
+    return 0
+
+
+def _of_tuned_groups(options: argparse.Namespace) -> Iterator[list[Key]]:
+    """The runs that were asked for, of each size and family whose learning rate the CSV has tuned."""
+    known = list(results.read(options.csv).values())
     for size in plan.chosen(options.sizes, protocol.SIZES, "--sizes"):
         for family in plan.chosen(options.families, protocol.FAMILIES, "--families"):
             rate = results.tuned_rate(known, size, family, plan.ratio_of(options.ratio))
             if rate is not None:
-                keys = asked.keys(options, size, family, rate)
-                count += isolation.measure(keys, training.rows, training.settings, training.csv)
-    if not count:
-        raise CommandError(f"isolate: got no tuned baseline in {options.csv}; allowed: sizes that it has; correct it")
-    return 0
+                yield asked.keys(options, size, family, rate)
 
 
 def _measure_memory(options: argparse.Namespace) -> int:

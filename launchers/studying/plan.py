@@ -125,10 +125,14 @@ def steps(key: Key, settings: Settings) -> int:
     return protocol.SIZES[key.size].steps(key.family, settings.index.vocab_size, key.ratio)
 
 
+def config_text(key: Key, row: Row, settings: Settings) -> str:
+    """The DeepSpeed JSON of the run."""
+    return repairs.filled_in(row.config, layers=protocol.SIZES[key.size].layers, steps=steps(key, settings))
+
+
 def write_config(key: Key, row: Row, settings: Settings) -> Path:
     """Write the row's DeepSpeed JSON beside its runs, if it is not there."""
-    config = folder(key, row, settings).parent / "config.json"
-    text = repairs.filled_in(row.config, layers=protocol.SIZES[key.size].layers, steps=steps(key, settings))
+    config, text = folder(key, row, settings).parent / "config.json", config_text(key, row, settings)
     if not config.exists() or config.read_text(encoding="utf-8") != text:
         config.parent.mkdir(parents=True, exist_ok=True)
         write_whole(config, text)
