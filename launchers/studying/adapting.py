@@ -148,16 +148,18 @@ def table(
             and (key.size, key.family, key.ratio, key.rate) == group
             and (one.fingerprint, one.text) == (fingerprint(row), text)
         ]
+        ended = [one for one in own if math.isfinite(one.after + one.adapted)]
         cells = []
         for differences in (
-            [one.after - one.continued for one in own],
-            [one.adapted - one.continued for one in own],
-            [one.adapted - one.after for one in own],
+            [one.after - one.continued for one in ended],
+            [one.adapted - one.continued for one in ended],
+            [one.adapted - one.after for one in ended],
         ):
-            gap = Gap.of([one for one in differences if not math.isnan(one)])
+            gap = Gap.of(differences)
             cells += ["", ""] if gap is None else [f"{gap.mean:+.4f}", gap.interval()]
         if own:
-            lines.append([row.name, row.what, str(len(own)), *cells])
+            diverged = f" ({len(own) - len(ended)} diverged)" if len(own) > len(ended) else ""
+            lines.append([row.name, row.what, f"{len(own)}{diverged}", *cells])
     if not lines:
         return []
     title = f"**From the same checkpoint**: {STEPS} more steps, quantized after them or trained with quantizers"

@@ -128,3 +128,9 @@ def test_a_table_of_gaps_to_the_same_steps_without() -> None:
         other: dataclasses.replace(known[other], fingerprint=adapting.fingerprint(ROWS["w4_channel"]), adapted=math.nan)
     }
     assert "| w4_channel |" in adapting.table(rows, diverged, GROUP, "a text")[-2]
+    # A seed that diverged is told, and is in no mean.
+    one = key_of("a4_token")
+    more = {**known, one: dataclasses.replace(known[one], adapted=math.nan)}
+    assert (
+        "| 3 (1 diverged) | +0.2000 | +0.2000 to +0.2000 | +0.0500 |" in adapting.table(rows, more, GROUP, "a text")[-2]
+    )
