@@ -22,6 +22,7 @@ from studying import (
     post_training,
     processors,
     protocol,
+    remeasuring,
     repeating,
     results,
     smoke,
@@ -168,6 +169,7 @@ def _repeat(options: argparse.Namespace) -> int:
     """By default one row of each table, seed 0; 1 where a figure is another one."""
     known, training = results.read(options.csv), asked.training_of(options)
     evaluated = post_training.read(post_training.path(options.csv)).values()
+    adapted = adapting.read(adapting.path(options.csv)).values()
     options.seeds = options.seeds or "0"
     again: list[Key] = []
     for size in plan.chosen(options.sizes, protocol.SIZES, "--sizes"):
@@ -176,7 +178,7 @@ def _repeat(options: argparse.Namespace) -> int:
             rate = results.tuned_rate(list(known.values()), size, family, ratio)
             if rate is not None:
                 seeds, group = matrix.seeds(options.seeds), (size, family, ratio, rate)
-                drawn = repeating.drawn(training.rows, known.values(), evaluated, group, seeds)
+                drawn = repeating.drawn(training.rows, known.values(), evaluated, adapted, group, seeds)
                 names = argparse.Namespace(**{**vars(options), "rows": options.rows or drawn or [BASELINE]})
                 again += [key for key in asked.keys(names, size, family, rate) if key in known or options.rows]
     missing = training.missing(again)
@@ -184,7 +186,14 @@ def _repeat(options: argparse.Namespace) -> int:
         got = plan.shown(missing[0]) if missing else "no tuned baseline"
         allowed = f"sizes, rows and seeds that {options.csv} has, of the same settings and text"
         raise CommandError(f"repeat: got {got}; allowed: {allowed}; correct it")
-    return repeating.repeat(again, training, asked.other_domain_text(options))
+    code = repeating.repeat(again, training, asked.other_domain_text(options))
+    if repeating.apart(training).missing(again):
+        return code
+    code |= remeasuring.adapted(again, training)
+    if options.rows is None:
+        code |= remeasuring.isolated(again, training)
+        code |= remeasuring.in_memory(training)
+    return code
 
 
 def _smoke(options: argparse.Namespace) -> int:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,8 +91,17 @@ def fingerprint() -> str:
     return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:12]
 
 
-def measure(keys: Iterable[Key], rows: Mapping[str, Row], settings: Settings, csv: Path) -> int:
-    """Measure the baseline's models of `keys` in every arm where it is missing; returns how many models there were.
+def measure(
+    keys: Iterable[Key],
+    rows: Mapping[str, Row],
+    settings: Settings,
+    csv: Path,
+    *,
+    arms: Collection[str] | None = None,
+) -> int:
+    """Measure the baseline's models of `keys` in `arms`, or in all, where it is missing.
+
+    Returns how many models there were.
 
     Raises:
         CommandError: another family than Llama, or a model that is in no folder of its run.
@@ -105,7 +114,10 @@ def measure(keys: Iterable[Key], rows: Mapping[str, Row], settings: Settings, cs
         if key.family != "llama":
             raise CommandError(f"--families: got {key.family}; allowed: llama, whose layers the arms know; correct it")
         done = (fingerprint(), settings.text)
-        missing = [arm for arm in ARMS if (one := known.get((key, arm))) is None or (one.fingerprint, one.text) != done]
+        asked = [arm for arm in ARMS if arms is None or arm in arms]
+        missing = [
+            arm for arm in asked if (one := known.get((key, arm))) is None or (one.fingerprint, one.text) != done
+        ]
         folder = plan.finished(key, rows[BASELINE], settings) / "model" if missing else Path()
         for arm in missing:
             known[key, arm] = _measured(key, arm, folder, settings)

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.study_models import a_model, in_place_of_files, some_text
 from helpers.study_results import ROWS, a_result
-from studying import adapting, arms, checkpoints, plan
+from studying import adapting, arms, commands, isolation, plan, results
 from studying.adapting import Adapted
 from studying.plan import Key, Settings
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from ds_quant.cli.shared.errors import CommandError
 from ds_quant.linear.convert import convert
@@ -26,23 +26,6 @@ RATE = 0.02
 
 def key_of(row: str, seed: int = 0) -> Key:
     return dataclasses.replace(a_result(row, seed, 5.0).key)
-
-
-def a_model() -> Any:
-    sizes = {"vocab_size": 32, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
-    return LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=2, use_cache=False)).eval()
-
-
-def some_text(count: int) -> list[dict[str, torch.Tensor]]:
-    return [{"input_ids": ids, "labels": ids} for ids in torch.randint(0, 32, (count, 3, 9))]
-
-
-def in_place_of_files(monkeypatch: pytest.MonkeyPatch, model: Any, more: Any, held_out: Any) -> None:
-    monkeypatch.setattr(Settings, "text", "a text")
-    monkeypatch.setattr(plan, "steps", lambda key, settings: 162)
-    monkeypatch.setattr(checkpoints, "load", lambda folder, settings: copy.deepcopy(model))
-    monkeypatch.setattr(checkpoints, "more_text", lambda key, settings, steps: more)
-    monkeypatch.setattr(checkpoints, "held_out_text", lambda key, settings: held_out)
 
 
 def test_rows_that_can_be_trained_on_with() -> None:
@@ -99,6 +82,27 @@ def test_what_is_known_is_not_trained_again(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(arms, "STEPS", arms.STEPS + 1)
     with pytest.raises(CommandError, match=r"got no .*seed-0/model"):
         adapting.measure([key], ROWS, settings, csv)
+
+
+@pytest.mark.parametrize("command", ["adapt", "isolate"])
+def test_the_commands_start_from_models_of_the_tuned_rate(
+    command: str, tmp_path: Path, token_shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_place_of_files(monkeypatch, a_model(), some_text(1), some_text(1))
+    csv = tmp_path / "runs.csv"
+    rates = {0.001: 5.3, 0.002: 5.2, 0.004: 5.1, 0.008: 5.4}
+    results.write(csv, [a_result("baseline", 0, loss, rate=rate) for rate, loss in rates.items()])
+    key = dataclasses.replace(key_of("baseline"), rate=0.004)
+    (plan.folder(key, ROWS["baseline"], Settings(tmp_path, token_shards)) / "model").mkdir(parents=True)
+    flags = [command, "--runs", str(tmp_path), "--corpus", str(token_shards), "--csv", str(csv), "--seeds", "0"]
+    rows = ["--rows", "w4_channel", "g8_token"] if command == "adapt" else []
+    assert commands.run([*flags, *rows], description="") == 0
+    if command == "adapt":
+        assert list(adapting.read(adapting.path(csv))) == [dataclasses.replace(key, row="w4_channel")]
+    else:
+        assert list(isolation.read(isolation.path(csv))) == [(key, arm) for arm in arms.ARMS]
+    with pytest.raises(CommandError, match=f"{command}: got no "):
+        commands.run([*flags, *rows, "--ratio", "4"], description="")
 
 
 def test_a_table_of_gaps_to_the_same_steps_without() -> None:

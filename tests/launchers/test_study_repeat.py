@@ -12,7 +12,7 @@ import pytest
 import torch
 from helpers.study_results import ROWS, a_result
 from scipy import stats
-from studying import commands, plan, processors, repeating, results
+from studying import commands, comparing, plan, processors, repeating, results
 from studying.plan import Key, Settings
 from studying.post_training import Evaluated
 from studying.results import Result
@@ -26,27 +26,27 @@ GROUP = ("0.7m", "llama", 1.0, 0.002)
 def test_one_row_of_each_table_is_drawn() -> None:
     found = [a_result(name, 0, 5.0) for name in ROWS if name != "baseline_untied"]
     evaluated = [Evaluated(Key(*GROUP[:3], GROUP[3], name, 0), "", "", 5.0) for name in ("w8_channel", "a8_token")]
-    names = repeating.drawn(ROWS, found, evaluated, GROUP, [0])
+    names = repeating.drawn(ROWS, found, evaluated, [], GROUP, [0])
     assert [ROWS[name].kind for name in names[:3]] == ["control", "paper", "repair"]
     assert names[0] == "baseline_stage0", "not the baseline, and not what was never run"
     assert set(names[3:]) <= {"w8_channel", "a8_token"}
     random.shuffle(found)
-    assert repeating.drawn(ROWS, found, evaluated[::-1], GROUP, [0]) == names
+    assert repeating.drawn(ROWS, found, evaluated[::-1], [], GROUP, [0]) == names
     # Only what the CSV has, as the rows are now.
     left = [dataclasses.replace(r, fingerprint="old") for r in found if r.key.row in names]
-    assert not set(names) & set(repeating.drawn(ROWS, [*left, a_result("w8a8", 1, 5.0)], [], GROUP, [0]))
-    assert repeating.drawn(ROWS, [a_result("w8a8", 1, 5.0)], [], GROUP, [1]) == ["w8a8"]
+    assert not set(names) & set(repeating.drawn(ROWS, [*left, a_result("w8a8", 1, 5.0)], [], [], GROUP, [0]))
+    assert repeating.drawn(ROWS, [a_result("w8a8", 1, 5.0)], [], [], GROUP, [1]) == ["w8a8"]
 
 
 def test_a_limit_is_the_interval_of_one_more_seed() -> None:
     losses = [random.gauss(5, 0.1) for _ in range(5)]
     expected = stats.t.ppf(0.975, 4) * statistics.stdev(losses) * math.sqrt(1 + 1 / 5)
-    assert repeating.limit([*losses, math.nan]) == pytest.approx(expected, rel=1e-3)
-    assert repeating.judged(0.99 * expected, losses) == repeating.WITHIN
-    assert repeating.judged(-1.01 * expected, losses) == repeating.OUTSIDE
-    assert repeating.judged(math.nan, losses) == repeating.OUTSIDE
-    assert repeating.judged(0.1, [5.0]) == repeating.UNKNOWN
-    assert repeating.judged(math.nan, [5.0]) == repeating.OUTSIDE
+    assert comparing.limit([*losses, math.nan]) == pytest.approx(expected, rel=1e-3)
+    assert comparing.judged(0.99 * expected, losses) == comparing.WITHIN
+    assert comparing.judged(-1.01 * expected, losses) == comparing.OUTSIDE
+    assert comparing.judged(math.nan, losses) == comparing.OUTSIDE
+    assert comparing.judged(0.1, [5.0]) == comparing.UNKNOWN
+    assert comparing.judged(math.nan, [5.0]) == comparing.OUTSIDE
 
 
 def test_kinds_of_processors() -> None:

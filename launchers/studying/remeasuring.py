@@ -1,0 +1,112 @@
+"""Measures lines of those tables again that are not of runs, and compares with their CSVs to the last digit.
+
+What was trained on from a model of the baseline, or measured of one, starts from the model that `repeating` has
+trained again: nothing of the first study is needed but its CSVs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Iterable, Sequence
+
+from studying import adapting, isolation, memory, plan, processors, repeating, results
+from studying.comparing import Figure
+from studying.plan import Key
+from studying.rows import BASELINE
+from studying.training import Training
+
+_OF_ARMS = ("loss", *isolation.QUANTIZERS, *isolation.MEASURES)
+_OF_MEMORY = ("peak", *memory.ROLES, "sent")
+
+
+def adapted(keys: Sequence[Key], first: Training) -> int:
+    """Train the baseline's models on with the quantizers of those of `keys` that the CSV has; 1 where one differs."""
+    training, file = repeating.apart(first), adapting.path(first.csv)
+    known = {
+        key: one
+        for key, one in adapting.read(file).items()
+        if (one.fingerprint, one.text) == (adapting.fingerprint(first.rows[key.row]), first.settings.text)
+    }
+    own = [key for key in keys if key in known]
+    adapting.measure(own, training.rows, training.settings, training.csv)
+    again, code = adapting.read(adapting.path(training.csv)), 0
+    for key in own:
+        before, now = known[key], again[key]
+        of_seeds = [one for one in known.values() if repeating.of_one_row(one.key, key)]
+        same_place = _is_same_place(key, first, training, before.processor, now.processor)
+        figures = _figures(("continued", "after", "adapted"), before, now, of_seeds, same_place)
+        code |= _told(f"{plan.shown(key)} from the same checkpoint", figures)
+    return code
+
+
+def isolated(keys: Sequence[Key], first: Training) -> int:
+    """Measure one arm of the baseline's models among `keys` that the CSV has, drawn by lot; 1 where one differs."""
+    training, code = repeating.apart(first), 0
+    known = {
+        (key, arm): one
+        for (key, arm), one in isolation.read(isolation.path(first.csv)).items()
+        if (one.fingerprint, one.text) == (isolation.fingerprint(), first.settings.text)
+    }
+    for key in (key for key in keys if key.row == BASELINE):
+        arms = [arm for of, arm in known if of == key]
+        if not arms:
+            continue
+        arm = _drawn(arms)
+        isolation.measure([key], training.rows, training.settings, training.csv, arms=[arm])
+        before, now = known[key, arm], isolation.read(isolation.path(training.csv))[key, arm]
+        of_seeds = [one for (of, name), one in known.items() if name == arm and repeating.of_one_row(of, key)]
+        same_place = _is_same_place(key, first, training, before.processor, now.processor)
+        code |= _told(f"{plan.shown(key)}, {arm}", _figures(_OF_ARMS, before, now, of_seeds, same_place))
+    return code
+
+
+def in_memory(first: Training) -> int:
+    """Measure the memory of one job of the CSV, drawn by lot; 1 where it differs."""
+    cases, again = {case.name: case for case in memory.CASES}, repeating.apart(first).csv
+    found = memory.read(memory.path(first.csv))
+    known = {f"{one.family}, {one.size}, {one.case}": one for one in found if one.case in cases}
+    if not known:
+        return 0
+    name = _drawn(known)
+    before = known[name]
+    memory.measure(before.size, before.family, first.rows, again, [cases[before.case]])
+    now = next(
+        one
+        for one in memory.read(memory.path(again))
+        if (one.size, one.family, one.case) == (before.size, before.family, before.case)
+    )
+    same_place = _place(before) == _place(now)
+    # It has no seeds: elsewhere no limit is known.
+    return _told(f"memory of {name}", _figures(_OF_MEMORY, before, now, [before], same_place))
+
+
+def _drawn(names: Iterable[str]) -> str:
+    return min(names, key=lambda name: hashlib.sha256(name.encode()).hexdigest())
+
+
+def _figures(
+    names: Sequence[str], before: object, now: object, of_seeds: Sequence[object], same_place: bool
+) -> list[Figure]:
+    return [
+        Figure(name, getattr(before, name), getattr(now, name), [getattr(one, name) for one in of_seeds], same_place)
+        for name in names
+    ]
+
+
+def _told(of: str, figures: Sequence[Figure]) -> int:
+    """Print them; 1 where one speaks against its CSV."""
+    for figure in figures:
+        print(figure.told(of))
+    return int(any(figure.is_wrong() for figure in figures))
+
+
+def _is_same_place(key: Key, first: Training, again: Training, before: str, now: str) -> bool:
+    """Whether the models of the baseline, and the figures on processors `before` and `now`, were made alike."""
+    model = dataclasses.replace(key, row=BASELINE)
+    models = [repeating.place(results.read(training.csv)[model]) for training in (first, again)]
+    return models[0] == models[1] and processors.kind(before) == processors.kind(now)
+
+
+def _place(one: memory.Measured) -> tuple[str, str, str]:
+    return processors.kind(one.processor), one.torch, one.deepspeed
