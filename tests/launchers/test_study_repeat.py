@@ -12,7 +12,8 @@ import pytest
 import torch
 from helpers.study_results import ROWS, a_result
 from scipy import stats
-from studying import commands, comparing, plan, processors, repeating, results
+from studying import adapting, commands, comparing, plan, post_training, processors, repeating, results
+from studying.adapting import Adapted
 from studying.plan import Key, Settings
 from studying.post_training import Evaluated
 from studying.results import Result
@@ -30,6 +31,14 @@ def test_one_row_of_each_table_is_drawn() -> None:
     assert [ROWS[name].kind for name in names[:3]] == ["control", "paper", "repair"]
     assert names[0] == "baseline_stage0", "not the baseline, and not what was never run"
     assert set(names[3:]) <= {"w8_channel", "a8_token"}
+    told = {"text": "", "processor": "p", "commit": "c", "date": "2026-11-30"}
+    losses = {"continued": 5.0, "after": 5.0, "adapted": 5.0}
+    adapted = [
+        Adapted(Key(*GROUP[:3], GROUP[3], name, 0), fingerprint, **losses, **told)
+        for name, fingerprint in (("a4_token", adapting.fingerprint(ROWS["a4_token"])), ("w4_channel", "old"))
+    ]
+    more = repeating.drawn(ROWS, found, evaluated, adapted, GROUP, [0])
+    assert set(more) - set(names) <= {"a4_token"} <= set(more)
     random.shuffle(found)
     assert repeating.drawn(ROWS, found, evaluated[::-1], [], GROUP, [0]) == names
     # Only what the CSV has, as the rows are now.
@@ -89,6 +98,16 @@ def test_another_digit_is_another_run(tmp_path: Path, token_shards: Path, capsys
     code, lines = repeat(dataclasses.replace(broken, state="done", loss=5.0, torch="3.0"))
     assert code == 1
     assert lines[2].startswith("OUTSIDE: ")
+    # With quantizers put in, and taken out.
+    first = Evaluated(rows[0].key, rows[0].fingerprint, text, 5.3, without=5.2)
+    for changed, word in (({}, "same"), ({"loss": 5.4}, "OTHER"), ({"without": 5.4}, "OTHER")):
+        for file, one in ((path, first), (again, dataclasses.replace(first, **changed))):
+            post_training._write(post_training.path(file), [one])
+        results.write(again, results.read(path).values())
+        code = commands.run([*flags, "--rows", "w8a8"], description="")
+        told = [line for line in capsys.readouterr().out.splitlines() if "quantize" in line]
+        assert (len(told), code) == (2, int(word != "same"))
+        assert word in {line.partition(":")[0] for line in told}
     results.write(path, [*base, dataclasses.replace(rows[0], fingerprint="of other settings")])
     with pytest.raises(CommandError, match=r"repeat: got .*w8a8"):
         commands.run([*flags, "--rows", "w8a8"], description="")
