@@ -1,7 +1,7 @@
 """Measures lines of those tables again that are not of runs, and compares with their CSVs to the last digit.
 
-What was trained on from a model of the baseline, or measured of one, starts from the model that `repeating` has
-trained again: nothing of the first study is needed but its CSVs.
+Where they start from a model of the baseline, it is the one that `repeating` has trained again: nothing of the first
+study is needed but its CSVs.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _OF_MEMORY = ("peak", *memory.ROLES, "sent")
 
 
 def adapted(keys: Sequence[Key], first: Training) -> int:
-    """Train the baseline's models on with the quantizers of those of `keys` that the CSV has; 1 where one differs."""
+    """From the same checkpoint: those of `keys` that the CSV has; 1 where a figure differs."""
     training, file = repeating.apart(first), adapting.path(first.csv)
     known = {
         key: one
@@ -41,7 +41,7 @@ def adapted(keys: Sequence[Key], first: Training) -> int:
 
 
 def isolated(keys: Sequence[Key], first: Training) -> int:
-    """Measure one arm of the baseline's models among `keys` that the CSV has, drawn by lot; 1 where one differs."""
+    """Sharpness or outliers: one arm of each baseline among `keys`, drawn from those of the CSV; 1 if one differs."""
     training, code = repeating.apart(first), 0
     known = {
         (key, arm): one
@@ -62,7 +62,7 @@ def isolated(keys: Sequence[Key], first: Training) -> int:
 
 
 def in_memory(first: Training) -> int:
-    """Measure the memory of one job of the CSV, drawn by lot; 1 where it differs."""
+    """The memory of one job, drawn from those of the CSV; 1 where a figure differs."""
     cases, again = {case.name: case for case in memory.CASES}, repeating.apart(first).csv
     found = memory.read(memory.path(first.csv))
     known = {f"{one.family}, {one.size}, {one.case}": one for one in found if one.case in cases}
@@ -82,6 +82,7 @@ def in_memory(first: Training) -> int:
 
 
 def _drawn(names: Iterable[str]) -> str:
+    """One as good as drawn by lot, and the same for everybody."""
     return min(names, key=lambda name: hashlib.sha256(name.encode()).hexdigest())
 
 
