@@ -44,6 +44,20 @@ class Row:
         return not self.families or family in self.families
 
     @property
+    def spared(self) -> str:
+        """What of the quantized operands keeps more bits than the paper's rows leave it, in words; empty: nothing."""
+        linear = (json.loads(self.config).get("ds_quant") or {}).get("linear")
+        if linear is None:
+            return ""
+        found = {
+            # Without a list the output layer stays as it is.
+            "layers": linear.get("exclude") != [],
+            "channels": "outlier_share" in (linear.get("activation") or {}),
+            "steps": "forward_full_precision_from" in linear,
+        }
+        return ", ".join(what for what, is_spared in found.items() if is_spared)
+
+    @property
     def own(self) -> list[Any]:
         """All that tells its runs from the baseline's."""
         content = json.loads(self.config)

@@ -96,7 +96,9 @@ def repaired(entry: Judged, of: Judged | None) -> str:
         return "no"
     if entry.seeds < len(protocol.SEEDS):
         return "too few seeds"
-    return "yes" if entry.gap.mean < protocol.REPAIRED_WITHIN else "no"
+    if entry.gap.mean >= protocol.REPAIRED_WITHIN:
+        return "no"
+    return f"yes, but for some {entry.row.spared}" if entry.row.spared else "yes"
 
 
 def needs_more_seeds(judged: Judged) -> bool:

@@ -115,3 +115,12 @@ This line is long enough to be a sentence, but it lists only sources.
 def test_browns_words_become_text() -> None:
     tagged = "\n\n\tThe/at jury/nn said/vbd ,/, ``/`` no/at evidence/nn ''/'' ./.\n\n\n\tWhy/wrb ?/. ?/.\n"
     assert texts.untagged(tagged) == 'The jury said, "no evidence".\nWhy?'
+
+
+def test_what_a_row_spares_is_told() -> None:
+    found = {name: row.spared for name, row in ROWS.items() if row.spared}
+    assert {name for name in found if ROWS[name].kind == "paper"} == set()
+    assert found["a4_token_outliers"] == "channels"
+    assert found["a4_token_full_at_end"] == "steps"
+    no_head = {name for name in ROWS if "no_head" in name or "no_last" in name or name.startswith("recommended")}
+    assert {name for name, spared in found.items() if spared == "layers"} == no_head

@@ -107,12 +107,21 @@ def test_the_first_table_has_what_failed_and_its_best_repair() -> None:
     found = [*some_results(), a_result("a4_token", 0, 5.0), *(a_result("g8_tensor", seed, 6.0) for seed in range(3))]
     # One seed comes behind three, whatever its loss is.
     found += [a_result("w4_nvfp4", 0, 4.0), a_result("g8_outer", 0, 5.9)]
+    # What spares layers is not in the same bits, and stands apart where it is lower.
+    found += [a_result("w4_block32_no_head", seed, 5.02 + seed / 10) for seed in range(3)]
+    found += [a_result("w4_channel_no_head", seed, 5.01 + seed / 10) for seed in range(2)]
+    found += [a_result("v8_channel", seed, 6.0) for seed in range(3)]
     made = tables.text(found, list(rows.all_rows().values()), {}, {}, [], {})
     lines = made.partition("### At a glance")[2].partition("### llama")[0].strip().splitlines()[2:]
     told = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     assert told == [
-        ["w4_channel", "llama, 0.7m, D/N 1", "+0.2010", "w4_block32", "+0.0310", "+0.0285 to +0.0335", "3", "yes"],
-        ["g8_tensor", "llama, 0.7m, D/N 1", "+0.9000", "g8_outer", "+0.9000", "", "1", "too few seeds"],
-        ["v8_tensor", "llama, 0.7m, D/N 1", "diverged", "none", "", "", "", ""],
+        [
+            *("w4_channel", "llama, 0.7m, D/N 1", "+0.2010", "w4_block32", "+0.0310", "+0.0285 to +0.0335", "3", "yes"),
+            "some layers: w4_block32_no_head +0.0200 (+0.0200 to +0.0200)",
+        ],
+        ["g8_tensor", "llama, 0.7m, D/N 1", "+0.9000", "g8_outer", "+0.9000", "", "1", "too few seeds", ""],
+        ["v8_tensor", "llama, 0.7m, D/N 1", "diverged", "none", "", "", "", "", ""],
+        ["v8_channel", "llama, 0.7m, D/N 1", "+0.9000", "none", "", "", "", "", ""],
     ]
+    assert "| +0.2010 | yes, but for some layers |" in made
     assert "### At a glance" not in tables.text(found[:5], list(rows.all_rows().values()), {}, {}, [], {})
