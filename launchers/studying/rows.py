@@ -51,7 +51,7 @@ class Row:
             return ""
         found = {
             # Without a list the output layer stays as it is.
-            "layers": linear.get("exclude") != [],
+            "layers": linear.get("exclude") != [] or bool(linear.get("exclude_blocks")),
             "channels": "outlier_share" in (linear.get("activation") or {}),
             "steps": "forward_full_precision_from" in linear,
         }
