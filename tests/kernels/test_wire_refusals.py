@@ -10,7 +10,7 @@ from kernels.wire_jobs import NUMELS, Job
 
 from ds_quant.kernels import wire
 from ds_quant.kernels.wire.checks import Check
-from ds_quant.numerics.wire import Parts, Residuals, WireFormat
+from ds_quant.numerics.wire import Parts, Residuals, WireFormat, code_bytes
 
 FMT = WireFormat(8, 32)
 
@@ -129,9 +129,10 @@ def test_what_is_known_of_a_layout_hides_no_wrong_argument(rng):
     assert Check("quantize", parts, FMT).known is known
     assert len(known.columns) == 2
 
-    # Of the last piece, if it is the smallest, the scale may be cut off as well.
-    message, tensors = job.background[:-4], [job.tensors[0][:-1]]
-    with pytest.raises(ValueError, match=rf"parts\.(scale|codes)_at.*within the {job.size - 4} bytes"):
+    # A byte less than they take: the last piece's scale, which is looked at first, still fits.
+    needed = max(int(at) + code_bytes(int(n), FMT) for at, n in zip(parts.codes_at, parts.numel, strict=True))
+    message, tensors = job.background[: needed - 1], [job.tensors[0][:-1]]
+    with pytest.raises(ValueError, match=rf"parts\.codes_at.*within the {needed - 1} bytes"):
         wire.dequantize(message, parts, job.tensors, FMT)
     with pytest.raises(ValueError, match=r"parts\.start\[8\]"):
         wire.quantize(tensors, parts, job.background, FMT)
