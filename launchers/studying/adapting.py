@@ -12,7 +12,7 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,10 @@ class Adapted:
     commit: str
     date: str
 
+    def is_of(self, row: Row, text: str) -> bool:
+        """Whether it is of the row as it is now, and of that text."""
+        return (self.fingerprint, self.text) == (fingerprint(row), text)
+
 
 _REST = [field.name for field in dataclasses.fields(Adapted) if field.name != "key"]
 COLUMNS = (*results.KEY_COLUMNS, *_REST)
@@ -55,6 +59,12 @@ def path(csv: Path) -> Path:
 def read(path: Path) -> dict[Key, Adapted]:
     """What is known; nothing where there is no file. Raises CommandError for another file."""
     return {one.key: one for one in results.read_lines(path, COLUMNS, _of_line)}
+
+
+def write(path: Path, found: Iterable[Adapted]) -> None:
+    """All of them, sorted, in place of what is there."""
+    ordered = sorted(found, key=lambda one: dataclasses.astuple(one.key))
+    results.write_lines(path, COLUMNS, [{**vars(one.key), **vars(one)} for one in ordered])
 
 
 def fingerprint(row: Row) -> str:
@@ -83,7 +93,7 @@ def measure(keys: Sequence[Key], rows: Mapping[str, Row], settings: Settings, cs
     possible = [key for key in keys if can_be_adapted(rows[key.row])]
     for key in possible:
         one = known.get(key)
-        if one is None or (one.fingerprint, one.text) != (fingerprint(rows[key.row]), settings.text):
+        if one is None or not one.is_of(rows[key.row], settings.text):
             waiting.setdefault(dataclasses.replace(key, row=BASELINE), []).append(key)
     for model_key, asked in waiting.items():
         folder = plan.finished(model_key, rows[BASELINE], settings) / "model"
@@ -94,8 +104,7 @@ def measure(keys: Sequence[Key], rows: Mapping[str, Row], settings: Settings, cs
             known[key] = Adapted(key, fingerprint(rows[key.row]), settings.text, *losses, **told)
             _, after, adapted = losses
             print(f"{plan.shown(key)}: quantized after {after:.4f}, trained on with it {adapted:.4f} nats a token")
-            ordered = sorted(known.values(), key=lambda one: dataclasses.astuple(one.key))
-            results.write_lines(path(csv), COLUMNS, [{**vars(one.key), **vars(one)} for one in ordered])
+            write(path(csv), known.values())
     return len(possible)
 
 
@@ -142,11 +151,7 @@ def table(
     lines = []
     for row in rows:
         own = [
-            one
-            for key, one in adapted.items()
-            if key.row == row.name
-            and (key.size, key.family, key.ratio, key.rate) == group
-            and (one.fingerprint, one.text) == (fingerprint(row), text)
+            one for key, one in adapted.items() if key.row == row.name and key.group == group and one.is_of(row, text)
         ]
         ended = [one for one in own if math.isfinite(one.after + one.adapted)]
         cells = []

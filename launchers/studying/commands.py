@@ -122,16 +122,17 @@ def _quantize_after_training(options: argparse.Namespace) -> int:
     if options.corpus and not options.other_domain:
         raise CommandError("--other-domain: got none with --corpus; allowed: text to evaluate on; name a file")
     training = asked.training_of(options)
-    for keys in _of_tuned_groups(options):
-        asked.measure_other_domain(options, training, keys, post_training.measure)
+    for group in _tuned_groups(options):
+        asked.measure_other_domain(options, training, asked.keys(options, *group), post_training.measure)
     return 0
 
 
 def _adapt(options: argparse.Namespace) -> int:
     training = asked.training_of(options)
-    count = sum(
-        adapting.measure(keys, training.rows, training.settings, training.csv) for keys in _of_tuned_groups(options)
-    )
+    count = 0
+    for group in _tuned_groups(options):
+        keys = asked.keys(options, *group)
+        count += adapting.measure(keys, training.rows, training.settings, training.csv)
     if not count:
         allowed = f"sizes whose rate {options.csv} has tuned, and rows of weights or activations"
         raise CommandError(f"adapt: got no model and row; allowed: {allowed}; correct them")
@@ -140,22 +141,23 @@ def _adapt(options: argparse.Namespace) -> int:
 
 def _isolate(options: argparse.Namespace) -> int:
     training = asked.training_of(options)
-    count = sum(
-        isolation.measure(keys, training.rows, training.settings, training.csv) for keys in _of_tuned_groups(options)
-    )
+    count = 0
+    for group in _tuned_groups(options):
+        keys = asked.keys(options, *group)
+        count += isolation.measure(keys, training.rows, training.settings, training.csv)
     if not count:
         raise CommandError(f"isolate: got no tuned baseline in {options.csv}; allowed: sizes that it has; correct it")
     return 0
 
 
-def _of_tuned_groups(options: argparse.Namespace) -> Iterator[list[Key]]:
-    """The runs that were asked for, of each size and family whose learning rate the CSV has tuned."""
+def _tuned_groups(options: argparse.Namespace) -> Iterator[tuple[str, str, float]]:
+    """(size, family, rate) of what was asked for, where the CSV has tuned the learning rate."""
     known = list(results.read(options.csv).values())
     for size in plan.chosen(options.sizes, protocol.SIZES, "--sizes"):
         for family in plan.chosen(options.families, protocol.FAMILIES, "--families"):
             rate = results.tuned_rate(known, size, family, plan.ratio_of(options.ratio))
             if rate is not None:
-                yield asked.keys(options, size, family, rate)
+                yield size, family, rate
 
 
 def _measure_memory(options: argparse.Namespace) -> int:
@@ -172,15 +174,12 @@ def _repeat(options: argparse.Namespace) -> int:
     adapted = adapting.read(adapting.path(options.csv)).values()
     options.seeds = options.seeds or "0"
     again: list[Key] = []
-    for size in plan.chosen(options.sizes, protocol.SIZES, "--sizes"):
-        for family in plan.chosen(options.families, protocol.FAMILIES, "--families"):
-            ratio = plan.ratio_of(options.ratio)
-            rate = results.tuned_rate(list(known.values()), size, family, ratio)
-            if rate is not None:
-                seeds, group = matrix.seeds(options.seeds), (size, family, ratio, rate)
-                drawn = repeating.drawn(training.rows, known.values(), evaluated, adapted, group, seeds)
-                names = argparse.Namespace(**{**vars(options), "rows": options.rows or drawn or [BASELINE]})
-                again += [key for key in asked.keys(names, size, family, rate) if key in known or options.rows]
+    ratio, seeds = plan.ratio_of(options.ratio), matrix.seeds(options.seeds)
+    for size, family, rate in _tuned_groups(options):
+        group = (size, family, ratio, rate)
+        drawn = repeating.drawn(training.rows, known.values(), evaluated, adapted, group, seeds)
+        names = argparse.Namespace(**{**vars(options), "rows": options.rows or drawn or [BASELINE]})
+        again += [key for key in asked.keys(names, size, family, rate) if key in known or options.rows]
     missing = training.missing(again)
     if missing or not again:
         got = plan.shown(missing[0]) if missing else "no tuned baseline"

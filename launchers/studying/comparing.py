@@ -53,6 +53,13 @@ class Figure:
         return f"{line}; differs by {self.now - self.before:+.2e}, and {words}"
 
 
+def report(of: str, figures: Sequence[Figure]) -> int:
+    """Print them, with what they are of; 1 where one speaks against its CSV."""
+    for figure in figures:
+        print(figure.told(of))
+    return int(any(figure.is_wrong() for figure in figures))
+
+
 def limit(of_seeds: Sequence[float]) -> float | None:
     """How far one more run of a row is from another figure of it, at 95%; None with fewer than 2 seeds."""
     known = [value for value in of_seeds if math.isfinite(value)]

@@ -109,7 +109,7 @@ def _table(
     judged: list[dict[str, Judged]] = []
     places: list[float] = []
     for group in groups:
-        base = next(r for r in found if verdicts.group_of(r) == group and r.key.row == BASELINE)
+        base = next(r for r in found if r.key.group == group and r.key.row == BASELINE)
         places.append(math.log2(x_of(base)))
         judged.append({entry.row.name: entry for entry in verdicts.judge(rows, found, group)})
     lines = []
@@ -134,7 +134,7 @@ def _planes(
     points: dict[str, list[tuple[float, float, float]]] = {row.name: [] for row in rows}
     diverged = set()
     for group in groups:
-        base = next(r for r in found if verdicts.group_of(r) == group and r.key.row == BASELINE)
+        base = next(r for r in found if r.key.group == group and r.key.row == BASELINE)
         place = math.log2(base.parameters), math.log2(base.tokens)
         for entry in verdicts.judge(rows, found, group):
             points[entry.row.name] += [(*place, gap) for gap in entry.gaps]

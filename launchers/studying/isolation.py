@@ -63,6 +63,10 @@ class Measured:
     commit: str
     date: str
 
+    def is_of(self, text: str) -> bool:
+        """Whether it is of the experiment as it is now, and of that text."""
+        return (self.fingerprint, self.text) == (fingerprint(), text)
+
     def gap(self, quantizer: str) -> float:
         """What the quantizer adds to the loss."""
         return float(getattr(self, quantizer)) - self.loss
@@ -80,6 +84,14 @@ def path(csv: Path) -> Path:
 def read(path: Path) -> dict[tuple[Key, str], Measured]:
     """What is known; nothing where there is no file. Raises CommandError for another file."""
     return {(one.key, one.arm): one for one in results.read_lines(path, COLUMNS, _of_line)}
+
+
+def write(path: Path, found: Iterable[Measured]) -> None:
+    """All of them, sorted, in place of what is there."""
+    from studying.arms import ARMS
+
+    ordered = sorted(found, key=lambda one: (dataclasses.astuple(one.key), list(ARMS).index(one.arm)))
+    results.write_lines(path, COLUMNS, [{**vars(one.key), **vars(one)} for one in ordered])
 
 
 def fingerprint() -> str:
@@ -113,17 +125,13 @@ def measure(
     for key in models:
         if key.family != "llama":
             raise CommandError(f"--families: got {key.family}; allowed: llama, whose layers the arms know; correct it")
-        done = (fingerprint(), settings.text)
         asked = [arm for arm in ARMS if arms is None or arm in arms]
-        missing = [
-            arm for arm in asked if (one := known.get((key, arm))) is None or (one.fingerprint, one.text) != done
-        ]
+        missing = [arm for arm in asked if (one := known.get((key, arm))) is None or not one.is_of(settings.text)]
         folder = plan.finished(key, rows[BASELINE], settings) / "model" if missing else Path()
         for arm in missing:
             known[key, arm] = _measured(key, arm, folder, settings)
             print(f"{plan.shown(key)}: {arm}: {known[key, arm].loss:.4f} nats a token")
-            ordered = sorted(known.values(), key=lambda one: (dataclasses.astuple(one.key), list(ARMS).index(one.arm)))
-            results.write_lines(path(csv), COLUMNS, [{**vars(one.key), **vars(one)} for one in ordered])
+            write(path(csv), known.values())
     return len(models)
 
 
@@ -178,10 +186,7 @@ def table(found: Mapping[tuple[Key, str], Measured], group: tuple[str, str, floa
     own: dict[str, dict[int, Measured]] = {name: {} for name in ARMS}
     for one in found.values():
         key = one.key
-        if group == (key.size, key.family, key.ratio, key.rate) and (one.fingerprint, one.text) == (
-            fingerprint(),
-            text,
-        ):
+        if key.group == group and one.is_of(text):
             own[one.arm][key.seed] = one
     if not any(own.values()):
         return []

@@ -45,6 +45,11 @@ class Key:
     row: str
     seed: int
 
+    @property
+    def group(self) -> tuple[str, str, float, float]:
+        """(size, family, ratio, rate): what the runs of one table have in common."""
+        return self.size, self.family, self.ratio, self.rate
+
 
 @dataclass(frozen=True)
 class Settings:

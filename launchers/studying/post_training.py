@@ -76,7 +76,7 @@ def measure(keys: Sequence[Key], rows: Mapping[str, Row], settings: Settings, cs
         losses = {str(row["quantizers_from"]): other_domain.loss(row) for row in found}
         for key, file in files.items():
             known[key] = Evaluated(key, plan.fingerprint(rows[key.row]), settings.text, losses[str(file)])
-        _write(path(csv), known.values())
+        write(path(csv), known.values())
     own = [
         key
         for key in keys
@@ -88,7 +88,7 @@ def measure(keys: Sequence[Key], rows: Mapping[str, Row], settings: Settings, cs
     if own:
         without = other_domain.losses_of_runs(own, rows, settings, text, quantizers="off")
         known |= {key: dataclasses.replace(known[key], without=loss) for key, loss in without.items()}
-        _write(path(csv), known.values())
+        write(path(csv), known.values())
 
 
 def read(path: Path) -> dict[Key, Evaluated]:
@@ -96,7 +96,8 @@ def read(path: Path) -> dict[Key, Evaluated]:
     return {one.key: one for one in results.read_lines(path, _COLUMNS, _of_line)}
 
 
-def _write(path: Path, found: Iterable[Evaluated]) -> None:
+def write(path: Path, found: Iterable[Evaluated]) -> None:
+    """All of them, sorted, in place of what is there."""
     ordered = sorted(found, key=lambda one: dataclasses.astuple(one.key))
     results.write_lines(path, _COLUMNS, [{**vars(one.key), **vars(one)} for one in ordered])
 
@@ -108,7 +109,7 @@ def table(
     group: tuple[str, str, float, float],
 ) -> list[str]:
     """Gaps on the held-out domain of quantizers that came after training, beside those of training with them."""
-    own = [result for result in found if verdicts.group_of(result) == group and result.state == runs.DONE]
+    own = [result for result in found if result.key.group == group and result.state == runs.DONE]
     base = {result.key.seed: result for result in own if result.key.row == BASELINE}
     lines = []
     for entry in verdicts.judge(rows, found, group):
@@ -116,7 +117,7 @@ def table(
             (one, base[one.key.seed].other_loss)
             for one in evaluated.values()
             if one.key.row == entry.row.name
-            and group == (one.key.size, one.key.family, one.key.ratio, one.key.rate)
+            and one.key.group == group
             and one.fingerprint == plan.fingerprint(entry.row)
             and one.key.seed in base
             and one.text == base[one.key.seed].text

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from studying import adapting, isolation, memory, plan, processors, repeating, results
-from studying.comparing import Figure
+from studying.comparing import Figure, report
 from studying.plan import Key
+from studying.results import Result
 from studying.rows import BASELINE
 from studying.training import Training
 
@@ -23,31 +24,27 @@ _OF_MEMORY = ("peak", *memory.ROLES, "sent")
 def adapted(keys: Sequence[Key], first: Training) -> int:
     """From the same checkpoint: those of `keys` that the CSV has; 1 where a figure differs."""
     training, file = repeating.apart(first), adapting.path(first.csv)
-    known = {
-        key: one
-        for key, one in adapting.read(file).items()
-        if (one.fingerprint, one.text) == (adapting.fingerprint(first.rows[key.row]), first.settings.text)
-    }
+    text = first.settings.text
+    known = {key: one for key, one in adapting.read(file).items() if one.is_of(first.rows[key.row], text)}
     own = [key for key in keys if key in known]
     adapting.measure(own, training.rows, training.settings, training.csv)
     again, code = adapting.read(adapting.path(training.csv)), 0
+    models = [results.read(first.csv), results.read(training.csv)]
     for key in own:
         before, now = known[key], again[key]
         of_seeds = [one for one in known.values() if repeating.of_one_row(one.key, key)]
-        same_place = _is_same_place(key, first, training, before.processor, now.processor)
+        same_place = _is_same_place(key, models, before.processor, now.processor)
         figures = _figures(("continued", "after", "adapted"), before, now, of_seeds, same_place)
-        code |= _told(f"{plan.shown(key)} from the same checkpoint", figures)
+        code |= report(f"{plan.shown(key)} from the same checkpoint", figures)
     return code
 
 
 def isolated(keys: Sequence[Key], first: Training) -> int:
     """Sharpness or outliers: one arm of each baseline among `keys`, drawn from those of the CSV; 1 if one differs."""
     training, code = repeating.apart(first), 0
-    known = {
-        (key, arm): one
-        for (key, arm), one in isolation.read(isolation.path(first.csv)).items()
-        if (one.fingerprint, one.text) == (isolation.fingerprint(), first.settings.text)
-    }
+    models = [results.read(first.csv), results.read(training.csv)]
+    text = first.settings.text
+    known = {of: one for of, one in isolation.read(isolation.path(first.csv)).items() if one.is_of(text)}
     for key in (key for key in keys if key.row == BASELINE):
         arms = [arm for of, arm in known if of == key]
         if not arms:
@@ -56,8 +53,8 @@ def isolated(keys: Sequence[Key], first: Training) -> int:
         isolation.measure([key], training.rows, training.settings, training.csv, arms=[arm])
         before, now = known[key, arm], isolation.read(isolation.path(training.csv))[key, arm]
         of_seeds = [one for (of, name), one in known.items() if name == arm and repeating.of_one_row(of, key)]
-        same_place = _is_same_place(key, first, training, before.processor, now.processor)
-        code |= _told(f"{plan.shown(key)}, {arm}", _figures(_OF_ARMS, before, now, of_seeds, same_place))
+        same_place = _is_same_place(key, models, before.processor, now.processor)
+        code |= report(f"{plan.shown(key)}, {arm}", _figures(_OF_ARMS, before, now, of_seeds, same_place))
     return code
 
 
@@ -76,9 +73,9 @@ def in_memory(first: Training) -> int:
         for one in memory.read(memory.path(again))
         if (one.size, one.family, one.case) == (before.size, before.family, before.case)
     )
-    same_place = _place(before) == _place(now)
+    same_place = repeating.place(before) == repeating.place(now)
     # It has no seeds: elsewhere no limit is known.
-    return _told(f"memory of {name}", _figures(_OF_MEMORY, before, now, [before], same_place))
+    return report(f"memory of {name}", _figures(_OF_MEMORY, before, now, [before], same_place))
 
 
 def _drawn(names: Iterable[str]) -> str:
@@ -95,19 +92,8 @@ def _figures(
     ]
 
 
-def _told(of: str, figures: Sequence[Figure]) -> int:
-    """Print them; 1 where one speaks against its CSV."""
-    for figure in figures:
-        print(figure.told(of))
-    return int(any(figure.is_wrong() for figure in figures))
-
-
-def _is_same_place(key: Key, first: Training, again: Training, before: str, now: str) -> bool:
+def _is_same_place(key: Key, models: Sequence[Mapping[Key, Result]], before: str, now: str) -> bool:
     """Whether the models of the baseline, and the figures on processors `before` and `now`, were made alike."""
-    model = dataclasses.replace(key, row=BASELINE)
-    models = [repeating.place(results.read(training.csv)[model]) for training in (first, again)]
-    return models[0] == models[1] and processors.kind(before) == processors.kind(now)
-
-
-def _place(one: memory.Measured) -> tuple[str, str, str]:
-    return processors.kind(one.processor), one.torch, one.deepspeed
+    of = dataclasses.replace(key, row=BASELINE)
+    one, other = (repeating.place(found[of]) for found in models)
+    return one == other and processors.kind(before) == processors.kind(now)

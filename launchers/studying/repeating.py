@@ -12,9 +12,10 @@ from pathlib import Path
 
 from collecting.runs import DONE
 
-from studying import adapting, other_domain, plan, post_training, processors, results
+from studying import adapting, comparing, other_domain, plan, post_training, processors, results
 from studying.adapting import Adapted
 from studying.comparing import Figure
+from studying.memory import Measured
 from studying.plan import Key
 from studying.post_training import Evaluated
 from studying.results import Result
@@ -36,7 +37,7 @@ def drawn(
     """
 
     def is_asked(key: Key) -> bool:
-        return (key.size, key.family, key.ratio, key.rate) == group and key.seed in seeds
+        return key.group == group and key.seed in seeds
 
     made = {
         result.key.row
@@ -97,9 +98,7 @@ def repeat(keys: Sequence[Key], first: Training, text: Path | None) -> int:
         if key in evaluated and key in put_in:
             own = [one for one in evaluated.values() if of_one_row(one.key, key)]
             figures += _of_quantizers(evaluated[key], put_in[key], own, place(before) == place(now))
-        for figure in figures:
-            code = 1 if figure.is_wrong() else code
-            print(figure.told(plan.shown(key)))
+        code |= comparing.report(plan.shown(key), figures)
     return code
 
 
@@ -125,6 +124,6 @@ def of_one_row(key: Key, of: Key) -> bool:
     return dataclasses.replace(key, seed=of.seed) == of
 
 
-def place(result: Result) -> str:
+def place(one: Result | Measured) -> str:
     """Processor and versions, on which the last digit depends."""
-    return f"{processors.kind(result.processor)}, torch {result.torch}, DeepSpeed {result.deepspeed}"
+    return f"{processors.kind(one.processor)}, torch {one.torch}, DeepSpeed {one.deepspeed}"

@@ -99,5 +99,5 @@ def compare(now: Sequence[Result], before: Sequence[Result]) -> int:
 
 def _losses(found: Sequence[Result], name: str) -> dict[int, float]:
     group = (SIZE, FAMILY, RATIO, RATE)
-    own = [r for r in found if r.key.row == name and (r.key.size, r.key.family, r.key.ratio, r.key.rate) == group]
+    own = [r for r in found if r.key.row == name and r.key.group == group]
     return {r.key.seed: r.loss for r in own if r.state == DONE}

@@ -60,7 +60,7 @@ def judge(rows: Iterable[Row], found: Sequence[Result], group: tuple[str, str, f
 
     Runs of other settings of a row, of another text or dtype than the newest baseline's, are left out.
     """
-    own = [result for result in found if group_of(result) == group]
+    own = [result for result in found if result.key.group == group]
     base = {
         result.key.seed: result
         for result in own
@@ -106,11 +106,6 @@ def needs_more_seeds(judged: Judged) -> bool:
     if judged.gap is None or judged.num_diverged or judged.gap.num_pairs < len(protocol.SEEDS):
         return False
     return abs(judged.gap.mean) < protocol.SMALL_EFFECT
-
-
-def group_of(result: Result) -> tuple[str, str, float, float]:
-    """(size, family, ratio, rate)."""
-    return result.key.size, result.key.family, result.key.ratio, result.key.rate
 
 
 def _alike(one: Result, other: Result) -> bool:

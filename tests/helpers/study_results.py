@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from studying import plan, rows
+from studying import memory, plan, rows
+from studying.memory import Measured
 from studying.plan import Key
 from studying.results import Result
 
@@ -32,3 +33,10 @@ def a_result(row: str, seed: int, loss: float, **changes: Any) -> Result:
         date="2026-11-29",
     )
     return dataclasses.replace(result, **changes)
+
+
+def a_peak(case: str, ranks: int, **changes: int) -> Measured:
+    parts = dict.fromkeys(("parameters", "tokens", "peak", *memory.ROLES, "sent"), 10000000)
+    told = dict.fromkeys(("processor", "torch", "deepspeed", "commit", "date"), "x")
+    values: dict[str, Any] = {**parts, **told, **changes}
+    return Measured(size="5m", family="llama", case=case, ranks=ranks, **values)

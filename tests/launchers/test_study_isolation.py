@@ -189,7 +189,7 @@ def test_a_table_of_means_and_of_paired_changes(tmp_path: Path) -> None:
     assert isolation.table(known, (*GROUP[:3], 0.004), "a text") == []
     assert isolation.table(known, GROUP, "no text") == []
     path = tmp_path / "isolation.csv"
-    results.write_lines(path, isolation.COLUMNS, [{**vars(one.key), **vars(one)} for one in known.values()])
+    isolation.write(path, known.values())
     assert {repr(one) for one in isolation.read(path).values()} == {repr(one) for one in known.values()}
 
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
-from helpers.study_results import ROWS
+from helpers.study_results import ROWS, a_peak
 from studying import memory, protocol, results
-from studying.memory import CASES, Measured
+from studying.memory import CASES
 
 
 @pytest.mark.parametrize("family", protocol.FAMILIES)
@@ -35,13 +34,6 @@ def test_jobs_differ_in_nothing_but_what_is_quantized(family: str) -> None:
     assert "gradient" not in sections["w8a8_int8"]["linear"]
     assert sections["w8a8g8_int8"]["linear"]["gradient"]["bits"] == 8
     assert sections["sent_4"]["communication"]["gradient"]["bits"] == 4
-
-
-def a_peak(case: str, ranks: int, **changes: int) -> Measured:
-    parts = dict.fromkeys(("parameters", "tokens", "peak", *memory.ROLES, "sent"), 10000000)
-    told = dict.fromkeys(("processor", "torch", "deepspeed", "commit", "date"), "x")
-    values: dict[str, Any] = {**parts, **told, **changes}
-    return Measured(size="5m", family="llama", case=case, ranks=ranks, **values)
 
 
 def test_a_table_of_differences(tmp_path: Path) -> None:

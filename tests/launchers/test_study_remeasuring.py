@@ -9,19 +9,12 @@ from typing import Any
 
 import pytest
 from helpers.study_models import a_model, in_place_of_files, some_text
-from helpers.study_results import ROWS, a_result
+from helpers.study_results import ROWS, a_peak, a_result
 from studying import adapting, commands, isolation, memory, plan, results
 from studying.plan import Settings
 
 ROWS_ADAPTED = ("w4_channel", "a4_token")
 CASES = [case.name for case in memory.CASES]
-
-
-def a_peak(case: str, peak: int) -> memory.Measured:
-    parts = dict.fromkeys(("parameters", "tokens", "peak", *memory.ROLES, "sent"), 10000000)
-    told = {"processor": "p", "torch": "t", "deepspeed": "d", "commit": "c", "date": "x"}
-    values: dict[str, Any] = {**parts, **told, "peak": peak}
-    return memory.Measured(size="5m", family="llama", case=case, ranks=1, **values)
 
 
 class Study:
@@ -41,7 +34,7 @@ class Study:
             (plan.folder(key, ROWS["baseline"], settings) / "model").mkdir(parents=True)
         adapting.measure(keys, ROWS, settings, self.csv)
         isolation.measure(keys, ROWS, settings, self.csv, arms=("trained", "clipped"))
-        self.peaks = [a_peak(name, 100 + number) for number, name in enumerate(CASES)]
+        self.peaks = [a_peak(name, 1, peak=100 + number) for number, name in enumerate(CASES)]
         results.write_lines(memory.path(self.csv), memory.COLUMNS, map(vars, self.peaks))
         self.measured_jobs: list[str] = []
         monkeypatch.setattr(memory, "measure", self.measure_memory)
@@ -64,8 +57,7 @@ class Study:
     def change_adapted(self, **changes: Any) -> None:
         """Of all lines that are in its CSV."""
         path = adapting.path(self.csv)
-        lines = [dataclasses.replace(one, **changes) for one in adapting.read(path).values()]
-        results.write_lines(path, adapting.COLUMNS, [{**vars(one.key), **vars(one)} for one in lines])
+        adapting.write(path, [dataclasses.replace(one, **changes) for one in adapting.read(path).values()])
 
 
 @pytest.fixture
@@ -110,7 +102,7 @@ def test_models_of_another_machine_have_limits(study: Study, capsys: pytest.Capt
     lines = adapting.read(adapting.path(study.csv)).values()
     moved = [dataclasses.replace(one, after=one.after + 0.1 * one.key.seed) for one in lines]
     moved = [dataclasses.replace(one, after=one.after + 0.01 * (one.key.seed == 0)) for one in moved]
-    results.write_lines(adapting.path(study.csv), adapting.COLUMNS, [{**vars(one.key), **vars(one)} for one in moved])
+    adapting.write(adapting.path(study.csv), moved)
     code, told = study.repeat(capsys, "--rows", "a4_token")
     assert code == 0
     assert [line.partition(":")[0] for line in told] == ["same", "within limits", "same"]
@@ -120,8 +112,7 @@ def test_figures_of_other_settings_are_left(study: Study, capsys: pytest.Capture
     study.change_adapted(fingerprint="of other settings")
     memory.path(study.csv).unlink()
     path = isolation.path(study.csv)
-    old = [{**vars(one.key), **vars(one), "fingerprint": "old"} for one in isolation.read(path).values()]
-    results.write_lines(path, isolation.COLUMNS, old)
+    isolation.write(path, [dataclasses.replace(one, fingerprint="old") for one in isolation.read(path).values()])
     assert study.repeat(capsys) == (0, [])
 
 

@@ -102,7 +102,7 @@ def test_another_digit_is_another_run(tmp_path: Path, token_shards: Path, capsys
     first = Evaluated(rows[0].key, rows[0].fingerprint, text, 5.3, without=5.2)
     for changed, word in (({}, "same"), ({"loss": 5.4}, "OTHER"), ({"without": 5.4}, "OTHER")):
         for file, one in ((path, first), (again, dataclasses.replace(first, **changed))):
-            post_training._write(post_training.path(file), [one])
+            post_training.write(post_training.path(file), [one])
         results.write(again, results.read(path).values())
         code = commands.run([*flags, "--rows", "w8a8"], description="")
         told = [line for line in capsys.readouterr().out.splitlines() if "quantize" in line]
