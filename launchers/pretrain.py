@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 
 from pretraining import environment
-from survival.errors import Diverged, LaunchError, RunEnded, Stopped
+from survival.errors import Diverged, LaunchError, RunEnded, Stopped, refuse
 from survival.signals import StopAtOnce, StopRequest
 
 from ds_quant.base.process_group import leave_process_group
@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
         ds_quant.enable()
         job.run(sys.argv[1:] if argv is None else argv, use_cpu=use_cpu, request=request)
     except (LaunchError, ds_quant.ConfigError) as error:
-        terminal.complain(str(error))
+        refuse(str(error))
         return LaunchError.exit_status
     except RunEnded as end:
         terminal.complain(str(end), everywhere=not isinstance(end, (Stopped, Diverged)))

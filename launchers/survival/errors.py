@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable
 
+from ds_quant.cli.shared import terminal
 from ds_quant.cli.shared.errors import CommandError
+from survival.signals import StopAtOnce
 
 LaunchError = CommandError
 """A user's mistake in arguments or settings; the commands of ds_quant raise the same class."""
@@ -60,3 +63,20 @@ def end_process(report: Callable[[], None]) -> None:
     finally:
         # The main thread waits inside a library, where an exception cannot reach it.
         os._exit(Interrupted.exit_status)
+
+
+def refuse(reason: str, *, patience: float = 30.0) -> None:
+    """Print an error that every rank should meet, once in the whole job.
+
+    A launcher ends the other ranks as soon as one has ended. A slower rank 0 would then be gone before it has printed
+    anything, so the others wait for the launcher's signal. If none comes within `patience` seconds, rank 0 has not met
+    this error, or is on another node: the first rank of this node prints it. The rest do so if that has not met it
+    either, within the same time again.
+    """
+    if terminal.rank() != 0:
+        try:
+            time.sleep(patience if os.environ.get("LOCAL_RANK") == "0" else 2 * patience)
+        except StopAtOnce:
+            return
+        reason = f"rank {terminal.rank()}: {reason}"
+    terminal.complain(reason, everywhere=True)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,8 @@ import torch
 from conftest import ROOT, free_port
 from helpers.launching import WITHOUT_COMPILER, Ranks, deepspeed, launch, run_ranks
 from PIL import Image
+from survival.errors import refuse
+from survival.signals import SIGNALS, StopRequest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ds_quant.base import trainer_checkpoints
@@ -170,6 +174,24 @@ def test_a_mistake_ends_all_ranks_with_one_line(tmp_path: Path) -> None:
     assert "--vocab_size" in printed or "at least one sequence" in printed
     assert "Traceback" not in printed
     assert not (tmp_path / "run" / "model").exists()
+
+
+@pytest.mark.parametrize("killed", [False, True], ids=["met alone", "told by rank 0"])
+def test_a_mistake_is_told_by_rank_0_or_else_by_the_rank_that_met_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], killed: bool
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    before = [signal.getsignal(number) for number in SIGNALS]
+    StopRequest().install()
+    launcher = threading.Timer(0.3, lambda: os.kill(os.getpid(), signal.SIGTERM)) if killed else None
+    try:
+        if launcher is not None:
+            launcher.start()
+        refuse("wrong", patience=60 if killed else 0.3)
+    finally:
+        for number, handler in zip(SIGNALS, before, strict=True):
+            signal.signal(number, handler)
+    assert capsys.readouterr().err == ("" if killed else "error: rank 1: wrong\n")
 
 
 @pytest.mark.parametrize(

@@ -181,7 +181,9 @@ def test_slurm_tells_the_options_that_a_job_was_given(cluster: Cluster, options:
 def test_ranks_are_those_of_the_gpus(cluster: Cluster, tmp_path: Path) -> None:
     log = tmp_path / "job.out"
     options = ("--nodes=1", "--gpus-per-node=2", f"--output={log}")
-    job = cluster.submit(*options, "slurm/pretrain.sbatch", "--nonsense", PYTHONPATH=str(ROOT))
+    # Rank 0 prints the error, though rank 1 meets it first.
+    (tmp_path / "sitecustomize.py").write_text("import os, time\nif os.environ.get('RANK') == '0': time.sleep(4)\n")
+    job = cluster.submit(*options, "slurm/pretrain.sbatch", "--nonsense", PYTHONPATH=f"{tmp_path}:{ROOT}")
     cluster.wait_for_job(job, 120, log.read_text)
     assert "1 nodes (n1) with 2 ranks each" in log.read_text()
     assert log.read_text().count("got the unknown flag --nonsense") == 2, "one rank says it, and it is tried twice"
