@@ -63,7 +63,7 @@ def test_jobs_of_deepspeed_and_accelerate(tmp_path: Path, corpus: Path) -> None:
         ]
         for job, name in zip(jobs, ("deepspeed", "accelerate"), strict=True):
             log = tmp_path / f"{name}.out"
-            assert cluster.wait_for_job(job, 150, log.read_text)["JobState"] == "COMPLETED", log.read_text()
+            assert cluster.wait_for_job(job, 250, log.read_text)["JobState"] == "COMPLETED", log.read_text()
     first, second = summary_of(tmp_path / "deepspeed"), summary_of(tmp_path / "accelerate")
     assert (first["world_size"], second["world_size"]) == (2, 2)
     assert first["final_eval_loss"] == second["final_eval_loss"]
