@@ -303,12 +303,17 @@ _STOCHASTIC = _gradient(4, "token", *_BOTH)
 _BLOCKS = (_block(4, 32), _block(4, 32))
 _BLOCK_GRADIENT = _block(4, 32, rounding="stochastic", used_for=list(_BOTH))
 
-
 _EDEN = {**_BLOCK_GRADIENT, "rounding": "ms_eden"}
 _NVFP4: tuple[Values, Values, Values] = (
     {"format": "nvfp4"},
     {"format": "nvfp4"},
     {"format": "nvfp4", "rounding": "stochastic", "used_for": list(_BOTH)},
+)
+_FOUR_SIX: Values = {"format": "nvfp4", "scale_rule": "four_six"}
+_NVINT4: tuple[Values, Values, Values] = (
+    {"format": "nvint4"},
+    {"format": "nvint4"},
+    {"format": "nvint4", "rounding": "stochastic", "used_for": list(_BOTH)},
 )
 
 COMBINED = {
@@ -407,11 +412,13 @@ COMBINED = {
         "combined",
         "w4a4g4_naive",
         "NVINT4, G stochastic",
-        _all4(
-            {"format": "nvint4"},
-            {"format": "nvint4"},
-            {"format": "nvint4", "rounding": "stochastic", "used_for": list(_BOTH)},
-        ),
+        _all4(*_NVINT4),
+    ),
+    "w4a4g4_nvint4_ms_eden": Repair(
+        "combined",
+        "w4a4g4_naive",
+        "NVINT4, G by MS-EDEN, all products rotated by matrices of 128 with drawn signs",
+        _rotated(_all4(*_NVINT4[:2], {**_NVINT4[2], "rounding": "ms_eden"}), 128, signs="drawn"),
     ),
     "w4a4g4_nvfp4": Repair(
         "combined",
@@ -436,6 +443,12 @@ COMBINED = {
         "w4a4g4_naive",
         "NVFP4, G stochastic, all products rotated by matrices of 16",
         _rotated(_all4(*_NVFP4), 16),
+    ),
+    "w4a4g4_nvfp4_ms_eden": Repair(
+        "combined",
+        "w4a4g4_naive",
+        "NVFP4, W and A with 4/6 scales, G by MS-EDEN, all products rotated by matrices of 128 with drawn signs",
+        _rotated(_all4(_FOUR_SIX, _FOUR_SIX, {**_NVFP4[2], "rounding": "ms_eden"}), 128, signs="drawn"),
     ),
     "w4a4g4_mxfp4": Repair(
         "combined",
