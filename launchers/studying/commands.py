@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Iterator
 
 from sweeping import matrix
 
@@ -122,42 +121,48 @@ def _quantize_after_training(options: argparse.Namespace) -> int:
     if options.corpus and not options.other_domain:
         raise CommandError("--other-domain: got none with --corpus; allowed: text to evaluate on; name a file")
     training = asked.training_of(options)
-    for group in _tuned_groups(options):
-        asked.measure_other_domain(options, training, asked.keys(options, *group), post_training.measure)
+    for group in _tuned_groups(options, "post-training"):
+        keys = asked.keys(options, *group)
+        if not any(post_training.can_be_put_in(training.rows[key.row]) for key in keys):
+            raise CommandError("--rows: got none to put in; allowed: rows of weights or activations; correct it")
+        asked.measure_other_domain(options, training, keys, post_training.measure)
     return 0
 
 
 def _adapt(options: argparse.Namespace) -> int:
     training = asked.training_of(options)
     count = 0
-    for group in _tuned_groups(options):
+    for group in _tuned_groups(options, "adapt"):
         keys = asked.keys(options, *group)
         count += adapting.measure(keys, training.rows, training.settings, training.csv)
     if not count:
-        allowed = f"sizes whose rate {options.csv} has tuned, and rows of weights or activations"
-        raise CommandError(f"adapt: got no model and row; allowed: {allowed}; correct them")
+        raise CommandError("--rows: got none to train on with; allowed: rows of weights or activations; correct it")
     return 0
 
 
 def _isolate(options: argparse.Namespace) -> int:
     training = asked.training_of(options)
-    count = 0
-    for group in _tuned_groups(options):
-        keys = asked.keys(options, *group)
-        count += isolation.measure(keys, training.rows, training.settings, training.csv)
-    if not count:
-        raise CommandError(f"isolate: got no tuned baseline in {options.csv}; allowed: sizes that it has; correct it")
+    for group in _tuned_groups(options, "isolate"):
+        isolation.measure(asked.keys(options, *group), training.rows, training.settings, training.csv)
     return 0
 
 
-def _tuned_groups(options: argparse.Namespace) -> Iterator[tuple[str, str, float]]:
-    """(size, family, rate) of what was asked for, where the CSV has tuned the learning rate."""
-    known = list(results.read(options.csv).values())
+def _tuned_groups(options: argparse.Namespace, command: str) -> list[tuple[str, str, float]]:
+    """(size, family, rate) of what was asked for, where the CSV has tuned the learning rate.
+
+    Raises:
+        CommandError: it has for nothing of it; `command` is named.
+    """
+    known, found = list(results.read(options.csv).values()), []
     for size in plan.chosen(options.sizes, protocol.SIZES, "--sizes"):
         for family in plan.chosen(options.families, protocol.FAMILIES, "--families"):
             rate = results.tuned_rate(known, size, family, plan.ratio_of(options.ratio))
             if rate is not None:
-                yield size, family, rate
+                found.append((size, family, rate))
+    if not found:
+        got = f"no tuned learning rate in {options.csv}"
+        raise CommandError(f"{command}: got {got}; allowed: sizes, families and ratios that it has; correct them")
+    return found
 
 
 def _measure_memory(options: argparse.Namespace) -> int:
@@ -175,14 +180,14 @@ def _repeat(options: argparse.Namespace) -> int:
     options.seeds = options.seeds or "0"
     again: list[Key] = []
     ratio, seeds = plan.ratio_of(options.ratio), matrix.seeds(options.seeds)
-    for size, family, rate in _tuned_groups(options):
+    for size, family, rate in _tuned_groups(options, "repeat"):
         group = (size, family, ratio, rate)
         drawn = repeating.drawn(training.rows, known.values(), evaluated, adapted, group, seeds)
         names = argparse.Namespace(**{**vars(options), "rows": options.rows or drawn or [BASELINE]})
         again += [key for key in asked.keys(names, size, family, rate) if key in known or options.rows]
     missing = training.missing(again)
     if missing or not again:
-        got = plan.shown(missing[0]) if missing else "no tuned baseline"
+        got = plan.shown(missing[0]) if missing else "no run"
         allowed = f"sizes, rows and seeds that {options.csv} has, of the same settings and text"
         raise CommandError(f"repeat: got {got}; allowed: {allowed}; correct it")
     code = repeating.repeat(again, training, asked.other_domain_text(options))

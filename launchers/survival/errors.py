@@ -70,7 +70,7 @@ def refuse(reason: str, *, patience: float = 30.0) -> None:
 
     A launcher ends the other ranks as soon as one has ended. A slower rank 0 would then be gone before it has printed
     anything, so the others wait for the launcher's signal. If none comes within `patience` seconds, rank 0 has not met
-    this error, or is on another node, and the first rank of this node prints it. The other ranks wait for that one, too.
+    this error, or is on another node, and the first rank of this node prints it. The others wait for that one, too.
     """
     if terminal.rank() != 0:
         try:

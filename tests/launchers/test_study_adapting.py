@@ -101,8 +101,11 @@ def test_the_commands_start_from_models_of_the_tuned_rate(
         assert list(adapting.read(adapting.path(csv))) == [dataclasses.replace(key, row="w4_channel")]
     else:
         assert list(isolation.read(isolation.path(csv))) == [(key, arm) for arm in arms.ARMS]
-    with pytest.raises(CommandError, match=f"{command}: got no "):
+    with pytest.raises(CommandError, match=f"{command}: got no tuned learning rate"):
         commands.run([*flags, *rows, "--ratio", "4"], description="")
+    if command == "adapt":
+        with pytest.raises(CommandError, match="--rows: got none to train on with"):
+            commands.run([*flags, "--rows", "g8_token"], description="")
 
 
 def test_a_table_of_gaps_to_the_same_steps_without() -> None:

@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from studying import other_domain, plan, post_training, results, rows
+from helpers.study_results import ROWS, a_result
+from studying import commands, other_domain, plan, post_training, results
 from studying.plan import Key, Settings
 from studying.post_training import Evaluated
 from studying.results import Result
 
 from ds_quant.cli.shared.errors import CommandError
 
-ROWS = rows.all_rows()
 GROUP = ("0.7m", "llama", 1.0, 0.002)
 TEXT = "a text"
 
@@ -85,6 +85,35 @@ def test_what_is_missing_is_evaluated_once(tmp_path: Path, monkeypatch: pytest.M
     assert [model for model, _ in asked] == [key_of("baseline", seed) for seed in (0, 1)]
     for _, files in asked:
         assert [Path(file).parent.name.split(".")[0] for file in files] == ["w4_channel", "a4_token"]
+
+
+def test_the_command_takes_models_of_the_tuned_rate(
+    tmp_path: Path, token_shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    csv, other, asked = tmp_path / "runs.csv", tmp_path / "other.jsonl", []
+    other.write_text('{"text": "some text"}\n')
+    rates = {0.001: 5.3, 0.002: 5.2, 0.004: 5.1, 0.008: 5.4}
+    settings = Settings(tmp_path, token_shards)
+    results.write(csv, [a_result("baseline", 0, loss, rate=rate, text=settings.text) for rate, loss in rates.items()])
+    key = Key(*GROUP[:3], 0.004, "baseline", 0)
+    (plan.folder(key, ROWS["baseline"], settings) / "model").mkdir(parents=True)
+
+    def evaluate(folders: Any, key: Key, settings: Settings, text: Path, quantizers: Any) -> list[dict[str, Any]]:
+        asked.append((key, text))
+        return [{"quantizers_from": one, "perplexity": {"text": {"loss": 5.25}}} for one in quantizers]
+
+    monkeypatch.setattr(other_domain, "evaluate", evaluate)
+    flags = ["post-training", "--runs", str(tmp_path), "--corpus", str(token_shards), "--csv", str(csv), "--seeds", "0"]
+    flags += ["--other-domain", str(other)]
+    assert commands.run([*flags, "--rows", "w4_channel", "g8_token"], description="") == 0
+    assert asked == [(key, other)]
+    assert list(post_training.read(post_training.path(csv))) == [dataclasses.replace(key, row="w4_channel")]
+    for wrong, words in (
+        (["--ratio", "4"], "post-training: got no tuned learning rate"),
+        (["--rows", "g8_token"], "--rows: got none to put in"),
+    ):
+        with pytest.raises(CommandError, match=words):
+            commands.run([*flags, *wrong], description="")
 
 
 def test_own_models_are_evaluated_without_their_quantizers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -112,6 +112,10 @@ def test_another_digit_is_another_run(tmp_path: Path, token_shards: Path, capsys
     with pytest.raises(CommandError, match=r"repeat: got .*w8a8"):
         commands.run([*flags, "--rows", "w8a8"], description="")
     results.write(path, [*base, *rows])
-    for wrong, message in ((["--rows", "w8a8", "w8_tensor"], "w8_tensor"), (["--ratio", "4"], "no tuned baseline")):
+    for wrong, message in (
+        (["--rows", "w8a8", "w8_tensor"], "w8_tensor"),
+        (["--ratio", "4"], "no tuned learning rate"),
+        (["--seeds", "9"], "no run"),
+    ):
         with pytest.raises(CommandError, match=f"repeat: got .*{message}"):
             commands.run([*flags, *wrong], description="")
