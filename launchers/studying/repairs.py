@@ -444,11 +444,11 @@ COMBINED = {
         "NVFP4, G stochastic, all products rotated by matrices of 16",
         _rotated(_all4(*_NVFP4), 16),
     ),
-    "w4a4g4_nvfp4_ms_eden": Repair(
+    "w4a4g4_nvfp4_four_six": Repair(
         "combined",
         "w4a4g4_naive",
-        "NVFP4, W and A with 4/6 scales, G by MS-EDEN, all products rotated by matrices of 128 with drawn signs",
-        _rotated(_all4(_FOUR_SIX, _FOUR_SIX, {**_NVFP4[2], "rounding": "ms_eden"}), 128, signs="drawn"),
+        "NVFP4, W and A with 4/6 scales, G stochastic",
+        _all4(_FOUR_SIX, _FOUR_SIX, _NVFP4[2]),
     ),
     "w4a4g4_mxfp4": Repair(
         "combined",
