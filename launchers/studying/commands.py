@@ -121,10 +121,10 @@ def _quantize_after_training(options: argparse.Namespace) -> int:
     if options.corpus and not options.other_domain:
         raise CommandError("--other-domain: got none with --corpus; allowed: text to evaluate on; name a file")
     training = asked.training_of(options)
-    for group in _tuned_groups(options, "post-training"):
-        keys = asked.keys(options, *group)
-        if not any(post_training.can_be_put_in(training.rows[key.row]) for key in keys):
-            raise CommandError("--rows: got none to put in; allowed: rows of weights or activations; correct it")
+    groups = [asked.keys(options, *group) for group in _tuned_groups(options, "post-training")]
+    if not any(post_training.can_be_put_in(training.rows[key.row]) for keys in groups for key in keys):
+        raise CommandError("--rows: got none to put in; allowed: rows of weights or activations; correct it")
+    for keys in groups:
         asked.measure_other_domain(options, training, keys, post_training.measure)
     return 0
 

@@ -85,6 +85,7 @@ _FOUR_FIFTHS = "@FOUR_FIFTHS@"
 # Of both families: model.layers.N and transformer.h.N.
 _LAST = ["lm_head", f"*.{_LAST_BLOCK}.*"]
 _BOTH = ("weight", "input")
+_FOUR_SIX: Values = {"format": "nvfp4", "scale_rule": "four_six"}
 _MX: Values = {"format": "mxfp4", "scale_rule": "up"}
 _RESET = {"every": 32, "watched_steps": 16, "ratio": 8, "first_step": 104}
 """The first step is as late as the authors' in 162 steps."""
@@ -106,9 +107,7 @@ WEIGHT = {
         "W", "w4_channel", "blocks of 32, output layer in full precision", _linear(weight=_block(4, 32), exclude=_HEADS)
     ),
     "w4_nvfp4": Repair("W", "w4_channel", "NVFP4", _linear(weight={"format": "nvfp4"})),
-    "w4_nvfp4_four_six": Repair(
-        "W", "w4_channel", "NVFP4, 4/6 scales", _linear(weight={"format": "nvfp4", "scale_rule": "four_six"})
-    ),
+    "w4_nvfp4_four_six": Repair("W", "w4_channel", "NVFP4, 4/6 scales", _linear(weight=_FOUR_SIX)),
     "w4_nvint4": Repair("W", "w4_channel", "NVINT4", _linear(weight={"format": "nvint4"})),
     "w4_channel_trust": Repair(
         "W",
@@ -172,9 +171,7 @@ ACTIVATION = {
         _full_at_end(_linear(activation={"bits": 4, "granularity": "token"})),
     ),
     "a4_nvfp4": Repair("A", "a4_token", "NVFP4", _linear(activation={"format": "nvfp4"})),
-    "a4_nvfp4_four_six": Repair(
-        "A", "a4_token", "NVFP4, 4/6 scales", _linear(activation={"format": "nvfp4", "scale_rule": "four_six"})
-    ),
+    "a4_nvfp4_four_six": Repair("A", "a4_token", "NVFP4, 4/6 scales", _linear(activation=_FOUR_SIX)),
     "a4_nvint4": Repair("A", "a4_token", "NVINT4", _linear(activation={"format": "nvint4"})),
     "a4_mxfp4": Repair("A", "a4_token", "MXFP4, scales rounded up", _linear(activation=dict(_MX))),
 }
@@ -295,6 +292,11 @@ def _all4(weight: Values, activation: Values, gradient: Values | None = None) ->
     return _linear(backward="quantized", weight=weight, activation=activation, gradient=gradient)
 
 
+def _in_one_format(fmt: str) -> tuple[Values, Values, Values]:
+    """Weights, activations and gradients in one format, G stochastic."""
+    return {"format": fmt}, {"format": fmt}, {"format": fmt, "rounding": "stochastic", "used_for": list(_BOTH)}
+
+
 _CHANNEL: Values = {"bits": 4, "granularity": "channel"}
 _TOKEN: Values = {"bits": 4, "granularity": "token"}
 _OUTER = _gradient(4, "outer", *_BOTH)
@@ -304,17 +306,7 @@ _BLOCKS = (_block(4, 32), _block(4, 32))
 _BLOCK_GRADIENT = _block(4, 32, rounding="stochastic", used_for=list(_BOTH))
 
 _EDEN = {**_BLOCK_GRADIENT, "rounding": "ms_eden"}
-_NVFP4: tuple[Values, Values, Values] = (
-    {"format": "nvfp4"},
-    {"format": "nvfp4"},
-    {"format": "nvfp4", "rounding": "stochastic", "used_for": list(_BOTH)},
-)
-_FOUR_SIX: Values = {"format": "nvfp4", "scale_rule": "four_six"}
-_NVINT4: tuple[Values, Values, Values] = (
-    {"format": "nvint4"},
-    {"format": "nvint4"},
-    {"format": "nvint4", "rounding": "stochastic", "used_for": list(_BOTH)},
-)
+_NVFP4, _NVINT4 = _in_one_format("nvfp4"), _in_one_format("nvint4")
 
 COMBINED = {
     "w8a8g8_stochastic": Repair(

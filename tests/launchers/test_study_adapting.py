@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.study_models import a_model, in_place_of_files, some_text
-from helpers.study_results import ROWS, a_result
+from helpers.study_results import ROWS, a_result, tuning
 from studying import adapting, arms, commands, isolation, plan, results
 from studying.adapting import Adapted
 from studying.plan import Key, Settings
@@ -90,8 +90,7 @@ def test_the_commands_start_from_models_of_the_tuned_rate(
 ) -> None:
     in_place_of_files(monkeypatch, a_model(), some_text(1), some_text(1))
     csv = tmp_path / "runs.csv"
-    rates = {0.001: 5.3, 0.002: 5.2, 0.004: 5.1, 0.008: 5.4}
-    results.write(csv, [a_result("baseline", 0, loss, rate=rate) for rate, loss in rates.items()])
+    results.write(csv, tuning())
     key = dataclasses.replace(key_of("baseline"), rate=0.004)
     (plan.folder(key, ROWS["baseline"], Settings(tmp_path, token_shards)) / "model").mkdir(parents=True)
     flags = [command, "--runs", str(tmp_path), "--corpus", str(token_shards), "--csv", str(csv), "--seeds", "0"]

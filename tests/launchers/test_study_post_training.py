@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.study_results import ROWS, a_result
+from helpers.study_results import ROWS, a_result, tuning
 from studying import commands, other_domain, plan, post_training, results
 from studying.plan import Key, Settings
 from studying.post_training import Evaluated
@@ -25,10 +26,19 @@ def key_of(row: str, seed: int = 0) -> Key:
 
 
 def a_run(row: str, seed: int, other_loss: float) -> Result:
-    told = {"text": TEXT, "parameters": 1, "steps": 1, "tokens": 1, "state": "done", "loss": 5.0, "lowest": 5.0}
-    where = {"dtype": "float32", "processor": "", "torch": "", "deepspeed": "", "commit": "", "date": "2026-11-29"}
-    fingerprint = plan.fingerprint(ROWS[row])
-    return Result(key=key_of(row, seed), fingerprint=fingerprint, other_loss=other_loss, **told, **where)
+    return a_result(row, seed, 5.0, text=TEXT, other_loss=other_loss)
+
+
+def in_place_of_evaluation(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Key, Path, Sequence[str]]]:
+    """5.25 nats for whatever is put in. Returns what was asked for: key of the models, text, files of quantizers."""
+    asked = []
+
+    def evaluate(folders: Any, key: Key, settings: Settings, text: Path, quantizers: Any) -> list[dict[str, Any]]:
+        asked.append((key, text, quantizers))
+        return [{"quantizers_from": one, "perplexity": {"text": {"loss": 5.25}}} for one in quantizers]
+
+    monkeypatch.setattr(other_domain, "evaluate", evaluate)
+    return asked
 
 
 def test_rows_that_have_something_to_put_in() -> None:
@@ -58,7 +68,7 @@ def test_gaps_are_paired_and_stand_beside_those_of_training() -> None:
 
 
 def test_what_is_missing_is_evaluated_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    csv, asked = tmp_path / "runs.csv", []
+    csv = tmp_path / "runs.csv"
     monkeypatch.setattr(Settings, "text", TEXT)
     monkeypatch.setattr(plan, "steps", lambda key, settings: 162)
     settings = Settings(runs=tmp_path / "runs", corpus=tmp_path)
@@ -68,11 +78,7 @@ def test_what_is_missing_is_evaluated_once(tmp_path: Path, monkeypatch: pytest.M
         where = dataclasses.replace(settings, runs=runs)
         (plan.folder(key_of("baseline", seed), ROWS["baseline"], where) / "model").mkdir(parents=True)
 
-    def evaluate(folders: Any, key: Key, settings: Settings, text: Path, quantizers: Any) -> list[dict[str, Any]]:
-        asked.append((key, quantizers))
-        return [{"quantizers_from": one, "perplexity": {"text": {"loss": 5.25}}} for one in quantizers]
-
-    monkeypatch.setattr(other_domain, "evaluate", evaluate)
+    asked = in_place_of_evaluation(monkeypatch)
     keys = [key_of(row, seed) for row in ("baseline", "w4_channel", "g8_token", "a4_token") for seed in range(3)]
     for _ in range(2):
         post_training.measure(keys, ROWS, settings, csv, tmp_path)
@@ -82,31 +88,26 @@ def test_what_is_missing_is_evaluated_once(tmp_path: Path, monkeypatch: pytest.M
             for row in ("w4_channel", "a4_token")
             for seed in (0, 1)  # seed 2 was not trained
         }
-    assert [model for model, _ in asked] == [key_of("baseline", seed) for seed in (0, 1)]
-    for _, files in asked:
+    assert [model for model, _, _ in asked] == [key_of("baseline", seed) for seed in (0, 1)]
+    for _, _, files in asked:
         assert [Path(file).parent.name.split(".")[0] for file in files] == ["w4_channel", "a4_token"]
 
 
 def test_the_command_takes_models_of_the_tuned_rate(
     tmp_path: Path, token_shards: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    csv, other, asked = tmp_path / "runs.csv", tmp_path / "other.jsonl", []
+    csv, other = tmp_path / "runs.csv", tmp_path / "other.jsonl"
     other.write_text('{"text": "some text"}\n')
-    rates = {0.001: 5.3, 0.002: 5.2, 0.004: 5.1, 0.008: 5.4}
     settings = Settings(tmp_path, token_shards)
-    results.write(csv, [a_result("baseline", 0, loss, rate=rate, text=settings.text) for rate, loss in rates.items()])
+    results.write(csv, tuning(text=settings.text))
     key = Key(*GROUP[:3], 0.004, "baseline", 0)
     (plan.folder(key, ROWS["baseline"], settings) / "model").mkdir(parents=True)
 
-    def evaluate(folders: Any, key: Key, settings: Settings, text: Path, quantizers: Any) -> list[dict[str, Any]]:
-        asked.append((key, text))
-        return [{"quantizers_from": one, "perplexity": {"text": {"loss": 5.25}}} for one in quantizers]
-
-    monkeypatch.setattr(other_domain, "evaluate", evaluate)
+    asked = in_place_of_evaluation(monkeypatch)
     flags = ["post-training", "--runs", str(tmp_path), "--corpus", str(token_shards), "--csv", str(csv), "--seeds", "0"]
     flags += ["--other-domain", str(other)]
     assert commands.run([*flags, "--rows", "w4_channel", "g8_token"], description="") == 0
-    assert asked == [(key, other)]
+    assert [(model, text) for model, text, _ in asked] == [(key, other)]
     assert list(post_training.read(post_training.path(csv))) == [dataclasses.replace(key, row="w4_channel")]
     for wrong, words in (
         (["--ratio", "4"], "post-training: got no tuned learning rate"),
