@@ -8,7 +8,7 @@ import os
 import re
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -109,7 +109,7 @@ def frozen(past: dict[Job, int]) -> Iterator[dict[Job, list[int]]]:
         for job in past.keys() - ranks.keys():
             if job.newest_checkpoint() > past[job]:
                 ranks[job] = [rank for node in job.nodes() for rank in job.ranks(node)]
-                _signal(ranks[job], signal.SIGSTOP)
+                send(ranks[job], signal.SIGSTOP)
                 assert ranks[job], job.explain()
         return len(ranks) == len(past)
 
@@ -118,7 +118,7 @@ def frozen(past: dict[Job, int]) -> Iterator[dict[Job, list[int]]]:
         yield ranks
     finally:
         for stopped in ranks.values():
-            _signal(stopped, signal.SIGCONT)
+            send(stopped, signal.SIGCONT)
 
 
 def arguments(config: Path | str, corpus: Path, output_dir: Path, *more: object) -> list[str]:
@@ -170,21 +170,27 @@ def wait_until_running(job: Job, restarts: int, timeout: float = 120) -> None:
     time.sleep(0.5)
 
 
-def freeze_between_writes(pids: list[int], folder: Path) -> None:
-    """Stop processes while none of them replaces its status in `folder`.
+def freeze_node(job: Job, node: str) -> set[int]:
+    """Stop all that runs on a node, while nobody there replaces the job's status; the process ids of what is stopped.
 
     What one of them had begun to write when it was stopped it would write when it goes on: no lease can keep it from
     that.
     """
+    stopped: set[int] = set()
 
-    def stopped() -> bool:
-        _signal(pids, signal.SIGSTOP)
-        if not list(folder.glob(f".{status.NAME}.*.tmp")):
+    def between_writes() -> bool:
+        # What was listed may have ended since, and started others: what is stopped cannot.
+        while found := set(job.cluster.processes(node)) - stopped:
+            send(found, signal.SIGSTOP)
+            stopped.update(found)
+        if not list(job.output_dir.glob(f".{status.NAME}.*.tmp")):
             return True
-        _signal(pids, signal.SIGCONT)
+        send(stopped, signal.SIGCONT)
+        stopped.clear()
         return False
 
-    wait_for(stopped, 30, f"a moment at which nobody writes to {folder}")
+    wait_for(between_writes, 30, f"a moment at which nobody writes to {job.output_dir}")
+    return stopped
 
 
 def is_pending(signum: int, pid: int) -> bool:
@@ -193,7 +199,8 @@ def is_pending(signum: int, pid: int) -> bool:
     return any(int(mask, 16) >> (signum - 1) & 1 for mask in masks)
 
 
-def _signal(pids: list[int], signum: int) -> None:
+def send(pids: Iterable[int], signum: int) -> None:
+    """Send a signal to those of the processes that are still there."""
     for pid in pids:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signum)

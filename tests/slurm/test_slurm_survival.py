@@ -20,9 +20,10 @@ from slurm_runs import (
     Job,
     arguments,
     assert_equal_runs,
-    freeze_between_writes,
+    freeze_node,
     frozen,
     is_pending,
+    send,
     submit,
     wait_until_running,
     write_corpus,
@@ -113,15 +114,14 @@ def test_death_of_a_node_and_a_node_that_only_seemed_dead(
     assert len(old) == 2
     # Slurm hears no more of the node, and its job lives on: frozen, until another has taken the work over.
     cluster.kill_daemon(alone)
-    everything = cluster.processes(alone)
-    freeze_between_writes(everything, lost.output_dir)
+    stopped = freeze_node(lost, alone)
     seen = lost.newest_checkpoint()
     wait_until_running(lost, 1)
     (elsewhere,) = lost.nodes()
     assert elsewhere != alone
     wait_for(lambda: lost.resumed_from(), 120, "the second writer", lost.explain)
-    for pid in everything:
-        os.kill(pid, signal.SIGCONT)
+    # One that goes on may end others before it is their turn.
+    send(stopped, signal.SIGCONT)
 
     def first_writer_has_ended() -> bool:
         # Until then, and from now on, what is written comes from the second one.
