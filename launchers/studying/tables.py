@@ -9,7 +9,7 @@ from ds_quant.base.whole_folder import write_whole
 from ds_quant.cli.shared.errors import CommandError
 from ds_quant.cli.shared.spreads import Gap
 from ds_quant.cli.shared.tables import markdown_table
-from studying import adapting, fits, isolation, memory, overview, post_training, processors, protocol, verdicts
+from studying import adapting, fits, isolation, memory, overview, post_training, processors, protocol, rates, verdicts
 from studying.plan import Key
 from studying.post_training import Evaluated
 from studying.results import Result, tuned_rate
@@ -71,15 +71,14 @@ def text(
         )
         lines += ["", *_rates(baseline), ""]
         own = [row for row in rows if row.is_of(family)]
-        for scale in sorted(protocol.SCALES, key=lambda scale: (scale != 1, scale)):
-            judged = verdicts.judge(own, found, (size, family, ratio, scale * rate))
-            if scale == 1:
-                at_tuned_rates[title] = judged
-            if any(entry.seeds for entry in judged if entry.row.name != BASELINE):
-                # At other rates there are only the rows that were asked for.
-                lines += [] if scale == 1 else [f"At {scale:g} times that rate:", ""]
-                lines += _judged(judged, tell_missing=scale == 1)
-            lines += post_training.table(rows, found, evaluated, (size, family, ratio, scale * rate))
+        at_rates = [scale * rate for scale in protocol.SCALES]
+        judged = {at: verdicts.judge(own, found, (size, family, ratio, at)) for at in at_rates}
+        at_tuned_rates[title] = judged[rate]
+        if any(entry.seeds for entry in judged[rate] if entry.row.name != BASELINE):
+            lines += _judged(judged[rate])
+        lines += rates.table(judged, baseline, rate)
+        for at in at_rates:
+            lines += post_training.table(rows, found, evaluated, (size, family, ratio, at))
         lines += adapting.table(rows, adapted, (size, family, ratio, rate), one.text)
         lines += isolation.table(isolated, (size, family, ratio, rate), one.text)
     lines = [_about(found), "", *overview.table(at_tuned_rates), *lines]
@@ -121,7 +120,7 @@ def _rates(baseline: Sequence[Result]) -> list[str]:
     return markdown_table(header, [["validation loss", *(f"{r.loss:.4f}" for r in tuned)]])
 
 
-def _judged(judged: Sequence[Judged], *, tell_missing: bool) -> list[str]:
+def _judged(judged: Sequence[Judged]) -> list[str]:
     by_kind = {kind: [entry for entry in judged if entry.row.kind == kind] for kind in (CONTROL, MATRIX, REPAIR)}
     ran = {entry.row.name: entry for entry in judged if entry.seeds}
     lines = []
@@ -133,14 +132,14 @@ def _judged(judged: Sequence[Judged], *, tell_missing: bool) -> list[str]:
         header = ["row", "", *_FIGURES, "the paper", "agreed"]
         lines += ["**The paper's matrix**", "", *markdown_table(header, matrix), ""]
     missing = [entry.row.name for entry in by_kind[MATRIX] if not entry.seeds]
-    if missing and tell_missing:
+    if missing:
         lines += [f"Not run yet: {', '.join(missing)}.", ""]
     repairs = [entry for entry in by_kind[REPAIR] if entry.seeds]
     if repairs:
         header = ["repair", "of", "", *_FIGURES, "gap of what it repairs", "repaired"]
         lines += ["**Repairs**", "", *markdown_table(header, [_repair_cells(entry, ran) for entry in repairs]), ""]
     missing = [entry.row.name for entry in by_kind[REPAIR] if not entry.seeds]
-    if missing and tell_missing:
+    if missing:
         summary = f"<details><summary>{len(missing)} repairs were not run yet</summary>"
         lines += [f"{summary}{', '.join(missing)}</details>", ""]
     return lines

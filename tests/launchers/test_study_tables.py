@@ -52,15 +52,34 @@ def test_tables_say_what_the_csv_has(tmp_path: Path) -> None:
     assert page.read_text() != made
 
 
-def test_rows_at_other_rates_are_held_against_the_baseline_there(tmp_path: Path) -> None:
+def test_rows_at_other_rates_are_held_against_the_baseline_there() -> None:
     found = some_results()
-    found += [a_result("w8a8", 0, 5.25, rate=0.001), a_result("w8a8", 0, 5.4, rate=0.004)]
-    lines = tables.text(found, list(rows.all_rows().values()), {}, {}, [], {}).splitlines()
-    half, double = lines.index("At 0.5 times that rate:"), lines.index("At 2 times that rate:")
-    for part, gap in ((lines[:half], "+0.0020"), (lines[half:double], "+0.0500"), (lines[double:], "+0.1000")):
-        (line,) = [one for one in part if one.startswith("| w8a8 |")]
-        assert f" {gap} |" in line
-    assert sum(line.startswith("Not run yet") for line in lines) == 1
+    found += [a_result("baseline", 1, 5.32, rate=0.001)]
+    found += [a_result("w8a8", 0, 5.25, rate=0.001), a_result("w8a8", 1, 5.33, rate=0.001)]
+    found += [a_result("w8a8", 0, 5.4, rate=0.004), a_result("w4_channel", 0, math.nan, rate=0.004, state="diverged")]
+    lines = render(found)
+    first = lines.index("| row | 0.001 | 0.002, tuned | 0.004 |") + 2
+    told = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[first:]]
+    assert told == [
+        [
+            "baseline, above its loss at the tuned rate",
+            "+0.2100 (+0.0829 to +0.3371, 2 seeds)",
+            "",
+            "+0.3000 (one seed)",
+        ],
+        ["w4_channel", "", "+0.2010 (+0.1985 to +0.2035), degraded", "1 of 1 diverged"],
+        [
+            *("w8a8", "+0.0300 (-0.2241 to +0.2841, 2 seeds), undecided"),
+            *("+0.0020 (-0.0005 to +0.0045), equal", "+0.1000 (one seed), undecided"),
+        ],
+    ]
+    # The other tables are those of the tuned rate.
+    assert sum(line.startswith("| w8a8 |") for line in lines) == 2
+    assert not any("At other learning rates" in line for line in render(some_results()))
+
+
+def render(found: list[Result]) -> list[str]:
+    return tables.text(found, list(rows.all_rows().values()), {}, {}, [], {}).splitlines()
 
 
 def test_the_committed_page_is_that_of_the_committed_csv(tmp_path: Path) -> None:
