@@ -77,7 +77,8 @@ def fingerprint(row: Row) -> str:
 
 def can_be_adapted(row: Row) -> bool:
     """Whether a row quantizes weights or activations alone, and can be trained without an engine."""
-    return post_training.can_be_put_in(row) and "oscillation_reset" not in row.config
+    forward_alone = post_training.can_be_put_in(row) and "gradient" not in post_training.quantized_parts(row)
+    return forward_alone and "oscillation_reset" not in row.config
 
 
 def measure(keys: Sequence[Key], rows: Mapping[str, Row], settings: Settings, csv: Path) -> int:

@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from collecting import runs
 
@@ -46,11 +47,19 @@ def path(csv: Path) -> Path:
 
 
 def can_be_put_in(row: Row) -> bool:
-    """Whether a row quantizes weights or activations to the end, and nothing else: what it does to the forward pass."""
-    linear = (json.loads(row.config).get("ds_quant") or {}).get("linear") or {}
-    parts = {part for part in ("weight", "activation", "gradient") if linear.get(part) is not None}
-    stays = "forward_full_precision_from" not in linear
-    return bool(parts) and "gradient" not in parts and stays and not row.overrides
+    """Whether a row quantizes weights or activations to the end. What else it quantizes is no part of an evaluation."""
+    stays = "forward_full_precision_from" not in _linear(row)
+    return bool(quantized_parts(row) & {"weight", "activation"}) and stays and not row.overrides
+
+
+def quantized_parts(row: Row) -> set[str]:
+    """Which of weight, activation and gradient the linear layers of a row quantize."""
+    linear = _linear(row)
+    return {part for part in ("weight", "activation", "gradient") if linear.get(part) is not None}
+
+
+def _linear(row: Row) -> Mapping[str, Any]:
+    return (json.loads(row.config).get("ds_quant") or {}).get("linear") or {}
 
 
 def measure(keys: Sequence[Key], rows: Mapping[str, Row], settings: Settings, csv: Path, text: Path) -> None:
