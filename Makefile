@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/.cache/torch_extensions
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help venv pretrain baseline compare moments masters muon communication int8 study study-smoke test test-all test-kills test-stack stack-tests check docs lint pytest clean
+.PHONY: help venv pretrain baseline compare moments masters muon communication int8 study study-smoke test test-all test-kills test-stack stack-tests check docs lint built pytest clean
 
 help:
 	@echo "make pretrain   pre-train the tiny model in W8A8 (sets everything up first)"
@@ -59,7 +59,10 @@ communication: venv
 int8: venv
 	python tests/convergence/int8_losses.py
 
-test: lint docs pytest
+# First what has no work for two cores, two at a time.
+test: venv
+	$(MAKE) --jobs 2 --output-sync lint docs built
+	$(PYTEST)
 
 # All that the protocol of docs/study.md asks for at the smallest size; what was done is not done again, but for the
 # baseline's models, from which the commands after it start and which a fresh clone does not have.
@@ -103,11 +106,13 @@ MARKERS ?= not slow
 BUILD_OP = python -c "import deepspeed; deepspeed.get_accelerator().create_op_builder('ShareMemCommBuilder').load()"
 BUILD_KERNELS = python -c "from ds_quant.kernels import build; build.load()"
 PYTEST = python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder --durations 25 -m "$(MARKERS)"
-pytest stack-tests: export DS_ACCELERATOR := cpu
-pytest stack-tests: export OMP_NUM_THREADS := 1
-pytest: venv
+test built pytest stack-tests: export DS_ACCELERATOR := cpu
+test built pytest stack-tests: export OMP_NUM_THREADS := 1
+built: venv
 	$(BUILD_OP)
 	$(BUILD_KERNELS)
+
+pytest: built
 	$(PYTEST)
 
 # Not in CI. tests/stacks has the versions, docs/stacks.md what came out.
