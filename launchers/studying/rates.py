@@ -23,13 +23,13 @@ def table(judged: Mapping[float, Sequence[Judged]], baseline: Sequence[Result], 
     rates = sorted(judged)
     at = {rate: {entry.row.name: entry for entry in judged[rate] if entry.seeds} for rate in rates}
     others = [rate for rate in rates if rate != tuned]
-    names = [entry.row.name for entry in judged[tuned] if any(entry.row.name in at[rate] for rate in others)]
-    names = [name for name in names if name != BASELINE]
-    if not names:
+    shown = [entry.row for entry in judged[tuned] if any(entry.row.name in at[rate] for rate in others)]
+    shown = [row for row in shown if row.name != BASELINE]
+    if not shown:
         return []
-    header = ["row", *(f"{rate:g}, tuned" if rate == tuned else f"{rate:g}" for rate in rates)]
-    first = ["baseline, above its loss at the tuned rate", *(_above(baseline, rate, tuned) for rate in rates)]
-    lines = [[name, *(_cell(at[rate].get(name)) for rate in rates)] for name in names]
+    header = ["row", *(f"{rate:g}, tuned" if rate == tuned else f"{rate:g}" for rate in rates), "the paper"]
+    first = ["baseline, above its loss at the tuned rate", *(_above(baseline, rate, tuned) for rate in rates), ""]
+    lines = [[row.name, *(_cell(at[rate].get(row.name)) for rate in rates), row.outcome] for row in shown]
     title = "**At other learning rates**: gaps to the baseline at the same rate, 95% intervals, verdicts"
     return [title, "", *markdown_table(header, [first, *lines]), ""]
 

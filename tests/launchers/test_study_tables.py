@@ -58,7 +58,7 @@ def test_rows_at_other_rates_are_held_against_the_baseline_there() -> None:
     found += [a_result("w8a8", 0, 5.25, rate=0.001), a_result("w8a8", 1, 5.33, rate=0.001)]
     found += [a_result("w8a8", 0, 5.4, rate=0.004), a_result("w4_channel", 0, math.nan, rate=0.004, state="diverged")]
     lines = render(found)
-    first = lines.index("| row | 0.001 | 0.002, tuned | 0.004 |") + 2
+    first = lines.index("| row | 0.001 | 0.002, tuned | 0.004 | the paper |") + 2
     told = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[first:]]
     assert told == [
         [
@@ -66,11 +66,13 @@ def test_rows_at_other_rates_are_held_against_the_baseline_there() -> None:
             "+0.2100 (+0.0829 to +0.3371, 2 seeds)",
             "",
             "+0.3000 (one seed)",
+            "",
         ],
-        ["w4_channel", "", "+0.2010 (+0.1985 to +0.2035), degraded", "1 of 1 diverged"],
+        ["w4_channel", "", "+0.2010 (+0.1985 to +0.2035), degraded", "1 of 1 diverged", "unstable, degraded"],
         [
             *("w8a8", "+0.0300 (-0.2241 to +0.2841, 2 seeds), undecided"),
             *("+0.0020 (-0.0005 to +0.0045), equal", "+0.1000 (one seed), undecided"),
+            "about baseline: recommended",
         ],
     ]
     # The other tables are those of the tuned rate.
