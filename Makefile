@@ -87,8 +87,8 @@ docs: export NO_MKDOCS_2_WARNING := 1
 docs: venv
 	mkdocs build --quiet
 
-test-all: lint
-	$(MAKE) pytest MARKERS=
+test-all:
+	$(MAKE) test MARKERS=
 
 test-kills: venv
 	python tests/launchers/kill_points.py --kills 200
