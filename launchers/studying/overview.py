@@ -51,8 +51,8 @@ def _best(failed: Judged, own: Sequence[Judged]) -> list[str]:
         _, mean, entry, gap = best
         cells = [entry.row.name, f"{mean:+.4f}", gap.interval(), str(entry.seeds), verdicts.repaired(entry, failed), ""]
     if repairs and repairs[0] is not best and (best is None or repairs[0][1] < best[1]):
-        _, mean, entry, gap = repairs[0]
-        cells[-1] = f"some {entry.row.spared}: {entry.row.name} {mean:+.4f} ({gap.interval() or 'one seed'})"
+        *_, entry, gap = repairs[0]
+        cells[-1] = f"some {entry.row.spared}: {entry.row.name} {verdicts.figures(gap)}"
     return cells
 
 

@@ -8,10 +8,10 @@ from collecting.runs import DONE
 
 from ds_quant.cli.shared.spreads import Gap
 from ds_quant.cli.shared.tables import markdown_table
-from studying import protocol
+from studying import verdicts
 from studying.results import Result
 from studying.rows import BASELINE
-from studying.verdicts import DIVERGED, Judged
+from studying.verdicts import Judged
 
 
 def table(judged: Mapping[float, Sequence[Judged]], baseline: Sequence[Result], tuned: float) -> list[str]:
@@ -39,19 +39,13 @@ def _above(baseline: Sequence[Result], rate: float, tuned: float) -> str:
         return ""
     losses = {(run.key.rate, run.key.seed): run.loss for run in baseline if run.state == DONE}
     seeds = [seed for at, seed in losses if at == rate and (tuned, seed) in losses]
-    return _figures(Gap.of([losses[rate, seed] - losses[tuned, seed] for seed in seeds]))
+    gap = Gap.of([losses[rate, seed] - losses[tuned, seed] for seed in seeds])
+    return "" if gap is None else verdicts.figures(gap)
 
 
 def _cell(entry: Judged | None) -> str:
     if entry is None:
         return ""
-    if entry.verdict == DIVERGED:
+    if entry.gap is None or entry.num_diverged:
         return f"{entry.num_diverged} of {entry.seeds} diverged"
-    return f"{_figures(entry.gap)}, {entry.verdict}"
-
-
-def _figures(gap: Gap | None) -> str:
-    if gap is None:
-        return ""
-    few = "" if gap.num_pairs >= len(protocol.SEEDS) else f", {gap.num_pairs} seeds"
-    return f"{gap.mean:+.4f} ({gap.interval() + few if gap.half_width is not None else 'one seed'})"
+    return f"{verdicts.figures(entry.gap)}, {entry.verdict}"

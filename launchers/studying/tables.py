@@ -69,7 +69,7 @@ def text(
             f"{one.parameters:,} parameters, {one.tokens:,} tokens ({one.tokens / one.parameters:.2f} a parameter, "
             f"{one.steps} steps), {one.dtype}. Tuned learning rate: {rate:g}."
         )
-        lines += ["", *_rates(baseline), ""]
+        lines += ["", *_tuning(baseline), ""]
         own = [row for row in rows if row.is_of(family)]
         at_rates = [scale * rate for scale in protocol.SCALES]
         judged = {at: verdicts.judge(own, found, (size, family, ratio, at)) for at in at_rates}
@@ -114,7 +114,7 @@ def _about(found: Sequence[Result]) -> str:
     )
 
 
-def _rates(baseline: Sequence[Result]) -> list[str]:
+def _tuning(baseline: Sequence[Result]) -> list[str]:
     tuned = sorted((r for r in baseline if r.key.seed == 0), key=lambda r: r.key.rate)
     header = ["baseline, seed 0", *(f"{r.key.rate:g}" for r in tuned)]
     return markdown_table(header, [["validation loss", *(f"{r.loss:.4f}" for r in tuned)]])

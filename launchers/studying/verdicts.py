@@ -101,6 +101,14 @@ def repaired(entry: Judged, of: Judged | None) -> str:
     return f"yes, but for some {entry.row.spared}" if entry.row.spared else "yes"
 
 
+def figures(gap: Gap) -> str:
+    """Mean and interval, and the number of seeds where there are fewer than SEEDS."""
+    if gap.half_width is None:
+        return f"{gap.mean:+.4f} (one seed)"
+    few = "" if gap.num_pairs >= len(protocol.SEEDS) else f", {gap.num_pairs} seeds"
+    return f"{gap.mean:+.4f} ({gap.interval()}{few})"
+
+
 def needs_more_seeds(judged: Judged) -> bool:
     """Whether the protocol asks for MORE_SEEDS: SEEDS are done, and the effect is small."""
     if judged.gap is None or judged.num_diverged or judged.gap.num_pairs < len(protocol.SEEDS):

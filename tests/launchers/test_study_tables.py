@@ -57,7 +57,7 @@ def test_rows_at_other_rates_are_held_against_the_baseline_there() -> None:
     found += [a_result("baseline", 1, 5.32, rate=0.001)]
     found += [a_result("w8a8", 0, 5.25, rate=0.001), a_result("w8a8", 1, 5.33, rate=0.001)]
     found += [a_result("w8a8", 0, 5.4, rate=0.004), a_result("w4_channel", 0, math.nan, rate=0.004, state="diverged")]
-    lines = render(found)
+    lines = text_of(found).splitlines()
     first = lines.index("| row | 0.001 | 0.002, tuned | 0.004 | the paper |") + 2
     told = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[first:]]
     assert told == [
@@ -77,11 +77,11 @@ def test_rows_at_other_rates_are_held_against_the_baseline_there() -> None:
     ]
     # The other tables are those of the tuned rate.
     assert sum(line.startswith("| w8a8 |") for line in lines) == 2
-    assert not any("At other learning rates" in line for line in render(some_results()))
+    assert "At other learning rates" not in text_of(some_results())
 
 
-def render(found: list[Result]) -> list[str]:
-    return tables.text(found, list(rows.all_rows().values()), {}, {}, [], {}).splitlines()
+def text_of(found: list[Result]) -> str:
+    return tables.text(found, list(rows.all_rows().values()), {}, {}, [], {})
 
 
 def test_the_committed_page_is_that_of_the_committed_csv(tmp_path: Path) -> None:
@@ -132,7 +132,7 @@ def test_the_first_table_has_what_failed_and_its_best_repair() -> None:
     found += [a_result("w4_block32_no_head", seed, 5.02 + seed / 10) for seed in range(3)]
     found += [a_result("w4_channel_no_head", seed, 5.01 + seed / 10) for seed in range(2)]
     found += [a_result("v8_channel", seed, 6.0) for seed in range(3)]
-    made = tables.text(found, list(rows.all_rows().values()), {}, {}, [], {})
+    made = text_of(found)
     lines = made.partition("### At a glance")[2].partition("### llama")[0].strip().splitlines()[2:]
     told = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     assert told == [
@@ -145,4 +145,4 @@ def test_the_first_table_has_what_failed_and_its_best_repair() -> None:
         ["v8_channel", "llama, 0.7m, D/N 1", "+0.9000", "none", "", "", "", "", ""],
     ]
     assert "| +0.2010 | yes, but for some layers |" in made
-    assert "### At a glance" not in tables.text(found[:5], list(rows.all_rows().values()), {}, {}, [], {})
+    assert "### At a glance" not in text_of(found[:5])

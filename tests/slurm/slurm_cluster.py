@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -120,7 +120,7 @@ class Cluster:
         for daemon in self._daemons.values():
             daemon.kill()
             daemon.wait()
-        _kill(self.processes())
+        send(self.processes(), signal.SIGKILL)
         # A killed rank leaves DeepSpeed's 66 MiB in shared memory; pretrain.sbatch takes ports from 20000 to 31999, of
         # which other tests may have some.
         in_use = _mapped_files()
@@ -136,7 +136,7 @@ class Cluster:
     def kill_node(self, node: str) -> None:
         """What pulling the plug does: slurmd, its slurmstepd and all processes of its jobs, at once."""
         self.kill_daemon(node)
-        _kill(self.processes(node))
+        send(self.processes(node), signal.SIGKILL)
 
     def processes(self, node: str | None = None) -> list[int]:
         """Process ids of the cluster's daemons and jobs; with `node`, of the steps and jobs on that node."""
@@ -282,15 +282,16 @@ def wait_for(holds: Callable[[], object], timeout: float, what: str, explain: Ca
         time.sleep(0.2)
 
 
+def send(pids: Iterable[int], signum: int) -> None:
+    """Send a signal to those of the processes that are still there."""
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signum)
+
+
 def _without_noise(path: Path) -> list[str]:
     lines = path.read_text(errors="replace").splitlines()
     return [line for line in lines if "pmix" not in line and "CPU frequency" not in line]
-
-
-def _kill(processes: list[int]) -> None:
-    for pid in processes:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
 
 
 def _mapped_files() -> set[str]:

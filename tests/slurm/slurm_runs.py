@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import re
 import signal
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from conftest import ROOT
-from slurm_cluster import Cluster, wait_for
+from slurm_cluster import Cluster, send, wait_for
 from survival import status
 
 from ds_quant.cli.shared.run_folder import read_metrics
@@ -197,10 +196,3 @@ def is_pending(signum: int, pid: int) -> bool:
     """Whether a stopped process has a signal to take when it goes on."""
     masks = re.findall(r"^(?:Sig|Shd)Pnd:\s*(\S+)", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
     return any(int(mask, 16) >> (signum - 1) & 1 for mask in masks)
-
-
-def send(pids: Iterable[int], signum: int) -> None:
-    """Send a signal to those of the processes that are still there."""
-    for pid in pids:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signum)

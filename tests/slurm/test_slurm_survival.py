@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 from helpers.launching import run_ranks
-from slurm_cluster import Cluster, running, wait_for
+from slurm_cluster import Cluster, running, send, wait_for
 from slurm_runs import (
     CONFIG,
     EVERY,
@@ -23,7 +23,6 @@ from slurm_runs import (
     freeze_node,
     frozen,
     is_pending,
-    send,
     submit,
     wait_until_running,
     write_corpus,
