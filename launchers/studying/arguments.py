@@ -30,6 +30,7 @@ def parser(description: str, handlers: Mapping[str, Callable[[argparse.Namespace
     command = add("submit", "train it as jobs of Slurm: sbatch slurm/sweep.sh study ...")
     _add_choices(command, seeds=more)
     command.add_argument("--max-parallel", type=int, default=8, help="concurrent runs (default: 8)")
+    command.set_defaults(most_ranks=1)
     # Of the jobs that go on where the first one has begun.
     command.add_argument("--chain", help=argparse.SUPPRESS)
     command.add_argument("--resources", default="", help=argparse.SUPPRESS)
@@ -77,6 +78,7 @@ def _add_models(command: argparse.ArgumentParser, *, seeds: str) -> None:
     command.add_argument("--corpus", type=Path, help="tokens of one's own, by launchers/tokenize_corpus.py")
     command.add_argument("--csv", type=Path, default=results.PATH, help="where figures are kept (default: docs/...)")
     command.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    command.set_defaults(most_ranks=None)
 
 
 def _add_sizes(command: argparse.ArgumentParser, *, default: str) -> None:

@@ -25,7 +25,9 @@ def keys(options: argparse.Namespace, size: str, family: str, rate: float) -> li
     known = all_rows()
     names = plan.chosen(options.rows or list(known), known, "--rows")
     # Nothing is told of a row without its baseline.
-    names = [BASELINE, *(name for name in names if name != BASELINE and known[name].is_of(family))]
+    most = _most_ranks(options)
+    names = [name for name in names if known[name].is_of(family) and (most is None or known[name].ranks <= most)]
+    names = [BASELINE, *(name for name in names if name != BASELINE)]
     return plan.keys(
         names,
         seeds=protocol.SEEDS if options.seeds is None else matrix.seeds(options.seeds),
@@ -78,16 +80,30 @@ def tuned(
         rates = [best / 2, best * 2]
 
 
+def _most_ranks(options: argparse.Namespace) -> int | None:
+    """Ranks that a run can have: one in a task of a job array, one for each GPU; None: any number."""
+    if options.most_ranks is None and options.device == "cuda":
+        import torch
+
+        return max(1, torch.cuda.device_count())
+    ranks: int | None = options.most_ranks
+    return ranks
+
+
 def _check(options: argparse.Namespace) -> None:
     """Mistakes end it before hours of tuning, not after."""
     known = all_rows()
     rows = plan.chosen(options.rows or [], known, "--rows")
     plan.chosen(options.sizes, protocol.SIZES, "--sizes")
-    families = plan.chosen(options.families, protocol.FAMILIES, "--families")
+    families, most = plan.chosen(options.families, protocol.FAMILIES, "--families"), _most_ranks(options)
     for name in rows:
         if not any(known[name].is_of(family) for family in families):
             allowed = ", ".join(known[name].families)
             raise CommandError(f"--rows: got {name!r} for {', '.join(families)}; allowed: {allowed}; add --families")
+        if most is not None and known[name].ranks > most:
+            got = f"{name!r}, a run of {known[name].ranks} ranks"
+            allowed = f"runs of at most {most}: a task of a job array has one rank, a GPU takes one"
+            raise CommandError(f"--rows: got {got}; allowed: {allowed}; leave it out, or use study.py run on CPUs")
     plan.ratio_of(options.ratio)
     if options.seeds is not None:
         matrix.seeds(options.seeds)

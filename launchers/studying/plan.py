@@ -17,7 +17,7 @@ from sweeping.paper import FOLDER
 
 from ds_quant.base.whole_folder import write_whole
 from ds_quant.cli.shared.errors import CommandError
-from studying import protocol, repairs
+from studying import protocol, sections
 from studying.rows import Row
 
 ROOT = FOLDER.parent
@@ -132,7 +132,7 @@ def steps(key: Key, settings: Settings) -> int:
 
 def config_text(key: Key, row: Row, settings: Settings) -> str:
     """The DeepSpeed JSON of the run."""
-    return repairs.filled_in(row.config, layers=protocol.SIZES[key.size].layers, steps=steps(key, settings))
+    return sections.filled_in(row.config, layers=protocol.SIZES[key.size].layers, steps=steps(key, settings))
 
 
 def write_config(key: Key, row: Row, settings: Settings) -> Path:
@@ -146,7 +146,12 @@ def write_config(key: Key, row: Row, settings: Settings) -> Path:
 
 def command(key: Key, row: Row, settings: Settings) -> list[str]:
     """The command that trains it, from its last checkpoint if it has one. Writes the DeepSpeed JSON that it names."""
-    return [sys.executable, str(PRETRAIN), *pretrain_arguments(key, row, settings)]
+    launcher: list[str] = []
+    if row.ranks > 1:
+        # The time that a rank has for its last checkpoint.
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
+        launcher += ["--nproc-per-node", str(row.ranks), "--shutdown-timeout", "300"]
+    return [sys.executable, *launcher, str(PRETRAIN), *pretrain_arguments(key, row, settings)]
 
 
 def pretrain_arguments(key: Key, row: Row, settings: Settings) -> list[str]:
@@ -155,14 +160,15 @@ def pretrain_arguments(key: Key, row: Row, settings: Settings) -> list[str]:
     out, config = folder(key, row, settings), write_config(key, row, settings)
     total = steps(key, settings)
     every = -(-total // _EVALUATIONS)
+    micro_batch = size.micro_batch // row.ranks
     overrides = {**size.overrides(key.family), **_understood(row.overrides, key.family)}
     return [
         *("--deepspeed", str(config), "--output_dir", str(out)),
         *("--preset", "tiny" if key.family == "llama" else "tiny-gpt2", "--train_shards", str(settings.corpus)),
         *("--config_overrides", ",".join(f"{name}={value}" for name, value in overrides.items())),
         *("--context_length", str(size.context_length), "--global_batch_size", str(size.batch)),
-        *("--per_device_train_batch_size", str(size.micro_batch)),
-        *("--per_device_eval_batch_size", str(size.micro_batch)),
+        *("--per_device_train_batch_size", str(micro_batch)),
+        *("--per_device_eval_batch_size", str(micro_batch)),
         *("--max_steps", str(total), "--warmup_steps", str(max(1, round(_WARM_UP * total)))),
         *("--learning_rate", repr(key.rate), "--seed", str(key.seed), *_FLAGS, "--eval_steps", str(every)),
         *("--bf16", "true" if settings.dtype == "bfloat16" else "false"),

@@ -10,7 +10,7 @@ from sweeping import paper
 
 from ds_quant.config import TRIPWIRE
 from ds_quant.config.deepspeed_json import TRIPWIRE_VALUE
-from studying import repairs
+from studying import combinations, repairs
 
 BASELINE = "baseline"
 CONTROL, MATRIX, REPAIR = "control", "paper", "repair"
@@ -25,7 +25,7 @@ class Row:
     kind: str
     """CONTROL, MATRIX or REPAIR."""
     component: str
-    """Whose table it is in: W, A, G, m, v or combined."""
+    """Whose table it is in: W, A, G, m, v, wire, combined or recipe."""
     what: str
     """In words."""
     config: str
@@ -38,6 +38,8 @@ class Row:
     """What the paper found."""
     families: tuple[str, ...] = ()
     """Those that it is trained with; empty: all."""
+    ranks: int = 1
+    """Processes of a run, which share each batch: more than one where something is sent between them."""
 
     def is_of(self, family: str) -> bool:
         """Whether models of that family are trained with it."""
@@ -61,7 +63,8 @@ class Row:
     def own(self) -> list[Any]:
         """All that tells its runs from the baseline's."""
         content = json.loads(self.config)
-        return [content.get("ds_quant"), content["zero_optimization"].get("stage"), self.overrides]
+        ranks = [self.ranks] if self.ranks > 1 else []
+        return [content.get("ds_quant"), content["zero_optimization"].get("stage"), self.overrides, *ranks]
 
 
 def all_rows() -> dict[str, Row]:
@@ -93,6 +96,14 @@ def _controls(baseline: str) -> list[Row]:
             baseline,
             overrides={"tie_word_embeddings": "False"},
         ),
+        Row(
+            "baseline_two_ranks",
+            CONTROL,
+            "",
+            "full precision on two ranks, as rows that quantize what is sent have",
+            baseline,
+            ranks=2,
+        ),
     ]
 
 
@@ -115,15 +126,16 @@ def _matrix(baseline: str) -> list[Row]:
 
 
 def _repairs(baseline: str) -> list[Row]:
-    known = set(paper.COMPONENTS | paper.COMBINATIONS | paper.MOMENTS) | set(repairs.ALL)
+    every = repairs.ALL | combinations.ALL
+    known = set(paper.COMPONENTS | paper.COMBINATIONS | paper.MOMENTS) | set(every)
     rows = []
-    for name, repair in repairs.ALL.items():
+    for name, repair in every.items():
         assert not repair.of or repair.of in known, name
         content = json.loads(baseline)
         content["zero_optimization"] = {TRIPWIRE: TRIPWIRE_VALUE, **content["zero_optimization"]}
         content["ds_quant"] = repair.section
-        text, families = _text(content), repair.families
-        rows.append(Row(name, REPAIR, repair.component, repair.what, text, repairs=repair.of, families=families))
+        more: dict[str, Any] = {"repairs": repair.of, "families": repair.families, "ranks": repair.ranks}
+        rows.append(Row(name, REPAIR, repair.component, repair.what, _text(content), **more))
     return rows
 
 

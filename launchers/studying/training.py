@@ -1,4 +1,4 @@
-"""Doing the runs: two processes at a time, each with one thread, every one of them resumable."""
+"""Doing the runs: two processes of one thread at a time, each run resumable."""
 
 from __future__ import annotations
 
@@ -35,6 +35,7 @@ class Training:
     where: Mapping[str, Any]
     """What `results.of_run` says of the machine."""
     at_once: int = 2
+    """Processes; a run of more ranks than that is alone."""
     say: Callable[[str], None] = print
     stopped: bool = field(default=False, init=False)
     """Whether a signal came; nothing is started after it."""
@@ -66,7 +67,7 @@ class Training:
             total = len(waiting)
             try:
                 while (waiting and not self.stopped) or going:
-                    while waiting and len(going) < self.at_once and not self.stopped:
+                    while waiting and self._fits(waiting[0], going) and not self.stopped:
                         key = waiting.pop(0)
                         self.say(f"{total - len(waiting)} of {total}: {plan.shown(key)}")
                         going[key] = self._start(key)
@@ -85,6 +86,10 @@ class Training:
                 # Nobody would know of them.
                 _stop(going.values())
             return failed + (waiting if self.stopped else [])
+
+    def _fits(self, key: Key, going: Collection[Key]) -> bool:
+        taken = sum(self.rows[other.row].ranks for other in going)
+        return not going or taken + self.rows[key.row].ranks <= self.at_once
 
     def _start(self, key: Key) -> subprocess.Popen[bytes]:
         settings = self.settings

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import ROOT
 from helpers.study_results import ROWS
-from studying import plan, protocol, repairs, rows, texts, wiki_markup
+from studying import combinations, plan, protocol, repairs, rows, sections, texts, wiki_markup
 from sweeping import paper
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -29,7 +29,7 @@ def test_every_row_of_the_paper_is_there_as_its_file_has_it() -> None:
 
 @pytest.mark.parametrize("name", ROWS)
 def test_every_row_is_one_that_ds_quant_takes(name: str) -> None:
-    section = json.loads(repairs.filled_in(ROWS[name].config, layers=2, steps=10)).get("ds_quant")
+    section = json.loads(sections.filled_in(ROWS[name].config, layers=2, steps=10)).get("ds_quant")
     quant = None if section is None else QuantConfig.model_validate(section)
     if quant is not None and quant.linear is not None:
         for family in filter(ROWS[name].is_of, protocol.FAMILIES):
@@ -50,19 +50,19 @@ def test_every_row_is_one_that_ds_quant_takes(name: str) -> None:
 
 
 def test_what_depends_on_a_run_is_filled_in() -> None:
-    last = json.loads(repairs.filled_in(ROWS["a4_block32_no_last"].config, layers=6, steps=162))
+    last = json.loads(sections.filled_in(ROWS["a4_block32_no_last"].config, layers=6, steps=162))
     assert last["ds_quant"]["linear"]["exclude"] == ["lm_head", "*.5.*"]
     for name in ("a4_token_full_at_end", "w4a4g4_nvfp4_full_at_end"):
-        config = json.loads(repairs.filled_in(ROWS[name].config, layers=6, steps=162))
+        config = json.loads(sections.filled_in(ROWS[name].config, layers=6, steps=162))
         assert config["ds_quant"]["linear"]["forward_full_precision_from"] == 129
     for row in ROWS.values():
-        assert "@" not in repairs.filled_in(row.config, layers=2, steps=162)
+        assert "@" not in sections.filled_in(row.config, layers=2, steps=162)
 
 
 def test_repairs_have_the_bits_of_what_they_repair() -> None:
     bits = {"nvfp4": 4, "nvint4": 4, "mxfp4": 4}
-    for name, repair in repairs.ALL.items():
-        if name in repairs.RECIPES:
+    for name, repair in (repairs.ALL | combinations.ALL).items():
+        if name in combinations.RECIPES:
             continue  # as they are shipped
         told = [
             v for part in repair.section.values() for k, v in part.items() if isinstance(v, dict) and k != "rotation"
@@ -124,3 +124,20 @@ def test_what_a_row_spares_is_told() -> None:
     assert found["a4_token_full_at_end"] == "steps"
     no_head = {name for name in ROWS if "no_head" in name or "no_last" in name or name.startswith("recommended")}
     assert {name for name, spared in found.items() if spared == "layers"} == no_head
+
+
+def test_what_is_sent_between_ranks_is_quantized_in_rows_of_two_alone() -> None:
+    sent = {name for name, row in ROWS.items() if "communication" in (json.loads(row.config).get("ds_quant") or {})}
+    assert {name for name, row in ROWS.items() if row.ranks > 1} == sent | {"baseline_two_ranks"}
+    assert {"wire4", "w4a4g4_nvfp4_m4v4_wire4", "recommended_4bit_two_ranks"} <= sent
+    shipped = json.loads((ROOT / "ds_configs" / "recommended_4bit.json").read_text())["ds_quant"]
+    assert json.loads(ROWS["recommended_4bit_two_ranks"].config)["ds_quant"] == shipped
+    # All but the wire is that of the row beside it.
+    for name in sent:
+        for ending in ("_wire4", "_two_ranks"):
+            one = ROWS.get(name.removesuffix(ending))
+            if one is not None and one.name != name:
+                both = [json.loads(row.config)["ds_quant"] for row in (one, ROWS[name])]
+                assert {**both[0], "communication": both[1]["communication"]} == both[1]
+    # The number of ranks is a setting of a row like any other.
+    assert plan.fingerprint(ROWS["baseline_two_ranks"]) != plan.fingerprint(ROWS["baseline"])

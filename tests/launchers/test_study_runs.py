@@ -107,7 +107,7 @@ def test_a_plan_names_what_is_missing(tmp_path: Path, token_shards: Path, capsys
 
 
 def test_rows_of_one_family_are_asked_of_it_alone() -> None:
-    options = argparse.Namespace(rows=None, seeds="0", scales=[1.0], ratio="1")
+    options = argparse.Namespace(rows=None, seeds="0", scales=[1.0], ratio="1", device="cpu", most_ranks=None)
     for family in protocol.FAMILIES:
         names = {key.row for key in asked.keys(options, "0.7m", family, 0.002)}
         assert ("g4_token_qkv" in names) == (family == "gpt2")
