@@ -22,17 +22,19 @@ from ds_quant.base import trainer_checkpoints
 from ds_quant.cli.shared.errors import CommandError
 
 
+# Of two ranks, the launcher says that one was killed.
 @pytest.mark.distributed
+@pytest.mark.parametrize(("row", "code"), [("w8a8", -9), ("wire4", 1)])
 def test_a_killed_run_goes_on_and_a_finished_one_is_left(
-    token_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    row: str, code: int, token_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tiny = protocol.Size(32, 64, 2, 2, context_length=32, batch=4, micro_batch=4)
     monkeypatch.setitem(protocol.SIZES, "tiny", tiny)
-    key = Key("tiny", "gpt2", 0.2, 1e-3, "w8a8", 7)
+    key = Key("tiny", "gpt2", 0.2, 1e-3, row, 7)
     where = {"processor": "p", "torch": "t", "deepspeed": "d", "commit": "c", "date": "2026-11-29"}
     said: list[str] = []
     training = Training(Settings(tmp_path / "runs", token_shards), ROWS, tmp_path / "runs.csv", where, say=said.append)
-    out = plan.folder(key, ROWS["w8a8"], training.settings)
+    out = plan.folder(key, ROWS[row], training.settings)
 
     def kill() -> None:
         while trainer_checkpoints.newest_whole(out) is None:
@@ -44,15 +46,17 @@ def test_a_killed_run_goes_on_and_a_finished_one_is_left(
     assert training.run([key]) == [key]
     killer.join(timeout=1)
     assert not (out / "summary.json").exists(), "killed in the middle"
-    assert said[-1].startswith("failed (-9)")
+    assert said[-1].startswith(f"failed ({code})")
     assert not training.csv.exists()
 
     assert training.missing([key]) == [key]
     assert training.run([key]) == [], training._log(key).read_text()
     summary = json.loads((out / "summary.json").read_text())
     assert summary["resumed_from_step"], "from its checkpoint"
+    assert summary["world_size"] == ROWS[row].ranks
     (result,) = results.read(training.csv).values()
     assert result.loss == summary["final_eval_loss"]
+    assert result.tokens == summary["tokens"], "of a step that the ranks share"
     assert result.steps == tiny.steps("gpt2", 320, 0.2) == summary["steps"]
     assert (result.state, result.parameters) == ("done", tiny.parameters("gpt2", 320))
     assert result.processor == summary["processor"] != where["processor"], "the run's own machine"
@@ -65,11 +69,22 @@ def test_a_killed_run_goes_on_and_a_finished_one_is_left(
     assert said[told:] == []
     assert repr(results.read(training.csv)[key]) == repr(result), "nan included"
     # Other settings of the row are another run.
-    changed = dataclasses.replace(ROWS["w8a8"], config=ROWS["w8_channel"].config)
-    assert dataclasses.replace(training, rows={"w8a8": changed}).missing([key]) == [key]
+    changed = dataclasses.replace(ROWS[row], config=ROWS["w8_channel"].config)
+    assert dataclasses.replace(training, rows={row: changed}).missing([key]) == [key]
 
 
-def test_mistakes_are_said(tmp_path: Path, token_shards: Path) -> None:
+def test_ranks_of_all_runs_are_no_more_than_processes_at_once(tmp_path: Path) -> None:
+    training = Training(Settings(tmp_path, tmp_path), ROWS, tmp_path / "runs.csv", {}, at_once=3)
+    one, two = (Key("0.7m", "llama", 1.0, 2e-3, row, 0) for row in ("w8a8", "wire4"))
+    other = dataclasses.replace(one, seed=1)
+    assert training._fits(two, [one])
+    assert training._fits(one, [two])
+    assert not training._fits(two, [one, other])
+    assert not training._fits(two, [two])
+    assert dataclasses.replace(training, at_once=1)._fits(two, []), "alone"
+
+
+def test_mistakes_are_said(tmp_path: Path, token_shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     flags = ["plan", "--runs", str(tmp_path), "--corpus", str(token_shards), "--csv", str(tmp_path / "runs.csv")]
     for wrong, message in (
         (["--rows", "w5"], "--rows: got 'w5'; allowed: baseline"),
@@ -85,6 +100,10 @@ def test_mistakes_are_said(tmp_path: Path, token_shards: Path) -> None:
                 commands.run([command, *flags[1:], *wrong], description="")
     with pytest.raises(CommandError, match=r"study\.py submit: got no Slurm job around it"):
         commands.run(["submit", *flags[1:]], description="")
+    # A task of a job array has one rank.
+    monkeypatch.setenv("SLURM_JOB_ID", "1")
+    with pytest.raises(CommandError, match="--rows: got 'wire4', a run of 2 ranks; allowed: runs of at most 1"):
+        commands.run(["submit", *flags[1:], "--rows", "wire4"], description="")
 
 
 def test_a_plan_names_what_is_missing(tmp_path: Path, token_shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -111,4 +130,7 @@ def test_rows_of_one_family_are_asked_of_it_alone() -> None:
     for family in protocol.FAMILIES:
         names = {key.row for key in asked.keys(options, "0.7m", family, 0.002)}
         assert ("g4_token_qkv" in names) == (family == "gpt2")
-        assert "w8a8" in names
+        assert {"w8a8", "wire4"} <= names
+        options.most_ranks = 1
+        assert "wire4" not in {key.row for key in asked.keys(options, "0.7m", family, 0.002)}
+        options.most_ranks = None
