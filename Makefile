@@ -28,11 +28,13 @@ help:
 venv: $(VENV)/.installed
 
 CONSTRAINTS := constraints.txt
+# Python compiles what is imported. Compiling all of some 20,000 files would take a minute.
+INSTALL = $(BIN)/python -m pip install --quiet --no-compile --constraint $(CONSTRAINTS)
 $(VENV)/.installed: pyproject.toml $(CONSTRAINTS)
 	@echo "Installing the pinned packages into $(VENV) (once, some minutes)"
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) torch
-	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[launch,plot,dev,docs]'
+	$(INSTALL) torch
+	$(INSTALL) --editable '.[launch,plot,dev,docs]'
 	@touch $@
 
 pretrain: venv
@@ -99,9 +101,9 @@ lint: venv
 	mypy
 	lint-imports
 
-# Three files at a time, one thread each: tests of Slurm and of runs that are killed wait more than they compute.
+# Four files at a time, one thread each: tests of Slurm and of runs that are killed wait more than they compute.
 # WORKERS=0 runs all in one process. What all jobs would build at once is built first.
-WORKERS ?= 3
+WORKERS ?= 4
 MARKERS ?= not slow
 BUILD_OP = python -c "import deepspeed; deepspeed.get_accelerator().create_op_builder('ShareMemCommBuilder').load()"
 BUILD_KERNELS = python -c "from ds_quant.kernels import build; build.load()"

@@ -183,8 +183,14 @@ def _repeat(options: argparse.Namespace) -> int:
     for size, family, rate in _tuned_groups(options, "repeat"):
         group = (size, family, ratio, rate)
         drawn = repeating.drawn(training.rows, known.values(), evaluated, adapted, group, seeds)
-        names = argparse.Namespace(**{**vars(options), "rows": options.rows or drawn or [BASELINE]})
-        again += [key for key in asked.keys(names, size, family, rate) if key in known or options.rows]
+        parts = [(options.rows or drawn or [BASELINE], options.scales)]
+        elsewhere = repeating.drawn_at_another_rate(training.rows, known.values(), group, seeds)
+        if options.rows is None and elsewhere is not None:
+            row, scale = elsewhere
+            parts.append(([row], [scale]))
+        for names, scales in parts:
+            part = argparse.Namespace(**{**vars(options), "rows": names, "scales": scales})
+            again += [key for key in asked.keys(part, size, family, rate) if key in known or options.rows]
     missing = training.missing(again)
     if missing or not again:
         got = plan.shown(missing[0]) if missing else "no run"

@@ -2,9 +2,10 @@
 
 gap = a + slope * log2(x), by least squares over every pair of runs; x is the parameters of the baseline, or its tokens
 a parameter: the slope is what a doubling adds, in nats a token. Where a row ran with different numbers of tokens at
-different sizes, gap = a + b * log2(parameters) + c * log2(tokens) tells both apart. 95% intervals are Student's t with
-the deviation of the pairs from the line or plane, as if they were normal and spread alike everywhere. A row with a run
-that diverged somewhere has none: what it would have lost there is not known.
+different sizes, gap = a + b * log2(parameters) + c * log2(tokens) tells both apart. So do two sizes with the same steps
+and learning rate, whichever is the tuned one. 95% intervals are Student's t with the deviation of the pairs from the
+line or plane, as if they were normal and spread alike everywhere. A row with a run that diverged somewhere has none:
+what it would have lost there is not known.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from collecting.runs import DONE
 
 from ds_quant.cli.shared.spreads import t_quantile
 from ds_quant.cli.shared.tables import markdown_table
@@ -23,6 +25,8 @@ from studying.rows import BASELINE, Row
 from studying.verdicts import Judged
 
 GROWS, SHRINKS, NOT_TOLD = "grows", "shrinks", "not told"
+_SAME_STEPS = 0.05
+"""Runs whose numbers of steps differ by no more than this share are as long."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +78,10 @@ def plane(points: Sequence[tuple[float, float, float]]) -> tuple[Slope, Slope] |
 
 
 def text(found: Sequence[Result], rows: Sequence[Row]) -> list[str]:
-    """A table for each family and budget with two sizes or more, each size with two budgets, and of both together."""
+    """A table for each family and budget with two sizes or more, each size with two budgets, and of both together.
+
+    And for each learning rate and number of steps that two sizes or more have.
+    """
     tuned = {}
     for size, family, ratio in sorted({(r.key.size, r.key.family, r.key.ratio) for r in found}):
         rate = tuned_rate(found, size, family, ratio)
@@ -94,6 +101,7 @@ def text(found: Sequence[Result], rows: Sequence[Row]) -> list[str]:
             names = [f"D/N {ratio:g}" for ratio in ratios]
             lines += _table(title, "D/N", groups, names, found, rows, lambda one: one.tokens / one.parameters)
         lines += _planes(family, [(*group, rate) for group, rate in tuned.items() if group[1] == family], found, rows)
+        lines += _alike_but_for_size(family, found, rows)
     return ["### Growth", "", *lines] if lines else []
 
 
@@ -152,6 +160,24 @@ def _planes(
     for what in ("parameters", "tokens"):
         header += [f"a doubling of {what}", "95% interval", ""]
     return [f"**Size and length apart**: {family}", "", *markdown_table(header, lines), ""]
+
+
+def _alike_but_for_size(family: str, found: Sequence[Result], rows: Sequence[Row]) -> list[str]:
+    sizes, lines = list(protocol.SIZES), []
+    base = [r for r in found if r.key.row == BASELINE and r.key.family == family and r.state == DONE]
+    for rate in sorted({r.key.rate for r in base}):
+        left = sorted({(r.steps, r.key.group) for r in base if r.key.rate == rate})
+        while left:
+            steps = left[0][0]
+            alike = [group for count, group in left if count <= steps * (1 + _SAME_STEPS)]
+            left = left[len(alike) :]
+            # Of a size with two budgets as long, the first.
+            groups = list({group[0]: group for group in reversed(alike)}.values())
+            groups.sort(key=lambda group: sizes.index(group[0]))
+            names = [f"{size} at D/N {ratio:g}" for size, _, ratio, _ in groups]
+            title = f"**What size does by itself**: {family}, learning rate {rate:g}, {steps} steps or some more"
+            lines += _table(title, "parameters", groups, names, found, rows, lambda one: one.parameters)
+    return lines
 
 
 def _counted(unit: str, lines: Iterable[Sequence[str]]) -> list[str]:

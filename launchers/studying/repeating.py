@@ -12,7 +12,7 @@ from pathlib import Path
 
 from collecting.runs import DONE
 
-from studying import adapting, comparing, other_domain, plan, post_training, processors, results
+from studying import adapting, comparing, other_domain, plan, post_training, processors, protocol, results
 from studying.adapting import Adapted
 from studying.comparing import Figure
 from studying.memory import Measured
@@ -58,6 +58,30 @@ def drawn(
         min(table, key=lambda name: plan.fingerprint(rows[name])) for part in tables if (table := part - {BASELINE})
     ]
     return list(dict.fromkeys(names))
+
+
+def drawn_at_another_rate(
+    rows: Mapping[str, Row], found: Iterable[Result], group: tuple[str, str, float, float], seeds: Sequence[int]
+) -> tuple[str, float] | None:
+    """One row of the table of other rates and its scale of the tuned rate, the group's; None where there is no row.
+
+    Drawn as in `drawn`; of a row at several rates, the lowest.
+    """
+    *_, tuned = group
+    made = {
+        (result.fingerprint, scale, result.key.row)
+        for result in found
+        for scale in protocol.SCALES
+        if scale != 1
+        and result.key.group == (*group[:-1], scale * tuned)
+        and result.key.seed in seeds
+        and result.key.row != BASELINE
+        and result.fingerprint == plan.fingerprint(rows[result.key.row])
+    }
+    if not made:
+        return None
+    _, scale, row = min(made)
+    return row, scale
 
 
 def apart(training: Training) -> Training:

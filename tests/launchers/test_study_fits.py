@@ -107,10 +107,37 @@ def test_size_and_length_are_told_apart() -> None:
     found[broken] = dataclasses.replace(found[broken], state="diverged")
     made = fits.text(found, rows)
     at = made.index("**Size and length apart**: llama")
-    lines = {line.split("|")[1].strip(): line for line in made[at:] if line.startswith("| ")}
+    until = next(number for number, line in enumerate(made) if line.startswith("**What size does by itself**"))
+    lines = {line.split("|")[1].strip(): line for line in made[at:until] if line.startswith("| ")}
     cells = lines["a4_token"].split("|")
     assert float(cells[3]) == pytest.approx(0.0, abs=1e-4)
     assert [cell.strip() for cell in cells[6:9]] == ["+0.1000", "+0.1000 to +0.1000", "grows"]
     assert "v8_tensor" not in lines, "diverged somewhere"
     assert "not told" in lines["w8a8"] or "+0.0000 to +0.0000" in lines["w8a8"]
     assert not any("Size and length" in line for line in fits.text(found[: len(found) // 3 * 2], rows)), "one size"
+
+
+def test_sizes_are_compared_at_the_same_rate_and_length() -> None:
+    rows = list(ROWS.values())
+    small = runs_of("0.7m", 1.0, {"w4_channel": 0.1, "a4_token": 0.1})
+    large = runs_of("2m", 0.3, {"w4_channel": 0.15, "a4_token": 0.1})
+    longer = runs_of("5m", 0.3, {"w4_channel": 0.9})
+
+    def made(steps: dict[str, int], rate: float = 0.002) -> list[str]:
+        found = [dataclasses.replace(r, steps=steps[r.key.size]) for r in (*small, *large, *longer)]
+        found = [r for r in found if r.key.rate == 0.002]
+        found = [
+            dataclasses.replace(r, key=dataclasses.replace(r.key, rate=rate)) if r.key.size == "2m" else r
+            for r in found
+        ]
+        return [line for line in fits.text(found, rows) if "What size does" in line or line.startswith("| ")]
+
+    title, header, _, *lines = made({"0.7m": 162, "2m": 159, "5m": 386})
+    assert title == "**What size does by itself**: llama, learning rate 0.002, 159 steps or some more"
+    assert "gap, 0.7m at D/N 1 | gap, 2m at D/N 0.3 | runs" in header
+    cells = {line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:-1]] for line in lines}
+    doublings = np.log2(large[0].parameters / small[0].parameters)
+    assert cells["w4_channel"][:4] == ["+0.1000", "+0.1500", "6", f"{0.05 / doublings:+.4f}"]
+    assert cells["a4_token"][3] == "+0.0000"
+    assert made({"0.7m": 162, "2m": 144, "5m": 386}) == [], "of other lengths"
+    assert made({"0.7m": 162, "2m": 159, "5m": 386}, rate=0.001) == [], "of other rates"

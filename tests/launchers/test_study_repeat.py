@@ -25,7 +25,7 @@ GROUP = ("0.7m", "llama", 1.0, 0.002)
 
 
 def test_one_row_of_each_table_is_drawn() -> None:
-    found = [a_result(name, 0, 5.0) for name in ROWS if name != "baseline_untied"]
+    found = [a_result(name, 0, 5.0) for name in ROWS if name not in ("baseline_untied", "baseline_two_ranks")]
     evaluated = [Evaluated(Key(*GROUP[:3], GROUP[3], name, 0), "", "", 5.0) for name in ("w8_channel", "a8_token")]
     names = repeating.drawn(ROWS, found, evaluated, [], GROUP, [0])
     assert [ROWS[name].kind for name in names[:3]] == ["control", "paper", "repair"]
@@ -45,6 +45,41 @@ def test_one_row_of_each_table_is_drawn() -> None:
     left = [dataclasses.replace(r, fingerprint="old") for r in found if r.key.row in names]
     assert not set(names) & set(repeating.drawn(ROWS, [*left, a_result("w8a8", 1, 5.0)], [], [], GROUP, [0]))
     assert repeating.drawn(ROWS, [a_result("w8a8", 1, 5.0)], [], [], GROUP, [1]) == ["w8a8"]
+
+
+def test_a_row_of_the_table_of_other_rates_is_drawn() -> None:
+    def drawn(found: list[Result], seeds: tuple[int, ...] = (0,)) -> tuple[str, float] | None:
+        random.shuffle(found)
+        return repeating.drawn_at_another_rate(ROWS, found, GROUP, seeds)
+
+    tuned = [a_result(row, 0, 5.0) for row in ("baseline", "w8a8", "a4_token")]
+    assert drawn([*tuned, a_result("baseline", 0, 5.0, rate=0.001), a_result("w8a8", 0, 5.0, rate=0.008)]) is None
+    names = ("w8a8", "a4_token", "w4_channel")
+    others = [a_result(row, 0, 5.0, rate=rate) for row in names for rate in (0.001, 0.004)]
+    row = min(names, key=lambda name: plan.fingerprint(ROWS[name]))
+    assert drawn([*tuned, *others]) == (row, 0.5)
+    assert drawn([*tuned, *others], (1,)) is None, "of another seed"
+    high = [one for one in others if one.key.rate == 0.004]
+    assert drawn([*tuned, *high]) == (row, 2.0)
+    old = [dataclasses.replace(one, fingerprint="0") for one in high if one.key.row == row]
+    left = [one for one in high if one.key.row != row]
+    assert drawn([*tuned, *old, *left]) == (min(names, key=lambda n: (n == row, plan.fingerprint(ROWS[n]))), 2.0)
+
+
+def test_without_names_a_row_of_another_rate_is_repeated_too(
+    tmp_path: Path, token_shards: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = Settings(tmp_path, token_shards).text
+    path, again = tmp_path / "runs.csv", tmp_path / plan.AGAIN / "runs.csv"
+    base = [a_result("baseline", 0, loss, rate=rate, text=text) for rate, loss in ((0.001, 5), (0.002, 4), (0.004, 5))]
+    found = [*base, *(a_result("w8a8", 0, 5.0, rate=rate, text=text) for rate in (0.002, 0.004))]
+    results.write(path, found)
+    results.write(again, found)
+    flags = ["repeat", "--runs", str(tmp_path), "--corpus", str(token_shards), "--csv", str(path)]
+    for more, rates in (([], ["0.002", "0.002", "0.004", "0.004"]), (["--rows", "w8a8"], ["0.002", "0.002"])):
+        assert commands.run([*flags, *more], description="") == 0
+        lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("same: ")]
+        assert [line.partition("rate ")[2].partition('"')[0] for line in lines] == rates
 
 
 def test_a_limit_is_the_interval_of_one_more_seed() -> None:
