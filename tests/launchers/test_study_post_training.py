@@ -92,6 +92,24 @@ def test_what_is_missing_is_evaluated_once(tmp_path: Path, monkeypatch: pytest.M
         assert [Path(file).parent.name.split(".")[0] for file in files] == ["w4_channel", "a4_token"]
 
 
+def test_rows_with_one_forward_pass_share_an_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    csv = tmp_path / "runs.csv"
+    monkeypatch.setattr(Settings, "text", TEXT)
+    monkeypatch.setattr(plan, "steps", lambda key, settings: 162)
+    settings = Settings(runs=tmp_path / "runs", corpus=tmp_path)
+    results.write(csv, [a_run("baseline", 0, 5.0)])
+    (plan.folder(key_of("baseline"), ROWS["baseline"], settings) / "model").mkdir(parents=True)
+    asked = in_place_of_evaluation(monkeypatch)
+    one = ("w4a4g4_nvfp4", "w4a4g4_nvfp4_m4v4_wire4")
+    other = ("w4a4_block32", "w4a4g4_block32_hadamard_backward", "w4a4g4_block32_m4v8")
+    apart = ("w4a4g4_block32_hadamard", "recommended_4bit", "w4a4g4_block32_split_mean")
+    for names in ((*one, *other[:2]), (other[2], *apart)):
+        post_training.measure([key_of(row) for row in names], ROWS, settings, csv, tmp_path)
+    assert {key.row for key in post_training.read(post_training.path(csv))} == {*one, *other, *apart}
+    rows = [[Path(file).parent.name.split(".")[0] for file in files] for _, _, files in asked]
+    assert rows == [[one[0], other[0]], list(apart)]
+
+
 def test_the_command_takes_models_of_the_tuned_rate(
     tmp_path: Path, token_shards: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
