@@ -26,10 +26,10 @@ from ds_quant.base.log import warn
 from ds_quant.base.whole_folder import whole_file
 
 FOLDER = Path(__file__).parent / "csrc"
-DRIVERS = ("adamw.cpp", "elementwise.cpp", "wire.cpp", "products.cpp", "masters.cpp", "formats.cpp")
+DRIVERS = ("adamw.cpp", "elementwise.cpp", "wire.cpp", "products.cpp", "masters.cpp", "formats.cpp", "rotation.cpp")
 STAGES = (
     *("stages.cpp", "elementwise_stages.cpp", "wire_stages.cpp", "products_stages.cpp", "masters_stages.cpp"),
-    *("formats_stages.cpp", "wire_formats_stages.cpp"),
+    *("formats_stages.cpp", "wire_formats_stages.cpp", "rotation_stages.cpp"),
 )
 """Compiled once for each instruction set."""
 HEADERS = tuple(sorted(path.name for path in FOLDER.glob("*.h")))

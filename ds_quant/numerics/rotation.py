@@ -39,11 +39,14 @@ def rotate(t: Tensor, block_size: int) -> Tensor:
 
 def rotate_rows(x: Tensor, block_size: int, key: Tensor | None = None) -> Tensor:
     """The fp32 matrix `x`, [rows, features], each of its rows rotated, with the signs of `key` where there is one."""
+    return _transform(x * row_signs(x.shape[-1], block_size, key, x.device), block_size)
+
+
+def row_signs(features: int, block_size: int, key: Tensor | None, device: torch.device) -> Tensor:
+    """fp32 +1 and -1, [features]: those of `rotate_rows`."""
     if key is None:
-        signs = signs_of(x.shape[-1], block_size, x.device)
-    else:
-        signs = 1.0 - (random_bits(key, x.shape[-1], x.device) >> 31).float() * 2.0
-    return _transform(x * signs, block_size)
+        return signs_of(features, block_size, device)
+    return 1.0 - (random_bits(key, features, device) >> 31).float() * 2.0
 
 
 def unrotate(y: Tensor, block_size: int) -> Tensor:

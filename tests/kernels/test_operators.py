@@ -37,8 +37,8 @@ def test_autograd_sees_nothing():
 def test_operators_hold_what_they_promise():
     x, key = torch.randn(5, 32), torch.tensor([3, 4])
     for operator, arguments in (
-        (simulated.rotate_rows, (x, 16)),
-        (simulated.rotate_rows, (x.t().contiguous().t().bfloat16(), 32, key)),
+        (simulated.rotate_rows.operator, (x, 16)),
+        (simulated.rotate_rows.operator, (x.t().contiguous().t().bfloat16(), 32, key)),
         (simulated.token_mean, (x.half(),)),
         (simulated.token_mean, (x[:0],)),
     ):

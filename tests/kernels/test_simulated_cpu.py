@@ -8,7 +8,7 @@ import torch
 
 from ds_quant.base.number_formats import FORMATS, FOUR_SIX, SCALE_RULES
 from ds_quant.kernels import build, native
-from ds_quant.kernels.simulated import cpu, cpu_formats, ops, reference
+from ds_quant.kernels.simulated import cpu, cpu_formats, cpu_rotation, ops, reference
 from ds_quant.numerics.format import Format, Group, Integers, ScaleCodec, named_format
 from ds_quant.numerics.integer import expand_scale
 from ds_quant.numerics.random import fold_key
@@ -168,3 +168,34 @@ def test_the_cpu_takes_them(monkeypatch):
     assert ops.finish.on(device) is cpu.finish
     monkeypatch.setenv("DS_QUANT_KERNELS", "reference")
     assert ops.quantize.on(device) is reference.quantize
+
+
+@pytest.mark.parametrize("block", [1, 2, 8, 16, 32, 128, 1024, 4096, 8192])
+def test_rotated_rows(block):
+    """Rows shorter than a block, with a short block at their end, and of no elements; drawn signs and the same ones."""
+    widths = {0, 1, 7, block, 2 * block, 2 * block + block // 2 + 1, random.randrange(1, 3 * block + 2)}
+    for width, rows, dtype, key in itertools.product(widths, (0, 1, 5), (FP32, BF16, FP16), KEYS):
+        x = torch.randn(rows, width) * 100
+        if rows > 4 and width:
+            x[1], x[2, 0], x[3, -1], x[4] = -0.0, torch.inf, torch.nan, -1e-41
+        x = x.to(dtype)
+        for laid_out in (x, x.t().contiguous().t(), torch.cat((x, x), 1)[:, :width]):
+            want = reference.rotate_rows(laid_out, block, key)
+            assert want.is_contiguous()
+            assert_same([ops.rotate_rows(laid_out, block, key)], [want])
+            for isa in native.ISAS[: native.library().widest + 1]:
+                got = cpu_rotation.rotate_rows(laid_out, block, key, isa=isa)
+                assert_same([got], [want])
+                assert torch.equal(got.signbit()[~got.isnan()], want.signbit()[~want.isnan()]), "zeros have signs"
+
+
+def test_threads_change_no_bit_of_rotated_rows():
+    x, before = torch.randn(300, 700), torch.get_num_threads()
+    want = reference.rotate_rows(x, 128, fold_key(3))
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            assert_same([cpu_rotation.rotate_rows(x, 128, fold_key(3))], [want])
+    finally:
+        torch.set_num_threads(before)
+    assert ops.rotate_rows.on(torch.device("cpu")) is cpu.rotate_rows

@@ -95,13 +95,14 @@ void finish(float* x, float factor, const uint32_t* flips, int64_t n) {
     if constexpr (V::width > 1) finish<typename V::Rest>(x + i, factor, flips ? flips + i : nullptr, n - i);
 }
 
+float factor_of(int64_t length) { return static_cast<float>(1.0 / __builtin_sqrt(static_cast<double>(length))); }
+
 // H of a block of n elements, a short one in its binary parts; `to` may be `from`.
 void transform(const float* from, const uint32_t* before, float* to, const uint32_t* after, int64_t n) {
     for (int64_t part = MAX_BLOCK, at = 0; part; part /= 2) {
         if (!(n & part)) continue;
         butterflies<Widest>(from + at, before ? before + at : nullptr, to + at, part);
-        float factor = static_cast<float>(1.0 / __builtin_sqrt(static_cast<double>(part)));
-        finish<Widest>(to + at, factor, after ? after + at : nullptr, part);
+        finish<Widest>(to + at, factor_of(part), after ? after + at : nullptr, part);
         at += part;
     }
 }

@@ -1,4 +1,4 @@
-"""Quantizers, dequantized operands and the end of products on the CPU in C++, bit for bit.
+"""Quantizers, dequantized operands, rotations and the end of products on the CPU in C++, bit for bit.
 
 Symmetric integers with fp32 scales go to the kernels of `int8`: blocks that cut rows evenly are rows of their own.
 Floating point and scales in 8 bits go to `cpu_formats`. What is left to the definitions: asymmetric codes, blocks of
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ds_quant.kernels import native
 from ds_quant.kernels.int8 import cpu as int8
-from ds_quant.kernels.simulated import cpu_formats, ops, reference
+from ds_quant.kernels.simulated import cpu_formats, cpu_rotation, ops, reference
 from ds_quant.numerics.format import Format, Integers, ScaleCodec
 from ds_quant.numerics.integer import Quantized, check_arguments
 from ds_quant.numerics.minifloat import Minifloat
@@ -57,6 +57,11 @@ def dequantize(q: Quantized, dtype: torch.dtype) -> Tensor:
     if granularity == "column":
         return int8.dequantize(codes, column_scale=scale, dtype=dtype)
     return int8.dequantize(codes, row_scale=_flat(scale), dtype=dtype)
+
+
+@ops.rotate_rows.by("cpu")
+def rotate_rows(x: Tensor, block_size: int, key: Tensor | None = None) -> Tensor:
+    return cpu_rotation.rotate_rows(x, block_size, key)
 
 
 @ops.finish.by("cpu")

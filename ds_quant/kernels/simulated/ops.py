@@ -13,7 +13,6 @@ from torch import Tensor
 from ds_quant.kernels import operators
 from ds_quant.kernels.registry import Family, operation
 from ds_quant.kernels.simulated import reference
-from ds_quant.numerics import rotation
 from ds_quant.numerics.format import Format, Integers
 from ds_quant.numerics.integer import Quantized
 from ds_quant.numerics.minifloat import Minifloat
@@ -82,13 +81,13 @@ def _in_fp32(x: Tensor, block_size: int, key: Tensor | None = None) -> Tensor:
     return x.new_empty(x.shape, dtype=torch.float32)
 
 
-@functools.partial(operators.define, fake=_in_fp32)
+@operation(FAMILY, reference=reference.rotate_rows, shapes=_in_fp32, backends_only=True)
 def rotate_rows(x: Tensor, block_size: int, key: Tensor | None = None) -> Tensor:
     """`numerics.rotation.rotate_rows` of x [rows, features], fp32, bf16 or fp16, in fp32.
 
     An operator of its own in graphs: fused, each element would be computed from all of its block again and again.
     """
-    return rotation.rotate_rows(x.detach().float(), block_size, key).contiguous()
+    return rotate_rows.on(x.device)(x, block_size, key)
 
 
 @functools.partial(operators.define, fake=lambda x: x.new_empty(x.shape[1:], dtype=torch.float32))

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from ds_quant.numerics import rotation
 from ds_quant.numerics.format import Format, Integers, quantize_to
 from ds_quant.numerics.integer import Quantized, dequantize
 from ds_quant.numerics.minifloat import Minifloat
@@ -15,7 +16,12 @@ def quantize(
     return quantize_to(x if factor is None else x.float() * factor, to, rounding=rounding, key=subkey)
 
 
-__all__ = ["dequantize", "finish", "quantize"]
+__all__ = ["dequantize", "finish", "quantize", "rotate_rows"]
+
+
+def rotate_rows(x: Tensor, block_size: int, key: Tensor | None = None) -> Tensor:
+    """`numerics.rotation.rotate_rows` of x in fp32, contiguous."""
+    return rotation.rotate_rows(x.detach().float(), block_size, key).contiguous()
 
 
 def finish(
