@@ -113,7 +113,9 @@ def _table(
     found: Sequence[Result],
     rows: Sequence[Row],
     x_of: Callable[[Result], float],
+    least: int = 0,
 ) -> list[str]:
+    """least: pairs that a row needs at each place where it has run."""
     judged: list[dict[str, Judged]] = []
     places: list[float] = []
     for group in groups:
@@ -123,7 +125,7 @@ def _table(
     lines = []
     for row in rows:
         entries = [by_name[row.name] for by_name in judged]
-        if row.name == BASELINE or any(entry.num_diverged for entry in entries):
+        if row.name == BASELINE or any(entry.num_diverged or 0 < len(entry.gaps) < least for entry in entries):
             continue
         points = [(x, gap) for x, entry in zip(places, entries, strict=True) for gap in entry.gaps]
         line = slope(points)
@@ -176,7 +178,8 @@ def _alike_but_for_size(family: str, found: Sequence[Result], rows: Sequence[Row
             groups.sort(key=lambda group: sizes.index(group[0]))
             names = [f"{size} at D/N {ratio:g}" for size, _, ratio, _ in groups]
             title = f"**What size does by itself**: {family}, learning rate {rate:g}, {steps} steps or some more"
-            lines += _table(title, "parameters", groups, names, found, rows, lambda one: one.parameters)
+            least = len(protocol.SEEDS)
+            lines += _table(title, "parameters", groups, names, found, rows, lambda one: one.parameters, least)
     return lines
 
 
