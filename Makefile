@@ -101,9 +101,9 @@ lint: venv
 	mypy
 	lint-imports
 
-# Four files at a time, one thread each: tests of Slurm and of runs that are killed wait more than they compute.
+# Three files at a time, one thread each: tests of Slurm and of runs that are killed wait more than they compute.
 # WORKERS=0 runs all in one process. What all jobs would build at once is built first.
-WORKERS ?= 4
+WORKERS ?= 3
 MARKERS ?= not slow
 BUILD_OP = python -c "import deepspeed; deepspeed.get_accelerator().create_op_builder('ShareMemCommBuilder').load()"
 BUILD_KERNELS = python -c "from ds_quant.kernels import build; build.load()"
