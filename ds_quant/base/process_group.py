@@ -1,17 +1,26 @@
 """Process groups: a single rank without a launcher, free ports, and a clean shutdown."""
 
-import contextlib
 import os
 import random
 import socket
+import sys
+from collections import deque
 from pathlib import Path
 
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 """Any of these variables shows that a launcher started this process."""
 
 
+_HELD_PORTS: deque[socket.socket] = deque(maxlen=64)
+"""Sockets that keep others off the ports that `free_port` has given; the oldest are let go."""
+
+
 def free_port() -> int:
-    """A TCP port for a program that is started next.
+    """A TCP port for a program that is started next, by this process or as its child.
+
+    On Linux it stays reserved while this process lives, or until 64 more were asked for: a program may import for a
+    minute before it listens, and meanwhile another could be given the same port. Servers that set SO_REUSEADDR, as
+    torch's do, can listen on it; who asks for any free port does not get it.
 
     Below 32768: higher ports may be assigned to any outgoing connection before that program starts.
 
@@ -19,9 +28,19 @@ def free_port() -> int:
         OSError: a hundred ports in a row were taken.
     """
     for port in random.SystemRandom().sample(range(12_000, 29_000), 100):
-        with socket.socket() as probe, contextlib.suppress(OSError):
+        probe = socket.socket()
+        try:
             probe.bind(("", port))
-            return port
+        except OSError:
+            probe.close()
+            continue
+        if sys.platform == "linux":
+            # Not before it is bound: two that reserve could have the same port.
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            _HELD_PORTS.append(probe)
+        else:
+            probe.close()
+        return port
     raise OSError("found no free port between 12000 and 29000")
 
 
