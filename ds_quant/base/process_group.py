@@ -22,12 +22,13 @@ def free_port() -> int:
     minute before it listens, and meanwhile another could be given the same port. Servers that set SO_REUSEADDR, as
     torch's do, can listen on it; who asks for any free port does not get it.
 
-    Below 32768: higher ports may be assigned to any outgoing connection before that program starts.
+    From 12000 to 19999: jobs of Slurm take theirs from 20000 on, by their number, and ports above 32767 may be assigned
+    to any outgoing connection before that program starts.
 
     Raises:
         OSError: a hundred ports in a row were taken.
     """
-    for port in random.SystemRandom().sample(range(12_000, 29_000), 100):
+    for port in random.SystemRandom().sample(range(12_000, 20_000), 100):
         probe = socket.socket()
         try:
             probe.bind(("", port))
@@ -41,7 +42,7 @@ def free_port() -> int:
         else:
             probe.close()
         return port
-    raise OSError("found no free port between 12000 and 29000")
+    raise OSError("found no free port between 12000 and 19999")
 
 
 def become_one_rank() -> None:

@@ -1,11 +1,13 @@
 """Free ports: reserved for those that they were given to."""
 
 import random
+import re
 import socket
 import subprocess
 import sys
 
 import pytest
+from conftest import ROOT
 
 from ds_quant.base import process_group
 from ds_quant.base.process_group import free_port
@@ -28,6 +30,16 @@ def test_a_port_is_not_given_twice(of_two):
     assert [free_port(), free_port()] == of_two
     with pytest.raises(OSError, match="no free port"):
         free_port()
+
+
+def test_no_port_of_a_job_of_slurm(monkeypatch):
+    """A job of one rank and one of Slurm on the same machine: both have to listen."""
+    asked = []
+    monkeypatch.setattr(random.SystemRandom, "sample", lambda self, values, count: asked.append(values) or [])
+    with pytest.raises(OSError, match="no free port"):
+        free_port()
+    first = int(re.search(r"port=\$\(\((\d+) \+", (ROOT / "slurm" / "pretrain.sbatch").read_text())[1])
+    assert max(asked[0]) < first
 
 
 def test_torch_listens_on_a_reserved_port():
