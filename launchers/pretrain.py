@@ -27,15 +27,18 @@ def main(argv: list[str] | None = None) -> int:
     except LaunchError as error:
         terminal.complain(str(error))
         return LaunchError.exit_status
-    use_cpu = environment.without_accelerator()
+    with environment.imports_left_alone():
+        use_cpu = environment.without_accelerator()
     request = StopRequest()
     request.install()
 
     # Imported here because they load deepspeed, which looks for its device on import.
     try:
-        from pretraining import job
+        with environment.imports_left_alone():
+            from pretraining import job
 
-        import ds_quant
+            import ds_quant
+            import ds_quant.engine
     except StopAtOnce as stop:
         terminal.complain(str(stop))
         return Stopped.exit_status

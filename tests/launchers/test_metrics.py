@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import json
 import sys
 from pathlib import Path
@@ -137,6 +138,21 @@ def test_a_plain_process_is_a_job_of_one(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setenv("WORLD_SIZE", "2")
     environment.ensure_process_group_variables()
     assert (terminal.rank(), environment.world_size()) == (1, 2)
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_the_garbage_collector_passes_over_imports(enabled: bool) -> None:
+    (gc.enable if enabled else gc.disable)()
+    before = gc.get_freeze_count()
+    try:
+        with environment.imports_left_alone():
+            assert not gc.isenabled()
+            imported = [[] for _ in range(100)]
+        assert gc.isenabled() == enabled
+        assert gc.get_freeze_count() >= before + len(imported)
+    finally:
+        gc.unfreeze()
+        gc.enable()
 
 
 def test_series_leave_out_what_was_not_measured(tmp_path: Path) -> None:
