@@ -1,6 +1,7 @@
 """What all tests share: where DeepSpeed's op is built, and a process group of one rank for tests within pytest."""
 
 import functools
+import gc
 import importlib
 import os
 import random
@@ -58,6 +59,11 @@ def pytest_collection_modifyitems(items):
         return next((LONGEST_FIRST.index(name) for name in names if name in LONGEST_FIRST), len(LONGEST_FIRST))
 
     items.sort(key=rank)
+
+
+def pytest_collection_finish():
+    """What is imported and collected stays to the end: garbage collections, of which engines ask for many, skip it."""
+    gc.freeze()
 
 
 def mark_gpu_tests(items):
