@@ -19,7 +19,7 @@ help:
 	@echo "make masters    losses with masters of 24 and 16 bits, 12 runs of two minutes"
 	@echo "make communication   losses with gradients in few bits on the wire, 4 ranks, some 15 runs"
 	@echo "make int8       losses with int8 linear layers, 15 runs of two minutes"
-	@echo "make study      the paper's matrix and its repairs at the smallest size: some 800 runs of a minute or two"
+	@echo "make study      the paper's matrix and its repairs at the smallest size: some 1300 runs of one to three minutes"
 	@echo "make study-smoke   three short runs of it, against limits that were measured, two minutes"
 	@echo "make test-kills  kill a run of two ranks at 200 points drawn from a seed, 15 minutes"
 	@echo "make test-stack STACK=oldest   quick, engine, kernel and distributed tests with the oldest versions, an hour and 6 GB"
