@@ -27,6 +27,14 @@ def arguments(*words):
     return parser.parse_args(["--models", MODEL, "--micro_batch_size", "2", *map(str, words)])
 
 
+def measured(folder, *words):
+    """The rows of a run; where a prediction is wrong, its figures are in the assertion."""
+    code = memory.run(arguments(*words, "--table", "--output", folder / "out"))
+    written = (folder / "out" / "memory.json").read_text()
+    assert code == 0, written
+    return json.loads(written)["rows"]
+
+
 @pytest.mark.parametrize(
     ("ranks", "configs", "stages"),
     [
@@ -35,14 +43,11 @@ def arguments(*words):
         pytest.param(4, "w8a8_adam8_comm8", "0,1", marks=pytest.mark.slow),
     ],
 )
-def test_predictions_against_real_ranks(ranks, configs, stages, tmp_path, capsys):
+def test_predictions_against_real_ranks(ranks, configs, stages, tmp_path):
     """Fails by its exit code where a peak is off by more than 5%, or one collective by a byte."""
     paths = ",".join(str(CONFIGS / f"{name}.json") for name in configs.split(","))
     given = ["--configs", paths, "--ranks", ranks, "--stages", stages, "--models", "tiny", "--micro_batch_size", 8]
-    code = memory.run(arguments(*given, "--table", "--reduce_bucket_size", 500_000, "--output", tmp_path / "out"))
-    shown = capsys.readouterr().out
-    assert code == 0, shown
-    written = json.loads((tmp_path / "out" / "memory.json").read_text())["rows"]
+    written = measured(tmp_path, *given, "--reduce_bucket_size", 500_000)
     assert len(written) == len(configs.split(",")) * len(stages.split(","))
     for row in written:
         assert abs(row["peak_error"]) <= memory.TOLERANCE
@@ -60,7 +65,7 @@ def test_predictions_against_real_ranks(ranks, configs, stages, tmp_path, capsys
         assert (ranks > 1) == (min(row["wire_bytes"]) > row["parameters"] / 4)
 
 
-def test_gradients_of_weights_that_oscillate(tmp_path, capsys):
+def test_gradients_of_weights_that_oscillate(tmp_path):
     """What `trust_distance` and `dampening` make in the backward is the peak with few tokens, and foreseen."""
     raw = json.loads((CONFIGS / "baseline.json").read_text())
     weight = {"bits": 4, "trust_distance": 0.4, "dampening": 0.01}
@@ -72,8 +77,7 @@ def test_gradients_of_weights_that_oscillate(tmp_path, capsys):
     )
     given = ["--configs", tmp_path / "oscillation.json", "--ranks", 1, "--stages", 2, "--models", model]
     given += ["--micro_batch_size", 1, "--context_length", 16, "--reduce_bucket_size", 500_000]
-    assert memory.run(arguments(*given, "--table", "--output", tmp_path / "out")) == 0, capsys.readouterr().out
-    (row,) = json.loads((tmp_path / "out" / "memory.json").read_text())["rows"]
+    (row,) = measured(tmp_path, *given)
     # Nothing of it is by chance: one rank, no other thread.
     assert abs(row["peak_error"]) <= 1e-5
     assert row["phase"] == "backward"  # without the two the step has the peak
@@ -81,7 +85,7 @@ def test_gradients_of_weights_that_oscillate(tmp_path, capsys):
     assert row["temporaries"] >= (1 + 4 * 4) * 512 * 2048
 
 
-def test_weights_that_are_watched_for_oscillation(tmp_path, capsys):
+def test_weights_that_are_watched_for_oscillation(tmp_path):
     """`oscillation_reset` holds 16 bytes of each master that a rank has, which are foreseen."""
     raw = json.loads((CONFIGS / "baseline.json").read_text())
     rows = {}
@@ -90,8 +94,7 @@ def test_weights_that_are_watched_for_oscillation(tmp_path, capsys):
         (tmp_path / f"{name}.json").write_text(json.dumps(raw))
     paths = f"{tmp_path}/without.json,{tmp_path}/with.json"
     given = ["--configs", paths, "--ranks", 1, "--stages", 2, "--models", MODEL, "--reduce_bucket_size", 500_000]
-    assert memory.run(arguments(*given, "--table", "--output", tmp_path / "out")) == 0, capsys.readouterr().out
-    for row in json.loads((tmp_path / "out" / "memory.json").read_text())["rows"]:
+    for row in measured(tmp_path, *given):
         rows[row["config"]] = row
         assert abs(row["peak_error"]) <= 1e-5
     quantized = 2 * (2 * 64 * 64 + 2 * 32 * 64 + 3 * 64 * 96)

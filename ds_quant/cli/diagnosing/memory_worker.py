@@ -11,7 +11,6 @@ import itertools
 import json
 import os
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -23,24 +22,28 @@ from ds_quant.cli.shared.process_memory import peak_bytes
 from ds_quant.planning.job import Job, Outcome, run_job
 from ds_quant.planning.ledger import ROLES, Ledger
 
+_MARK = "ds_quant step"
 
-class TimedLedger(Ledger):
-    """Knows when its last step began and ended, on the clock of torch's profiler."""
 
-    times: dict[str, int]
+class MarkingLedger(Ledger):
+    """Marks in torch's profile, too, where a step begins and ends.
+
+    By an event of the profile: by another clock an allocation could lie on the wrong side.
+    """
 
     def mark(self, name: str) -> None:
         super().mark(name)
         if name == "begin" and torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
         if name in ("begin", "end"):
-            self.times = {**getattr(self, "times", {}), name: time.time_ns()}
+            with torch.profiler.record_function(f"{_MARK} {name}"):
+                pass
 
 
 def measure(job: Job) -> dict[str, Any]:
     """Train a job; its `Outcome` as "outcome", and of its last step as "allocator_bytes" the allocator's own peak, and
     as "role_peaks" the most that each role had at any time."""
-    ledger = TimedLedger()
+    ledger = MarkingLedger()
     if torch.cuda.is_available() and deepspeed.get_accelerator().device_name().startswith("cuda"):
         with ledger:
             outcome = run_job(job, ledger)
@@ -49,9 +52,12 @@ def measure(job: Job) -> dict[str, Any]:
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True) as profiler, ledger:
         outcome = run_job(job, ledger)
-    events: list[Any] = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    recorded = profiler.profiler.kineto_results.events()
+    begin, end = (
+        max(event.start_ns() for event in recorded if event.name() == f"{_MARK} {name}") for name in ("begin", "end")
+    )
+    events: list[Any] = [event for event in recorded if event.name() == "[memory]"]
     events.sort(key=lambda event: event.start_ns())
-    begin, end = ledger.times["begin"], ledger.times["end"]
     before = sum(event.nbytes() for event in events if event.start_ns() < begin)
     changes = [event.nbytes() for event in events if begin <= event.start_ns() <= end]
     # Between steps nothing is on its way, and the two should agree. What gloo's threads free the profiler does not see.
