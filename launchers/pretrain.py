@@ -37,8 +37,7 @@ def main(argv: list[str] | None = None) -> int:
         with environment.imports_left_alone():
             from pretraining import job
 
-            import ds_quant
-            import ds_quant.engine
+            import ds_quant.engine  # which enable() would load later
     except StopAtOnce as stop:
         terminal.complain(str(stop))
         return Stopped.exit_status

@@ -10,7 +10,6 @@ from pathlib import Path
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 """Any of these variables shows that a launcher started this process."""
 
-
 _HELD_PORTS: deque[socket.socket] = deque(maxlen=64)
 """Sockets that keep others off the ports that `free_port` has given; the oldest are let go."""
 

@@ -122,7 +122,7 @@ class Cluster:
             daemon.wait()
         send(self.processes(), signal.SIGKILL)
         # A killed rank leaves DeepSpeed's 66 MiB in shared memory; pretrain.sbatch takes ports from 20000 to 31999, of
-        # which other tests may have some.
+        # which programs beside the tests may have some.
         in_use = _mapped_files()
         for left in Path("/dev/shm").glob("deepspeed_allreduce_buffer_*_[23][0-9][0-9][0-9][0-9]_*"):
             if 20000 <= int(left.name.split("_")[-2]) < 32000 and str(left) not in in_use:
