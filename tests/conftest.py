@@ -30,6 +30,10 @@ hypothesis.settings.register_profile("quick", max_examples=50, deadline=None)
 hypothesis.settings.load_profile("full")
 
 
+PATIENCE = 3
+"""How many times its time-out a test has, and what it waits for. Time-outs are there for what hangs; a shared machine
+with a cold disk has needed twice the usual time for all tests, and for the first ranks six times theirs."""
+
 LONGEST_FIRST = (
     "test_slurm_survival.py",
     "distributed",
@@ -51,8 +55,12 @@ NEEDS_GPU = "needs a GPU"
 
 @pytest.hookimpl(tryfirst=True)  # -m selects by marks: they must be there
 def pytest_collection_modifyitems(items):
-    """Mark what needs a GPU, skip it without one, and order the files by LONGEST_FIRST."""
+    """Mark what needs a GPU, skip it without one, have PATIENCE, and order the files by LONGEST_FIRST."""
     mark_gpu_tests(items)
+    for item in items:
+        timeout = item.get_closest_marker("timeout")
+        seconds = timeout.args[0] if timeout else float(item.config.getini("timeout"))
+        item.add_marker(pytest.mark.timeout(PATIENCE * seconds), append=False)
 
     def rank(item):
         names = (item.path.name, item.path.parent.name)

@@ -124,7 +124,7 @@ def test_a_state_under_a_map_is_a_tensor_like_any_other(square, rng, tmp_path):
         assert one.blocks.code_map == kind
     reader = f"import torch; torch.load({str(tmp_path / 'state.pt')!r}, weights_only=False)"
     run = subprocess.run(
-        [sys.executable, "-c", f"import ds_quant.optim.state; {reader}"], capture_output=True, text=True, timeout=200
+        [sys.executable, "-c", f"import ds_quant.optim.state; {reader}"], capture_output=True, text=True, timeout=600
     )
     assert 'got "a state with the map square"; allowed: float, power, linear, dynamic' in run.stderr
 
@@ -184,7 +184,7 @@ def test_a_backend_serves_where_it_is_chosen(page, tmp_path):
         [sys.executable, "-c", textwrap.dedent(program)],
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=600,
         env={**os.environ, "PYTHONPATH": path},
         cwd=ROOT,
     )

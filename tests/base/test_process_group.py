@@ -49,7 +49,7 @@ def test_torch_listens_on_a_reserved_port():
         "for libuv in (True, False):\n"
         f"    print(TCPStore('127.0.0.1', {port}, 1, True, use_libuv=libuv).port)"
     )
-    ended = subprocess.run([sys.executable, "-c", store], capture_output=True, text=True, timeout=120)
+    ended = subprocess.run([sys.executable, "-c", store], capture_output=True, text=True, timeout=400)
     assert ended.stdout.split() == [str(port)] * 2, ended.stderr
 
 

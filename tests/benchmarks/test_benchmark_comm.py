@@ -34,7 +34,7 @@ with slow_link("1gbit", 2) as link:
 
 
 def namespaces():
-    done = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, timeout=30, check=True)
+    done = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, timeout=100, check=True)
     return {line.split()[0] for line in done.stdout.splitlines() if line.strip()}
 
 
@@ -246,10 +246,13 @@ def test_a_link_joins_its_ranks_and_goes(ranks):
         listening = subprocess.Popen(link.within(0, [sys.executable, "-c", server]), stdout=subprocess.PIPE, text=True)
         assert listening.stdout.readline() == "up\n"
         command = link.within(ranks - 1, [sys.executable, "-c", script.format(link.environment()["MASTER_ADDR"])])
-        assert subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout == "hello\n"
-        listening.wait(timeout=30)
+        assert subprocess.run(command, capture_output=True, text=True, timeout=200, check=True).stdout == "hello\n"
+        listening.wait(timeout=100)
         shown = subprocess.run(
-            ["tc", "-n", link.namespaces[1], "qdisc", "show", "dev", "wire"], capture_output=True, text=True, timeout=30
+            ["tc", "-n", link.namespaces[1], "qdisc", "show", "dev", "wire"],
+            capture_output=True,
+            text=True,
+            timeout=100,
         )
         assert "rate 10Mbit" in shown.stdout
     assert namespaces() == before
@@ -269,7 +272,7 @@ def test_a_link_goes_with_what_runs_in_it_after_an_exception():
     with pytest.raises(RuntimeError, match="broken"):
         fail()
     assert namespaces() == before
-    assert running[0].wait(timeout=30) == -signal.SIGKILL
+    assert running[0].wait(timeout=100) == -signal.SIGKILL
 
 
 @needs_link
@@ -279,7 +282,7 @@ def test_a_link_goes_when_its_process_is_told_to_end(number):
     assert len(own) == 2
     assert own <= namespaces()
     process.send_signal(number)
-    assert process.wait(timeout=60) != 0
+    assert process.wait(timeout=200) != 0
     assert not own & namespaces()
 
 
@@ -287,9 +290,9 @@ def test_a_link_goes_when_its_process_is_told_to_end(number):
 def test_clean_removes_what_a_killed_run_left_and_nothing_else():
     process, own = holder()
     process.kill()
-    process.wait(timeout=30)
+    process.wait(timeout=100)
     with slow_link.slow_link("1gbit", 2) as link:
-        done = subprocess.run([sys.executable, SCRIPT, "--clean"], capture_output=True, text=True, timeout=60)
+        done = subprocess.run([sys.executable, SCRIPT, "--clean"], capture_output=True, text=True, timeout=200)
         assert done.returncode == 0, done.stderr
         assert {f"removed: {name}" for name in own} <= set(done.stdout.splitlines())
         assert not own & namespaces()

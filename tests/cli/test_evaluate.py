@@ -272,7 +272,7 @@ def test_an_interrupted_run_writes_nothing(files, tmp_path):
         time.sleep(0.5)
         assert process.poll() is None
         process.send_signal(signal.SIGTERM)
-        assert process.wait(timeout=60) == -signal.SIGTERM
+        assert process.wait(timeout=200) == -signal.SIGTERM
     finally:
         process.kill()
         process.stdout.close()

@@ -296,7 +296,7 @@ def run_with_deepspeed(script: str, configs: dict[str, dict], tmp_path: Path) ->
     command = [sys.executable, str(tmp_path / "script.py"), str(tmp_path / "configs.json"), str(tmp_path / "out.json")]
     env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     # There, since diagnostics write into the current folder.
-    run = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=400)
+    run = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=1200)
     assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-6000:]
     return json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))
 

@@ -53,7 +53,7 @@ def run(path, stage, dtype):
         bf16=dtype == "bf16",
         seed=1,
         disable_tqdm=True,
-        ddp_timeout=120,
+        ddp_timeout=400,
     )
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(tiny_llama_config())

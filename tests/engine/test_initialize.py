@@ -221,7 +221,7 @@ def test_importing_the_package_is_light():
         "import sys, ds_quant; ds_quant.__version__; dir(ds_quant); "
         "assert not {'deepspeed', 'transformers', 'torch'} & set(sys.modules), sorted(sys.modules)"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
 
 

@@ -1,4 +1,4 @@
-"""Starts programs the way users do, with a time-out that leaves nothing running."""
+"""Starts programs the way users do, with time-outs that leave nothing running, PATIENCE times what the tests say."""
 
 import atexit
 import contextlib
@@ -12,7 +12,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from conftest import ROOT, free_port
+from conftest import PATIENCE, ROOT, free_port
 
 from ds_quant.base.process_group import RANK_VARIABLES
 
@@ -24,7 +24,8 @@ WITHOUT_COMPILER = {"TORCHDYNAMO_DISABLE": "1"}
 
 
 def launch(command, *, timeout, env=None, cwd=ROOT, check=True):
-    """Run a command in a process group of its own; (exit status, output). Kills all of it after `timeout` seconds."""
+    """Run a command in a process group of its own; (exit status, output). Kills all of it after the time-out."""
+    timeout *= PATIENCE
     process = subprocess.Popen(
         [str(part) for part in command],
         stdout=subprocess.PIPE,
@@ -59,7 +60,7 @@ def run_ranks(program, *arguments, ranks=2, timeout, env=None, cwd=ROOT, check=T
         status = _ask(job)
         output = _read(Path(log.name))
     _remove_shared_memory([job["port"]])
-    assert status != "timeout", f"{program} {arguments} did not end within {timeout} s:\n{output}"
+    assert status != "timeout", f"{program} {arguments} did not end within {job['timeout']} s:\n{output}"
     if check:
         assert status == 0, f"{program} {arguments} ended with {status}:\n{output}"
     return status, output
@@ -91,6 +92,7 @@ class Ranks:
         return json.loads(self._wait_for(self._folder / "ranks", 60))
 
     def _wait_for(self, path, timeout):
+        timeout *= PATIENCE
         end = time.monotonic() + timeout
         while not path.exists():
             assert time.monotonic() < end, f"no {path.name} within {timeout} s:\n{self.printed()}"
@@ -126,8 +128,8 @@ def _job(program, arguments, *, ranks, timeout, env, cwd, log):
         "env": _environment(env),
         "cwd": str(cwd),
         "log": log,
-        "timeout": timeout,
-        "grace": 5,
+        "timeout": PATIENCE * timeout,
+        "grace": 5 * PATIENCE,
     }
 
 

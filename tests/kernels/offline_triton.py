@@ -33,7 +33,7 @@ def run_in_interpreter(file):
     """Run the tests of a file; all must pass."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", file]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
     print(done.stdout)
     assert done.returncode == 0, done.stdout[-10000:] + done.stderr[-2000:]
     assert re.search(r"[1-9]\d* passed", done.stdout)
@@ -77,7 +77,7 @@ def resources(cubin, folder):
     path = folder / "kernel.cubin"
     path.write_bytes(cubin)
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    done = subprocess.run([tool, "-res-usage", path], capture_output=True, text=True, check=True, timeout=60)
+    done = subprocess.run([tool, "-res-usage", path], capture_output=True, text=True, check=True, timeout=200)
     found = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", done.stdout))
     return {name: int(count) for name, count in found.items()}
 

@@ -121,7 +121,7 @@ def counters(monkeypatch):
 
 def test_import_needs_no_triton():
     program = "import sys; sys.modules.update(triton=None); import ds_quant.kernels.adamw.compiled"
-    subprocess.run([sys.executable, "-c", program], check=True, timeout=100)
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=300)
 
 
 def test_what_serves_cuda(forgetful, monkeypatch, caplog):

@@ -111,7 +111,7 @@ def test_two_processes_that_build_at_once(fresh):
     )
     environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
     running = [subprocess.Popen([sys.executable, "-c", program], env=environment) for _ in range(2)]
-    assert [process.wait(timeout=100) for process in running] == [0, 0]
+    assert [process.wait(timeout=300) for process in running] == [0, 0]
     assert len(libraries(fresh)) == 1
 
 
@@ -170,7 +170,7 @@ def test_compilers_are_tried_in_turn(monkeypatch, tmp_path):
 def test_importing_builds_nothing(tmp_path):
     program = "import ds_quant.kernels.adamw.ops, ds_quant.kernels.adamw.cpu"
     environment = {**os.environ, "DS_QUANT_CACHE": str(tmp_path / "cache"), "CXX": "/bin/false"}
-    subprocess.run([sys.executable, "-c", program], env=environment, check=True, timeout=100)
+    subprocess.run([sys.executable, "-c", program], env=environment, check=True, timeout=300)
     assert not (tmp_path / "cache").exists()
 
 

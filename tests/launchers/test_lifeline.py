@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT
+from conftest import PATIENCE, ROOT
 from helpers.launching import Ranks
 from survival import status
 from survival.lifeline import Lifeline
@@ -31,7 +31,7 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Ranks]]:
             arguments = (PROGRAM, tmp_path / "run", grace, *doings)
             ranks = Ranks(tmp_path / "ranks", *arguments, ranks=len(doings), timeout=100, grace=100)
             stack.enter_context(ranks)
-            deadline = time.monotonic() + 60
+            deadline = time.monotonic() + 60 * PATIENCE
             while not all(f"rank {rank} is ready" in ranks.printed() for rank in range(len(doings))):
                 assert ranks.poll() is None, ranks.printed()
                 assert time.monotonic() < deadline, ranks.printed()
@@ -131,7 +131,7 @@ def test_strangers_at_the_port_do_nothing(monkeypatch: pytest.MonkeyPatch) -> No
         with connect(token + b" 2\n"):
             time.sleep(0.2)
             assert (gone, exits) == ([], []), "one that said goodbye is not missed"
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 30
         while not exits and time.monotonic() < deadline:
             time.sleep(0.02)
         assert gone[0] == 2

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import tokenize_corpus
 import torch
-from conftest import ROOT
+from conftest import PATIENCE, ROOT
 from helpers.launching import Ranks, run_ranks
 from survival import status
 from transformers import AutoModelForCausalLM
@@ -103,7 +103,7 @@ def end(run: Ranks, expect: int | None = 0, timeout: float = 120) -> str:
 
 
 def wait_for(done: Callable[[], Any], run: Ranks, timeout: float = 120) -> Any:
-    deadline = time.monotonic() + timeout
+    deadline = time.monotonic() + PATIENCE * timeout
     while not (found := done()):
         assert run.poll() is None, f"it ended too early:\n{run.printed()}"
         assert time.monotonic() < deadline, "it did not come so far"

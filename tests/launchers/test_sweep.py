@@ -48,7 +48,7 @@ def test_a_dry_run_prints_the_whole_matrix(tmp_path: Path) -> None:
         ["/usr/bin/bash", str(ROOT / "slurm" / "sweep.sh"), "--dry-run", "--sweep-dir", str(tmp_path / "sweep")],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=400,
         cwd=tmp_path,
         env={"PATH": str(bare), "HOME": str(tmp_path), "PYTHONPATH": str(ROOT)},
     )

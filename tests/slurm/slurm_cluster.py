@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, free_port
+from conftest import PATIENCE, ROOT, free_port
 from helpers.launching import WITHOUT_COMPILER, outer_environment
 
 NODES = ("n1", "n2", "n3", "n4")
@@ -192,7 +192,7 @@ class Cluster:
             text=True,
             env=self.environment(**env),
             cwd=cwd,
-            timeout=timeout,
+            timeout=PATIENCE * timeout,
         )
         if check:
             assert done.returncode == 0, f"{command} ended with {done.returncode}:\n{done.stdout}"
@@ -274,7 +274,8 @@ def _cluster() -> Iterator[Cluster]:
 
 
 def wait_for(holds: Callable[[], object], timeout: float, what: str, explain: Callable[[], str] | None = None) -> None:
-    """Wait until `holds()`; an assertion with `what`, and what `explain()` tells, after `timeout` seconds."""
+    """Wait until `holds()`; after PATIENCE times `timeout` an assertion with `what` and what `explain()` tells."""
+    timeout *= PATIENCE
     deadline = time.monotonic() + timeout
     while not holds():
         if time.monotonic() > deadline:

@@ -118,7 +118,7 @@ def _ssh_servers(link: Link, folder: Path) -> Iterator[list[str]]:
     """An sshd in each namespace; the options of ssh that reach them."""
     folder.mkdir(mode=0o700)
     for name in ("host", "user"):
-        subprocess.run(["ssh-keygen", "-q", "-N", "", "-t", "ed25519", "-f", folder / name], check=True, timeout=30)
+        subprocess.run(["ssh-keygen", "-q", "-N", "", "-t", "ed25519", "-f", folder / name], check=True, timeout=100)
     (folder / "sshd_config").write_text(
         f"Port 22\nHostKey {folder}/host\nAuthorizedKeysFile {folder}/user.pub\nPidFile none\n"
         "UsePAM no\nStrictModes no\nPasswordAuthentication no\nPermitRootLogin prohibit-password\n"

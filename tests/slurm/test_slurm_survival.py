@@ -103,16 +103,16 @@ def test_death_of_a_node_and_a_node_that_only_seemed_dead(
     dead = submit(cluster, corpus, tmp_path / "dead", "--nodes=2", "--time=10")
     # Both ranks on one node: no other node tells them that they were given up.
     lost = submit(cluster, corpus, tmp_path / "lost", "--nodes=1", "--ntasks=2", "--time=10", RANKS_PER_NODE="2")
-    last = dead.wait_for_checkpoint()
-    (node,) = set(dead.nodes()) - {dead.nodes()[0]}
-    cluster.kill_node(node)
-
-    lost.wait_for_checkpoint()
-    (alone,) = lost.nodes()
-    old = lost.ranks(alone)
-    assert len(old) == 2
-    # Slurm hears no more of the node, and its job lives on: frozen, until another has taken the work over.
-    cluster.kill_daemon(alone)
+    # Neither ends while the other starts.
+    with frozen({dead: 0, lost: 0}) as ranks:
+        last = dead.newest_checkpoint()
+        (node,) = set(dead.nodes()) - {dead.nodes()[0]}
+        cluster.kill_node(node)
+        (alone,) = lost.nodes()
+        old = ranks[lost]
+        assert len(old) == 2
+        # Slurm hears no more of the node, and its job lives on: frozen, until another has taken the work over.
+        cluster.kill_daemon(alone)
     stopped = freeze_node(lost, alone)
     seen = lost.newest_checkpoint()
     wait_until_running(lost, 1)
