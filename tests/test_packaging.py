@@ -66,6 +66,15 @@ def test_installed_package_runs_outside_the_checkout(root, tmp_path):
         assert text.strip().startswith(f"usage: ds_quant {name} ")
 
 
+def test_python_keeps_the_bytecode_of_imports_under_make(root):
+    """Also where the environment, as that of many containers, says otherwise."""
+    show = f"show: ; @{sys.executable} -c 'import sys; print(sys.dont_write_bytecode)'"
+    command = ["make", "--no-print-directory", f"--eval={show}", "show"]
+    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=100, check=True)
+    assert done.stdout == "False\n"
+
+
 def pinned(file):
     lines = file.read_text().splitlines()
     pins = dict(line.split("==") for line in lines if line and not line.startswith("#"))
