@@ -140,7 +140,7 @@ def _judged(judged: Sequence[Judged]) -> list[str]:
         lines += ["**Repairs**", "", *markdown_table(header, [_repair_cells(entry, ran) for entry in repairs]), ""]
     missing = [entry.row.name for entry in by_kind[REPAIR] if not entry.seeds]
     if missing:
-        summary = f"<details><summary>{len(missing)} repairs were not run yet</summary>"
+        summary = f"<details><summary>{len(missing)} repairs were not run here</summary>"
         lines += [f"{summary}{', '.join(missing)}</details>", ""]
     return lines
 
