@@ -33,7 +33,7 @@ def run_in_interpreter(file):
     """Run the tests of a file; all must pass."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", file]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=840)
     print(done.stdout)
     assert done.returncode == 0, done.stdout[-10000:] + done.stderr[-2000:]
     assert re.search(r"[1-9]\d* passed", done.stdout)
